@@ -30,6 +30,7 @@ from bco_lightning.models.log_probs import check_head, completion_log_probs
 from bco_lightning.models.reference import Reference
 from bco_lightning.objectives import OBJECTIVES
 from bco_lightning.reward_shift import RewardShift
+from bco_lightning.seeding import chosen_seed
 
 ALIGNMENT_FILE = "bco.json"
 
@@ -59,7 +60,7 @@ class BCOModule(LightningModule):
             loss (Eq. 8); ``none`` is a mean over rows; two numbers are weights of thumbs-up and thumbs-down rows.
         reward_shift_decay: Decay of the reward shift's sums per optimizer step.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
-        seed: Seed of the adapters' initial values.
+        seed: Seed of the adapters' initial values; that of ``seed_everything`` if left out.
 
     Raises:
         ConfigError: If an option is out of range.
@@ -80,7 +81,7 @@ class BCOModule(LightningModule):
         class_weights: Literal["auto", "none"] | tuple[float, float] = "auto",
         reward_shift_decay: float = 0.9,
         gradient_checkpointing: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         # Checkpoints are read with weights_only=True, which takes plain values only.
@@ -99,7 +100,7 @@ class BCOModule(LightningModule):
                 "class_weights": class_weights if isinstance(class_weights, str) else list(class_weights),
                 "reward_shift_decay": reward_shift_decay,
                 "gradient_checkpointing": gradient_checkpointing,
-                "seed": seed,
+                "seed": chosen_seed(seed),
             }
         )
         for name, value in (("beta", beta), ("learning_rate", learning_rate)):
@@ -214,7 +215,6 @@ class BCOModule(LightningModule):
         losses_B, rows = self.rewarded_rows(batch)
         up, down = self.class_weights or self._chosen_class_weights()
         loss = (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()
-        self.log("train/loss", loss.detach(), prog_bar=False, batch_size=len(batch))
         return {"loss": loss, "rows": rows}
 
     def validation_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class BCOModule(LightningModule):
         optimizer = torch.optim.AdamW(
             parameters, lr=options["learning_rate"], weight_decay=options["weight_decay"]
         )
-        num_steps = self._num_steps()
+        num_steps = self.num_steps()
         scheduler = get_scheduler(
             options["lr_schedule"],
             optimizer,
@@ -293,7 +293,7 @@ class BCOModule(LightningModule):
     def _trained_names(self) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
         """Optimizer steps of the whole run, from the configuration.
 
         ``trainer.estimated_stepping_batches`` would build the data iterator before a resumed step is restored.

@@ -1,6 +1,17 @@
 """Callbacks: the reward shift, metrics, the checkpoint of a run, predictions, and the trial on a known reward."""
 
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
+from bco_lightning.callbacks.known_reward_trial import KnownRewardTrial
+from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.reward_shift_update import RewardShiftUpdate
+from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
+from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 
-__all__ = ["ImplicitRewardMonitor", "RewardShiftUpdate"]
+__all__ = [
+    "ImplicitRewardMonitor",
+    "KnownRewardTrial",
+    "PredictionWriter",
+    "RewardShiftUpdate",
+    "RunCheckpoint",
+    "StepProgressBar",
+]

@@ -22,7 +22,6 @@ class ImplicitRewardMonitor(Callback):
     def __init__(self) -> None:
         self._metrics = {name: ImplicitRewardMetrics() for name in ("train", "val", "test")}
         self._last_step = 0
-        self._shown: dict[str, float] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
@@ -49,7 +48,6 @@ class ImplicitRewardMonitor(Callback):
         metrics.reset()
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
-        trainer.callback_metrics.update()
         pl_module.log_dict(
             {
                 "loss": values["train/loss"],

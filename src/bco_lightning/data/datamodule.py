@@ -23,6 +23,7 @@ from bco_lightning.data.readers import read_records
 from bco_lightning.data.sampling import RowOrder, StepBatchSampler
 from bco_lightning.data.tokenization import RowTokenizer, TooLong
 from bco_lightning.errors import CheckpointError, ConfigError, FeedbackRowError
+from bco_lightning.seeding import chosen_seed
 
 
 @dataclass
@@ -70,7 +71,7 @@ class FeedbackDataModule(LightningDataModule):
             a prompt is never on both sides.
         balanced_sampling: Draw as many thumbs-up as thumbs-down into every step, the rarer class more often.
         columns: Names of the columns.
-        seed: Seed of the row order and the validation split.
+        seed: Seed of the row order and the validation split; that of ``seed_everything`` if left out.
         num_workers: Worker processes of each data loader.
         tokenizer: A tokenizer, for use without a :class:`BCOModule`; else the module's own is taken.
 
@@ -91,7 +92,7 @@ class FeedbackDataModule(LightningDataModule):
         validation_fraction: float = 0.1,
         balanced_sampling: bool = False,
         columns: Columns | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         num_workers: int = 0,
         tokenizer: Any = None,
     ) -> None:
@@ -104,7 +105,7 @@ class FeedbackDataModule(LightningDataModule):
         self.test_files, self.predict_files = _as_list(test_files), _as_list(predict_files)
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
         self.chat_template, self.validation_fraction = chat_template, validation_fraction
-        self.balanced_sampling, self.columns, self.seed = balanced_sampling, columns or Columns(), seed
+        self.balanced_sampling, self.columns, self.seed = balanced_sampling, columns or Columns(), chosen_seed(seed)
         self.num_workers = num_workers
         self._tokenizer = tokenizer
         self.train_dataset: Dataset | None = None

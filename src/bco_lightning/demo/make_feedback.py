@@ -22,10 +22,10 @@ from bco_lightning.models.generation import sample_completions
 from bco_lightning.models.language_model import load_language_model, load_tokenizer
 
 PROMPT = "In one short sentence, tell me something about {subject}."
-SHARPNESS = 5.0
+SHARPNESS = 6.0
 THRESHOLD = 0.3
 NUM_HELD_OUT_SUBJECTS = 64
-COMPLETIONS_PER_PROMPT = 4
+COMPLETIONS_PER_PROMPT = {"train": 8, "heldout": 4}
 MAX_NEW_TOKENS = 64
 BATCH_SIZE = 64
 
@@ -45,15 +45,17 @@ def main() -> None:
     model = load_language_model(options.model, torch.float32)
     split = {"heldout": subjects[:NUM_HELD_OUT_SUBJECTS], "train": subjects[NUM_HELD_OUT_SUBJECTS:]}
     for name, names in split.items():
-        rows = _sample_rows(model, tokenizer, names, generator)
+        rows = _sample_rows(model, tokenizer, names, COMPLETIONS_PER_PROMPT[name], generator)
         path = options.output_dir / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         share_up = sum(row["label"] for row in rows) / len(rows)
         print(f"{path}: {len(rows)} rows of {len(names)} subjects, {share_up:.0%} thumbs-up", file=sys.stderr)
 
 
-def _sample_rows(model: Any, tokenizer: Any, subjects: list[str], generator: random.Random) -> list[dict[str, Any]]:
-    prompts = [PROMPT.format(subject=subject) for subject in subjects for _ in range(COMPLETIONS_PER_PROMPT)]
+def _sample_rows(
+    model: Any, tokenizer: Any, subjects: list[str], per_prompt: int, generator: random.Random
+) -> list[dict[str, Any]]:
+    prompts = [PROMPT.format(subject=subject) for subject in subjects for _ in range(per_prompt)]
     rows = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]

@@ -1,0 +1,157 @@
+"""Write a checkpoint as a folder that transformers and peft load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.module import ALIGNMENT_FILE, BCOModule
+
+_CARD = """---
+library_name: {library}
+base_model: {base}
+tags: [alignment, bco, binary-feedback]
+---
+
+# {name}
+
+{base}, aligned with thumbs-up / thumbs-down feedback by Binary Classifier Optimization
+([arXiv:2404.04656](https://arxiv.org/abs/2404.04656)) and `bco_lightning`.
+
+```python
+{usage}
+```
+
+| | |
+|---|---|
+| objective | {objective} |
+| beta | {beta} |
+| reward shift (delta), nats | {delta:.6f} |
+| learning rate | {learning_rate} |
+| trained | {trained} |
+| optimizer steps | {steps} |
+
+`{alignment_file}` holds the reward shift. Implicit reward of an answer: beta times the difference of its summed
+log-probability under this model and under {reference}; probability of thumbs-up: the logistic function of the implicit
+reward less the reward shift. To score rows with it:
+
+```
+python -m bco_lightning predict --model.name_or_path FOLDER --model.reference_name_or_path {reference} \\
+    --model.beta {beta} --data.predict_files FILE
+```
+"""
+_MERGED_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
+_ADAPTER_USAGE = """from peft import PeftModel
+from bco_lightning.models.language_model import load_language_model  # or transformers, for a hub id
+import torch
+
+base = load_language_model("{base}", torch.float32)
+model = PeftModel.from_pretrained(base, "FOLDER")"""
+
+
+def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False, dtype: str = "float32") -> None:
+    """Writes model or adapter, tokenizer with chat template, reward shift and model card.
+
+    The folder appears under its name only when it is complete.
+
+    Args:
+        ckpt_path: Checkpoint of a :class:`BCOModule`.
+        output_dir: Folder to write.
+        merge: Merge the adapter into the weights; full fine-tuning always writes whole weights.
+        dtype: Data type of whole weights.
+
+    Raises:
+        CheckpointError: If the file is missing or no such checkpoint.
+        ConfigError: If ``output_dir`` exists.
+    """
+    if output_dir.exists():
+        raise ConfigError(str(output_dir), "expected a folder that does not exist yet, found one.", "Choose another.")
+    module, steps = load_aligned(ckpt_path, dtype=dtype)
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        whole = merge or module.lora is None
+        if not whole:
+            module.policy.save_pretrained(partial, selected_adapters=["default"])  # type: ignore[operator]
+        elif module.lora is not None:
+            module.policy.merge_and_unload(adapter_names=["default"]).save_pretrained(partial)  # type: ignore[operator]
+        else:
+            module.policy.save_pretrained(partial)  # type: ignore[operator]
+        module.tokenizer.save_pretrained(partial)
+        _write_alignment(module, partial)
+        (partial / "README.md").write_text(_card(module, output_dir.name, steps, whole), encoding="utf-8")
+        partial.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModule, int]:
+    """Builds the module of a checkpoint with its trained weights and reward shift, for use without a trainer.
+
+    Args:
+        ckpt_path: Checkpoint of a :class:`BCOModule`.
+        dtype: Data type of the weights; that of the run if left out.
+
+    Returns:
+        The module, and the number of optimizer steps it was trained for.
+
+    Raises:
+        CheckpointError: If the file is missing or no such checkpoint.
+    """
+    if not ckpt_path.is_file():
+        raise CheckpointError(str(ckpt_path), "expected a checkpoint file, found none.")
+    try:
+        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on a file that is no checkpoint
+        raise CheckpointError(str(ckpt_path), f"expected a checkpoint, found an unreadable file ({type(error).__name__}).") from error
+    if "trained_parameters" not in checkpoint:
+        raise CheckpointError(str(ckpt_path), "expected a checkpoint of BCOModule, found another.")
+    options = dict(checkpoint["hyper_parameters"])
+    module = BCOModule.from_hyper_parameters({**options, "dtype": dtype or options["dtype"]})
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return module, int(checkpoint["global_step"])
+
+
+def _write_alignment(module: BCOModule, folder: Path) -> None:
+    alignment = {
+        "reward_shift": module.reward_shift.state_dict(),
+        "beta": module.beta,
+        "objective": module.hparams["objective"],
+        "reference": _reference_name(module),
+    }
+    (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:
+    options = module.hparams
+    base = options["name_or_path"]
+    lora = options["lora"]
+    return _CARD.format(
+        library="transformers" if whole else "peft",
+        base=base,
+        name=name,
+        usage=_MERGED_USAGE if whole else _ADAPTER_USAGE.format(base=base),
+        objective=options["objective"],
+        beta=options["beta"],
+        delta=module.reward_shift.value,
+        learning_rate=options["learning_rate"],
+        trained=f"LoRA, rank {lora['r']}" if lora else "all weights",
+        steps=steps,
+        alignment_file=ALIGNMENT_FILE,
+        reference=_reference_name(module),
+    )
+
+
+def _reference_name(module: BCOModule) -> str:
+    return str(module.hparams["reference_name_or_path"] or module.hparams["name_or_path"])
