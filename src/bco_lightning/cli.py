@@ -32,7 +32,7 @@ class BCOArgumentParser(LightningArgumentParser):
     """Suggests the option that was probably meant."""
 
     @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         unknown = re.search(r"(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)", message)
         if unknown and "xpected a" not in message:
             known = {option.lstrip("-") for action in self._actions for option in action.option_strings}
@@ -42,7 +42,7 @@ class BCOArgumentParser(LightningArgumentParser):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder once data and model are there, so that a failed start leaves nothing."""
+    """Writes the resolved config once data and model are there, so that a failed start leaves no folder."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

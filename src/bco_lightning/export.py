@@ -113,7 +113,9 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     try:
         checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a file that is no checkpoint
-        raise CheckpointError(str(ckpt_path), f"expected a checkpoint, found an unreadable file ({type(error).__name__}).") from error
+        raise CheckpointError(
+            str(ckpt_path), f"expected a checkpoint, found an unreadable file ({type(error).__name__})."
+        ) from error
     if "trained_parameters" not in checkpoint:
         raise CheckpointError(str(ckpt_path), "expected a checkpoint of BCOModule, found another.")
     options = dict(checkpoint["hyper_parameters"])

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from transformers import get_scheduler
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.errors import CheckpointError, ConfigError
@@ -116,7 +116,7 @@ class BCOModule(LightningModule):
         self.reward_shift = RewardShift(reward_shift_decay)
         self.class_weights: tuple[float, float] | None = None
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
-        self._policy: nn.Module | None = None
+        self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._tokenizer: Any = None
 
@@ -128,10 +128,10 @@ class BCOModule(LightningModule):
         return self._tokenizer
 
     @property
-    def policy(self) -> nn.Module:
+    def policy(self) -> PreTrainedModel:
         """The model that is aligned; built when first asked for."""
         self.configure_model()
-        return self._policy  # type: ignore[return-value]
+        return self._policy
 
     @property
     def reference(self) -> Reference:
@@ -165,7 +165,7 @@ class BCOModule(LightningModule):
         total = sum(p.numel() for p in self.policy.parameters())
         weights = next(self.policy.parameters()).dtype
         rank_zero_info(
-            f"policy: {self.hparams['name_or_path']}, {trained:,} of {total:,} parameters trained, weights in {weights}; "
+            f"policy: {self.hparams['name_or_path']}, {trained:,} of {total:,} parameters trained, weights in {weights}\n"
             f"class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
         )
 
@@ -176,7 +176,7 @@ class BCOModule(LightningModule):
         return [RewardShiftUpdate(), ImplicitRewardMonitor()]
 
     def train(self, mode: bool = True) -> BCOModule:
-        """Keeps the models in evaluation mode, where no dropout blurs the log-ratio, except for checkpointing's sake."""
+        """Keeps the policy in evaluation mode, where no dropout blurs the log-ratio, unless it recomputes activations."""
         super().train(mode)
         if self._policy is not None and not self.hparams["gradient_checkpointing"]:
             self._policy.eval()
@@ -233,9 +233,7 @@ class BCOModule(LightningModule):
         """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""
         options = self.hparams
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=options["learning_rate"], weight_decay=options["weight_decay"]
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=options["learning_rate"], weight_decay=options["weight_decay"])
         num_steps = self.num_steps()
         scheduler = get_scheduler(
             options["lr_schedule"],
@@ -245,7 +243,7 @@ class BCOModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What is trained, without the frozen base."""
         trained = set(self._trained_names())
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}

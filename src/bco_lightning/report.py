@@ -68,11 +68,15 @@ class Alignment:
 
     def print(self, reward_name: str) -> None:
         """Prints the numbers as a table, with the verdict."""
-        table = Table(title=f"Held-out prompts: {self.num_prompts}, {self.samples_per_prompt} fresh samples of each model")
+        table = Table(
+            title=f"Held-out prompts: {self.num_prompts}, {self.samples_per_prompt} fresh samples of each model"
+        )
         for heading in ("", "policy", "reference", "difference (95 % interval)"):
             table.add_column(heading, justify="left" if not heading else "right")
         interval = f"{self.gain:+.3f} ({self.gain_low:+.3f} to {self.gain_high:+.3f})"
-        table.add_row(f"true reward ({reward_name})", f"{self.reward_policy:.3f}", f"{self.reward_reference:.3f}", interval)
+        table.add_row(
+            f"true reward ({reward_name})", f"{self.reward_policy:.3f}", f"{self.reward_reference:.3f}", interval
+        )
         win_rate = f"{self.win_rate:.3f} ({self.win_rate_low:.3f} to {self.win_rate_high:.3f})"
         table.add_row("win rate against reference", "", "", win_rate)
         table.add_row("KL to reference, nats per answer", f"{self.kl:.2f}", "", "")

@@ -37,7 +37,28 @@ def test_each_vocabulary_is_understood(up: Any, down: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["0", "1", "True", "FALSE", "yes", "", " up", "Up", 1.0, 0.0, 2, -2, 10**40, float("nan"), None, [], {}, [True], "👍🏽", "+1"],
+    [
+        "0",
+        "1",
+        "True",
+        "FALSE",
+        "yes",
+        "",
+        " up",
+        "Up",
+        1.0,
+        0.0,
+        2,
+        -2,
+        10**40,
+        float("nan"),
+        None,
+        [],
+        {},
+        [True],
+        "👍🏽",
+        "+1",
+    ],
 )
 def test_anything_outside_the_vocabularies_is_refused(value: Any) -> None:
     with pytest.raises(FeedbackRowError, match=r"^log\.jsonl:7: label must be one of true/false, 1/0, 1/-1"):
@@ -80,7 +101,10 @@ def test_a_missing_column_names_those_that_are_there() -> None:
 
 def test_columns_can_be_renamed() -> None:
     row = parse_row(
-        {"question": "a", "answer": "b", "thumb": "down"}, "x:1", Columns("question", "answer", "thumb"), LabelVocabulary()
+        {"question": "a", "answer": "b", "thumb": "down"},
+        "x:1",
+        Columns("question", "answer", "thumb"),
+        LabelVocabulary(),
     )
     assert row.thumbs_up is False
 

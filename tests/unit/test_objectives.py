@@ -95,7 +95,11 @@ def test_extreme_rewards_stay_finite() -> None:
 @pytest.mark.parametrize(
     ("up", "shift", "message"),
     [
-        (torch.tensor([True, False]), torch.tensor(0.1, requires_grad=True), "reward_shift must not require a gradient"),
+        (
+            torch.tensor([True, False]),
+            torch.tensor(0.1, requires_grad=True),
+            "reward_shift must not require a gradient",
+        ),
         (torch.tensor([[True], [False]]), 0.0, r"bool of shape \(2,\)"),
         (torch.tensor([1, 0]), 0.0, "must be bool"),
     ],

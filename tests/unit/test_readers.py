@@ -81,7 +81,8 @@ def test_a_missing_source_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["package:no_such_package/x.jsonl", "package:bco_lightning/nope.jsonl", "package:bco_lightning/../../x.jsonl"]
+    "name",
+    ["package:no_such_package/x.jsonl", "package:bco_lightning/nope.jsonl", "package:bco_lightning/../../x.jsonl"],
 )
 def test_a_missing_packaged_file_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match="package:"):

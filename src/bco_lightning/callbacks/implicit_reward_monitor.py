@@ -40,7 +40,8 @@ class ImplicitRewardMonitor(Callback):
         metrics = self._metrics["train"]
         metrics.update(outputs["rows"], pl_module.reward_shift.value)
         step = trainer.global_step
-        if step == self._last_step or (step % trainer.log_every_n_steps and step != 1):
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self._last_step or (step % interval and step != 1):
             return
         self._last_step = step
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from bco_lightning.data.collation import PaddingCollator
@@ -102,7 +103,7 @@ class KnownRewardTrial(Callback):
         chosen = distinct[: self.max_prompts] if self.max_prompts else distinct
         return [data.row_tokenizer.render_prompt(json.loads(prompt)) for prompt in chosen]
 
-    def _sample(self, model: nn.Module, tokenizer: Any, asked: list[str], name: str) -> list[SampledCompletion]:
+    def _sample(self, model: PreTrainedModel, tokenizer: Any, asked: list[str], name: str) -> list[SampledCompletion]:
         samples: list[SampledCompletion] = []
         for start in tqdm(range(0, len(asked), self.batch_size), desc=name):
             samples += sample_completions(

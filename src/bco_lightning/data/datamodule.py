@@ -59,7 +59,7 @@ class FeedbackDataModule(LightningDataModule):
     where rows do not divide, its last step takes its missing rows from the next pass, so nothing is left out.
 
     Args:
-        train_files: Feedback logs: ``.jsonl``, ``.csv``, ``.parquet``, ``package:NAME/path`` or ``hub:OWNER/NAME@SPLIT``.
+        train_files: Feedback logs: ``.jsonl``, ``.csv``, ``.parquet``, ``package:NAME/path``, ``hub:OWNER/NAME@SPLIT``.
         validation_files: Held-out logs. If left out, ``validation_fraction`` of the training prompts is held out.
         test_files: Logs for ``test``; the validation rows if left out.
         predict_files: Logs for ``predict``; they need no labels.
@@ -100,7 +100,9 @@ class FeedbackDataModule(LightningDataModule):
         if batch_size < 1:
             raise ConfigError("data.batch_size", f"expected at least 1 row, found {batch_size}.")
         if not 0 <= validation_fraction < 1:
-            raise ConfigError("data.validation_fraction", f"expected a share from 0 to below 1, found {validation_fraction}.")
+            raise ConfigError(
+                "data.validation_fraction", f"expected a share from 0 to below 1, found {validation_fraction}."
+            )
         self.train_files, self.validation_files = _as_list(train_files), _as_list(validation_files)
         self.test_files, self.predict_files = _as_list(test_files), _as_list(predict_files)
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
@@ -120,7 +122,9 @@ class FeedbackDataModule(LightningDataModule):
         if self._tokenizer is not None:
             return self._tokenizer
         if self.trainer is None:
-            raise ConfigError("FeedbackDataModule", "expected a tokenizer or a trainer with a BCOModule, found neither.")
+            raise ConfigError(
+                "FeedbackDataModule", "expected a tokenizer or a trainer with a BCOModule, found neither."
+            )
         return self.trainer.lightning_module.tokenizer
 
     @property
@@ -151,7 +155,11 @@ class FeedbackDataModule(LightningDataModule):
         """Reads and tokenizes what ``stage`` needs, and prints what became of the rows."""
         if self.trainer is not None and self.trainer.world_size > 1:
             _refuse_injected_sampler(self.trainer)
-        if stage in ("fit", "validate", "test", None) and self.train_dataset is None and self.validation_dataset is None:
+        if (
+            stage in ("fit", "validate", "test", None)
+            and self.train_dataset is None
+            and self.validation_dataset is None
+        ):
             self._setup_fit(needs_training=stage in ("fit", None))
         if stage == "test" and self.test_files and self.test_dataset is None:
             self.test_dataset = self._load("test", self.test_files)
@@ -262,7 +270,8 @@ class FeedbackDataModule(LightningDataModule):
                 raise FeedbackRowError(source, "expected at least one row, found none.")
 
     def _tokenize(self, name: str, rows: list[FeedbackRow]) -> Dataset:
-        row_tokenizer, counts, records = self.row_tokenizer, RowCounts(name), []
+        row_tokenizer, counts = self.row_tokenizer, RowCounts(name)
+        records: list[dict[str, Any]] = []
         for row in rows:
             counts.read += 1
             sample = row_tokenizer.tokenize(row)
@@ -295,7 +304,9 @@ class FeedbackDataModule(LightningDataModule):
         if not self.balanced_sampling:
             return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed)
         if self.batch_size % 2:
-            raise ConfigError("data.batch_size", f"expected an even number with balanced_sampling, found {self.batch_size}.")
+            raise ConfigError(
+                "data.batch_size", f"expected an even number with balanced_sampling, found {self.batch_size}."
+            )
         pools = [[row for row, up in enumerate(thumbs) if up is wanted] for wanted in (True, False)]
         return RowOrder(pools, [self.rows_per_step // 2] * 2, self.seed)
 
@@ -315,9 +326,7 @@ class FeedbackDataModule(LightningDataModule):
         )
 
 
-def split_by_prompt(
-    rows: list[FeedbackRow], fraction: float, seed: int
-) -> tuple[list[FeedbackRow], list[FeedbackRow]]:
+def split_by_prompt(rows: list[FeedbackRow], fraction: float, seed: int) -> tuple[list[FeedbackRow], list[FeedbackRow]]:
     """Holds out whole prompts, chosen by a seeded hash, so that the split does not depend on the order of the rows.
 
     Args:

@@ -83,9 +83,7 @@ class LabelVocabulary:
         return any(_same(value, pair[0]) for pair in matching)
 
 
-def parse_row(
-    record: Mapping[str, Any], place: str, columns: Columns, labels: LabelVocabulary | None
-) -> FeedbackRow:
+def parse_row(record: Mapping[str, Any], place: str, columns: Columns, labels: LabelVocabulary | None) -> FeedbackRow:
     """Validates one record.
 
     Args:
@@ -118,9 +116,7 @@ def _messages(record: Mapping[str, Any], column: str, place: str, role: str) -> 
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise FeedbackRowError(
-            place, f"{column!r} must be text or a list of chat messages, found {_type_name(value)}."
-        )
+        raise FeedbackRowError(place, f"{column!r} must be text or a list of chat messages, found {_type_name(value)}.")
     for number, message in enumerate(value, 1):
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(message, Mapping) or not isinstance(content, str) or message.get("role") not in _ROLES:
@@ -160,4 +156,6 @@ def _shown(value: Any) -> str:
 
 
 def _type_name(value: Any) -> str:
-    return "nothing (null)" if value is None else f"a value of type {type(value).__name__}" if value else "an empty list"
+    return (
+        "nothing (null)" if value is None else f"a value of type {type(value).__name__}" if value else "an empty list"
+    )

@@ -39,7 +39,7 @@ def read_records(source: str, label_column: str) -> Iterator[tuple[str, Record]]
     if path.suffix not in readers:
         raise FeedbackRowError(
             source,
-            f"expected a file ending in {', '.join(readers)} or a data set hub:OWNER/NAME, found {path.suffix or 'neither'!r}.",
+            f"expected a file ending in {', '.join(readers)}, or hub:OWNER/NAME; found {path.suffix or 'neither'!r}.",
         )
     if not path.is_file():
         raise FeedbackRowError(source, "expected a feedback log, found no such file.")
@@ -60,7 +60,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
                 record = json.loads(text, parse_constant=_refuse_constant)
             except json.JSONDecodeError as error:
                 raise FeedbackRowError(
-                    place, f"expected one JSON object per line, found malformed JSON ({error.msg}, column {error.colno})."
+                    place,
+                    f"expected one JSON object per line, found malformed JSON ({error.msg}, column {error.colno}).",
                 ) from error
             except (RecursionError, ValueError) as error:
                 raise FeedbackRowError(place, f"expected plain JSON values, found {error}.") from error
@@ -118,10 +119,14 @@ def _decode(line: bytes, place: str) -> str:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FeedbackRowError(
-            place, f"expected UTF-8, found byte 0x{line[error.start]:02x} at column {error.start + 1}.", "Convert the file."
+            place,
+            f"expected UTF-8, found byte 0x{line[error.start]:02x} at column {error.start + 1}.",
+            "Convert the file.",
         ) from error
     if text.startswith("\ufeff"):
-        raise FeedbackRowError(place, "expected UTF-8 without a byte order mark, found one.", "Save the file without it.")
+        raise FeedbackRowError(
+            place, "expected UTF-8 without a byte order mark, found one.", "Save the file without it."
+        )
     return text
 
 

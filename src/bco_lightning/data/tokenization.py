@@ -157,7 +157,9 @@ def _chosen_template(tokenizer: Any, chat_template: str | None) -> str:
     if chat_template is not None:
         path = Path(chat_template).expanduser()
         if not path.is_file():
-            raise ConfigError("data.chat_template", f"expected 'plain' or the path of a Jinja file, found {chat_template!r}.")
+            raise ConfigError(
+                "data.chat_template", f"expected 'plain' or the path of a Jinja file, found {chat_template!r}."
+            )
         return path.read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise LanguageModelError(

@@ -32,6 +32,8 @@ def _analyzer() -> Any:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
         raise ConfigError(
-            "known reward 'tone'", "expected the package vaderSentiment, found none.", 'pip install "bco-lightning[demo]"'
+            "known reward 'tone'",
+            "expected the package vaderSentiment, found none.",
+            'pip install "bco-lightning[demo]"',
         ) from error
     return SentimentIntensityAnalyzer()

@@ -1,0 +1,1 @@
+"""Policy, reference, and log-probabilities of completions."""

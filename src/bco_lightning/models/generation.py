@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SampledCompletion:
 
 @torch.no_grad()
 def sample_completions(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: Any,
     prompts: list[str],
     *,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.packaged import resolve_packaged
@@ -59,7 +59,9 @@ def locate_model(name_or_path: str) -> ModelSource:
     path = Path(resolve_packaged(name_or_path)).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise LanguageModelError(str(path), f"expected a folder, a hub id or a .gguf file, found a {path.suffix} file.")
+            raise LanguageModelError(
+                str(path), f"expected a folder, a hub id or a .gguf file, found a {path.suffix} file."
+            )
         return ModelSource(str(path.parent), gguf_file=path.name)
     if path.is_dir():
         if (path / "adapter_config.json").exists():
@@ -109,7 +111,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype) -> nn.Module:
+def load_language_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     """Loads a causal language model; an adapter folder comes back as its base model with the adapter merged in.
 
     Dropout is switched off: it would add noise to the log-ratio of policy and reference.
@@ -148,7 +150,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None, seed: int) -> nn.Module:
+def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None, seed: int) -> PreTrainedModel:
     """Loads the policy with exactly its trainable parameters requiring gradients.
 
     An adapter folder with ``lora`` set continues that adapter: it is loaded twice, once to be trained and once,
@@ -205,7 +207,7 @@ def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device)
     return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
-def _lora_config(lora: LoraSettings, base: nn.Module) -> LoraConfig:
+def _lora_config(lora: LoraSettings, base: PreTrainedModel) -> LoraConfig:
     targets: str | list[str] = lora.target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in lora.target_modules.split(",")]
@@ -214,7 +216,9 @@ def _lora_config(lora: LoraSettings, base: nn.Module) -> LoraConfig:
     if layers is not None and targets == "all-linear":
         # PEFT combines layers_to_transform with names only, so the names "all-linear" stands for are spelled out.
         head = base.get_output_embeddings()
-        targets = sorted({n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head})
+        targets = sorted(
+            {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        )
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -229,12 +233,12 @@ def _base_of_adapter(source: ModelSource) -> str:
     return str(PeftConfig.from_pretrained(source.location).base_model_name_or_path)
 
 
-def _disable_dropout(model: nn.Module) -> None:
+def _disable_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _not_loadable(name_or_path: str, what: str, error: Exception) -> LanguageModelError:

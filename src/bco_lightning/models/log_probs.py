@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import LanguageModelError
@@ -19,7 +20,7 @@ CHUNK_BYTES = 64 * 2**20  # of float32 logits; larger chunks were no faster on a
 _PROBE_LENGTH = 8
 
 
-def completion_log_probs(model: nn.Module, batch: FeedbackBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def completion_log_probs(model: PreTrainedModel, batch: FeedbackBatch, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """Log-probability of each row's completion given its prompt, summed over the tokens that carry loss.
 
     The head runs in the model's data type; log-softmax and sums are float32.
@@ -46,11 +47,11 @@ def completion_log_probs(model: nn.Module, batch: FeedbackBatch, chunk_bytes: in
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Compares the head computed here with the model's own logits on a few tokens.
 
-    Some architectures scale or cap their logits after the head; one that does so in a way not known here would train
-    on wrong numbers.
+    Some architectures scale or cap their logits after the head; one that does so in a way not known here would train on
+    wrong numbers.
 
     Args:
         model: A causal language model on its device.
@@ -73,7 +74,7 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def _token_log_probs(causal_lm: nn.Module, hidden_NH: Tensor, targets_N: Tensor, chunk_bytes: int) -> Tensor:
+def _token_log_probs(causal_lm: PreTrainedModel, hidden_NH: Tensor, targets_N: Tensor, chunk_bytes: int) -> Tensor:
     head = causal_lm.get_output_embeddings()
     config = causal_lm.config.get_text_config()
     rows = max(1, chunk_bytes // (4 * config.vocab_size))
@@ -100,5 +101,5 @@ def _as_configured(logits: Tensor, config: Any) -> Tensor:
     return logits
 
 
-def _causal_lm(model: nn.Module) -> Any:
+def _causal_lm(model: PreTrainedModel) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.language_model import REFERENCE_ADAPTER
@@ -25,7 +26,7 @@ class Reference:
         separate_model: A frozen model to use in place of the policy as it came in.
     """
 
-    def __init__(self, policy: nn.Module, separate_model: nn.Module | None = None) -> None:
+    def __init__(self, policy: PreTrainedModel, separate_model: PreTrainedModel | None = None) -> None:
         self._policy = policy
         if separate_model is None and not hasattr(policy, "peft_config"):
             separate_model = copy.deepcopy(policy)
@@ -38,7 +39,7 @@ class Reference:
             return completion_log_probs(model, batch)
 
     @contextmanager
-    def active_model(self) -> Iterator[nn.Module]:
+    def active_model(self) -> Iterator[PreTrainedModel]:
         """The reference as a model: a separate one, or the policy with its trained adapter switched off."""
         if self._model is not None:
             yield self._model.to(next(self._policy.parameters()).device)
@@ -48,7 +49,7 @@ class Reference:
 
 
 @contextmanager
-def _without_trained_adapter(policy: nn.Module) -> Iterator[None]:
+def _without_trained_adapter(policy: PreTrainedModel) -> Iterator[None]:
     """Uses the adapter that the policy came in with, or none.
 
     PEFT's own ``disable_adapter`` and ``set_adapter`` also switch ``requires_grad``, which FSDP2 does not survive under

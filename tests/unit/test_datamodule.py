@@ -1,0 +1,146 @@
+"""The data module reads, splits, counts, shuffles and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bco_lightning import FeedbackDataModule
+from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.datamodule import split_by_prompt
+from bco_lightning.errors import ConfigError, FeedbackRowError
+from tests.conftest import write_jsonl
+
+
+def data(tokenizer: Any, log: str, **options: Any) -> FeedbackDataModule:
+    module = FeedbackDataModule(log, **{"batch_size": 4, "tokenizer": tokenizer, "max_length": 64, **options})
+    module.setup("fit")
+    return module
+
+
+def counts(module: FeedbackDataModule) -> dict[str, Any]:
+    return {count.name: count for count in module.counts}
+
+
+def test_a_prompt_never_stands_on_both_sides_of_the_split(tokenizer: Any, log: str) -> None:
+    module = data(tokenizer, log, validation_fraction=0.25)
+    train, held_out = set(module.train_dataset["prompt"]), set(module.validation_dataset["prompt"])
+    assert len(train) == 6
+    assert len(held_out) == 2
+    assert not train & held_out
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows_but_on_the_seed() -> None:
+    rows = [FeedbackRow([{"role": "user", "content": str(n % 30)}], [], True, str(n)) for n in range(60)]
+    chosen = {row.place for row in split_by_prompt(rows, 0.2, seed=0)[1]}
+    assert len(chosen) == 12
+    assert {row.place for row in split_by_prompt(rows[::-1], 0.2, seed=0)[1]} == chosen
+    assert {row.place for row in split_by_prompt(rows, 0.2, seed=1)[1]} != chosen
+
+
+def test_validation_files_take_the_place_of_the_split(tokenizer: Any, log: str, rows: list, tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[:5])
+    module = data(tokenizer, log, validation_files=held_out)
+    assert (len(module.train_dataset), len(module.validation_dataset)) == (24, 5)
+
+
+def test_every_row_read_is_used_or_counted_as_dropped(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    rows[3]["completion"] = "long " * 100
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
+    module = data(tokenizer, log, too_long="drop", validation_fraction=0.0)
+    count = counts(module)["train"]
+    assert (count.read, count.used, count.dropped, count.up, count.down) == (24, 23, 1, 16, 7)
+    assert count.dropped_places == [f"{log}:4"]
+    assert "24 rows read, 23 used (16 up, 7 down), 1 dropped" in str(count)
+
+
+def test_cut_rows_are_counted(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    rows[3]["completion"] = "long " * 100
+    rows[5]["prompt"] = "long " * 100
+    count = counts(data(tokenizer, write_jsonl(tmp_path / "x.jsonl", rows), validation_fraction=0.0))["train"]
+    assert (count.used, count.dropped, count.prompt_cut, count.completion_cut) == (24, 0, 2, 1)
+
+
+def test_batches_are_padded_and_masked(tokenizer: Any, log: str) -> None:
+    module = data(tokenizer, log)
+    batch = next(iter(module.train_dataloader()))
+    assert len(batch) == 4
+    for ids, attention, mask in zip(batch.input_ids_BT, batch.attention_mask_BT, batch.completion_mask_BT, strict=True):
+        length = int(attention.sum())
+        assert attention[:length].all()
+        assert not mask[length:].any()
+        assert ids[length - 1] == tokenizer.eos_token_id
+        assert mask[length - 1]
+
+
+def test_an_epoch_shuffles_and_covers_every_row(tokenizer: Any, log: str) -> None:
+    module = data(tokenizer, log, validation_fraction=0.0)
+    ids = [int(row) for batch in module.train_dataloader() for row in batch.row_ids_B]
+    assert sorted(ids) == list(range(24))
+    assert ids != sorted(ids)
+
+
+def test_evaluation_keeps_file_order_and_repeats_nothing(tokenizer: Any, log: str) -> None:
+    module = data(tokenizer, log, validation_fraction=0.4)
+    ids = [int(row) for batch in module.val_dataloader() for row in batch.row_ids_B]
+    assert ids == list(range(len(module.validation_dataset)))
+
+
+def test_class_frequencies_are_those_of_the_rows_or_of_balanced_sampling(tokenizer: Any, log: str) -> None:
+    assert data(tokenizer, log, validation_fraction=0.0).class_frequencies == pytest.approx((2 / 3, 1 / 3))
+    balanced = data(tokenizer, log, balanced_sampling=True)
+    assert balanced.class_frequencies == (0.5, 0.5)
+    assert all(int(batch.thumbs_up_B.sum()) == 2 for batch in balanced.train_dataloader())
+
+
+def test_rows_to_predict_need_no_label(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    unlabelled = write_jsonl(tmp_path / "x.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in rows])
+    module = FeedbackDataModule(predict_files=unlabelled, tokenizer=tokenizer)
+    module.setup("predict")
+    assert sum(len(batch) for batch in module.predict_dataloader()) == 24
+
+
+def test_one_class_alone_is_refused(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    ups = write_jsonl(tmp_path / "ups.jsonl", [row for row in rows if row["label"]])
+    with pytest.raises(FeedbackRowError, match=r"ups\.jsonl: expected thumbs of both kinds .* all thumbs-up"):
+        data(tokenizer, ups)
+
+
+def test_an_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(FeedbackRowError, match="at least one row"):
+        data(tokenizer, write_jsonl(tmp_path / "empty.jsonl", []))
+
+
+def test_two_files_may_speak_two_vocabularies(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    thumbs = write_jsonl(tmp_path / "a.jsonl", [{**row, "label": "👍" if row["label"] else "👎"} for row in rows])
+    numbers = write_jsonl(tmp_path / "b.jsonl", [{**row, "label": 1 if row["label"] else -1} for row in rows])
+    module = FeedbackDataModule([thumbs, numbers], tokenizer=tokenizer, validation_fraction=0.0)
+    module.setup("fit")
+    assert (counts(module)["train"].up, counts(module)["train"].down) == (32, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"data\.batch_size"),
+        ({"max_length": 1}, r"data\.max_length"),
+        ({"validation_fraction": 1.0}, r"data\.validation_fraction"),
+    ],
+)
+def test_options_out_of_range_are_refused(tokenizer: Any, log: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        data(tokenizer, log, **options)
+
+
+def test_the_packaged_log_keeps_its_held_out_subjects_apart() -> None:
+    folder = Path(__file__).parents[2] / "src" / "bco_lightning" / "demo"
+    prompts = {
+        name: {json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()}
+        for name in ("train", "heldout")
+    }
+    assert len(prompts["train"]) > 200
+    assert len(prompts["heldout"]) == 64
+    assert not prompts["train"] & prompts["heldout"]

@@ -1,0 +1,125 @@
+"""One option names a hub id, a folder, a GGUF file or a packaged model; what cannot be aligned is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from bco_lightning import LoraSettings
+from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.models.language_model import (
+    load_language_model,
+    load_policy,
+    load_tokenizer,
+    locate_model,
+    resolve_dtype,
+)
+from bco_lightning.packaged import resolve_packaged
+from tests.conftest import REAL_MODEL
+
+
+def test_a_package_a_folder_and_a_gguf_file_lead_to_the_same_source() -> None:
+    folder = resolve_packaged(REAL_MODEL)
+    (file,) = Path(folder).glob("*.gguf")
+    assert locate_model(REAL_MODEL) == locate_model(folder) == locate_model(str(file))
+    assert locate_model("owner/name").location == "owner/name"
+
+
+@pytest.mark.real_model
+def test_a_model_that_came_from_gguf_saves_and_reloads(tmp_path: Path) -> None:
+    model = load_language_model(REAL_MODEL, torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    load_tokenizer(REAL_MODEL).save_pretrained(tmp_path / "saved")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = load_tokenizer(str(tmp_path / "saved"))("A dog is", return_tensors="pt")["input_ids"]
+    assert torch.equal(reloaded(ids).logits, model(ids).logits)
+    assert load_tokenizer(str(tmp_path / "saved")).chat_template == load_tokenizer(REAL_MODEL).chat_template
+
+
+def test_dropout_is_off_even_in_training_mode(tiny_model: str) -> None:
+    model = load_language_model(tiny_model, torch.float32).train()
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_lora_trains_adapters_of_the_top_layers_alone(tiny_model: str) -> None:
+    policy = load_policy(tiny_model, torch.bfloat16, LoraSettings(r=2, top_layers=1), seed=0)
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name and ".layers.1." in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert not any("lm_head" in name for name in trained)
+
+
+def test_the_seed_decides_the_adapters_and_leaves_the_global_state_alone(tiny_model: str) -> None:
+    def adapters(seed: int) -> torch.Tensor:
+        policy = load_policy(tiny_model, torch.float32, LoraSettings(), seed)
+        return torch.cat([p.flatten() for p in policy.parameters() if p.requires_grad])
+
+    state = torch.get_rng_state()
+    first = adapters(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(adapters(0), first)
+    assert not torch.equal(adapters(1), first)
+
+
+def test_full_fine_tuning_keeps_float32_by_default(tiny_model: str) -> None:
+    assert resolve_dtype("auto", None, torch.device("cpu")) == torch.float32
+    assert resolve_dtype("bfloat16", None, torch.device("cpu")) == torch.bfloat16
+    assert all(p.requires_grad for p in load_policy(tiny_model, torch.float32, None, 0).parameters())
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(LanguageModelError, match="expected a decoder-only language model, found an encoder-decoder"):
+        load_language_model(str(tmp_path / "t5"), torch.float32)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "no_eos"
+    load_tokenizer(tiny_model).save_pretrained(folder)
+    (folder / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(LanguageModelError, match="end-of-sequence"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("/no/such/folder", LanguageModelError),
+        ("./model.gguf", LanguageModelError),
+        ("package:no_such_package", ConfigError),
+        ("no-owner/no-such-model", LanguageModelError),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=name.removeprefix(".")):
+        load_tokenizer(name)
+
+
+def test_a_folder_without_a_model_and_a_file_of_another_kind_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LanguageModelError, match=r"expected config\.json"):
+        locate_model(str(tmp_path))
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(LanguageModelError, match=r"found a \.bin file"):
+        locate_model(str(tmp_path / "weights.bin"))
+
+
+def test_remote_code_is_not_run(tiny_model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    config = json.loads((Path(tiny_model) / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "marker"
+    (folder / "code.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(LanguageModelError):
+        load_language_model(str(folder), torch.float32)
+    assert not marker.exists()

@@ -1,0 +1,167 @@
+"""The module weights Eq. 8, resumes, checks its checkpoints and refuses options out of range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from bco_lightning import BCOModule, LoraSettings, bco_loss, load_aligned
+from bco_lightning.errors import CheckpointError, ConfigError
+from tests.conftest import tiny_data, tiny_module, tiny_trainer
+
+
+def fit(module: BCOModule, log: str, max_steps: int, ckpt_path: str | None = None, **options: Any) -> Any:
+    trainer = tiny_trainer(max_steps=max_steps)
+    trainer.fit(module, tiny_data(log, **options), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def trained(module: BCOModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def test_auto_class_weights_make_the_mean_over_rows_the_sum_of_class_means(tiny_model: str, log: str) -> None:
+    module = tiny_module(tiny_model, learning_rate=1e-30)
+    fit(module, log, max_steps=1, batch_size=24, validation_fraction=0.0)
+    assert module.class_weights == pytest.approx((24 / 16, 24 / 8))
+    up = torch.arange(24) < 16
+    rewards = torch.randn(24, dtype=torch.float64)
+    losses = bco_loss(rewards, up, reward_shift=0.2)
+    weighted = (torch.where(up, *module.class_weights) * losses).mean()
+    assert float(weighted) == pytest.approx(float(losses[up].mean() + losses[~up].mean()))
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"), [("none", (1.0, 1.0)), ((0.5, 2.0), (0.5, 2.0)), ("auto", (1 / 0.5, 1 / 0.5))]
+)
+def test_class_weights_can_be_explicit_none_or_those_of_balanced_sampling(
+    option: Any, expected: tuple[float, float], tiny_model: str, log: str
+) -> None:
+    module = tiny_module(tiny_model, class_weights=option)
+    fit(module, log, max_steps=1, balanced_sampling=True)
+    assert module.class_weights == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("stop", [2, 5, 6, 7])
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    kind: str, stop: int, tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    """24 rows less the held-out prompt's 3, 4 a step: an epoch is 6 steps, so 2 is inside one and 6 is its border."""
+    options: dict[str, Any] = {"lora": LoraSettings(r=4) if kind == "lora" else None, "learning_rate": 1e-2}
+    whole = tiny_module(tiny_model, **options)
+    fit(whole, log, max_steps=9)
+
+    first = tiny_module(tiny_model, **options)
+    trainer = tiny_trainer(max_steps=9)
+    trainer.callbacks.append(_StopAt(stop, tmp_path / "x.ckpt"))
+    with pytest.raises(_Killed):
+        trainer.fit(first, tiny_data(log))
+    resumed = tiny_module(tiny_model, **options)
+    fit(resumed, log, max_steps=9, ckpt_path=str(tmp_path / "x.ckpt"))
+
+    assert resumed.reward_shift.state_dict() == whole.reward_shift.state_dict()
+    expected = trained(whole)
+    for name, value in trained(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    assert not torch.equal(trained(first)[name], expected[name])
+
+
+def test_a_checkpoint_holds_neither_the_reference_nor_the_frozen_base(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    module = tiny_module(tiny_model)
+    fit(module, log, max_steps=1).save_checkpoint(tmp_path / "x.ckpt")
+    names = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"].keys()
+    assert names == trained(module).keys()
+    assert all("lora_" in name for name in names)
+
+
+def test_evaluating_before_the_first_step_uses_a_shift_of_zero(tiny_model: str, log: str) -> None:
+    (values,) = tiny_trainer().validate(tiny_module(tiny_model), tiny_data(log, validation_fraction=0.5), verbose=False)
+    assert values["val/reward_shift"] == 0
+    assert values["val/rewards/margins"] == 0
+    assert values["val/loss"] == pytest.approx(2 * 0.693147, abs=1e-5)
+
+
+def test_evaluating_a_checkpoint_uses_its_shift(tiny_model: str, log: str, tmp_path: Path) -> None:
+    module = tiny_module(tiny_model)
+    trainer = fit(module, log, max_steps=5, validation_fraction=0.5)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    (expected,) = trainer.validate(module, tiny_data(log, validation_fraction=0.5), verbose=False)
+    assert expected["val/reward_shift"] == pytest.approx(module.reward_shift.value)
+    assert expected["val/reward_shift"] != 0
+
+    (values,) = tiny_trainer().validate(
+        tiny_module(tiny_model),
+        tiny_data(log, validation_fraction=0.5),
+        ckpt_path=str(tmp_path / "x.ckpt"),
+        weights_only=True,
+        verbose=False,
+    )
+    assert values == expected
+    assert load_aligned(tmp_path / "x.ckpt")[0].reward_shift.value == module.reward_shift.value
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny_model: str, log: str, tmp_path: Path) -> None:
+    fit(tiny_module(tiny_model), log, max_steps=1).save_checkpoint(tmp_path / "x.ckpt")
+    for other, message in (
+        (tiny_module(tiny_model, lora=None), r"trained parameters as configured"),
+        (tiny_module(tiny_model, beta=0.5), r"model\.beta 0\.5, found 0\.1"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            fit(other, log, max_steps=2, ckpt_path=str(tmp_path / "x.ckpt"))
+
+
+def test_resuming_on_other_data_is_refused(tiny_model: str, log: str, tmp_path: Path) -> None:
+    fit(tiny_module(tiny_model), log, max_steps=1).save_checkpoint(tmp_path / "x.ckpt")
+    for options, message in (
+        ({"batch_size": 2}, "rows_per_step: 4 then, 2 now"),
+        ({"seed": 9}, "seed: 0 then, 9 now"),
+        ({"max_length": 20}, "row_digest"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            fit(tiny_module(tiny_model), log, max_steps=2, ckpt_path=str(tmp_path / "x.ckpt"), **options)
+
+
+def test_gradient_checkpointing_changes_no_number(tiny_model: str, log: str) -> None:
+    plain, checkpointed = tiny_module(tiny_model), tiny_module(tiny_model, gradient_checkpointing=True)
+    for module in (plain, checkpointed):
+        fit(module, log, max_steps=3)
+    for name, value in trained(checkpointed).items():
+        assert torch.allclose(value, trained(plain)[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 0.0}, r"model\.beta: expected a number above 0, found 0\.0"),
+        ({"learning_rate": -1.0}, r"model\.learning_rate"),
+        ({"warmup_ratio": 2.0}, r"model\.warmup_ratio"),
+        ({"objective": "dpo"}, r"model\.objective: expected one of bco, bce, found 'dpo'"),
+        ({"reward_shift_decay": 1.0}, r"model\.reward_shift_decay"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str, tiny_model: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_module(tiny_model, **options)
+
+
+class _StopAt(Callback):
+    """Saves and stops after an optimizer step, as a killed run with a checkpoint there would have."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+            raise _Killed
+
+
+class _Killed(RuntimeError):
+    pass

@@ -1,0 +1,85 @@
+"""Row order is a function of seed and step alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bco_lightning.data.sampling import RowOrder, StepBatchSampler
+
+NUM_ROWS, ROWS_PER_STEP = 23, 8
+
+
+def order(seed: int = 0) -> RowOrder:
+    return RowOrder([range(NUM_ROWS)], [ROWS_PER_STEP], seed)
+
+
+def batches(batch_size: int, accumulation: int, world_size: int, start: int = 0, steps_per_epoch: int = 3) -> list:
+    """Micro-batches of every rank, from ``start`` to the end of the epoch."""
+    return [
+        list(
+            StepBatchSampler(
+                order(),
+                batch_size=batch_size,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+                steps_per_epoch=steps_per_epoch,
+                current_step=lambda: start,
+            )
+        )
+        for rank in range(world_size)
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 17), st.integers(0, 5))
+def test_every_pass_is_a_permutation_of_all_rows(num_rows: int, rows_per_step: int, seed: int) -> None:
+    shuffled = RowOrder([range(num_rows)], [rows_per_step], seed)
+    stream = [row for step in range(3 * num_rows) for row in shuffled.rows_of_step(step)][: 3 * num_rows]
+    for start in range(0, 3 * num_rows, num_rows):
+        assert sorted(stream[start : start + num_rows]) == list(range(num_rows))
+
+
+def test_passes_and_seeds_differ() -> None:
+    stream = [row for step in range(NUM_ROWS) for row in order().rows_of_step(step)]
+    assert stream[:NUM_ROWS] != stream[NUM_ROWS : 2 * NUM_ROWS]
+    assert order(0).rows_of_step(0) != order(1).rows_of_step(0)
+    assert order(5).rows_of_step(7) == order(5).rows_of_step(7)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "world_size"), [(8, 1, 1), (4, 2, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
+)
+def test_steps_hold_the_same_rows_however_they_are_cut(batch_size: int, accumulation: int, world_size: int) -> None:
+    cut = batches(batch_size, accumulation, world_size)
+    for step in range(3):
+        rows = [row for rank in cut for batch in rank[step * accumulation : (step + 1) * accumulation] for row in batch]
+        assert sorted(rows) == sorted(order().rows_of_step(step))
+
+
+def test_it_goes_on_where_the_restored_step_says() -> None:
+    whole = [batch for rank in batches(4, 2, 1) for batch in rank]
+    assert [batch for rank in batches(4, 2, 1, start=1) for batch in rank] == whole[2:]
+
+
+def test_the_second_epoch_goes_on_in_the_stream() -> None:
+    (second,) = batches(8, 1, 1, start=3)
+    assert second == [order().rows_of_step(step) for step in (3, 4, 5)]
+
+
+def test_class_pools_give_every_micro_batch_both_classes_in_equal_numbers() -> None:
+    ups, downs = list(range(20)), list(range(20, 24))
+    balanced = RowOrder([ups, downs], [4, 4], seed=0)
+    for step in range(10):
+        rows = balanced.rows_of_step(step)
+        for micro_batch in (rows[i : i + 2] for i in range(0, 8, 2)):
+            assert len(set(micro_batch) & set(ups)) == 1
+
+
+def test_the_rarer_class_is_oversampled_evenly() -> None:
+    balanced = RowOrder([list(range(20)), [20, 21, 22]], [3, 3], seed=0)
+    stream = [row for step in range(20) for row in balanced.rows_of_step(step)]
+    assert {stream.count(row) for row in (20, 21, 22)} == {20}
+    assert {stream.count(row) for row in range(20)} == {3}
