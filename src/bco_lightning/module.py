@@ -165,8 +165,8 @@ class BCOModule(LightningModule):
         total = sum(p.numel() for p in self.policy.parameters())
         weights = next(self.policy.parameters()).dtype
         rank_zero_info(
-            f"policy: {self.hparams['name_or_path']}, {trained:,} of {total:,} parameters trained, weights in {weights}\n"
-            f"class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
+            f"policy: {self.hparams['name_or_path']}, {trained:,} of {total:,} parameters trained, "
+            f"weights in {weights}; class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
         )
 
     def configure_callbacks(self) -> list[Callback]:
@@ -176,7 +176,7 @@ class BCOModule(LightningModule):
         return [RewardShiftUpdate(), ImplicitRewardMonitor()]
 
     def train(self, mode: bool = True) -> BCOModule:
-        """Keeps the policy in evaluation mode, where no dropout blurs the log-ratio, unless it recomputes activations."""
+        """Keeps the policy in evaluation mode, as the reference is, unless it recomputes activations."""
         super().train(mode)
         if self._policy is not None and not self.hparams["gradient_checkpointing"]:
             self._policy.eval()

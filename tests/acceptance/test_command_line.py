@@ -108,8 +108,8 @@ def test_the_real_model_trains_and_its_exports_generate_text(log: str) -> None:
     config = yaml.safe_load((CONFIGS / "bco.yaml").read_text())
     assert config["model"]["name_or_path"] == REAL_MODEL
     assert main(["fit", f"--config={CONFIGS / 'bco.yaml'}", f"--data.train_files={log}",
-                 f"--data.validation_files={log}", "--data.batch_size=4", "--trainer.max_steps=3", "--known_reward.samples_per_prompt=2",
-                 "--known_reward.max_new_tokens=8", "--known_reward.max_prompts=4"]) == 0  # fmt: skip
+                 f"--data.validation_files={log}", "--data.batch_size=4", "--trainer.max_steps=3",
+                 "--known_reward.samples_per_prompt=2", "--known_reward.max_new_tokens=8", "--known_reward.max_prompts=4"]) == 0  # fmt: skip
     run = Path("runs/bco/version_0")
     assert json.loads((run / "alignment.json").read_text())["num_prompts"] == 4
     checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"

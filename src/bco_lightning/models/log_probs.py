@@ -91,7 +91,7 @@ def _token_log_probs(causal_lm: PreTrainedModel, hidden_NH: Tensor, targets_N: T
 
 
 def _as_configured(logits: Tensor, config: Any) -> Tensor:
-    """Applies what Granite (``logits_scaling``), Cohere (``logit_scale``) and Gemma (soft-capping) do after the head."""
+    """Applies what Granite (``logits_scaling``), Cohere (``logit_scale``) and Gemma (soft cap) do after the head."""
     if getattr(config, "logits_scaling", None):
         logits = logits / config.logits_scaling
     if getattr(config, "logit_scale", None):
