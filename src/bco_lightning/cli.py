@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -35,10 +36,19 @@ class BCOArgumentParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         unknown = re.search(r"(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)", message)
         if unknown and "xpected a" not in message:
-            known = {option.lstrip("-") for action in self._actions for option in action.option_strings}
-            close = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.7)
+            close = difflib.get_close_matches(unknown[1], _options_of(self), n=1, cutoff=0.7)
             message += f"\nDid you mean --{close[0]}?" if close else ""
         super().error(message, ex)
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Names of a parser's options and of those of its subcommands, without dashes."""
+    options: set[str] = set()
+    for action in parser._actions:
+        options |= {option.lstrip("-") for option in action.option_strings}
+        if isinstance(action, argparse._SubParsersAction):
+            options = options.union(*(_options_of(child) for child in action.choices.values()))
+    return options
 
 
 class RunConfig(SaveConfigCallback):
@@ -87,6 +97,25 @@ class BCOCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # Lightning's own default would unpickle whatever a checkpoint holds.
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError:
+            self._discard_unstarted_run()
+            raise
+
+    def _discard_unstarted_run(self) -> None:
+        """Removes the run folder that Lightning makes before it looks at data and model, if nothing else is in it."""
+        run = Path(self.trainer.log_dir or "")
+        if self.trainer.is_global_zero and run.name.startswith("version_") and run.is_dir():
+            contents = list(run.iterdir())
+            if all(path.name.startswith("events.out.tfevents") for path in contents):
+                for path in contents:
+                    path.unlink()
+                with contextlib.suppress(OSError):  # other runs are in there
+                    os.removedirs(run)
 
     def _resumed_version(self, options: Any) -> str | None:
         """A resumed run goes on in its own folder."""
@@ -150,7 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save_config_kwargs={"overwrite": True},
                 parser_class=BCOArgumentParser,
                 parser_kwargs={"prog": "python -m bco_lightning", "description": __doc__},
-                trainer_defaults={"callbacks": [StepProgressBar()], "use_distributed_sampler": False},
+                trainer_defaults={
+                    "callbacks": [StepProgressBar()],
+                    "use_distributed_sampler": False,
+                    "enable_model_summary": False,
+                    "max_epochs": 1,
+                },
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 seed_everything_default=0,

@@ -296,12 +296,13 @@ class BCOModule(LightningModule):
 
         ``trainer.estimated_stepping_batches`` would build the data iterator before a resumed step is restored.
         """
-        if self.trainer.max_steps > 0:
-            return int(self.trainer.max_steps)
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or self.trainer.max_epochs in (None, -1):
+        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
+        limits = [self.trainer.max_steps] if self.trainer.max_steps > 0 else []
+        if data is not None and epochs is not None and epochs > 0:
+            limits.append(data.steps_per_epoch * epochs)
+        if not limits:
             raise ConfigError("trainer.max_steps", "expected a number of steps or epochs to plan for, found neither.")
-        return int(data.steps_per_epoch * self.trainer.max_epochs)
+        return int(min(limits))
 
     def _chosen_class_weights(self) -> tuple[float, float]:
         chosen = self.hparams["class_weights"]

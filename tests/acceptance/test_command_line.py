@@ -43,12 +43,12 @@ def text_of(folder: Path) -> list[str]:
 
 
 def test_fit_then_resume_validate_test_predict_and_export(
-    tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
+    tiny_model: str, log: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert command("fit", tiny_model, log, "--trainer.max_steps=4") == 0
     run = Path("runs/bco/version_0")
     printed = capsys.readouterr()
-    assert "24 rows read, 24 used (16 up, 8 down), 0 dropped" in printed.err
+    assert "24 rows read, 24 used (16 up, 8 down), 0 dropped" in caplog.text
     assert f"Run folder   {run}" in printed.out
     assert f"export --ckpt_path {run}/checkpoints/last.ckpt" in printed.out
     assert {"checkpoints/last.ckpt", "checkpoints/step-4.ckpt", "config.yaml"} <= set(text_of(run))
@@ -107,9 +107,17 @@ def test_full_fine_tuning_trains_saves_and_exports(tiny_model: str, log: str) ->
 def test_the_real_model_trains_and_its_exports_generate_text(log: str) -> None:
     config = yaml.safe_load((CONFIGS / "bco.yaml").read_text())
     assert config["model"]["name_or_path"] == REAL_MODEL
-    assert main(["fit", f"--config={CONFIGS / 'bco.yaml'}", f"--data.train_files={log}",
-                 f"--data.validation_files={log}", "--data.batch_size=4", "--trainer.max_steps=3",
-                 "--known_reward.samples_per_prompt=2", "--known_reward.max_new_tokens=8", "--known_reward.max_prompts=4"]) == 0  # fmt: skip
+    options = [
+        f"--config={CONFIGS / 'bco.yaml'}",
+        f"--data.train_files={log}",
+        f"--data.validation_files={log}",
+        "--data.batch_size=4",
+        "--trainer.max_steps=3",
+        "--known_reward.samples_per_prompt=2",
+        "--known_reward.max_new_tokens=8",
+        "--known_reward.max_prompts=4",
+    ]
+    assert main(["fit", *options]) == 0
     run = Path("runs/bco/version_0")
     assert json.loads((run / "alignment.json").read_text())["num_prompts"] == 4
     checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
 from bco_lightning import BCOModule, LoraSettings, bco_loss, load_aligned
 from bco_lightning.errors import CheckpointError, ConfigError
@@ -151,7 +151,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str,
         tiny_module(tiny_model, **options)
 
 
-class _StopAt(Callback):
+class _StopAt(Checkpoint):
     """Saves and stops after an optimizer step, as a killed run with a checkpoint there would have."""
 
     def __init__(self, step: int, path: Path) -> None:

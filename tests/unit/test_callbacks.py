@@ -1,0 +1,76 @@
+"""Callbacks: what is logged, what is saved, and when."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bco_lightning import ImplicitRewardMetrics
+from bco_lightning.callbacks import KnownRewardTrial, RunCheckpoint
+from bco_lightning.callbacks.step_progress_bar import StepProgressBar
+from bco_lightning.errors import ConfigError
+from bco_lightning.models.generation import sample_completions
+from tests.conftest import tiny_data, tiny_module, tiny_trainer
+
+
+def test_every_metric_of_train_and_validation_reaches_tensorboard(tiny_model: str, log: str, tmp_path: Path) -> None:
+    trainer = tiny_trainer(max_steps=6, logger=None, default_root_dir=tmp_path, log_every_n_steps=3)
+    trainer.fit(tiny_module(tiny_model), tiny_data(log, validation_fraction=0.3))
+    events = EventAccumulator(trainer.log_dir)
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    names = [*ImplicitRewardMetrics().compute(), "reward_shift"]
+    assert {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= tags
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 3, 6]
+    assert events.Scalars("train/loss")[0].value == pytest.approx(2 * math.log(2), rel=0.5)
+
+
+def test_checkpoints_are_saved_every_n_steps_and_at_the_end(tiny_model: str, log: str, tmp_path: Path) -> None:
+    checkpoint = RunCheckpoint(every_n_steps=2, keep=2)
+    trainer = tiny_trainer(
+        max_steps=7, enable_checkpointing=True, callbacks=[checkpoint], default_root_dir=tmp_path, logger=None
+    )
+    trainer.fit(tiny_module(tiny_model), tiny_data(log))
+    folder = Path(trainer.log_dir) / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-4.ckpt", "step-6.ckpt"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 7
+
+
+def test_the_progress_bar_runs_over_the_steps_of_the_whole_run(
+    tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = tiny_trainer(max_epochs=2, enable_progress_bar=True, callbacks=[StepProgressBar()])
+    trainer.fit(tiny_module(tiny_model), tiny_data(log, validation_fraction=0.0))
+    last = capsys.readouterr().out.replace("\r", "\n").strip().splitlines()[-1]
+    assert "12/12" in last
+    for name in ("loss=", "delta=", "margin="):
+        assert name in last
+
+
+def test_a_sample_is_repeatable_and_leaves_the_random_state_alone(tiny_model: str) -> None:
+    module = tiny_module(tiny_model)
+    options: dict[str, Any] = {"max_new_tokens": 5, "seed": 3}
+    state = torch.get_rng_state()
+    first = sample_completions(module.policy, module.tokenizer, ["Hello", "A much longer prompt"], **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample_completions(module.policy, module.tokenizer, ["Hello", "A much longer prompt"], **options) == first
+    assert all(len(sample.token_ids) <= 5 for sample in first)
+
+
+def test_the_trial_finds_no_difference_between_a_policy_and_itself(tiny_model: str) -> None:
+    module = tiny_module(tiny_model)
+    result = KnownRewardTrial("tone", samples_per_prompt=2, max_new_tokens=4).compare(module, ["One", "Two", "Three"])
+    assert result.gain == result.kl == 0
+    assert result.win_rate == 0.5
+    assert result.verdict.startswith("NOT IMPROVED")
+
+
+def test_the_trial_needs_held_out_rows(tiny_model: str, log: str) -> None:
+    trainer = tiny_trainer(max_steps=1, callbacks=[KnownRewardTrial("tone")])
+    with pytest.raises(ConfigError, match="held-out rows"):
+        trainer.fit(tiny_module(tiny_model), tiny_data(log, validation_fraction=0.0))
