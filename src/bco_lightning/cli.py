@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -124,11 +124,20 @@ class BCOCLI(LightningCLI):
         resumes_here = self.subcommand == "fit" and run.parent.resolve() == Path(options.run_folder).resolve()
         return run.name if options.ckpt_path and resumes_here else None
 
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
+        if config.get("enable_progress_bar") is not False:
+            callbacks = [*callbacks, StepProgressBar()]
+        return super()._instantiate_trainer(config, callbacks)
+
     def after_fit(self) -> None:
         """Says where everything is and what to type next."""
-        if not self.trainer.is_global_zero or self.trainer.log_dir is None:
+        log_dir = self.trainer.log_dir  # a broadcast: every process has to ask
+        if not self.trainer.is_global_zero or log_dir is None:
             return
-        run = Path(self.trainer.log_dir)
+        run = Path(log_dir)
         checkpoint = run / "checkpoints" / "last.ckpt"
         alignment = run / "alignment.json"
         module = self.model
@@ -180,7 +189,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser_class=BCOArgumentParser,
                 parser_kwargs={"prog": "python -m bco_lightning", "description": __doc__},
                 trainer_defaults={
-                    "callbacks": [StepProgressBar()],
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
                     "max_epochs": 1,
@@ -217,7 +225,7 @@ def _quiet_libraries() -> None:
     """Hides remarks that a user of this package cannot act on."""
     for message in (
         r".*LeafSpec.*",  # lightning 2.6.6 with torch 2.13
-        r".*is_gradient_checkpointing.*",  # peft 0.21 with transformers 5.23
+        r".*gradient_checkpointing.*deprecated.*",  # peft 0.21 with transformers 5.23
         r"Found \d+ module\(s\) in eval mode.*",  # meant: dropout would blur the log-ratio
         r".*does not have many workers.*",  # rows are tokenized before training; collation is all that is left
         r".*litlogger.*",

@@ -33,5 +33,9 @@ class LanguageModelError(UserError):
     """A model or tokenizer that cannot be loaded, or not be aligned by this package."""
 
 
+class NonFiniteError(UserError):
+    """A loss that is not a number, noticed before it reached the weights."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that does not belong to this run or cannot be used."""

@@ -74,7 +74,9 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False,
     """
     if output_dir.exists():
         raise ConfigError(str(output_dir), "expected a folder that does not exist yet, found one.", "Choose another.")
-    module, steps = load_aligned(ckpt_path, dtype=dtype)
+    checkpoint = _read_checkpoint(ckpt_path)
+    module, steps = _module_of(checkpoint, dtype), int(checkpoint["global_step"])
+    chat_template = checkpoint.get("FeedbackDataModule", {}).get("chat_template")
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -86,6 +88,8 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False,
             module.policy.merge_and_unload(adapter_names=["default"]).save_pretrained(partial)  # type: ignore[operator]
         else:
             module.policy.save_pretrained(partial)  # type: ignore[operator]
+        if chat_template is not None:
+            module.tokenizer.chat_template = chat_template
         module.tokenizer.save_pretrained(partial)
         _write_alignment(module, partial)
         (partial / "README.md").write_text(_card(module, output_dir.name, steps, whole), encoding="utf-8")
@@ -108,6 +112,11 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     Raises:
         CheckpointError: If the file is missing or no such checkpoint.
     """
+    checkpoint = _read_checkpoint(ckpt_path)
+    return _module_of(checkpoint, dtype), int(checkpoint["global_step"])
+
+
+def _read_checkpoint(ckpt_path: Path) -> dict[str, Any]:
     if not ckpt_path.is_file():
         raise CheckpointError(str(ckpt_path), "expected a checkpoint file, found none.")
     try:
@@ -118,11 +127,15 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
         ) from error
     if "trained_parameters" not in checkpoint:
         raise CheckpointError(str(ckpt_path), "expected a checkpoint of BCOModule, found another.")
+    return checkpoint
+
+
+def _module_of(checkpoint: dict[str, Any], dtype: str | None) -> BCOModule:
     options = dict(checkpoint["hyper_parameters"])
     module = BCOModule.from_hyper_parameters({**options, "dtype": dtype or options["dtype"]})
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
-    return module, int(checkpoint["global_step"])
+    return module
 
 
 def _write_alignment(module: BCOModule, folder: Path) -> None:
@@ -138,6 +151,8 @@ def _write_alignment(module: BCOModule, folder: Path) -> None:
 def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:
     options = module.hparams
     base = options["name_or_path"]
+    if not whole:  # an adapter that was trained on belongs to its own base, not to the adapter that came in
+        base = module.policy.peft_config["default"].base_model_name_or_path
     lora = options["lora"]
     return _CARD.format(
         library="transformers" if whole else "peft",

@@ -51,18 +51,21 @@ class ImplicitRewardMetrics(Metric):
             rows: Detached rewards and log-probabilities.
             reward_shift: The shift that the losses were computed with, in nats.
         """
-        rewards, up = rows.rewards_B.double(), rows.thumbs_up_B
+        device = self.sums_KC.device
+        rewards, up = rows.rewards_B.to(device).double(), rows.thumbs_up_B.to(device)
+        policy = rows.policy_log_probs_B.to(device).double()
+        reference = rows.reference_log_probs_B.to(device).double()
         shifted = rewards - reward_shift
         values_KB = torch.stack(
             [
                 torch.ones_like(rewards),
                 rewards,
-                rows.losses_B.double(),
+                rows.losses_B.to(device).double(),
                 ((shifted > 0) == up).double(),
                 torch.exp(torch.where(up, -shifted, shifted)),
-                rows.policy_log_probs_B.double(),
-                (rows.policy_log_probs_B.double() - rows.reference_log_probs_B.double()),
-                rows.completion_lengths_B.double(),
+                policy,
+                policy - reference,
+                rows.completion_lengths_B.to(device).double(),
             ]
         )
         self.sums_KC += values_KB @ torch.stack([up, ~up], dim=1).double()

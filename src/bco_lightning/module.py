@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
-from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.errors import CheckpointError, ConfigError, NonFiniteError
 from bco_lightning.models.language_model import (
     Dtype,
     LoraSettings,
@@ -148,16 +148,24 @@ class BCOModule(LightningModule):
         dtype = resolve_dtype(options["dtype"], self.lora, device)
         self._policy = load_policy(options["name_or_path"], dtype, self.lora, options["seed"])
         check_head(self._policy)
-        if options["gradient_checkpointing"]:
-            self._policy.gradient_checkpointing_enable({"use_reentrant": False})
-            self._policy.enable_input_require_grads()
         separate = options["reference_name_or_path"]
         self._reference = Reference(self._policy, load_language_model(separate, dtype) if separate else None)
         if separate:
             self._load_exported_reward_shift(options["name_or_path"], separate)
+        if options["gradient_checkpointing"]:
+            self._policy.gradient_checkpointing_enable({"use_reentrant": False})
+            self._policy.enable_input_require_grads()
+            self._policy.train()  # transformers recomputes in training mode only; dropout is off in either
 
     def setup(self, stage: str) -> None:
         """Takes the class weights from the data."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ConfigError(
+                "trainer.precision",
+                f"expected 32-true or bf16-mixed, found {self.trainer.precision}, which would cast the policy and not "
+                "the reference.",
+                "Set model.dtype: bfloat16 for bfloat16 weights.",
+            )
         if stage != "fit":
             return
         self.class_weights = self._chosen_class_weights()
@@ -166,21 +174,21 @@ class BCOModule(LightningModule):
         weights = next(self.policy.parameters()).dtype
         rank_zero_info(
             f"policy: {self.hparams['name_or_path']}, {trained:,} of {total:,} parameters trained, "
-            f"weights in {weights}; class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
+            f"weights in {weights}; {self.num_steps()} optimizer steps of {self._rows_per_step()} rows; "
+            f"class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
         )
 
     def configure_callbacks(self) -> list[Callback]:
         """The two callbacks that belong to the method: the reward shift's update, and the metrics."""
         from bco_lightning.callbacks import ImplicitRewardMonitor, RewardShiftUpdate
 
-        return [RewardShiftUpdate(), ImplicitRewardMonitor()]
+        # The monitor goes first: a step's rows are measured with the shift that their losses were computed with.
+        return [ImplicitRewardMonitor(), RewardShiftUpdate()]
 
-    def train(self, mode: bool = True) -> BCOModule:
-        """Keeps the policy in evaluation mode, as the reference is, unless it recomputes activations."""
-        super().train(mode)
-        if self._policy is not None and not self.hparams["gradient_checkpointing"]:
-            self._policy.eval()
-        return self
+    @property
+    def decision_threshold(self) -> float:
+        """Reward above which a row counts as thumbs-up, in nats: the reward shift; 0 for an objective without one."""
+        return 0.0 if self.hparams["objective"] == "bce" else self.reward_shift.value
 
     def rewarded_rows(self, batch: FeedbackBatch) -> tuple[Tensor, RewardedRows]:
         """Scores a micro-batch.
@@ -197,7 +205,7 @@ class BCOModule(LightningModule):
         losses_B = self.objective(
             rewards_B,
             batch.thumbs_up_B,
-            reward_shift=self.reward_shift.value,
+            reward_shift=self.decision_threshold,
             importance_weights=torch.where(batch.thumbs_up_B, 1.0, batch.importance_weights_B),
         )
         return losses_B, RewardedRows(
@@ -211,10 +219,20 @@ class BCOModule(LightningModule):
         )
 
     def training_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
-        """The weighted loss of a micro-batch, and its rows for the callbacks."""
+        """The weighted loss of a micro-batch, and its rows for the callbacks.
+
+        Raises:
+            NonFiniteError: If the loss is not finite; no weight has been touched by it then.
+        """
         losses_B, rows = self.rewarded_rows(batch)
         up, down = self.class_weights or self._chosen_class_weights()
         loss = (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"optimizer step {self.trainer.global_step}",
+                f"expected a finite loss, found {float(loss)} in rows {rows.row_ids_B[~losses_B.isfinite()].tolist()}.",
+                "Weights and reward shift are as before the step. A lower model.learning_rate often helps.",
+            )
         return {"loss": loss, "rows": rows}
 
     def validation_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
@@ -303,6 +321,10 @@ class BCOModule(LightningModule):
         if not limits:
             raise ConfigError("trainer.max_steps", "expected a number of steps or epochs to plan for, found neither.")
         return int(min(limits))
+
+    def _rows_per_step(self) -> int | str:
+        data = getattr(self.trainer, "datamodule", None)
+        return data.rows_per_step if data is not None else "?"
 
     def _chosen_class_weights(self) -> tuple[float, float]:
         chosen = self.hparams["class_weights"]

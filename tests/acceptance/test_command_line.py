@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from bco_lightning.cli import main
+from bco_lightning.data.tokenization import PLAIN_TEMPLATE
 from bco_lightning.models.language_model import load_language_model, load_tokenizer
 from tests.conftest import REAL_MODEL, write_jsonl
 
@@ -101,6 +102,33 @@ def test_full_fine_tuning_trains_saves_and_exports(tiny_model: str, log: str) ->
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
     assert exported.keys() == original.keys()
     assert all(not torch.equal(exported[name], original[name]) for name in exported)
+
+
+def test_an_adapter_that_came_in_is_trained_on_and_its_export_names_its_base(tiny_model: str, log: str) -> None:
+    assert command("fit", tiny_model, log, "--run_folder=first") == 0
+    assert main(["export", "--ckpt_path=first/version_0/checkpoints/last.ckpt", "--output_dir=adapter"]) == 0
+    assert command("fit", "adapter", log, "--run_folder=second", "--data.chat_template=plain") == 0
+    assert main(["export", "--ckpt_path=second/version_0/checkpoints/last.ckpt", "--output_dir=again"]) == 0
+    assert json.loads(Path("again/adapter_config.json").read_text())["base_model_name_or_path"] == tiny_model
+    assert f'load_language_model("{tiny_model}"' in Path("again/README.md").read_text()
+    assert AutoTokenizer.from_pretrained("again").chat_template == PLAIN_TEMPLATE
+
+    base = load_language_model(tiny_model, torch.float32)
+    first, second = (
+        {
+            name: value.clone()
+            for name, value in PeftModel.from_pretrained(base, name).state_dict().items()
+            if "lora" in name
+        }
+        for name in ("adapter", "again")
+    )
+    assert first.keys() == second.keys()
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("option", ["enable_progress_bar", "enable_checkpointing", "fast_dev_run"])
+def test_trainer_switches_work(option: str, tiny_model: str, log: str) -> None:
+    assert command("fit", tiny_model, log, f"--trainer.{option}={'true' if option == 'fast_dev_run' else 'false'}") == 0
 
 
 @pytest.mark.real_model

@@ -12,7 +12,7 @@ from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.datamodule import split_by_prompt
 from bco_lightning.errors import ConfigError, FeedbackRowError
-from tests.conftest import write_jsonl
+from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 
 
 def data(tokenizer: Any, log: str, **options: Any) -> FeedbackDataModule:
@@ -94,6 +94,47 @@ def test_class_frequencies_are_those_of_the_rows_or_of_balanced_sampling(tokeniz
     balanced = data(tokenizer, log, balanced_sampling=True)
     assert balanced.class_frequencies == (0.5, 0.5)
     assert all(int(batch.thumbs_up_B.sum()) == 2 for batch in balanced.train_dataloader())
+
+
+def test_a_balanced_epoch_still_sees_every_row(tokenizer: Any, log: str) -> None:
+    module = data(tokenizer, log, balanced_sampling=True, validation_fraction=0.0)
+    seen = {int(row) for batch in module.train_dataloader() for row in batch.row_ids_B}
+    assert seen == set(range(24))
+
+
+def test_validating_first_does_not_hinder_training(tokenizer: Any, log: str) -> None:
+    module = FeedbackDataModule(log, log, tokenizer=tokenizer)
+    module.setup("validate")
+    assert module.train_dataset is None
+    module.setup("fit")
+    assert len(module.train_dataset) == 24
+
+
+def test_testing_reads_the_test_files_alone(tokenizer: Any, log: str) -> None:
+    module = FeedbackDataModule(test_files=log, tokenizer=tokenizer)
+    module.setup("test")
+    assert sum(len(batch) for batch in module.test_dataloader()) == 24
+    assert [count.name for count in module.counts] == ["test"]
+
+
+def test_messages_may_carry_more_than_role_and_content(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    for number, row in enumerate(rows):
+        row["prompt"] = [{"role": "user", "content": row["prompt"], "id": number}]
+    module = data(tokenizer, write_jsonl(tmp_path / "x.jsonl", rows), validation_fraction=0.25)
+    assert len(module.validation_dataset) == 6  # two prompts of three rows each, whatever their ids
+
+
+def test_limited_epochs_are_refused(tiny_model: str, log: str) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.limit_train_batches"):
+        tiny_trainer(max_steps=2, limit_train_batches=2).fit(tiny_module(tiny_model), tiny_data(log))
+
+
+def test_workers_change_no_row(tokenizer: Any, log: str) -> None:
+    def stream(num_workers: int) -> list[int]:
+        module = data(tokenizer, log, num_workers=num_workers)
+        return [int(row) for batch in module.train_dataloader() for row in batch.row_ids_B]
+
+    assert stream(2) == stream(0)
 
 
 def test_rows_to_predict_need_no_label(tokenizer: Any, rows: list, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 
 from bco_lightning import BCOModule, LoraSettings, bco_loss, load_aligned
-from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.errors import CheckpointError, ConfigError, NonFiniteError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
 
@@ -122,10 +123,79 @@ def test_resuming_on_other_data_is_refused(tiny_model: str, log: str, tmp_path: 
     for options, message in (
         ({"batch_size": 2}, "rows_per_step: 4 then, 2 now"),
         ({"seed": 9}, "seed: 0 then, 9 now"),
-        ({"max_length": 20}, "row_digest"),
+        ({"max_length": 20}, "max_length: 64 then, 20 now"),
+        ({"chat_template": "plain"}, "chat_template"),
     ):
         with pytest.raises(CheckpointError, match=message):
             fit(tiny_module(tiny_model), log, max_steps=2, ckpt_path=str(tmp_path / "x.ckpt"), **options)
+
+
+def test_the_training_loss_is_the_sum_of_two_class_means(tiny_model: str, log: str) -> None:
+    """Eq. 8 on 16 up and 8 down, in float64 from the rewards of a policy that has moved."""
+    module = tiny_module(tiny_model)
+    fit(module, log, max_steps=3, batch_size=24, validation_fraction=0.0)
+    data = tiny_data(log, batch_size=24, validation_fraction=0.0, tokenizer=module.tokenizer)
+    data.setup("fit")
+    output = module.training_step(next(iter(data.train_dataloader())), 0)
+    rewards, up = output["rows"].rewards_B.double(), output["rows"].thumbs_up_B
+    delta = module.reward_shift.value
+    assert delta != 0
+    expected = -torch.sigmoid(rewards[up] - delta).log().mean() - torch.sigmoid(delta - rewards[~up]).log().mean()
+    assert float(output["loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_and_shift(tiny_model: str, log: str) -> None:
+    module = tiny_module(tiny_model)
+
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: BCOModule, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2:
+                self.before = trained(pl_module), pl_module.reward_shift.state_dict()
+                pl_module.objective = lambda rewards, *_, **__: rewards * float("nan")
+
+    poison = Poison()
+    trainer = tiny_trainer(max_steps=4, callbacks=[poison])
+    with pytest.raises(NonFiniteError, match=r"optimizer step 2: expected a finite loss, found nan in rows \[\d+, "):
+        trainer.fit(module, tiny_data(log))
+    weights, shift = poison.before
+    assert module.reward_shift.state_dict() == shift
+    assert all(torch.equal(value, weights[name]) for name, value in trained(module).items())
+
+
+def test_bce_decides_at_zero_whatever_the_shift(tiny_model: str) -> None:
+    bce, bco = tiny_module(tiny_model, objective="bce"), tiny_module(tiny_model)
+    for module in (bce, bco):
+        module.reward_shift.update(sum_up=2.0, num_up=1, sum_down=1.0, num_down=1)
+    assert (bce.decision_threshold, bco.decision_threshold) == (0.0, 1.5)
+
+
+def test_a_precision_that_casts_the_policy_alone_is_refused(tiny_model: str, log: str) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.precision.*model\.dtype: bfloat16"):
+        tiny_trainer(max_steps=1, precision="bf16-true").fit(tiny_module(tiny_model), tiny_data(log))
+
+
+def test_resuming_after_one_row_has_changed_is_refused(tiny_model: str, log: str, tmp_path: Path) -> None:
+    fit(tiny_module(tiny_model), log, max_steps=1).save_checkpoint(tmp_path / "x.ckpt")
+    path = Path(log)
+    path.write_text(path.read_text().replace("answer 11.", "answer 12."))
+    with pytest.raises(CheckpointError, match="row_digest"):
+        fit(tiny_module(tiny_model), log, max_steps=2, ckpt_path=str(tmp_path / "x.ckpt"))
+
+
+def test_gradient_checkpointing_runs_each_layer_forward_again(tiny_model: str, log: str) -> None:
+    calls = {}
+    for checkpointing in (False, True):
+        module = tiny_module(tiny_model, gradient_checkpointing=checkpointing)
+        count = 0
+
+        def counted(*_: Any) -> None:
+            nonlocal count
+            count += 1
+
+        module.policy.get_base_model().model.layers[0].mlp.register_forward_pre_hook(counted)
+        fit(module, log, max_steps=1, validation_fraction=0.0)
+        calls[checkpointing] = count
+    assert calls == {False: 2, True: 3}  # policy and reference; and the policy once more
 
 
 def test_gradient_checkpointing_changes_no_number(tiny_model: str, log: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from bco_lightning.batch import FeedbackRow, TokenizedSample
 from bco_lightning.data.tokenization import RowTokenizer
@@ -96,6 +98,31 @@ def test_an_over_long_prompt_keeps_its_system_message_and_its_end(tokenizer: Any
     text = tokenizer.decode(tokenize(tokenizer, row(prompt, "Yes."), max_length=60).input_ids)
     assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>")
     assert text.endswith("the question<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>")
+
+
+@pytest.fixture
+def bos_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer that begins every text with a BOS token of its own, as those of Llama and Gemma do."""
+    other = copy.deepcopy(tokenizer)
+    other.bos_token = "<|endoftext|>"
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", other.bos_token_id)]
+    )
+    return other
+
+
+def test_a_plain_prompt_begins_with_the_tokenizers_own_bos_and_keeps_it_when_cut(bos_tokenizer: Any) -> None:
+    for max_length in (512, 40):
+        sample = tokenize(bos_tokenizer, row("word " * 100, "Yes."), max_length=max_length, chat_template="plain")
+        assert sample.input_ids[0] == bos_tokenizer.bos_token_id
+        assert sample.input_ids.count(bos_tokenizer.bos_token_id) == 1
+
+
+def test_a_template_that_refuses_the_messages_names_the_row(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ raise_exception('no system messages') }}", encoding="utf-8")
+    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:1: .*no system messages"):
+        tokenize(tokenizer, row("a", "b"), chat_template=str(path))
 
 
 def test_rows_over_the_limit_are_dropped_if_asked(tokenizer: Any) -> None:

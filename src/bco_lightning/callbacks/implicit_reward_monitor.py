@@ -16,7 +16,7 @@ class ImplicitRewardMonitor(Callback):
 
     Training rows are gathered over ``trainer.log_every_n_steps`` optimizer steps and logged as ``train/...``,
     evaluation rows over the whole set as ``val/...`` and ``test/...``. Processes synchronise only when a value is read.
-    The reward shift itself is logged as ``train/reward_shift``.
+    The reward shift that a step's losses were computed with is logged as ``train/reward_shift``.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,9 @@ class ImplicitRewardMonitor(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
+        device = trainer.strategy.root_device
         for metrics in self._metrics.values():
-            metrics.to(trainer.strategy.root_device)
+            metrics.to(device if device.type != "mps" else "cpu")  # MPS has no float64
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
@@ -38,10 +39,10 @@ class ImplicitRewardMonitor(Callback):
         self, trainer: Trainer, pl_module: BCOModule, outputs: dict[str, Any], batch: Any, batch_idx: int
     ) -> None:
         metrics = self._metrics["train"]
-        metrics.update(outputs["rows"], pl_module.reward_shift.value)
+        metrics.update(outputs["rows"], pl_module.decision_threshold)
         step = trainer.global_step
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == self._last_step or (step % interval and step != 1):
+        if step == self._last_step or not interval or (step % interval and step != 1):
             return
         self._last_step = step
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}
@@ -73,7 +74,7 @@ class ImplicitRewardMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._metrics["val"].update(outputs["rows"], pl_module.reward_shift.value)
+        self._metrics["val"].update(outputs["rows"], pl_module.decision_threshold)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
@@ -93,7 +94,7 @@ class ImplicitRewardMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._metrics["test"].update(outputs["rows"], pl_module.reward_shift.value)
+        self._metrics["test"].update(outputs["rows"], pl_module.decision_threshold)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]

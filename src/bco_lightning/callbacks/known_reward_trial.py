@@ -63,14 +63,16 @@ class KnownRewardTrial(Callback):
             raise ConfigError("known_reward.reward", "expected held-out rows to sample prompts from, found none.")
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        if self.reward == "none" or not trainer.is_global_zero:
+    def on_train_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+        if self.reward == "none":
             return
-        prompts = self._held_out_prompts(trainer.datamodule)  # type: ignore[attr-defined]
-        self.alignment = self.compare(pl_module, prompts)
-        self.alignment.print(self.reward)
-        if trainer.log_dir is not None:
-            self.alignment.write(Path(trainer.log_dir) / "alignment.json")
+        log_dir = trainer.log_dir  # a broadcast: every process has to ask
+        if trainer.is_global_zero:
+            self.alignment = self.compare(pl_module, self._held_out_prompts(trainer.datamodule))  # type: ignore[attr-defined]
+            self.alignment.print(self.reward)
+            if log_dir is not None:
+                self.alignment.write(Path(log_dir) / "alignment.json")
+        trainer.strategy.barrier("known reward trial")
 
     @torch.no_grad()
     def compare(self, module: BCOModule, prompts: list[str]) -> Alignment:

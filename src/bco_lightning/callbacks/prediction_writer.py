@@ -47,7 +47,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        probabilities = torch.sigmoid(outputs.rewards_B.double() - pl_module.reward_shift.value)
+        probabilities = torch.sigmoid(outputs.rewards_B.cpu().double() - pl_module.decision_threshold)
         for row in range(len(probabilities)):
             record = {
                 "row": self._places[int(outputs.row_ids_B[row])],

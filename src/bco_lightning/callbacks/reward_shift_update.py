@@ -43,6 +43,6 @@ class RewardShiftUpdate(Callback):
 
 
 def _class_sums(rows: RewardedRows) -> torch.Tensor:
-    rewards_B, up_B = rows.rewards_B.double().cpu(), rows.thumbs_up_B.cpu()
+    rewards_B, up_B = rows.rewards_B.cpu().double(), rows.thumbs_up_B.cpu()
     up, down = rewards_B[up_B], rewards_B[~up_B]
     return torch.stack([up.sum(), torch.tensor(len(up)), down.sum(), torch.tensor(len(down))]).double()

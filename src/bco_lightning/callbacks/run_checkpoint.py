@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from typing import Any
+
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
+
+from bco_lightning.module import BCOModule
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -26,8 +30,14 @@ class RunCheckpoint(ModelCheckpoint):
             save_last=True,
         )
 
+        # A run that goes on from another folder must not write last-v1.ckpt beside an old last.ckpt.
+        self._enable_version_counter = False
+
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning writes last.ckpt here only if nothing was saved before, which leaves it behind the final step.
-        if trainer.global_step != self._last_global_step_saved:
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: BCOModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # Lightning leaves last.ckpt at the last multiple of every_n_steps.
+        if trainer.global_step == pl_module.num_steps() != self._last_global_step_saved:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -115,6 +114,9 @@ class FeedbackDataModule(LightningDataModule):
         self.test_dataset: Dataset | None = None
         self.predict_dataset: Dataset | None = None
         self.counts: list[RowCounts] = []
+        self._row_digest = ""
+        # A process may have no row of a small evaluation set.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @property
     def tokenizer(self) -> Any:
@@ -148,21 +150,22 @@ class FeedbackDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every training row at least once."""
-        return -(-len(self._trained_on) // self.rows_per_step)
+        """Optimizer steps that see every training row at least once; with balanced sampling, the rarer class again."""
+        if not self.balanced_sampling:
+            return math.ceil(len(self._trained_on) / self.rows_per_step)
+        num_up = sum(_thumbs(self._trained_on))
+        return math.ceil(2 * max(num_up, len(self._trained_on) - num_up) / self.rows_per_step)
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str | None = None) -> None:
         """Reads and tokenizes what ``stage`` needs, and prints what became of the rows."""
         if self.trainer is not None and self.trainer.world_size > 1:
             _refuse_injected_sampler(self.trainer)
-        if (
-            stage in ("fit", "validate", "test", None)
-            and self.train_dataset is None
-            and self.validation_dataset is None
-        ):
-            self._setup_fit(needs_training=stage in ("fit", None))
-        if stage == "test" and self.test_files and self.test_dataset is None:
-            self.test_dataset = self._load("test", self.test_files)
+        if stage in ("fit", None) and self.train_dataset is None:
+            self._setup_training()
+        if stage == "test" and self.test_files:
+            self.test_dataset = self.test_dataset or self._load("test", self.test_files)
+        elif stage in ("validate", "test") and self.validation_dataset is None:
+            self._setup_validation()
         if stage == "predict" and self.predict_dataset is None:
             if not self.predict_files:
                 raise ConfigError("data.predict_files", "expected files to score, found none.")
@@ -171,6 +174,8 @@ class FeedbackDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
         trainer = self.trainer
+        if trainer is not None:
+            _refuse_shortened_epochs(trainer)
         sampler = StepBatchSampler(
             self._row_order(),
             batch_size=self.batch_size,
@@ -201,9 +206,13 @@ class FeedbackDataModule(LightningDataModule):
         return {
             "seed": self.seed,
             "rows_per_step": self.rows_per_step,
+            "accumulation": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "balanced_sampling": self.balanced_sampling,
+            "max_length": self.max_length,
+            "too_long": self.too_long,
             "rows": len(self.train_dataset),
             "row_digest": self._row_digest,
+            "chat_template": self.row_tokenizer.chat_template,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -215,7 +224,11 @@ class FeedbackDataModule(LightningDataModule):
         if self.trainer is not None and not self.trainer.training:
             return
         now = self.state_dict()
-        changed = [f"{key}: {state_dict[key]} then, {now[key]} now" for key in now if state_dict.get(key) != now[key]]
+        changed = [
+            f"{key}: {_shortened(state_dict.get(key))} then, {_shortened(now[key])} now"
+            for key in now
+            if state_dict.get(key) != now[key]
+        ]
         if changed:
             raise CheckpointError(
                 "checkpoint",
@@ -223,27 +236,23 @@ class FeedbackDataModule(LightningDataModule):
                 "Resume with the same data files, data.* options, accumulation and number of devices.",
             )
 
-    @cached_property
-    def _row_digest(self) -> str:
-        digest = hashlib.sha256()
-        for row in self._trained_on.select_columns(["input_ids", "completion_mask", "thumbs_up"]):
-            digest.update(json.dumps(row).encode())
-        return digest.hexdigest()
-
     @property
     def _trained_on(self) -> Dataset:
         if self.train_dataset is None:
             raise ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
         return self.train_dataset
 
-    def _setup_fit(self, needs_training: bool) -> None:
-        if not self.train_files and needs_training:
-            raise ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
-        if self.validation_files and not needs_training:
+    def _setup_validation(self) -> None:
+        if self.validation_files:
             self.validation_dataset = self._load("validation", self.validation_files)
-            return
-        if not self.train_files:
+        elif self.train_files:
+            self._setup_training()
+        else:
             raise ConfigError("data.validation_files", "expected files to evaluate on, found none.")
+
+    def _setup_training(self) -> None:
+        if not self.train_files:
+            raise ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
         rows = list(self._read(self.train_files))
         held_out: list[FeedbackRow] = []
         if self.validation_files:
@@ -252,6 +261,7 @@ class FeedbackDataModule(LightningDataModule):
         elif self.validation_fraction:
             rows, held_out = split_by_prompt(rows, self.validation_fraction, self.seed)
         self.train_dataset = self._tokenize("train", rows)
+        self._row_digest = _digest(rows)
         _require_both_classes(self.train_dataset, self.train_files)
         if held_out:
             self.validation_dataset = self._tokenize("validation", held_out)
@@ -289,7 +299,7 @@ class FeedbackDataModule(LightningDataModule):
                     "input_ids": sample.input_ids,
                     "completion_mask": sample.completion_mask,
                     "thumbs_up": row.thumbs_up,
-                    "prompt": json.dumps(row.prompt, ensure_ascii=False),
+                    "prompt": json.dumps(row.prompt, ensure_ascii=False, default=str),
                     "place": row.place,
                 }
             )
@@ -368,7 +378,28 @@ def _thumbs(dataset: Dataset) -> list[bool]:
 
 
 def _prompt_key(row: FeedbackRow, seed: int) -> str:
-    return hashlib.sha256(f"{seed}\n{json.dumps(row.prompt, sort_keys=True)}".encode()).hexdigest()
+    said = [(message["role"], message["content"]) for message in row.prompt]
+    return hashlib.sha256(f"{seed}\n{json.dumps(said)}".encode()).hexdigest()
+
+
+def _digest(rows: list[FeedbackRow]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.prompt, row.completion, row.thumbs_up], default=str).encode())
+    return digest.hexdigest()
+
+
+def _shortened(value: Any) -> str:
+    return str(value) if len(str(value)) <= 20 else f"{str(value)[:12]}…".replace("\n", " ")
+
+
+def _refuse_shortened_epochs(trainer: Any) -> None:
+    if not trainer.fast_dev_run and (trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches):
+        raise ConfigError(
+            "trainer.limit_train_batches",
+            "expected whole epochs, since the row order is derived from the optimizer step; found a limit.",
+            "Use trainer.max_steps to train for less than an epoch.",
+        )
 
 
 def _require_both_classes(dataset: Dataset, sources: list[str]) -> None:

@@ -71,6 +71,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
+    csv.field_size_limit(2**31 - 1)
     with path.open("rb") as file:
         lines = (_decode(line, f"{path}:{number}") for number, line in enumerate(file, 1))
         reader = csv.DictReader(lines, strict=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from jinja2 import TemplateError
 
 from bco_lightning.batch import FeedbackRow, Message, TokenizedSample
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
@@ -32,8 +35,8 @@ class RowTokenizer:
         tokenizer: A transformers tokenizer.
         max_length: Limit of prompt and completion together, in tokens.
         too_long: ``cut`` shortens a row that is over the limit: first its prompt on the left (a leading system
-            message stays), down to half of the limit; then its completion on the right, which then gets no end token.
-            ``drop`` leaves the row out.
+            message and a BOS token stay), down to half of the limit; then its completion on the right, which then gets
+            no end token. ``drop`` leaves the row out.
         chat_template: ``None`` for the tokenizer's own, ``plain`` for the bare texts one after the other, or the path
             of a Jinja file.
 
@@ -51,6 +54,8 @@ class RowTokenizer:
         self.max_length = max_length
         self.too_long = too_long
         self.chat_template = _chosen_template(tokenizer, chat_template)
+        first = self._encode("a", add_special_tokens=True)[:1]
+        self._own_bos = first if first == [tokenizer.bos_token_id] else []
 
     def render_prompt(self, prompt: list[Message]) -> str:
         """The prompt as text, up to where the assistant begins to speak."""
@@ -69,8 +74,15 @@ class RowTokenizer:
         Raises:
             FeedbackRowError: If the template fails on the row or does not extend the prompt by the completion.
         """
-        prompt_ids = self._encode(self.render_prompt(row.prompt))
-        segments = self._completion_segments(row)
+        try:
+            prompt_ids = self._encode(self.render_prompt(row.prompt))
+            segments = self._completion_segments(row)
+        except TemplateError as error:
+            raise FeedbackRowError(
+                row.place, f"expected messages that the chat template takes, found that it refuses them ({error})."
+            ) from error
+        if self.chat_template == PLAIN_TEMPLATE:
+            prompt_ids = self._own_bos + prompt_ids
         completion_ids = [token for segment in segments for token in segment.token_ids]
         mask = [segment.carries_loss for segment in segments for _ in segment.token_ids]
         excess = len(prompt_ids) + len(completion_ids) - self.max_length
@@ -94,10 +106,11 @@ class RowTokenizer:
     def _cut_left(self, row: FeedbackRow, prompt_ids: list[int], room: int) -> list[int] | None:
         if len(prompt_ids) <= room:
             return prompt_ids
-        kept: list[int] = []
+        kept = self._own_bos if prompt_ids[:1] == self._own_bos else []
         if row.prompt[0]["role"] == "system" and len(row.prompt) > 1:
-            system_ids = self._encode(self._render(row.prompt[:1], add_generation_prompt=False))
-            kept = system_ids if prompt_ids[: len(system_ids)] == system_ids else []
+            with contextlib.suppress(TemplateError):  # some templates refuse a system message alone
+                system_ids = self._encode(self._render(row.prompt[:1], add_generation_prompt=False))
+                kept = system_ids if prompt_ids[: len(system_ids)] == system_ids else kept
         if len(kept) >= room:
             return None
         return kept + prompt_ids[len(prompt_ids) - (room - len(kept)) :]
@@ -147,8 +160,8 @@ class RowTokenizer:
             )
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 def _chosen_template(tokenizer: Any, chat_template: str | None) -> str:

@@ -51,6 +51,8 @@ def sample_completions(
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
+    was_training = model.training
+    model.eval()  # under gradient checkpointing a model in training mode keeps no cache to generate with
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         output_ids: Tensor = model.generate(
@@ -64,6 +66,7 @@ def sample_completions(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+    model.train(was_training)
     answers = output_ids[:, encoded["input_ids"].shape[1] :].tolist()
     return [_until_eos(answer, tokenizer) for answer in answers]
 

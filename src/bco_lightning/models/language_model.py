@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from bco_lightning.errors import LanguageModelError
+from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.packaged import resolve_packaged
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -171,12 +172,16 @@ def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if source.is_adapter:
+            _refuse_unswitchable(source)
             base = load_language_model(_base_of_adapter(source), dtype)
             policy = PeftModel.from_pretrained(base, source.location, is_trainable=True)
             policy.load_adapter(source.location, REFERENCE_ADAPTER, is_trainable=False)
         else:
             base = load_language_model(name_or_path, dtype)
-            policy = get_peft_model(base, _lora_config(lora, base))
+            try:
+                policy = get_peft_model(base, _lora_config(lora, base))
+            except ValueError as error:
+                raise ConfigError("model.lora", f"expected settings that fit the model, found: {error}.") from error
             # PEFT writes this into every exported adapter, where it is the only trace of the base model.
             policy.peft_config["default"].base_model_name_or_path = name_or_path
     _disable_dropout(policy)
@@ -216,9 +221,8 @@ def _lora_config(lora: LoraSettings, base: PreTrainedModel) -> LoraConfig:
     if layers is not None and targets == "all-linear":
         # PEFT combines layers_to_transform with names only, so the names "all-linear" stands for are spelled out.
         head = base.get_output_embeddings()
-        targets = sorted(
-            {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head}
-        )
+        linear = {n for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+        targets = sorted({name.rpartition(".")[2] for name in linear})
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -227,6 +231,19 @@ def _lora_config(lora: LoraSettings, base: PreTrainedModel) -> LoraConfig:
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
+
+
+def _refuse_unswitchable(source: ModelSource) -> None:
+    """A continued adapter must be one that a forward pass can use or leave out."""
+    config = PeftConfig.from_pretrained(source.location)
+    bias = getattr(config, "bias", "none")
+    if config.is_prompt_learning or bias != "none":
+        found = "a prompt-learning adapter" if config.is_prompt_learning else f"one that trains biases ({bias})"
+        raise LanguageModelError(
+            source.location,
+            f"expected an adapter that can be switched off, found {found}.",
+            "Merge it into its model first.",
+        )
 
 
 def _base_of_adapter(source: ModelSource) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -55,7 +56,7 @@ def _without_trained_adapter(policy: PreTrainedModel) -> Iterator[None]:
     PEFT's own ``disable_adapter`` and ``set_adapter`` also switch ``requires_grad``, which FSDP2 does not survive under
     mixed precision; the flags alone are enough for a forward pass.
     """
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in policy.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     came_in_adapted = REFERENCE_ADAPTER in policy.peft_config
     trained = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
