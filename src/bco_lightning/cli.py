@@ -129,7 +129,7 @@ class BCOCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
         if config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, StepProgressBar()]
+            callbacks = [StepProgressBar(), *callbacks]
         return super()._instantiate_trainer(config, callbacks)
 
     def after_fit(self) -> None:

@@ -29,6 +29,7 @@ class Alignment:
         win_rate_high: Upper end.
         kl: KL(policy, reference) per answer, in nats, estimated on the policy's samples.
         perplexity: Perplexity of the policy's samples under the reference.
+        perplexity_reference: Perplexity of the reference's own samples under the reference, to compare with.
         tokens_policy: Mean length of the policy's samples, in tokens.
         tokens_reference: Mean length of the reference's samples, in tokens.
         num_prompts: Held-out prompts.
@@ -46,6 +47,7 @@ class Alignment:
     win_rate_high: float
     kl: float
     perplexity: float
+    perplexity_reference: float
     tokens_policy: float
     tokens_reference: float
     num_prompts: int
@@ -79,8 +81,8 @@ class Alignment:
         )
         win_rate = f"{self.win_rate:.3f} ({self.win_rate_low:.3f} to {self.win_rate_high:.3f})"
         table.add_row("win rate against reference", "", "", win_rate)
-        table.add_row("KL to reference, nats per answer", f"{self.kl:.2f}", "", "")
-        table.add_row("perplexity under reference", f"{self.perplexity:.2f}", "", "")
+        table.add_row("KL to reference, nats", f"{self.kl:.2f}", "", "")
+        table.add_row("perplexity under reference", f"{self.perplexity:.2f}", f"{self.perplexity_reference:.2f}", "")
         table.add_row("tokens per answer", f"{self.tokens_policy:.1f}", f"{self.tokens_reference:.1f}", "")
         console = Console()
         console.print(table)
@@ -93,6 +95,7 @@ def measure_alignment(
     *,
     policy_log_probs: Tensor,
     reference_log_probs: Tensor,
+    own_log_probs: Tensor,
     policy_lengths: Tensor,
     reference_lengths: Tensor,
     seed: int,
@@ -104,6 +107,7 @@ def measure_alignment(
         reference_rewards_PS: True rewards of the reference's samples, of the same shape.
         policy_log_probs: Log-probabilities of the *policy's* samples under the policy, in nats, any shape.
         reference_log_probs: Log-probabilities of the same samples under the reference.
+        own_log_probs: Log-probabilities of the *reference's* samples under the reference.
         policy_lengths: Tokens of the policy's samples.
         reference_lengths: Tokens of the reference's samples.
         seed: Seed of the samples; also of the bootstrap.
@@ -127,13 +131,18 @@ def measure_alignment(
         win_rate_low=win_low,
         win_rate_high=win_high,
         kl=float((policy_log_probs.double() - reference_log_probs.double()).mean()),
-        perplexity=float(torch.exp(-reference_log_probs.double().sum() / policy_lengths.sum())),
+        perplexity=_perplexity(reference_log_probs, policy_lengths),
+        perplexity_reference=_perplexity(own_log_probs, reference_lengths),
         tokens_policy=float(policy_lengths.double().mean()),
         tokens_reference=float(reference_lengths.double().mean()),
         num_prompts=policy.shape[0],
         samples_per_prompt=policy.shape[1],
         seed=seed,
     )
+
+
+def _perplexity(log_probs: Tensor, lengths: Tensor) -> float:
+    return float(torch.exp(-log_probs.double().sum() / lengths.sum()))
 
 
 def _interval_over_prompts(values_P: Tensor, seed: int) -> tuple[float, float]:

@@ -19,6 +19,7 @@ def measured(policy: list[list[float]], reference: list[list[float]]) -> Alignme
         torch.tensor(reference),
         policy_log_probs=torch.full_like(shape, -10.0).flatten(),
         reference_log_probs=torch.full_like(shape, -12.0).flatten(),
+        own_log_probs=torch.full_like(shape, -15.0).flatten(),
         policy_lengths=torch.full_like(shape, 4).flatten(),
         reference_lengths=torch.full_like(shape, 5).flatten(),
         seed=0,
@@ -31,6 +32,7 @@ def test_gain_win_rate_kl_perplexity_and_lengths() -> None:
     assert result.win_rate == pytest.approx(((0.5 + 0 + 1 + 1) / 4 + (0 + 0 + 0.5 + 0.5) / 4) / 2)
     assert result.kl == pytest.approx(2.0)
     assert result.perplexity == pytest.approx(math.exp(12 / 4))
+    assert result.perplexity_reference == pytest.approx(math.exp(15 / 5))
     assert (result.tokens_policy, result.tokens_reference) == (4, 5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collation import PaddingCollator
 from bco_lightning.demo.tone import tone
 from bco_lightning.errors import ConfigError
@@ -89,12 +91,13 @@ class KnownRewardTrial(Callback):
         policy_samples = self._sample(module.policy, module.tokenizer, asked, "policy samples")
         with module.reference.active_model() as reference:
             reference_samples = self._sample(reference, module.tokenizer, asked, "reference samples")
-        log_probs = self._log_probs(module, asked, policy_samples)
+        by_policy = partial(completion_log_probs, module.policy)
         return measure_alignment(
             self._rewards(policy_samples),
             self._rewards(reference_samples),
-            policy_log_probs=log_probs[0],
-            reference_log_probs=log_probs[1],
+            policy_log_probs=self._log_probs(by_policy, module, asked, policy_samples),
+            reference_log_probs=self._log_probs(module.reference.log_probs, module, asked, policy_samples),
+            own_log_probs=self._log_probs(module.reference.log_probs, module, asked, reference_samples),
             policy_lengths=torch.tensor([len(sample.token_ids) for sample in policy_samples]),
             reference_lengths=torch.tensor([len(sample.token_ids) for sample in reference_samples]),
             seed=self.seed,
@@ -119,8 +122,12 @@ class KnownRewardTrial(Callback):
         return samples
 
     def _log_probs(
-        self, module: BCOModule, asked: list[str], samples: list[SampledCompletion]
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        score: Callable[[FeedbackBatch], Tensor],
+        module: BCOModule,
+        asked: list[str],
+        samples: list[SampledCompletion],
+    ) -> Tensor:
         collate = PaddingCollator(module.tokenizer.pad_token_id)
         rows = []
         for prompt, sample in zip(asked, samples, strict=True):
@@ -130,12 +137,8 @@ class KnownRewardTrial(Callback):
                 {"input_ids": prompt_ids + sample.token_ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0}
             )
         device = next(module.policy.parameters()).device
-        policy, reference = [], []
-        for start in range(0, len(rows), self.batch_size):
-            batch = collate(rows[start : start + self.batch_size]).to(device)
-            policy.append(completion_log_probs(module.policy, batch))
-            reference.append(module.reference.log_probs(batch))
-        return torch.cat(policy).cpu(), torch.cat(reference).cpu()
+        starts = range(0, len(rows), self.batch_size)
+        return torch.cat([score(collate(rows[start : start + self.batch_size]).to(device)) for start in starts]).cpu()
 
     def _rewards(self, samples: list[SampledCompletion]) -> Tensor:
         score = KNOWN_REWARDS[self.reward]
