@@ -26,7 +26,8 @@ from bco_lightning.errors import CheckpointError, UserError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.module import BCOModule
 
-_SUBCOMMANDS = ("fit", "validate", "test", "predict", "export")
+_DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there is
+`export`, which writes a checkpoint as a folder that transformers and peft load: see `export --help`."""
 
 
 class BCOArgumentParser(LightningArgumentParser):
@@ -85,12 +86,15 @@ class BCOCLI(LightningCLI):
         if options.ckpt_path == "last":
             options.ckpt_path = str(newest_checkpoint(Path(options.run_folder)))
             rank_zero_info(f"checkpoint: {options.ckpt_path}")
+        elif options.ckpt_path is not None and not Path(options.ckpt_path).exists():
+            raise CheckpointError(options.ckpt_path, "expected a checkpoint or the word 'last', found no such file.")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand]
         if options.trainer.logger is None or options.trainer.logger is True:
-            kwargs["logger"] = TensorBoardLogger(options.run_folder, name="", version=self._resumed_version(options))
+            logger = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options))
+            kwargs["logger"] = logger if self.subcommand != "predict" else False
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -108,21 +112,23 @@ class BCOCLI(LightningCLI):
 
     def _discard_unstarted_run(self) -> None:
         """Removes the run folder that Lightning makes before it looks at data and model, if nothing else is in it."""
-        run = Path(self.trainer.log_dir or "")
-        if self.trainer.is_global_zero and run.name.startswith("version_") and run.is_dir():
-            contents = list(run.iterdir())
-            if all(path.name.startswith("events.out.tfevents") for path in contents):
-                for path in contents:
-                    path.unlink()
-                with contextlib.suppress(OSError):  # other runs are in there
-                    os.removedirs(run)
+        logger = self.trainer.logger  # trainer.log_dir would wait for processes that have not failed
+        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
+            return
+        run = Path(logger.log_dir)
+        contents = list(run.iterdir()) if run.is_dir() else []
+        if contents and all(path.name.startswith("events.out.tfevents") for path in contents):
+            for path in contents:
+                path.unlink()
+            with contextlib.suppress(OSError):  # other runs are in there
+                os.removedirs(run)
 
-    def _resumed_version(self, options: Any) -> str | None:
-        """A resumed run goes on in its own folder."""
-        checkpoint = Path(options.ckpt_path or "")
-        run = checkpoint.parent.parent
-        resumes_here = self.subcommand == "fit" and run.parent.resolve() == Path(options.run_folder).resolve()
-        return run.name if options.ckpt_path and resumes_here else None
+    def _version_of_checkpoint(self, options: Any) -> str | None:
+        """A run goes on, and is evaluated, in its own folder."""
+        if options.ckpt_path is None:
+            return None
+        run = Path(options.ckpt_path).parent.parent
+        return run.name if run.parent.resolve() == Path(options.run_folder).resolve() else None
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -187,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save_config_callback=RunConfig,
                 save_config_kwargs={"overwrite": True},
                 parser_class=BCOArgumentParser,
-                parser_kwargs={"prog": "python -m bco_lightning", "description": __doc__},
+                parser_kwargs={"prog": "python -m bco_lightning", "description": _DESCRIPTION},
                 trainer_defaults={
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
@@ -229,6 +235,9 @@ def _quiet_libraries() -> None:
         r"Found \d+ module\(s\) in eval mode.*",  # meant: dropout would blur the log-ratio
         r".*does not have many workers.*",  # rows are tokenized before training; collation is all that is left
         r".*litlogger.*",
+        r"The dirpath has changed.*",  # a checkpoint is evaluated from elsewhere
+        r"Checkpoint directory .* exists and is not empty.*",  # a run that goes on
+        r"Already found a `peft_config`.*",  # an incoming adapter stands beside the one that is trained
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(

@@ -63,6 +63,7 @@ def test_fit_then_resume_validate_test_predict_and_export(
     for name in ("validate", "test"):
         assert command(name, tiny_model, log, "--ckpt_path=last") == 0
         assert "rewards/margins" in capsys.readouterr().out
+        assert not Path("runs/bco/version_1").exists()
 
     assert command("predict", tiny_model, log, f"--data.predict_files={log}", "--ckpt_path=last") == 0
     scores = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
@@ -307,6 +308,8 @@ def test_resuming_where_there_is_no_run_is_refused(
 ) -> None:
     assert command("fit", tiny_model, log, "--ckpt_path=last") == 2
     assert "expected a run with checkpoints/last.ckpt" in capsys.readouterr().err
+    assert command("validate", tiny_model, log, "--ckpt_path=gone.ckpt") == 2
+    assert "gone.ckpt: expected a checkpoint or the word 'last', found no such file." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
