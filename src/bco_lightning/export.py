@@ -83,7 +83,7 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False,
     try:
         whole = merge or module.lora is None
         if not whole:
-            module.policy.save_pretrained(partial, selected_adapters=["default"])  # type: ignore[operator]
+            module.policy.save_pretrained(partial, selected_adapters=["default"], save_embedding_layers=False)  # type: ignore[operator]
         elif module.lora is not None:
             module.policy.merge_and_unload(adapter_names=["default"]).save_pretrained(partial)  # type: ignore[operator]
         else:
