@@ -230,7 +230,8 @@ class BCOModule(LightningModule):
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"optimizer step {self.trainer.global_step}",
-                f"expected a finite loss, found {float(loss.detach())} in rows {rows.row_ids_B[~losses_B.isfinite()].tolist()}.",
+                f"expected a finite loss, found {float(loss.detach())} "
+                f"in rows {rows.row_ids_B[~losses_B.isfinite()].tolist()}.",
                 "Weights and reward shift are as before the step. A lower model.learning_rate often helps.",
             )
         return {"loss": loss, "rows": rows}
