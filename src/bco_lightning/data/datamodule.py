@@ -239,7 +239,7 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def _trained_on(self) -> Dataset:
         if self.train_dataset is None:
-            raise ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
+            raise _no_training_files()
         return self.train_dataset
 
     def _setup_validation(self) -> None:
@@ -252,7 +252,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def _setup_training(self) -> None:
         if not self.train_files:
-            raise ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
+            raise _no_training_files()
         rows = list(self._read(self.train_files))
         held_out: list[FeedbackRow] = []
         if self.validation_files:
@@ -367,6 +367,10 @@ class _EveryNth(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def _no_training_files() -> ConfigError:
+    return ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
 
 
 def _as_list(files: list[str] | str | None) -> list[str]:
