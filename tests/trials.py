@@ -1,8 +1,9 @@
 """Promises as counted trials: each row of tests/RELIABILITY.md is a test that says how many trials it passed.
 
-A test marked ``@pytest.mark.promise("R1", "exact resume")`` takes the ``trials`` fixture and loops over its cases. A quick
-run takes a few of them, spread evenly; ``--full-trials`` takes all. ``--trial TEXT`` runs the cases that hold the text, to
-replay a red one alone. ``--record-trials`` writes the counts into ``tests/trials.json``, from which the table is made.
+A test marked ``@pytest.mark.promise("R1", "exact resume")`` takes the ``trials`` fixture and loops over its cases. A
+quick run takes a few of them, spread evenly; ``--full-trials`` takes all. ``--trial TEXT`` runs the cases that hold the
+text, to replay a red one alone. ``--record-trials`` writes the counts into ``tests/trials.json``, from which the table
+is made.
 """
 
 from __future__ import annotations

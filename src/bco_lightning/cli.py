@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import logging
 import os
+import platform
 import re
+import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,10 +25,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bco_lightning.callbacks import KnownRewardTrial, PredictionWriter, RunCheckpoint, StepProgressBar
+from bco_lightning import config_safety
+from bco_lightning.callbacks import FiniteGuard, KnownRewardTrial, PredictionWriter, RunCheckpoint, StepProgressBar
+from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, resolve_checkpoint
 from bco_lightning.data import FeedbackDataModule
-from bco_lightning.errors import CheckpointError, UserError
+from bco_lightning.errors import CheckpointError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
+from bco_lightning.faults import in_words
+from bco_lightning.fingerprints import git_revision, versions
 from bco_lightning.module import BCOModule
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there is
@@ -31,10 +40,17 @@ _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. B
 
 
 class BCOArgumentParser(LightningArgumentParser):
-    """Suggests the option that was probably meant."""
+    """Suggests the option that was probably meant, and takes no objects where only Python can give them."""
+
+    @override
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
+        if theclass is FeedbackDataModule:
+            kwargs["skip"] = {*(kwargs.get("skip") or ()), "tokenizer"}
+        return super().add_class_arguments(theclass, *args, **kwargs)  # type: ignore[no-any-return]
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
+        config_safety.refuse_import_named_in(message)
         unknown = re.search(r"(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)", message)
         if unknown and "xpected a" not in message:
             close = difflib.get_close_matches(unknown[1], _options_of(self), n=1, cutoff=0.7)
@@ -60,8 +76,19 @@ class RunConfig(SaveConfigCallback):
         """Waits for :meth:`on_fit_start`."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``config.yaml``."""
+        """Writes ``config.yaml``, and ``provenance.json``: seed, versions, git revision and digests of the inputs."""
         super().setup(trainer, pl_module, "fit")
+        log_dir = trainer.log_dir  # a broadcast: every process has to ask
+        if trainer.is_global_zero and log_dir is not None:
+            provenance = {
+                "seed": pl_module.hparams["seed"],
+                "python": platform.python_version(),
+                "versions": versions(),
+                "git_revision": git_revision(),
+                "fingerprints": pl_module.fingerprints(),  # type: ignore[operator]
+            }
+            text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False)
+            (Path(log_dir) / "provenance.json").write_text(text + "\n", encoding="utf-8")
 
 
 class BCOCLI(LightningCLI):
@@ -72,9 +99,23 @@ class BCOCLI(LightningCLI):
         parser.add_argument(
             "--run_folder", type=str, default="runs/bco", help="Each run gets a folder version_N in this one."
         )
+        parser.add_argument(
+            "--process_timeout",
+            type=float,
+            default=600.0,
+            help="Seconds to wait for another process before the run ends with an error.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(FiniteGuard, "guard")
         parser.add_lightning_class_args(KnownRewardTrial, "known_reward")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        given = sys.argv[1:] if args is None else args
+        with config_safety.safe_parsing():
+            super().parse_arguments(parser, args)
+        config_safety.check_resolved(self.config[self.config.subcommand], given)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -83,11 +124,28 @@ class BCOCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
-        if options.ckpt_path == "last":
-            options.ckpt_path = str(newest_checkpoint(Path(options.run_folder)))
-            rank_zero_info(f"checkpoint: {options.ckpt_path}")
-        elif options.ckpt_path is not None and not Path(options.ckpt_path).exists():
-            raise CheckpointError(options.ckpt_path, "expected a checkpoint or the word 'last', found no such file.")
+        if options.ckpt_path is not None:
+            options.ckpt_path = self._chosen_checkpoint(options.ckpt_path, Path(options.run_folder))
+
+    def _chosen_checkpoint(self, asked: str, run_folder: Path) -> str | None:
+        """The folder or file that ``last``, ``auto``, a path or a URL with a digest means."""
+        if "://" in asked:
+            self._fetched = tempfile.TemporaryDirectory()  # goes when this process goes
+            return str(fetch_checkpoint(asked, Path(self._fetched.name)))
+        if asked not in ("last", "auto") and not Path(asked).exists():
+            raise CheckpointError(asked, "expected a checkpoint, or the word 'last' or 'auto', found no such file.")
+        try:
+            found = resolve_checkpoint(
+                run_folder if asked in ("last", "auto") else Path(asked),
+                lambda error: rank_zero_info(f"checkpoint: skipped {error}"),
+            )
+        except CheckpointError as error:
+            if asked != "auto":
+                raise
+            rank_zero_info(f"checkpoint: {error} Starting a new run, as 'auto' says.")
+            return None
+        rank_zero_info(f"checkpoint: {found}")
+        return str(found)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -95,7 +153,11 @@ class BCOCLI(LightningCLI):
         if options.trainer.logger is None or options.trainer.logger is True:
             logger = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options))
             kwargs["logger"] = logger if self.subcommand != "predict" else False
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        if hasattr(trainer.strategy, "_timeout"):  # half an hour, if left alone
+            trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
+        return trainer
 
     @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -144,32 +206,27 @@ class BCOCLI(LightningCLI):
         if not self.trainer.is_global_zero or log_dir is None:
             return
         run = Path(log_dir)
-        checkpoint = run / "checkpoints" / "last.ckpt"
+        saved = [
+            callback.saved for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)
+        ]
+        checkpoint = saved[0] if saved else None
         alignment = run / "alignment.json"
         module = self.model
+        print(f"\nRun folder   {run}")
+        if checkpoint is not None:
+            print(
+                f"Checkpoint   {checkpoint} ({self.trainer.global_step} optimizer steps, "
+                f"reward shift {module.reward_shift.value:.4f})"
+            )
+        if alignment.exists():
+            print(f"Alignment    {alignment}")
         print(
-            f"\nRun folder   {run}\n"
-            f"Checkpoint   {checkpoint} ({self.trainer.global_step} optimizer steps, "
-            f"reward shift {module.reward_shift.value:.4f})\n"
-            + (f"Alignment    {alignment}\n" if alignment.exists() else "")
-            + f"\nNext:\n"
+            f"\nNext:\n"
             f"  tensorboard --logdir {self.config[self.subcommand].run_folder}\n"
-            f"  python -m bco_lightning export --ckpt_path {checkpoint} --output_dir exports/{run.name} --merge\n"
-            f"  python -m bco_lightning predict --config {run / 'config.yaml'} --ckpt_path {checkpoint} "
+            f"  python -m bco_lightning export --ckpt_path {run} --output_dir exports/{run.name} --merge\n"
+            f"  python -m bco_lightning predict --config {run / 'config.yaml'} --ckpt_path {run} "
             f"--data.predict_files FILE"
         )
-
-
-def newest_checkpoint(run_folder: Path) -> Path:
-    """The last checkpoint of the newest run in ``run_folder``.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
-    found = sorted(run_folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise CheckpointError(str(run_folder), "expected a run with checkpoints/last.ckpt to go on with, found none.")
-    return found[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -179,11 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments; those of the process if left out.
 
     Returns:
-        Exit status: 0, or 2 for an error that the user can mend. Set ``BCO_DEBUG=1`` to see its traceback.
+        Exit status: 0; 2 for an error that the user can mend (``BCO_DEBUG=1`` shows its traceback); 128 plus the number
+        of the signal for a run that was asked to stop and has saved.
     """
     _quiet_libraries()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        config_safety.refuse_secrets(given)
         if given[:1] == ["export"]:
             _export(given[1:])
         else:
@@ -204,10 +263,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 seed_everything_default=0,
                 args=None if arguments is None else given,
             )
-    except UserError as error:
-        if os.environ.get("BCO_DEBUG"):
+    except PreemptedError as stopped:
+        rank_zero_info(
+            f"Stopped by {signal.Signals(stopped.signal_number).name} after optimizer step {stopped.step}; everything "
+            f"is in {stopped.checkpoint}. The same command with --ckpt_path last goes on."
+        )
+        return int(stopped.code)  # type: ignore[arg-type]
+    except Exception as error:
+        fault = in_words(error)
+        if fault is None or os.environ.get("BCO_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {fault}", file=sys.stderr)
         return 2
     return 0
 
@@ -218,7 +284,9 @@ def _export(arguments: list[str]) -> None:
         description="Write a folder that transformers (merged) or peft (adapter) load.",
         allow_abbrev=False,
     )
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint file of a run")
+    parser.add_argument(
+        "--ckpt_path", type=Path, required=True, help="a run's folder, for its newest checkpoint, or a step's"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; it must not exist yet")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the model's weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights of a whole model")
@@ -235,8 +303,7 @@ def _quiet_libraries() -> None:
         r"Found \d+ module\(s\) in eval mode.*",  # meant: dropout would blur the log-ratio
         r".*does not have many workers.*",  # rows are tokenized before training; collation is all that is left
         r".*litlogger.*",
-        r"The dirpath has changed.*",  # a checkpoint is evaluated from elsewhere
-        r"Checkpoint directory .* exists and is not empty.*",  # a run that goes on
+        r"You're resuming from a checkpoint that ended before the epoch ended.*",  # the row order follows the step
         r"Already found a `peft_config`.*",  # an incoming adapter stands beside the one that is trained
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,10 +1,11 @@
-"""Sums over processes: the only file that calls a collective."""
+"""What processes tell each other: the only file that calls a collective."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def sum_over_ranks(values: list[float], trainer: Any) -> list[float]:
@@ -17,8 +18,31 @@ def sum_over_ranks(values: list[float], trainer: Any) -> list[float]:
     Returns:
         The sums, equal on every rank.
     """
+    return [float(value) for value in sum_tensor_over_ranks(torch.tensor(values, dtype=torch.float64), trainer)]
+
+
+def sum_tensor_over_ranks(values: Tensor, trainer: Any) -> Tensor:
+    """Adds a tensor of the same shape and data type over all processes; the result is on the CPU."""
+    if trainer.world_size == 1:
+        return values.cpu()
+    summed = values.to(trainer.strategy.root_device, copy=True)
+    torch.distributed.all_reduce(summed)
+    return summed.cpu()
+
+
+def max_over_ranks(values: list[float], trainer: Any) -> list[float]:
+    """The largest of each number over all processes, in one collective; NaN is not allowed."""
     if trainer.world_size == 1:
         return values
-    summed = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(summed)
-    return [float(value) for value in summed]
+    largest = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return [float(value) for value in largest]
+
+
+def gather_over_ranks(value: Any, trainer: Any) -> list[Any]:
+    """Plain values of all processes, in order of rank, on every rank; for rare events, since it is slow."""
+    if trainer.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered

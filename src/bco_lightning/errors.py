@@ -39,3 +39,28 @@ class NonFiniteError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that does not belong to this run or cannot be used."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A checkpoint that holds more than tensors and plain values, and could run code if it were unpickled."""
+
+
+class FaultError(UserError):
+    """A fault of the machine or of another process, in words: out of memory, a killed worker, a rank that is gone."""
+
+
+class PreemptedError(SystemExit):
+    """A run that was asked to stop, and did so at an optimizer-step boundary with everything saved.
+
+    As a ``SystemExit`` it ends a script with the status that shells give a signal, 128 plus its number, and prints no
+    traceback.
+
+    Args:
+        signal_number: The signal that asked for it.
+        step: Optimizer steps done.
+        checkpoint: Where the state is.
+    """
+
+    def __init__(self, signal_number: int, step: int, checkpoint: str) -> None:
+        super().__init__(128 + signal_number)
+        self.signal_number, self.step, self.checkpoint = signal_number, step, checkpoint

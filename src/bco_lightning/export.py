@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
+from bco_lightning.checkpointing import read_checkpoint, resolve_checkpoint
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.module import ALIGNMENT_FILE, BCOModule
 
@@ -63,13 +64,13 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False,
     The folder appears under its name only when it is complete.
 
     Args:
-        ckpt_path: Checkpoint of a :class:`BCOModule`.
+        ckpt_path: Checkpoint of a :class:`BCOModule`: the folder of a step, or of a run for its newest step.
         output_dir: Folder to write.
         merge: Merge the adapter into the weights; full fine-tuning always writes whole weights.
         dtype: Data type of whole weights.
 
     Raises:
-        CheckpointError: If the file is missing or no such checkpoint.
+        CheckpointError: If it is missing, damaged or no such checkpoint.
         ConfigError: If ``output_dir`` exists.
     """
     if output_dir.exists():
@@ -103,30 +104,24 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     """Builds the module of a checkpoint with its trained weights and reward shift, for use without a trainer.
 
     Args:
-        ckpt_path: Checkpoint of a :class:`BCOModule`.
+        ckpt_path: Checkpoint of a :class:`BCOModule`: the folder of a step, or of a run for its newest step.
         dtype: Data type of the weights; that of the run if left out.
 
     Returns:
         The module, and the number of optimizer steps it was trained for.
 
     Raises:
-        CheckpointError: If the file is missing or no such checkpoint.
+        CheckpointError: If it is missing, damaged or no such checkpoint.
     """
     checkpoint = _read_checkpoint(ckpt_path)
     return _module_of(checkpoint, dtype), int(checkpoint["global_step"])
 
 
 def _read_checkpoint(ckpt_path: Path) -> dict[str, Any]:
-    if not ckpt_path.is_file():
-        raise CheckpointError(str(ckpt_path), "expected a checkpoint file, found none.")
-    try:
-        checkpoint: dict[str, Any] = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on a file that is no checkpoint
-        raise CheckpointError(
-            str(ckpt_path), f"expected a checkpoint, found an unreadable file ({type(error).__name__})."
-        ) from error
+    found = resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} Taking an earlier step."))
+    checkpoint = read_checkpoint(str(found))
     if "trained_parameters" not in checkpoint:
-        raise CheckpointError(str(ckpt_path), "expected a checkpoint of BCOModule, found another.")
+        raise CheckpointError(str(found), "expected a checkpoint of BCOModule, found another.")
     return checkpoint
 
 

@@ -29,6 +29,7 @@ class ImplicitRewardMetrics(Metric):
     ``rewards/chosen, rejected`` mean implicit reward of a class, in nats
     ``rewards/margins``          their difference
     ``rewards/accuracies``       share of rows on the right side of the shift
+    ``accuracy/chosen, rejected``  the same for each class
     ``rewards/auroc``            probability that a random thumbs-up row is rewarded more than a thumbs-down row
     ``bound/error_term``         :math:`E_+[e^{-(r-δ)}] + E_-[e^{r-δ}]` (Theorem 4)
     ``logps/chosen, rejected``   mean log-probability of a completion under the policy, in nats
@@ -88,6 +89,8 @@ class ImplicitRewardMetrics(Metric):
             "rewards/rejected": mean["reward"][1],
             "rewards/margins": mean["reward"][0] - mean["reward"][1],
             "rewards/accuracies": sums["correct"].sum() / rows_C.sum(),
+            "accuracy/chosen": mean["correct"][0],
+            "accuracy/rejected": mean["correct"][1],
             "rewards/auroc": self.auroc.compute().double() if bool((rows_C > 0).all()) else nan,
             "bound/error_term": mean["error_term"].sum(),
             "logps/chosen": mean["policy_log_prob"][0],
@@ -96,6 +99,15 @@ class ImplicitRewardMetrics(Metric):
             "length/chosen": mean["length"][0],
             "length/rejected": mean["length"][1],
         }
+
+    def counts(self) -> dict[str, Tensor]:
+        """This process's sums and counts, from which :meth:`set_counts` goes on; they add up over processes."""
+        return {"sums_KC": self.sums_KC, "confusion": self.auroc.confmat}
+
+    def set_counts(self, counts: dict[str, Tensor]) -> None:
+        """Takes over what :meth:`counts` gave."""
+        self.sums_KC = counts["sums_KC"].to(self.sums_KC)
+        self.auroc.confmat = counts["confusion"].to(self.auroc.confmat)
 
     def reset(self) -> None:
         """Forgets all rows."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.errors import CheckpointError, ConfigError, NonFiniteError
+from bco_lightning.fingerprints import differences, digest_of_tensors, digest_of_tokenizer, versions
 from bco_lightning.models.language_model import (
     Dtype,
     LoraSettings,
@@ -115,6 +116,10 @@ class BCOModule(LightningModule):
         self.objective = OBJECTIVES[objective]
         self.reward_shift = RewardShift(reward_shift_decay)
         self.class_weights: tuple[float, float] | None = None
+        self.step_rows: list[RewardedRows] = []
+        self._step_of_rows = -1
+        self._fingerprints: dict[str, Any] = {}
+        self._accepted_changes: list[str] = []
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
@@ -169,6 +174,7 @@ class BCOModule(LightningModule):
         if stage != "fit":
             return
         self.class_weights = self._chosen_class_weights()
+        self._fingerprints = self._own_fingerprints()
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.policy.parameters())
         weights = next(self.policy.parameters()).dtype
@@ -179,11 +185,12 @@ class BCOModule(LightningModule):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        """The two callbacks that belong to the method: the reward shift's update, and the metrics."""
-        from bco_lightning.callbacks import ImplicitRewardMonitor, RewardShiftUpdate
+        """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
+        from bco_lightning.callbacks import FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate
 
+        guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         # The monitor goes first: a step's rows are measured with the shift that their losses were computed with.
-        return [ImplicitRewardMonitor(), RewardShiftUpdate()]
+        return [*([] if guarded else [FiniteGuard()]), ImplicitRewardMonitor(), RewardShiftUpdate()]
 
     @property
     def decision_threshold(self) -> float:
@@ -218,23 +225,19 @@ class BCOModule(LightningModule):
             row_ids_B=batch.row_ids_B,
         )
 
-    def training_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
-        """The weighted loss of a micro-batch, and its rows for the callbacks.
+    def training_step(self, batch: FeedbackBatch, batch_idx: int) -> Tensor:
+        """The weighted loss of a micro-batch; its rows join ``step_rows``, which holds those of one optimizer step.
 
-        Raises:
-            NonFiniteError: If the loss is not finite; no weight has been touched by it then.
+        A loss that is not finite is the guard's business, which every process reaches; an error here would leave the
+        others waiting.
         """
         losses_B, rows = self.rewarded_rows(batch)
+        if self._step_of_rows != self.trainer.global_step:
+            self._step_of_rows = self.trainer.global_step
+            self.step_rows = []
+        self.step_rows.append(rows)
         up, down = self.class_weights or self._chosen_class_weights()
-        loss = (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()
-        if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"optimizer step {self.trainer.global_step}",
-                f"expected a finite loss, found {float(loss.detach())} "
-                f"in rows {rows.row_ids_B[~losses_B.isfinite()].tolist()}.",
-                "Weights and reward shift are as before the step. A lower model.learning_rate often helps.",
-            )
-        return {"loss": loss, "rows": rows}
+        return (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()
 
     def validation_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
         """The rows of a micro-batch, for the callbacks."""
@@ -268,15 +271,30 @@ class BCOModule(LightningModule):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the reward shift and the names of what is trained."""
-        checkpoint["reward_shift"] = self.reward_shift.state_dict()
-        checkpoint["trained_parameters"] = self._trained_names()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the reward shift, and refuses a checkpoint of another set of parameters.
+        """Adds the reward shift, the names of what is trained, and what the run is made of.
 
         Raises:
-            CheckpointError: If it is no checkpoint of this module, or its trained parameters or its beta are others.
+            NonFiniteError: If a trained parameter is not finite; a checkpoint of it would be of no use.
+        """
+        broken = [name for name, value in checkpoint["state_dict"].items() if not bool(value.isfinite().all())]
+        if broken:
+            raise NonFiniteError(
+                f"optimizer step {checkpoint['global_step']}",
+                f"expected finite weights to save, found {broken[0]} ({len(broken)} parameters) not finite.",
+                "The checkpoints before are finite. A lower model.learning_rate often helps.",
+            )
+        checkpoint["reward_shift"] = self.reward_shift.state_dict()
+        checkpoint["trained_parameters"] = self._trained_names()
+        checkpoint["fingerprints"] = self.fingerprints()
+        checkpoint["accepted_changes"] = list(self._accepted_changes)
+        checkpoint["versions"] = versions()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the reward shift, and refuses the checkpoint of another run.
+
+        Raises:
+            CheckpointError: If it is no checkpoint of this module, its trained parameters or its beta are others, or,
+                for a run that is to go on, anything else that the run is made of.
         """
         if "reward_shift" not in checkpoint or "trained_parameters" not in checkpoint:
             raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
@@ -289,10 +307,74 @@ class BCOModule(LightningModule):
                 f"{len(theirs ^ ours)} of them with no match.",
                 "Use the same model.name_or_path and model.lora as the run that wrote it.",
             )
-        beta = checkpoint.get("hyper_parameters", {}).get("beta", self.beta)
-        if beta != self.beta:
-            raise CheckpointError("checkpoint", f"expected model.beta {self.beta}, found {beta} in the checkpoint.")
+        self._refuse_another_run(checkpoint)
+        self._recut_progress(checkpoint)
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What this run is made of: settings that decide its numbers, and digests of reference, tokenizer and rows."""
+        return {**self._fingerprints, **self._data_fingerprints()}
+
+    def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
+        goes_on = self._trainer is not None and self.trainer.training
+        then = checkpoint.get("fingerprints", {})
+        now = self.fingerprints() if goes_on else {"beta": self.beta}
+        changed = differences({name: value for name, value in then.items() if goes_on or name in now}, now)
+        accepted = self._changes_to_accept() if goes_on else []
+        refused = [text for name, text in changed.items() if name not in accepted]
+        if refused:
+            raise CheckpointError(
+                "checkpoint",
+                f"expected the run that wrote it, found another ({'; '.join(refused)}).",
+                "Use the files and options of that run"
+                + (
+                    f", or name what may differ: --checkpoint.accept_changes '[{', '.join(changed)}]'."
+                    if goes_on
+                    else "."
+                ),
+            )
+        self._accepted_changes = list(checkpoint.get("accepted_changes", []))
+        for text in changed.values():
+            self._accepted_changes.append(f"step {checkpoint['global_step']}: {text}")
+            rank_zero_info(f"checkpoint: {text}, as checkpoint.accept_changes allows.")
+
+    def _recut_progress(self, checkpoint: dict[str, Any]) -> None:
+        """Counts Lightning's micro-batches anew where the same steps are now cut into more or fewer of them.
+
+        Checkpoints are written at the end of a step, so every count but that of completed batches, which Lightning
+        raises a moment later, is a whole number of steps.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        then = checkpoint.get("FeedbackDataModule", {}).get("accumulation")
+        now = self.trainer.accumulate_grad_batches if data is not None else None
+        if then is None or now is None or then == now or not self.trainer.training:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            behind = counts["ready"] - counts["completed"]
+            for name in ("ready", "started", "processed"):
+                counts[name] = counts[name] // then * now
+            counts["completed"] = counts["ready"] - behind
+
+    def _own_fingerprints(self) -> dict[str, Any]:
+        reference = self.reference.named_parameters()
+        return {
+            **{
+                name: self.hparams[name]
+                for name in ("objective", "beta", "class_weights", "reward_shift_decay", "lora")
+            },
+            "reference": digest_of_tensors(reference),
+            "tokenizer": digest_of_tokenizer(self.tokenizer),
+        }
+
+    def _data_fingerprints(self) -> dict[str, Any]:
+        data = getattr(self._trainer, "datamodule", None)
+        return data.fingerprints() if data is not None else {}
+
+    def _changes_to_accept(self) -> list[str]:
+        return [
+            name for callback in self.trainer.checkpoint_callbacks for name in getattr(callback, "accept_changes", [])
+        ]
 
     @classmethod
     def from_hyper_parameters(cls, hyper_parameters: Mapping[str, Any]) -> BCOModule:

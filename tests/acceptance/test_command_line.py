@@ -12,6 +12,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from bco_lightning.checkpointing import read_checkpoint, saved_steps
 from bco_lightning.cli import main
 from bco_lightning.data.tokenization import PLAIN_TEMPLATE
 from bco_lightning.models.language_model import load_language_model, load_tokenizer
@@ -51,12 +52,16 @@ def test_fit_then_resume_validate_test_predict_and_export(
     printed = capsys.readouterr()
     assert "24 rows read, 24 used (16 up, 8 down), 0 dropped" in caplog.text
     assert f"Run folder   {run}" in printed.out
-    assert f"export --ckpt_path {run}/checkpoints/last.ckpt" in printed.out
-    assert {"checkpoints/last.ckpt", "checkpoints/step-4.ckpt", "config.yaml"} <= set(text_of(run))
+    assert f"export --ckpt_path {run} " in printed.out
+    assert {
+        "config.yaml",
+        "provenance.json",
+        *(f"checkpoints/step-00000004/{name}" for name in ("state.ckpt", "manifest.json")),
+    } <= set(text_of(run))
 
     assert command("fit", tiny_model, log, "--ckpt_path=last") == 0
     assert not Path("runs/bco/version_1").exists()
-    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint = read_checkpoint(str(run / "checkpoints/step-00000006"))
     assert checkpoint["global_step"] == 6
 
     capsys.readouterr()
@@ -82,7 +87,7 @@ def test_fit_then_resume_validate_test_predict_and_export(
 def exported_scores(tiny_model: str, log: str, run: Path, scores: list[dict[str, Any]]) -> None:
     """An exported model, merged or as adapter, gives the checkpoint's scores: same rewards, same shift."""
     for form, flags in (("merged", ["--merge"]), ("adapter", [])):
-        export = ["export", f"--ckpt_path={run}/checkpoints/last.ckpt", f"--output_dir=exports/{form}", *flags]
+        export = ["export", f"--ckpt_path={run}", f"--output_dir=exports/{form}", *flags]
         assert main(export) == 0
         assert command(
             "predict", f"exports/{form}", log, f"--data.predict_files={log}", f"--predictions.path={form}.jsonl",
@@ -98,7 +103,7 @@ def exported_scores(tiny_model: str, log: str, run: Path, scores: list[dict[str,
 def test_full_fine_tuning_trains_saves_and_exports(tiny_model: str, log: str) -> None:
     main(["fit", f"--model.name_or_path={tiny_model}", f"--data.train_files={log}", "--data.batch_size=4",
           "--trainer.max_steps=3", "--trainer.accelerator=cpu", "--data.max_length=64"])  # fmt: skip
-    assert main(["export", "--ckpt_path=runs/bco/version_0/checkpoints/last.ckpt", "--output_dir=out"]) == 0
+    assert main(["export", "--ckpt_path=runs/bco/version_0", "--output_dir=out"]) == 0
     exported = dict(AutoModelForCausalLM.from_pretrained("out").named_parameters())
     original = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
     assert exported.keys() == original.keys()
@@ -107,9 +112,9 @@ def test_full_fine_tuning_trains_saves_and_exports(tiny_model: str, log: str) ->
 
 def test_an_adapter_that_came_in_is_trained_on_and_its_export_names_its_base(tiny_model: str, log: str) -> None:
     assert command("fit", tiny_model, log, "--run_folder=first") == 0
-    assert main(["export", "--ckpt_path=first/version_0/checkpoints/last.ckpt", "--output_dir=adapter"]) == 0
+    assert main(["export", "--ckpt_path=first/version_0", "--output_dir=adapter"]) == 0
     assert command("fit", "adapter", log, "--run_folder=second", "--data.chat_template=plain") == 0
-    assert main(["export", "--ckpt_path=second/version_0/checkpoints/last.ckpt", "--output_dir=again"]) == 0
+    assert main(["export", "--ckpt_path=second/version_0", "--output_dir=again"]) == 0
     assert json.loads(Path("again/adapter_config.json").read_text())["base_model_name_or_path"] == tiny_model
     assert f'load_language_model("{tiny_model}"' in Path("again/README.md").read_text()
     assert AutoTokenizer.from_pretrained("again").chat_template == PLAIN_TEMPLATE
@@ -149,10 +154,11 @@ def test_the_real_model_trains_and_its_exports_generate_text(log: str) -> None:
     assert main(["fit", *options]) == 0
     run = Path("runs/bco/version_0")
     assert json.loads((run / "alignment.json").read_text())["num_prompts"] == 4
-    checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
+    checkpoint = f"--ckpt_path={run}"
     assert main(["export", checkpoint, "--output_dir=merged", "--merge"]) == 0
     assert main(["export", checkpoint, "--output_dir=adapter"]) == 0
-    assert (run / "checkpoints/last.ckpt").stat().st_size < 30e6  # adapters and moments, not 270 MB of base
+    (newest, *_) = reversed(saved_steps(run / "checkpoints"))
+    assert (newest / "state.ckpt").stat().st_size < 30e6  # adapters and moments, not 270 MB of base
 
     tokenizer = AutoTokenizer.from_pretrained("merged")
     assert tokenizer.chat_template == load_tokenizer(REAL_MODEL).chat_template
@@ -286,10 +292,13 @@ def test_a_misspelt_key_in_a_config_is_named(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "--ckpt_path=no.ckpt", "--output_dir=x"], "no.ckpt: expected a checkpoint file, found none."),
+        (
+            ["export", "--ckpt_path=no.ckpt", "--output_dir=x"],
+            "no.ckpt: expected a whole checkpoint to go on with, found none.",
+        ),
         (
             ["export", "--ckpt_path=junk.ckpt", "--output_dir=x"],
-            "junk.ckpt: expected a checkpoint, found an unreadable",
+            "junk.ckpt: expected tensors and plain values, found an unreadable",
         ),
         (["export", "--ckpt_path=junk.ckpt", "--output_dir=."], ".: expected a folder that does not exist yet"),
     ],
@@ -307,9 +316,11 @@ def test_resuming_where_there_is_no_run_is_refused(
     tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("fit", tiny_model, log, "--ckpt_path=last") == 2
-    assert "expected a run with checkpoints/last.ckpt" in capsys.readouterr().err
+    assert "expected a whole checkpoint to go on with" in capsys.readouterr().err
     assert command("validate", tiny_model, log, "--ckpt_path=gone.ckpt") == 2
-    assert "gone.ckpt: expected a checkpoint or the word 'last', found no such file." in capsys.readouterr().err
+    assert (
+        "gone.ckpt: expected a checkpoint, or the word 'last' or 'auto', found no such file." in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

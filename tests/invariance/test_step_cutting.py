@@ -67,7 +67,7 @@ def test_the_shift_after_a_step_is_the_midpoint_of_the_class_means_of_its_rows(
         def on_train_batch_end(
             self, trainer: Any, pl_module: BCOModule, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            rows = outputs["rows"]
+            (rows,) = pl_module.step_rows
             seen.append((rows.rewards_B[rows.thumbs_up_B].tolist(), rows.rewards_B[~rows.thumbs_up_B].tolist()))
 
     module = tiny_module(tiny_model, reward_shift_decay=0.0)

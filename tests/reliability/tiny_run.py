@@ -42,7 +42,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in ("<|im_start|>", "<|im_end|>", "<pad>")])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        chat_template=CHATML,  # noqa: S106
     )
 
 
@@ -173,7 +176,7 @@ def assert_same(one: Any, other: Any, path: str = "state") -> None:
         for number, (left, right) in enumerate(zip(one, other, strict=True)):
             assert_same(left, right, f"{path}[{number}]")
     else:
-        assert one == other or (one != one and other != other), f"{path}: {one} and {other}"  # noqa: PLR0124
+        assert one == other or (one != one and other != other), f"{path}: {one} and {other}"
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")

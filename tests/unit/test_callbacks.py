@@ -11,8 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bco_lightning import ImplicitRewardMetrics
-from bco_lightning.callbacks import KnownRewardTrial, RunCheckpoint
+from bco_lightning.callbacks import FiniteGuard, KnownRewardTrial, RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
+from bco_lightning.checkpointing import read_checkpoint
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.generation import sample_completions
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
@@ -37,8 +38,8 @@ def test_checkpoints_are_saved_every_n_steps_and_at_the_end(tiny_model: str, log
     )
     trainer.fit(tiny_module(tiny_model), tiny_data(log))
     folder = Path(trainer.log_dir) / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-4.ckpt", "step-6.ckpt"]
-    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 7
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
+    assert read_checkpoint(str(folder / "step-00000007"))["global_step"] == 7
 
 
 def test_the_progress_bar_runs_over_the_steps_of_the_whole_run(

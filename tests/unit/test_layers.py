@@ -9,9 +9,9 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
 LAYERS = [
-    {"errors", "batch", "seeding"},
-    {"packaged"},
-    {"objectives", "reward_shift", "data", "models", "demo", "distributed"},
+    {"errors", "batch", "seeding", "fingerprints"},
+    {"packaged", "faults", "config_safety"},
+    {"objectives", "reward_shift", "data", "models", "demo", "distributed", "checkpointing"},
     {"metrics", "report"},
     {"module", "callbacks"},
     {"export"},

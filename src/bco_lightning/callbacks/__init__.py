@@ -1,5 +1,6 @@
-"""Callbacks: the reward shift, metrics, the checkpoint of a run, predictions, and the trial on a known reward."""
+"""Callbacks: guard, reward shift, metrics, checkpoints of a run, predictions, and the trial on a known reward."""
 
+from bco_lightning.callbacks.finite_guard import FiniteGuard
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
 from bco_lightning.callbacks.known_reward_trial import KnownRewardTrial
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
@@ -8,6 +9,7 @@ from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 
 __all__ = [
+    "FiniteGuard",
     "ImplicitRewardMonitor",
     "KnownRewardTrial",
     "PredictionWriter",

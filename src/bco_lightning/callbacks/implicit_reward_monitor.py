@@ -5,26 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
+from bco_lightning.distributed import sum_tensor_over_ranks
 from bco_lightning.metrics import ImplicitRewardMetrics
 from bco_lightning.module import BCOModule
+
+# A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
+_EXPLODED = 20.0
+_MOVED = 0.1  # all rewards are 0 at first, which is on neither side
+_PATIENCE = 3
 
 
 class ImplicitRewardMonitor(Callback):
     """Logs :class:`~bco_lightning.metrics.ImplicitRewardMetrics`.
 
     Training rows are gathered over ``trainer.log_every_n_steps`` optimizer steps and logged as ``train/...``,
-    evaluation rows over the whole set as ``val/...`` and ``test/...``. Processes synchronise only when a value is read.
-    The reward shift that a step's losses were computed with is logged as ``train/reward_shift``.
+    evaluation rows over the whole set as ``val/...`` and ``test/...``. Processes synchronise only when a value is read,
+    and when a checkpoint is written, which holds what was gathered so far. The reward shift that a step's losses were
+    computed with is logged as ``train/reward_shift``.
+
+    Warns when a class's mean reward explodes, and when the classifier gives every row the same thumb.
     """
 
     def __init__(self) -> None:
         self._metrics = {name: ImplicitRewardMetrics() for name in ("train", "val", "test")}
         self._last_step = 0
+        self._trainer: Trainer | None = None
+        self._resumed: dict[str, Tensor] = {}
+        self._collapsed = 0
+        self._warned: set[str] = set()
 
     @override
     def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
+        self._trainer = trainer
         device = trainer.strategy.root_device
         for metrics in self._metrics.values():
             metrics.to(device if device.type != "mps" else "cpu")  # MPS has no float64
@@ -33,23 +49,42 @@ class ImplicitRewardMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
         self._metrics["train"].reset()
         self._last_step = trainer.global_step
+        if self._resumed and trainer.is_global_zero:
+            self._metrics["train"].set_counts(self._resumed)
+        self._resumed = {}
+
+    @override
+    def state_dict(self) -> dict[str, Tensor]:
+        if self._trainer is None or not self._trainer.training:
+            return {}
+        return {
+            name: sum_tensor_over_ranks(value, self._trainer) for name, value in self._metrics["train"].counts().items()
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self._resumed = state_dict
 
     @override
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: BCOModule, outputs: dict[str, Any], batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: BCOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        metrics = self._metrics["train"]
-        metrics.update(outputs["rows"], pl_module.decision_threshold)
         step = trainer.global_step
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == self._last_step or not interval or (step % interval and step != 1):
+        if step == self._last_step:
             return
         self._last_step = step
+        metrics = self._metrics["train"]
+        for rows in pl_module.step_rows:
+            metrics.update(rows, pl_module.decision_threshold)
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not interval or (step % interval and step != 1):
+            return
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}
         values |= {"train/reward_shift": pl_module.reward_shift.value}
         metrics.reset()
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
+        self._warn(values, pl_module.beta)
         pl_module.log_dict(
             {
                 "loss": values["train/loss"],
@@ -59,6 +94,32 @@ class ImplicitRewardMonitor(Callback):
             prog_bar=True,
             logger=False,
         )
+
+    def _warn(self, values: dict[str, float], beta: float) -> None:
+        for name, thumb in (("chosen", "thumbs-up"), ("rejected", "thumbs-down")):
+            reward = values[f"train/rewards/{name}"]
+            if abs(reward) > _EXPLODED:
+                self._warn_once(
+                    f"{name} exploded",
+                    f"the mean implicit reward of {thumb} rows is {reward:.1f}: the policy is {abs(reward) / beta:.0f} "
+                    "nats per answer away from the reference. Lower model.learning_rate or train for fewer steps.",
+                )
+        chosen, rejected = values["train/accuracy/chosen"], values["train/accuracy/rejected"]
+        moved = max(abs(values["train/rewards/chosen"]), abs(values["train/rewards/rejected"])) > _MOVED
+        lopsided = moved and min(chosen, rejected) < 0.05 and max(chosen, rejected) > 0.95
+        self._collapsed = self._collapsed + 1 if lopsided else 0
+        if self._collapsed >= _PATIENCE:
+            same = "up" if chosen > rejected else "down"
+            self._warn_once(
+                "collapsed",
+                f"the classifier says thumbs-{same} to nearly every row, {_PATIENCE} intervals in a row: one class has "
+                "collapsed. Check the labels, and see model.class_weights and data.balanced_sampling.",
+            )
+
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            rank_zero_warn(text)
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]

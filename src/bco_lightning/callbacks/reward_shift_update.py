@@ -21,24 +21,23 @@ class RewardShiftUpdate(Callback):
     """
 
     def __init__(self) -> None:
-        self._step_sums = torch.zeros(4, dtype=torch.float64)
         self._last_step = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._step_sums.zero_()
         self._last_step = trainer.global_step
 
     @override
     def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: BCOModule, outputs: dict[str, Any], batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: BCOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._step_sums += _class_sums(outputs["rows"])
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        sum_up, num_up, sum_down, num_down = sum_over_ranks(self._step_sums.tolist(), trainer)
-        self._step_sums.zero_()
+        step_sums = torch.zeros(4, dtype=torch.float64)
+        for rows in pl_module.step_rows:
+            step_sums += _class_sums(rows)
+        sum_up, num_up, sum_down, num_down = sum_over_ranks(step_sums.tolist(), trainer)
         pl_module.reward_shift.update(sum_up=sum_up, num_up=num_up, sum_down=sum_down, num_down=num_down)
 
 

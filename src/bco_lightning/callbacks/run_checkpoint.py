@@ -1,43 +1,263 @@
-"""Save a run at optimizer-step boundaries: the newest steps, and the last one always."""
+"""Save a run at optimizer-step boundaries: every so many steps or minutes, when asked to stop, and at its end."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from bco_lightning.checkpointing import (
+    VerifiedCheckpointIO,
+    prune,
+    remove_orphans,
+    step_folder,
+    verify_checkpoint,
+)
+from bco_lightning.distributed import gather_over_ranks, max_over_ranks
+from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
 from bco_lightning.module import BCOModule
+from bco_lightning.seeding import random_state, set_random_state
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class RunCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoints of a run in its ``checkpoints`` folder, and ``last.ckpt``.
+class RunCheckpoint(Checkpoint):
+    """Writes ``checkpoints/step-N`` folders into the run's folder: each whole, verified, and resumed exactly.
+
+    SIGTERM, SIGINT and SIGUSR1 are noted; all processes then save at the next optimizer-step boundary (or at once,
+    while validating) and leave with :class:`~bco_lightning.errors.PreemptedError`. On SLURM, SIGUSR1 also requeues the
+    job.
 
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
-        keep: How many of them to keep, besides ``last.ckpt``.
+        every_minutes: Minutes between two checkpoints besides those; 0 for none.
+        keep: How many whole checkpoints to keep, at least 2.
+        if_saving_fails: ``stop`` the run, or ``warn`` and go on without that checkpoint.
+        accept_changes: Names of what may differ from the run that is resumed, such as ``beta`` or ``rows``; the
+            difference is recorded in the checkpoints that follow.
+
+    Raises:
+        ConfigError: If an option is out of range.
     """
 
-    def __init__(self, every_n_steps: int = 100, keep: int = 1) -> None:
-        super().__init__(
-            filename="step-{step}",
-            auto_insert_metric_name=False,
-            monitor="step",
-            mode="max",
-            every_n_train_steps=every_n_steps,
-            save_top_k=keep,
-            save_last=True,
-        )
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        every_minutes: float = 0.0,
+        keep: int = 2,
+        if_saving_fails: Literal["stop", "warn"] = "stop",
+        accept_changes: list[str] | None = None,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ConfigError("checkpoint.every_n_steps", f"expected at least 1 step, found {every_n_steps}.")
+        if every_minutes < 0:
+            raise ConfigError("checkpoint.every_minutes", f"expected minutes, or 0 for none; found {every_minutes}.")
+        if keep < 2:
+            raise ConfigError(
+                "checkpoint.keep",
+                f"expected at least 2, found {keep}.",
+                "One alone would be lost with a bad disk block.",
+            )
+        self.every_n_steps, self.every_minutes, self.keep = every_n_steps, every_minutes, keep
+        self.if_saving_fails, self.accept_changes = if_saving_fails, list(accept_changes or [])
+        self.folder = Path("checkpoints")
+        self.saved: Path | None = None
+        self._last_step = 0
+        self._saved_at = time.monotonic()
+        self._whole: set[Path] = set()
+        self._signals = _StopSignals()
+        self._progress: dict[str, Any] = {}
+        self._validation_batches = 0
+        self._random_states: list[dict[str, Any]] = []
 
-        # A run that goes on from another folder must not write last-v1.ckpt beside an old last.ckpt.
-        self._enable_version_counter = False
+    @override
+    def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
+        if not isinstance(trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
+            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        if stage == "fit":
+            log_dir = trainer.log_dir  # a broadcast: every process has to ask
+            self.folder = Path(log_dir or trainer.default_root_dir) / "checkpoints"
+            if trainer.is_global_zero and (removed := remove_orphans(self.folder)):
+                rank_zero_info(f"{self.folder}: removed {len(removed)} unfinished checkpoints of a killed run.")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+        self._last_step = trainer.global_step
+        self._saved_at = time.monotonic()
+        self._remember_progress(trainer)
+        # Lightning's own handlers, set just before, would save in the middle of an accumulation or hang one process.
+        self._signals.install()
+        if trainer.global_rank < len(self._random_states):
+            set_random_state(self._random_states[trainer.global_rank])
 
     @override
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: BCOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        # Lightning leaves last.ckpt at the last multiple of every_n_steps.
-        if trainer.global_step == pl_module.num_steps() != self._last_global_step_saved:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = step = trainer.global_step
+        self._remember_progress(trainer)
+        signal_number, time_due = max_over_ranks([float(self._signals.received), float(self._time_due())], trainer)
+        if step % self.every_n_steps == 0 or time_due or signal_number or step == pl_module.num_steps():
+            self._save(trainer)
+        if signal_number and step != pl_module.num_steps():
+            self._leave(trainer, int(signal_number))
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+        batches = sum(int(number) for number in trainer.num_val_batches)
+        # Processes may have one batch more or less; they can only agree after batches that all of them have.
+        self._validation_batches = -int(max_over_ranks([-float(batches)], trainer)[0])
+
+    @override
+    def on_validation_batch_end(  # type: ignore[override]
+        self,
+        trainer: Trainer,
+        pl_module: BCOModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._signals.installed or trainer.sanity_checking or batch_idx >= self._validation_batches:
+            return
+        signal_number = max_over_ranks([float(self._signals.received)], trainer)[0]
+        if signal_number:
+            self._save(trainer)
+            self._leave(trainer, int(signal_number))
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: BCOModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        if trainer.validating and self._progress:
+            # Saved as of the step boundary before, so that a resumed run validates again from the first row on.
+            checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self._progress}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"random_states": self._random_states}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._random_states = state_dict["random_states"]
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
+        self._signals.remove()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: BCOModule, exception: BaseException) -> None:  # type: ignore[override]
+        self._signals.remove()
+
+    def _remember_progress(self, trainer: Trainer) -> None:
+        self._progress = trainer.fit_loop.state_dict()
+
+    def _time_due(self) -> bool:
+        return 0 < self.every_minutes * 60 <= time.monotonic() - self._saved_at
+
+    def _save(self, trainer: Trainer) -> None:
+        target = step_folder(self.folder, trainer.global_step)
+        if self.saved == target:
+            return
+        self._random_states = gather_over_ranks(random_state(), trainer)
+        failure: CheckpointError | None = None
+        try:
+            trainer.save_checkpoint(target)
+        except CheckpointError as error:
+            failure = error
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait for this one
+        self._saved_at = time.monotonic()
+        failed = max_over_ranks([float(failure is not None)], trainer)[0]
+        if not failed:
+            self.saved = target
+            self._prune(trainer)
+        elif self.if_saving_fails == "stop":
+            raise failure or CheckpointError(
+                str(target), "expected a checkpoint, but the first process could not write it."
+            )
+        else:
+            rank_zero_warn(f"{failure}\nGoing on without it, as checkpoint.if_saving_fails says.")
+
+    def _prune(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        try:
+            prune(self.folder, self.keep, self._is_whole)
+        except OSError as error:
+            rank_zero_warn(f"{self.folder}: an old checkpoint could not be removed ({error.strerror}).")
+
+    def _is_whole(self, folder: Path) -> bool:
+        """Reads a checkpoint back, once in a run."""
+        if folder not in self._whole:
+            try:
+                verify_checkpoint(folder)
+            except CheckpointError as error:
+                rank_zero_warn(f"{error} It does not count as a checkpoint to keep.")
+                return False
+            self._whole.add(folder)
+        return True
+
+    def _leave(self, trainer: Trainer, signal_number: int) -> None:
+        if signal_number == signal.SIGUSR1 and trainer.is_global_zero:
+            _requeue_slurm_job()
+        raise PreemptedError(signal_number, trainer.global_step, str(self.saved))
+
+
+class _StopSignals:
+    """Takes note of a signal and does nothing else, so it may come at any moment."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._before)
+
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+
+    def remove(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: Any) -> None:
+        if not self.received:
+            # os.write, since a signal may come while the same stream is being written to
+            text = f"\n{signal.Signals(number).name}: saving at the end of this optimizer step, then stopping.\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
+        self.received = number
+
+
+def _requeue_slurm_job(run: Callable[..., Any] = subprocess.run) -> None:
+    """Asks SLURM to start this job again; the same command with ``--ckpt_path auto`` then goes on."""
+    job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:
+        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    program = shutil.which("scontrol")
+    if job is None:
+        return
+    if program is None or not re.fullmatch(r"\d+(_\d+)?", job):
+        rank_zero_warn(f"SLURM job {job!r}: expected a job number and the program scontrol; it is not requeued.")
+        return
+    done = run([program, "requeue", job], check=False)
+    if done.returncode:
+        rank_zero_warn(f"scontrol requeue {job} failed with status {done.returncode}.")
+    else:
+        rank_zero_info(f"SLURM job {job} is requeued.")

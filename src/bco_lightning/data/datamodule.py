@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,7 +22,7 @@ from bco_lightning.data.feedback_row import Columns, LabelVocabulary, parse_row
 from bco_lightning.data.readers import read_records
 from bco_lightning.data.sampling import RowOrder, StepBatchSampler
 from bco_lightning.data.tokenization import RowTokenizer, TooLong
-from bco_lightning.errors import CheckpointError, ConfigError, FeedbackRowError
+from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
 
 
@@ -146,7 +147,7 @@ class FeedbackDataModule(LightningDataModule):
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all processes and accumulated micro-batches."""
         trainer = self.trainer
-        return self.batch_size * (trainer.accumulate_grad_batches * trainer.world_size if trainer else 1)
+        return self.batch_size * self._accumulation * (trainer.world_size if trainer else 1)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -179,7 +180,7 @@ class FeedbackDataModule(LightningDataModule):
         sampler = StepBatchSampler(
             self._row_order(),
             batch_size=self.batch_size,
-            accumulation=trainer.accumulate_grad_batches if trainer else 1,
+            accumulation=self._accumulation,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             steps_per_epoch=self.steps_per_epoch,
@@ -200,13 +201,18 @@ class FeedbackDataModule(LightningDataModule):
         return self._evaluation_loader(self.predict_dataset)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the row order depends on; the position itself is the trainer's step."""
+        """How a step is cut into micro-batches, and the template; the position itself is the trainer's step."""
+        if self.train_dataset is None:
+            return {}
+        return {"accumulation": self._accumulation, "chat_template": self.row_tokenizer.chat_template}
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What the rows and their order depend on; the module compares it before a run goes on."""
         if self.train_dataset is None:
             return {}
         return {
             "seed": self.seed,
             "rows_per_step": self.rows_per_step,
-            "accumulation": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "balanced_sampling": self.balanced_sampling,
             "max_length": self.max_length,
             "too_long": self.too_long,
@@ -215,26 +221,9 @@ class FeedbackDataModule(LightningDataModule):
             "chat_template": self.row_tokenizer.chat_template,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to go on with a run whose rows or row order would be others.
-
-        Raises:
-            CheckpointError: Naming each difference.
-        """
-        if self.trainer is not None and not self.trainer.training:
-            return
-        now = self.state_dict()
-        changed = [
-            f"{key}: {_shortened(state_dict.get(key))} then, {_shortened(now[key])} now"
-            for key in now
-            if state_dict.get(key) != now[key]
-        ]
-        if changed:
-            raise CheckpointError(
-                "checkpoint",
-                f"expected the data of the run to resume, found another ({'; '.join(changed)}).",
-                "Resume with the same data files, data.* options, accumulation and number of devices.",
-            )
+    @property
+    def _accumulation(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
 
     @property
     def _trained_on(self) -> Dataset:
@@ -331,6 +320,8 @@ class FeedbackDataModule(LightningDataModule):
             dataset.select_columns(["row_id", "input_ids", "completion_mask", "thumbs_up"]),  # type: ignore[arg-type]
             collate_fn=PaddingCollator(self.tokenizer.pad_token_id),
             num_workers=self.num_workers,
+            # Without its own, a loader draws from the global generator whenever it is iterated.
+            generator=torch.Generator().manual_seed(self.seed),
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             **arguments,
         )
@@ -391,10 +382,6 @@ def _digest(rows: list[FeedbackRow]) -> str:
     for row in rows:
         digest.update(json.dumps([row.prompt, row.completion, row.thumbs_up], default=str).encode())
     return digest.hexdigest()
-
-
-def _shortened(value: Any) -> str:
-    return str(value) if len(str(value)) <= 20 else f"{str(value)[:12]}…".replace("\n", " ")
 
 
 def _refuse_shortened_epochs(trainer: Any) -> None:

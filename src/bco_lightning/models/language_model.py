@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +12,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
 
-from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.packaged import resolve_packaged
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 REFERENCE_ADAPTER = "reference"
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 @dataclass
@@ -97,10 +101,12 @@ def load_tokenizer(name_or_path: str) -> Any:
     if source.is_adapter and not (Path(source.location) / "tokenizer_config.json").exists():
         return load_tokenizer(_base_of_adapter(source))
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.location, padding_side="right", **gguf)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(name_or_path, "tokenizer", error) from error
+    with _in_words(name_or_path, "tokenizer"):
+        if not gguf:
+            _refuse_unknown_tokenizer(source.location)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, padding_side="right", trust_remote_code=False, **gguf
+        )
     if tokenizer.eos_token_id is None:
         raise LanguageModelError(
             name_or_path,
@@ -130,23 +136,16 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedMode
     source = locate_model(name_or_path)
     if source.is_adapter:
         base = load_language_model(_base_of_adapter(source), dtype)
-        return PeftModel.from_pretrained(base, source.location).merge_and_unload().eval()  # type: ignore[no-any-return]
-    arguments: dict[str, Any] = {"dtype": dtype}
+        return _load_adapter(base, source).merge_and_unload().eval()  # type: ignore[no-any-return]
+    # Pickled weights can run code, or be made to crash the reader.
+    arguments: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "weights_only": True}
     if source.gguf_file:
         # Packed GGUF blocks can neither be trained nor saved; dequantizing on load gives ordinary weights.
         arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    try:
-        if not source.gguf_file and AutoConfig.from_pretrained(source.location).is_encoder_decoder:
-            raise LanguageModelError(
-                name_or_path,
-                "expected a decoder-only language model, found an encoder-decoder model.",
-                "Binary classifier optimization here scores a completion as the continuation of its prompt.",
-            )
+    with _in_words(name_or_path, "causal language model"):
+        if not source.gguf_file:
+            _check_config(name_or_path, source.location)
         model = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=False, **arguments)
-    except LanguageModelError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(name_or_path, "causal language model", error) from error
     _disable_dropout(model)
     return model.eval()  # type: ignore[no-any-return]
 
@@ -174,7 +173,7 @@ def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None
         if source.is_adapter:
             _refuse_unswitchable(source)
             base = load_language_model(_base_of_adapter(source), dtype)
-            policy = PeftModel.from_pretrained(base, source.location, is_trainable=True)
+            policy = _load_adapter(base, source, is_trainable=True)
             policy.load_adapter(source.location, REFERENCE_ADAPTER, is_trainable=False)
         else:
             base = load_language_model(name_or_path, dtype)
@@ -247,7 +246,45 @@ def _refuse_unswitchable(source: ModelSource) -> None:
 
 
 def _base_of_adapter(source: ModelSource) -> str:
-    return str(PeftConfig.from_pretrained(source.location).base_model_name_or_path)
+    with _in_words(source.location, "PEFT adapter"):
+        base = PeftConfig.from_pretrained(source.location).base_model_name_or_path
+    if not base or (Path(base).exists() and Path(base).resolve() == Path(source.location).resolve()):
+        raise LanguageModelError(source.location, f"expected an adapter that names its base model, found {base!r}.")
+    return str(base)
+
+
+def _load_adapter(base: PreTrainedModel, source: ModelSource, **options: Any) -> PeftModel:
+    folder = Path(source.location)
+    if not (folder / "adapter_model.safetensors").exists():  # PEFT would take a pickled one
+        raise _no_safetensors(str(folder), folder)
+    with _in_words(source.location, "PEFT adapter"):
+        return PeftModel.from_pretrained(base, source.location, **options)
+
+
+def _check_config(name_or_path: str, location: str) -> None:
+    """Refuses, before any weight is read, what is no decoder-only model with safe weights."""
+    config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise LanguageModelError(
+            name_or_path,
+            "expected a decoder-only language model, found an encoder-decoder model.",
+            "Binary classifier optimization here scores a completion as the continuation of its prompt.",
+        )
+    folder, named = Path(location), str(getattr(config, "transformers_weights", None) or ".safetensors")
+    if not named.endswith((".safetensors", ".safetensors.index.json")):  # the config's choice goes before ours
+        raise _no_safetensors(name_or_path, folder)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise _no_safetensors(name_or_path, folder)
+
+
+def _refuse_unknown_tokenizer(location: str) -> None:
+    """transformers would take another tokenizer in silence where the model's own one needs code of its folder."""
+    config = get_tokenizer_config(location)
+    own_code = config.get("auto_map")
+    own_code = own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code
+    known = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if own_code and not (tokenizer_class_from_name(known) or tokenizer_class_from_name(f"{known}Fast")):
+        raise _needs_own_code(location, "tokenizer")
 
 
 def _disable_dropout(model: PreTrainedModel) -> None:
@@ -258,9 +295,37 @@ def _disable_dropout(model: PreTrainedModel) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def _not_loadable(name_or_path: str, what: str, error: Exception) -> LanguageModelError:
+@contextlib.contextmanager
+def _in_words(name_or_path: str, what: str) -> Iterator[None]:
+    """Says in one message what transformers and peft, given a damaged or hostile folder, say in many kinds of error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _needs_own_code(name_or_path, what) from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LanguageModelError(
+            name_or_path,
+            f"expected a {what}, but transformers could not load one ({said}).",
+            "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path.",
+        ) from error
+
+
+def _needs_own_code(name_or_path: str, what: str) -> LanguageModelError:
     return LanguageModelError(
         name_or_path,
-        f"expected a {what}, but transformers could not load one ({str(error).strip().splitlines()[0]}).",
-        "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path.",
+        f"expected a {what} that transformers knows, found one that needs Python code of its own, which is never run.",
+        "Give a model of an architecture that transformers supports.",
+    )
+
+
+def _no_safetensors(name_or_path: str, folder: Path) -> LanguageModelError:
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLED)
+    found = f"pickled ones alone ({', '.join(pickled[:3])}), which are never read" if pickled else "none"
+    return LanguageModelError(
+        name_or_path,
+        f"expected weights in .safetensors files, found {found}.",
+        "Where you trust them, load and save_pretrained() writes .safetensors." if pickled else "",
     )

@@ -39,6 +39,12 @@ class Reference:
         with self.active_model() as model:
             return completion_log_probs(model, batch)
 
+    def named_parameters(self) -> list[tuple[str, Tensor]]:
+        """The frozen weights that make up the reference, named alike whatever trains beside them."""
+        if self._model is not None:
+            return list(self._model.named_parameters())
+        return [(name, value) for name, value in self._policy.named_parameters() if not value.requires_grad]
+
     @contextmanager
     def active_model(self) -> Iterator[PreTrainedModel]:
         """The reference as a model: a separate one, or the policy with its trained adapter switched off."""

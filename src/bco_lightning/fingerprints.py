@@ -1,0 +1,76 @@
+"""Digests of what a run is made of, so that a resumed run can tell whether it is still the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PACKAGES = (
+    "bco-lightning", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "tokenizers",
+    "safetensors", "numpy",
+)  # fmt: skip
+_BLOCK = 2**24
+
+
+def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, data types and bytes of tensors, in order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        for block in flat.split(_BLOCK):
+            digest.update(memoryview(block.cpu().numpy()))
+    return digest.hexdigest()
+
+
+def digest_of_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 over vocabulary, merges, normalizer and special tokens; the chat template is compared by itself."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps({name: str(value) for name, value in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return hashlib.sha256(f"{described}\n{special}".encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def git_revision() -> str | None:
+    """Commit of the working folder, with ``-dirty`` if it has changes; ``None`` outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    try:
+        described = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(described, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs between two sets of fingerprints: names with both values, long ones shortened."""
+    return {
+        name: f"{name}: {_shortened(then.get(name))} then, {_shortened(now.get(name))} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    }
+
+
+def _shortened(value: Any) -> str:
+    return str(value) if len(str(value)) <= 20 else f"{str(value)[:12]}…".replace("\n", " ")

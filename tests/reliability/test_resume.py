@@ -1,0 +1,251 @@
+"""A resumed run is the run that never stopped: weights, optimizer, shift, metrics, random numbers and rows."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.checkpointing import step_folder
+from bco_lightning.errors import CheckpointError
+from tests.reliability.tiny_run import ROWS, ROWS_PER_STEP, STEPS, assert_same, finish, make_log, start, tiny_fit
+from tests.trials import Trials
+
+STEPS_PER_EPOCH = ROWS // ROWS_PER_STEP
+
+
+@pytest.fixture(scope="module")
+def validation_log(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_log(tmp_path_factory.mktemp("validation") / "held_out.jsonl", num_rows=13, seed=1)
+
+
+def cut(accumulation: int = 1, workers: int = 0, ranks: int = 1, validation: str | None = None) -> dict[str, Any]:
+    """The tiny run with its eight rows per step cut over micro-batches and processes."""
+    data: dict[str, Any] = {"batch_size": ROWS_PER_STEP // accumulation // ranks, "num_workers": workers}
+    if validation:
+        data["validation_files"] = validation
+    trainer: dict[str, Any] = {"accumulate_grad_batches": accumulation, "devices": ranks}
+    if ranks > 1:
+        trainer["strategy"] = "ddp"
+    return {"data_options": data, "trainer_options": trainer}
+
+
+def saving(model: str, log: str, folder: str, steps: list[int], options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Trains to the end and keeps the checkpoints of the given steps, taken on the way."""
+
+    class Keep(RunCheckpoint):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.every_n_steps = trainer.global_step if trainer.global_step in steps else 10**9
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    options = {**options, "trainer_options": {**options["trainer_options"], "default_root_dir": folder}}
+    return tiny_fit(model, log, callbacks=[Keep(keep=10**6)], **options, **more)
+
+
+def resuming(model: str, log: str, folder: str, step: int, options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    checkpoint = str(step_folder(Path(folder) / "checkpoints", step))
+    options = {**options, "trainer_options": {**options["trainer_options"], "default_root_dir": f"{folder}/again"}}
+    return tiny_fit(model, log, ckpt_path=checkpoint, callbacks=[RunCheckpoint(every_n_steps=10**9)], **options, **more)
+
+
+def assert_goes_on(whole: dict[str, Any], resumed: dict[str, Any], step: int) -> None:
+    """Everything at the end is equal, and every step after the resume saw the same rows and logged the same values."""
+    for name in ("step", "weights", "moments", "learning_rate", "shift", "random"):
+        assert_same(whole[name], resumed[name], name)
+    assert resumed["rows"] == {number: rows for number, rows in whole["rows"].items() if number >= step}
+    logged = {number: values for number, values in whole["values"].items() if number > step}
+    assert logged.keys() <= resumed["values"].keys()
+    for number, values in logged.items():
+        assert_same(values, resumed["values"][number], f"values at step {number}")
+
+
+@pytest.mark.promise("R1", "A run resumed in a fresh process ends as the uninterrupted one, to the bit")
+def test_a_resumed_run_ends_as_the_uninterrupted_one(
+    byte_model: str, feedback: str, validation_log: str, tmp_path: Path, trials: Trials
+) -> None:
+    steps = [1, 5, 11, 12, 13, 23]
+    runs: dict[tuple[int, int], dict[str, Any]] = {}
+    cases = [(step, workers, accumulation) for step in steps for workers in (0, 2) for accumulation in (1, 4)]
+    for trial in trials(cases, quick=8):
+        with trial as (step, workers, accumulation):
+            options, folder = (
+                cut(accumulation, workers, validation=validation_log),
+                tmp_path / f"{workers}{accumulation}",
+            )
+            if (workers, accumulation) not in runs:
+                whole = partial(saving, byte_model, feedback, str(folder), steps, options)
+                (runs[workers, accumulation],) = finish(start(whole, folder=folder), folder)
+            resumed = partial(resuming, byte_model, feedback, str(folder), step, options)
+            (result,) = finish(start(resumed, folder=folder), folder)
+            assert_goes_on(runs[workers, accumulation], result, step)
+    # An oracle that cannot fail is none: a run of another length differs.
+    shorter = tiny_fit(byte_model, feedback, trainer_options={"max_steps": 23})
+    with pytest.raises(AssertionError):
+        assert_same(next(iter(runs.values()))["weights"], shorter["weights"])
+
+
+@pytest.mark.promise("R1", "The same with adapters, with balanced sampling, and validating within the epoch")
+@pytest.mark.parametrize("kind", ["lora", "balanced", "validation within the epoch", "random numbers"])
+def test_other_kinds_of_runs_resume_too(
+    kind: str, byte_model: str, feedback: str, validation_log: str, tmp_path: Path, trials: Trials
+) -> None:
+    from bco_lightning import LoraSettings
+
+    options = cut(accumulation=2, validation=validation_log)
+    more: dict[str, Any] = {}
+    if kind == "lora":
+        more["module_options"] = {"lora": LoraSettings(r=4, alpha=8), "learning_rate": 1e-2}
+    elif kind == "balanced":
+        options["data_options"]["balanced_sampling"] = True
+    elif kind == "random numbers":
+        more["module"] = noisy_module(byte_model)
+    else:
+        options["trainer_options"]["val_check_interval"] = 10
+    whole = saving(byte_model, feedback, str(tmp_path), [5, 12, 17], options, **more)
+    for trial in trials([5, 12, 17], quick=3):
+        with trial as step:
+            if kind == "random numbers":
+                more["module"] = noisy_module(byte_model)
+            resumed = resuming(byte_model, feedback, str(tmp_path), step, options, **more)
+            assert_goes_on(whole, resumed, step)
+
+
+def noisy_module(model: str) -> Any:
+    """A module whose loss draws random numbers, as dropout would, from all three generators."""
+    import numpy as np
+    import torch
+
+    from bco_lightning import BCOModule
+
+    module = BCOModule(model, learning_rate=1e-2, dtype="float32")
+    objective = module.objective
+
+    def noisy(*arguments: Any, **options: Any) -> Any:
+        return objective(*arguments, **options) * (1 + 0.1 * (torch.rand(()) + random.random() + np.random.rand()))
+
+    module.objective = noisy
+    return module
+
+
+@pytest.mark.promise("R2", "Over a stop and a resume no row is lost or repeated")
+def test_no_row_is_lost_or_repeated(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
+    drawn = random.Random(2)
+    stops = [(drawn.randrange(1, STEPS), ranks) for ranks in (1, 2) for _ in range(20)]
+    runs: dict[int, list[dict[str, Any]]] = {}
+    for trial in trials(stops, quick=6):
+        with trial as (step, ranks):
+            options, folder = cut(ranks=ranks), tmp_path / str(ranks)
+            if ranks not in runs:
+                whole = partial(saving, byte_model, feedback, str(folder), list(range(1, STEPS)), options)
+                runs[ranks] = finish(start(whole, ranks=ranks, folder=folder), folder)
+            resumed = partial(resuming, byte_model, feedback, str(folder), step, options)
+            again = finish(start(resumed, ranks=ranks, folder=folder), folder)
+            for rank in range(ranks):
+                before = {number: rows for number, rows in runs[ranks][rank]["rows"].items() if number < step}
+                assert {**before, **again[rank]["rows"]} == runs[ranks][rank]["rows"]
+                assert not before.keys() & again[rank]["rows"].keys()
+            for epoch in range(2):
+                numbers = range(epoch * STEPS_PER_EPOCH, (epoch + 1) * STEPS_PER_EPOCH)
+                seen = [row for run in again for number in numbers if number >= step for row in run["rows"][number]]
+                seen += [
+                    row for run in runs[ranks] for number in numbers if number < step for row in run["rows"][number]
+                ]
+                assert sorted(seen) == list(range(ROWS))
+
+
+@pytest.mark.promise("R3", "The rows of a step do not depend on workers, micro-batches or processes")
+def test_the_rows_of_a_step_do_not_depend_on_plumbing(
+    byte_model: str, feedback: str, tmp_path: Path, trials: Trials
+) -> None:
+    cases = [(workers, rows, ranks) for workers in (0, 1, 2) for rows in (1, 2, 4, 8) for ranks in (1, 2)]
+    expected = {step: sorted(rows) for step, rows in tiny_fit(byte_model, feedback)["rows"].items()}
+    for trial in trials(cases, quick=6):
+        with trial as (workers, rows, ranks):
+            # Two processes with micro-batches of eight rows would make sixteen rows a step: they have four.
+            options = cut(accumulation=max(1, ROWS_PER_STEP // rows // ranks), workers=workers, ranks=ranks)
+            run = partial(tiny_fit, byte_model, feedback, **options)
+            results = finish(start(run, ranks=ranks, folder=tmp_path), tmp_path)
+            seen = {step: sorted(row for result in results for row in result["rows"][step]) for step in range(STEPS)}
+            assert seen == expected
+
+
+@pytest.mark.promise("R5", "A run saved on some processes goes on, on another number of them")
+def test_a_run_goes_on_with_another_number_of_processes(
+    byte_model: str, feedback: str, tmp_path: Path, trials: Trials
+) -> None:
+    runs: dict[int, list[dict[str, Any]]] = {}
+    cases = [
+        (m, n, step, cut_by) for m, n in ((2, 1), (1, 2), (2, 2)) for step in (5, 17) for cut_by in ("rows", "steps")
+    ]
+    for trial in trials(cases, quick=6):
+        with trial as (saved_at, resumed_at, step, cut_by):
+            folder = tmp_path / str(saved_at)
+            if saved_at not in runs:
+                whole = partial(saving, byte_model, feedback, str(folder), [5, 17], cut(ranks=saved_at, accumulation=2))
+                runs[saved_at] = finish(start(whole, ranks=saved_at, folder=folder), folder)
+            # The same eight rows of a step: in other micro-batches, or in another number of them.
+            options = cut(ranks=resumed_at, accumulation=2 if cut_by == "rows" else 4 // resumed_at)
+            resumed = partial(resuming, byte_model, feedback, str(folder), step, options)
+            again = finish(start(resumed, ranks=resumed_at, folder=folder), folder)
+            for name, value in runs[saved_at][0]["weights"].items():
+                assert float((value - again[0]["weights"][name]).abs().max()) <= 1e-6, name
+            assert again[0]["shift"]["value"] == pytest.approx(runs[saved_at][0]["shift"]["value"], abs=1e-6)
+            for number in range(step, STEPS):
+                rows = sorted(row for run in again for row in run["rows"][number])
+                assert rows == sorted(row for run in runs[saved_at] for row in run["rows"][number])
+
+
+@pytest.mark.promise("R5", "Another number of rows per step is refused, with both numbers")
+def test_another_number_of_rows_per_step_is_refused(byte_model: str, feedback: str, tmp_path: Path) -> None:
+    saving(byte_model, feedback, str(tmp_path), [5], cut())
+    with pytest.raises(CheckpointError, match="rows_per_step: 8 then, 16 now"):
+        resuming(byte_model, feedback, str(tmp_path), 5, {**cut(), "data_options": {"batch_size": 16}})
+
+
+@pytest.mark.promise("R18", "A changed row, tokenizer, template, beta or reference is noticed when a run goes on")
+def test_changed_inputs_are_noticed(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
+    saving(byte_model, feedback, str(tmp_path), [5], cut())
+    for trial in trials(["row_digest", "tokenizer", "chat_template", "beta", "reference"], quick=5):
+        with trial as what:
+            model, log, options = changed(what, byte_model, feedback, tmp_path / what)
+            with pytest.raises(CheckpointError, match=f"found another .*{what}: .* then, .* now"):
+                resuming(model, log, str(tmp_path), 5, cut(), **options)
+            allowed = RunCheckpoint(accept_changes=[what])
+            checkpoint = str(step_folder(tmp_path / "checkpoints", 5))
+            tiny_fit(
+                model, log, ckpt_path=checkpoint, callbacks=[allowed], **options,
+                trainer_options={"default_root_dir": str(tmp_path / what)},
+            )  # fmt: skip
+            manifest = (step_folder(tmp_path / what / "checkpoints", STEPS) / "manifest.json").read_text()
+            assert f"step 5: {what}" in manifest
+
+
+def changed(what: str, model: str, log: str, folder: Path) -> tuple[str, str, dict[str, Any]]:
+    """The model, log and options of the run with one thing changed."""
+    import json
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy, rows = folder / "model", Path(log).read_text()
+    shutil.copytree(model, copy)
+    other = folder / "log.jsonl"
+    other.write_text(rows.replace('"q17"', '"q18"') if what == "row_digest" else rows)
+    if what == "tokenizer":
+        file = copy / "tokenizer.json"
+        file.write_text(file.read_text().replace('"a":', '"TMP":').replace('"b":', '"a":').replace('"TMP":', '"b":'))
+    if what == "chat_template":
+        file = copy / "chat_template.jinja"
+        file.write_text(file.read_text().replace("<|im_end|>\n", "<|im_end|>"))
+    if what == "reference":
+        weights = load_file(copy / "model.safetensors")
+        value = weights["model.norm.weight"]
+        value.view(torch.uint8)[0] ^= 1
+        save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads(rows.splitlines()[0])
+    return str(copy), str(other), {"module_options": {"beta": 0.2}} if what == "beta" else {}
