@@ -142,9 +142,29 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: BCOModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        epochs = trainer.fit_loop.epoch_loop
         if trainer.validating and self._progress:
             # Saved as of the step boundary before, so that a resumed run validates again from the first row on.
             checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self._progress}
+            checkpoint["validation_due"] = True
+        elif trainer.training:
+            checkpoint["validation_due"] = bool(epochs._should_check_val_fx(trainer.fit_loop._data_fetcher))  # type: ignore[arg-type]
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: BCOModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        if trainer.training and checkpoint.get("validation_due"):
+            # Lightning takes up a validation that had begun, but skips one that was about to; so this one "had begun".
+            progress = checkpoint["loops"]["fit_loop"]
+            for counts in progress["epoch_loop.batch_progress"].values():
+                if isinstance(counts, dict):
+                    counts["completed"] = counts["processed"]
+            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["epoch_loop.val_loop.batch_progress"] |= {"total": begun, "current": dict.fromkeys(begun, 0)}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return "RunCheckpoint"  # the same for a subclass
 
     @override
     def state_dict(self) -> dict[str, Any]:
