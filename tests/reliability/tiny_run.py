@@ -240,6 +240,7 @@ def _child(function: Callable[..., Any], arguments: Any, environment: dict[str, 
     output = os.open(f"{folder}/output.{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    multiprocessing.set_start_method("fork", force=True)  # loader workers start as they do for a user
     torch.set_num_threads(1)
     code = 0
     try:
