@@ -28,6 +28,7 @@ from bco_lightning.models.language_model import (
     resolve_dtype,
 )
 from bco_lightning.models.log_probs import check_head, completion_log_probs
+from bco_lightning.models.parallel import shard
 from bco_lightning.models.reference import Reference
 from bco_lightning.objectives import OBJECTIVES
 from bco_lightning.reward_shift import RewardShift
@@ -118,6 +119,7 @@ class BCOModule(LightningModule):
         self.class_weights: tuple[float, float] | None = None
         self.step_rows: list[RewardedRows] = []
         self._step_of_rows = -1
+        self._reference_digest = ""
         self._fingerprints: dict[str, Any] = {}
         self._accepted_changes: list[str] = []
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
@@ -155,6 +157,12 @@ class BCOModule(LightningModule):
         check_head(self._policy)
         separate = options["reference_name_or_path"]
         self._reference = Reference(self._policy, load_language_model(separate, dtype) if separate else None)
+        if self._trainer is not None and self.trainer.training:
+            self._reference_digest = digest_of_tensors(self._reference.named_parameters())  # while it is whole
+        if self.device_mesh is not None:
+            shard(self._policy, self.device_mesh)
+            if self._reference.separate_model is not None:
+                shard(self._reference.separate_model, self.device_mesh)
         if separate:
             self._load_exported_reward_shift(options["name_or_path"], separate)
         if options["gradient_checkpointing"]:
@@ -357,13 +365,13 @@ class BCOModule(LightningModule):
             counts["completed"] = counts["ready"] - behind
 
     def _own_fingerprints(self) -> dict[str, Any]:
-        reference = self.reference.named_parameters()
+        self.configure_model()
         return {
             **{
                 name: self.hparams[name]
                 for name in ("objective", "beta", "class_weights", "reward_shift_decay", "lora")
             },
-            "reference": digest_of_tensors(reference),
+            "reference": self._reference_digest,
             "tokenizer": digest_of_tokenizer(self.tokenizer),
         }
 

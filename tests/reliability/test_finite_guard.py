@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
 
 from bco_lightning import BCOModule, LoraSettings, RewardShift
 from bco_lightning.callbacks import FiniteGuard, RunCheckpoint
@@ -55,7 +56,7 @@ class Inject(Callback):
                 with torch.no_grad():
                     module.policy.get_input_embeddings().weight[batch.input_ids_BT[0, 0]] = self.value
         if step in self.steps and (micro_batch == 1 or self.active):
-            self.before = bits(state_of(module, trainer))
+            self.before = bits(state_of(module, trainer, local))
 
 
 def bits(state: dict[str, Any]) -> dict[str, Any]:
@@ -65,19 +66,24 @@ def bits(state: dict[str, Any]) -> dict[str, Any]:
     return {"numbers": [value.reshape(-1).view(torch.int32) for value in flat], "shift": kept["shift"]}
 
 
+def local(value: Any) -> Any:
+    """This process's part: another may not be asking for the whole."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def injected(
-    model: str, log: str, folder: str, place: str, value: float, rank: int, micro_batch: int
+    model: str, log: str, folder: str, place: str, value: float, rank: int, micro_batch: int, strategy: str
 ) -> dict[str, Any]:
     inject = Inject(place, value, rank, micro_batch, steps=(3,))
     module = BCOModule(model, learning_rate=1e-2, dtype="float32")
-    options = {"accumulate_grad_batches": 4, "devices": 2, "strategy": "ddp", "default_root_dir": folder}
+    options = {"accumulate_grad_batches": 4, "devices": 2, "strategy": strategy, "default_root_dir": folder}
     try:
         tiny_fit(
             model, log, module=module, callbacks=[inject, RunCheckpoint(every_n_steps=1, keep=9)],
             trainer_options=options, data_options={"batch_size": 1},
         )  # fmt: skip
     except NonFiniteError as error:
-        assert_same(bits(state_of(module, module.trainer)), inject.before)
+        assert_same(bits(state_of(module, module.trainer, local)), inject.before)
         return {"error": str(error), "rows": inject.rows}
     return {"error": "none"}
 
@@ -86,12 +92,14 @@ def injected(
 def test_a_value_that_is_not_finite_stops_all_processes(
     byte_model: str, feedback: str, tmp_path: Path, trials: Trials
 ) -> None:
-    cases = [(p, v, rank, micro) for p in PLACES for v in VALUES for rank in (0, 1) for micro in (1, 3)]
+    cases = [(p, v, rank, micro, "ddp") for p in PLACES for v in VALUES for rank in (0, 1) for micro in (1, 3)]
+    # Where weights are sharded, those of one process and their gradients are everyone's.
+    cases += [(p, v, 1, 3, "fsdp2") for p in ("policy logits", "reference log-probs", "loss") for v in VALUES]
     for trial in trials(cases, quick=10):
-        with trial as (place, value, rank, micro_batch):
-            folder = tmp_path / f"{place}{value}{rank}{micro_batch}"
+        with trial as (place, value, rank, micro_batch, strategy):
+            folder = tmp_path / f"{place}{value}{rank}{micro_batch}{strategy}"
             began = time.monotonic()
-            run = partial(injected, byte_model, feedback, str(folder), place, value, rank, micro_batch)
+            run = partial(injected, byte_model, feedback, str(folder), place, value, rank, micro_batch, strategy)
             results = finish(start(run, ranks=2, folder=folder), folder)
             assert time.monotonic() - began < 30
             assert results[0]["error"] == results[1]["error"]

@@ -23,14 +23,16 @@ def validation_log(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_log(tmp_path_factory.mktemp("validation") / "held_out.jsonl", num_rows=13, seed=1)
 
 
-def cut(accumulation: int = 1, workers: int = 0, ranks: int = 1, validation: str | None = None) -> dict[str, Any]:
+def cut(
+    accumulation: int = 1, workers: int = 0, ranks: int = 1, validation: str | None = None, strategy: str = "ddp"
+) -> dict[str, Any]:
     """The tiny run with its eight rows per step cut over micro-batches and processes."""
     data: dict[str, Any] = {"batch_size": ROWS_PER_STEP // accumulation // ranks, "num_workers": workers}
     if validation:
         data["validation_files"] = validation
     trainer: dict[str, Any] = {"accumulate_grad_batches": accumulation, "devices": ranks}
     if ranks > 1:
-        trainer["strategy"] = "ddp"
+        trainer["strategy"] = strategy
     return {"data_options": data, "trainer_options": trainer}
 
 
@@ -176,30 +178,38 @@ def test_the_rows_of_a_step_do_not_depend_on_plumbing(
             assert seen == expected
 
 
-@pytest.mark.promise("R5", "A run saved on some processes goes on, on another number of them")
+@pytest.mark.promise("R5", "A run saved on some processes goes on, on another number of them, under DDP and FSDP2")
 def test_a_run_goes_on_with_another_number_of_processes(
     byte_model: str, feedback: str, tmp_path: Path, trials: Trials
 ) -> None:
-    runs: dict[int, list[dict[str, Any]]] = {}
-    cases = [
-        (m, n, step, cut_by) for m, n in ((2, 1), (1, 2), (2, 2)) for step in (5, 17) for cut_by in ("rows", "steps")
-    ]
-    for trial in trials(cases, quick=6):
+    runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    moves = [((2, "ddp"), (1, "")), ((1, ""), (2, "ddp")), ((2, "ddp"), (2, "ddp"))]
+    moves += [((2, "fsdp2"), (1, "fsdp2")), ((1, "fsdp2"), (2, "fsdp2")), ((2, "fsdp2"), (2, "fsdp2"))]
+    moves += [((2, "fsdp2"), (2, "ddp")), ((1, ""), (2, "fsdp2"))]
+    cases = [(*move, step, cut_by) for move in moves for step in (5, 17) for cut_by in ("rows", "steps")]
+    for trial in trials(cases, quick=8):
         with trial as (saved_at, resumed_at, step, cut_by):
-            folder = tmp_path / str(saved_at)
+            folder = tmp_path / f"{saved_at}"
+            (ranks, strategy), (ranks_after, strategy_after) = saved_at, resumed_at
             if saved_at not in runs:
-                whole = partial(saving, byte_model, feedback, str(folder), [5, 17], cut(ranks=saved_at, accumulation=2))
-                runs[saved_at] = finish(start(whole, ranks=saved_at, folder=folder), folder)
+                options = with_strategy(cut(ranks=ranks, accumulation=2), strategy)
+                whole = partial(saving, byte_model, feedback, str(folder), [5, 17], options)
+                runs[saved_at] = finish(start(whole, ranks=ranks, folder=folder), folder)
             # The same eight rows of a step: in other micro-batches, or in another number of them.
-            options = cut(ranks=resumed_at, accumulation=2 if cut_by == "rows" else 4 // resumed_at)
+            accumulation = 2 if cut_by == "rows" else 4 // ranks_after
+            options = with_strategy(cut(ranks=ranks_after, accumulation=accumulation), strategy_after)
             resumed = partial(resuming, byte_model, feedback, str(folder), step, options)
-            again = finish(start(resumed, ranks=resumed_at, folder=folder), folder)
+            again = finish(start(resumed, ranks=ranks_after, folder=folder), folder)
             for name, value in runs[saved_at][0]["weights"].items():
                 assert float((value - again[0]["weights"][name]).abs().max()) <= 1e-6, name
             assert again[0]["shift"]["value"] == pytest.approx(runs[saved_at][0]["shift"]["value"], abs=1e-6)
             for number in range(step, STEPS):
                 rows = sorted(row for run in again for row in run["rows"][number])
                 assert rows == sorted(row for run in runs[saved_at] for row in run["rows"][number])
+
+
+def with_strategy(options: dict[str, Any], strategy: str) -> dict[str, Any]:
+    return {**options, "trainer_options": {**options["trainer_options"], "strategy": strategy or "auto"}}
 
 
 @pytest.mark.promise("R5", "Another number of rows per step is refused, with both numbers")

@@ -21,10 +21,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bco_lightning import BCOModule, FeedbackDataModule
+from bco_lightning.models.parallel import whole
 
 ROOT = Path(__file__).parents[2]
 ROWS, UP, STEPS, ROWS_PER_STEP = 96, 64, 24, 8
@@ -121,7 +123,7 @@ def tiny_fit(
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 2,
-        "enable_checkpointing": bool(callbacks),
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks or []),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "log_every_n_steps": 5,
@@ -135,15 +137,15 @@ def tiny_fit(
     return {**state_of(module, trainer), "rows": recorder.rows, "values": recorder.values}
 
 
-def state_of(module: BCOModule, trainer: Trainer) -> dict[str, Any]:
-    """Weights, optimizer, learning rate, shift and random number state of a run, copied."""
+def state_of(module: BCOModule, trainer: Trainer, part: Callable[[Any], Any] = whole) -> dict[str, Any]:
+    """Weights, optimizer, learning rate, shift and random number state of a run, copied; whole or a part of them."""
     optimizer = trainer.optimizers[0] if trainer.optimizers else None
     scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
     moments = [] if optimizer is None else [dict(state) for state in optimizer.state.values()]
     return {
         "step": trainer.global_step,
-        "weights": {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad},
-        "moments": [{name: value.clone() for name, value in state.items()} for state in moments],
+        "weights": {name: part(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad},
+        "moments": [{name: part(value).clone() for name, value in state.items()} for state in moments],
         "learning_rate": scheduler.get_last_lr() if scheduler else None,
         "shift": module.reward_shift.state_dict(),
         "random": torch.get_rng_state().clone(),
@@ -241,6 +243,7 @@ def _child(function: Callable[..., Any], arguments: Any, environment: dict[str, 
     os.dup2(output, 1)
     os.dup2(output, 2)
     multiprocessing.set_start_method("fork", force=True)  # loader workers start as they do for a user
+    os.chdir(folder)
     torch.set_num_threads(1)
     code = 0
     try:

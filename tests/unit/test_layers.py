@@ -40,9 +40,9 @@ def test_a_file_imports_only_from_its_own_layer_or_below(path: Path) -> None:
                     assert imported == part(path), f"{path.name} imports its neighbour {name}"
 
 
-def test_collectives_are_called_in_one_file_alone() -> None:
+def test_collectives_are_called_in_one_file_and_sharding_is_known_to_one() -> None:
     callers = {path.name for path in SOURCE.rglob("*.py") if "torch.distributed." in path.read_text(encoding="utf-8")}
-    assert callers == {"distributed.py"}
+    assert callers == {"distributed.py", "parallel.py"}
 
 
 def test_nothing_pickled_is_read_or_written() -> None:

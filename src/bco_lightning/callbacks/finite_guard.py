@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks
 from bco_lightning.errors import ConfigError, NonFiniteError
+from bco_lightning.models.parallel import whole
 from bco_lightning.module import BCOModule
 
 _SHOWN = 5
@@ -64,6 +65,8 @@ class FiniteGuard(Callback):
 
     def _findings(self, trainer: Trainer, module: BCOModule) -> list[str]:
         """What is not finite in this process, with row ids and their places in the log."""
+        # A scaler of float16 gradients expects infinities, and skips such steps itself.
+        gradient = [] if trainer.precision == "16-mixed" else self._gradient_findings(trainer, module)
         findings = []
         for name in ("policy_log_probs_B", "reference_log_probs_B", "losses_B"):
             values = torch.cat([getattr(rows, name) for rows in module.step_rows])
@@ -73,17 +76,14 @@ class FiniteGuard(Callback):
                     f"{name.removesuffix('_B').replace('_', ' ')} {_values(values)} "
                     f"in rows {_places(trainer, ids[~values.isfinite()].tolist())}"
                 )
-        # A scaler of float16 gradients expects infinities, and skips such steps itself.
-        if not findings and trainer.precision != "16-mixed":
-            findings += self._gradient_findings(trainer, module)
-        return findings
+        return findings or gradient
 
     def _gradient_findings(self, trainer: Trainer, module: BCOModule) -> list[str]:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+        largest = whole(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))
         if bool(torch.isfinite(largest)):
             return []
-        names = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        names = [n for n, p in module.named_parameters() if p.grad is not None and not whole(p.grad).isfinite().all()]
         ids = torch.cat([rows.row_ids_B for rows in module.step_rows]).tolist()
         return [f"gradient of {', '.join(names[:1])} ({len(names)} parameters) from rows {_places(trainer, ids)}"]
 

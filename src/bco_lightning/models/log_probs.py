@@ -17,6 +17,7 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import LanguageModelError
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits; larger chunks were no faster on a CPU
+SCORE = "score_completions"  # the method that a sharded model gets
 _PROBE_LENGTH = 8
 
 
@@ -33,7 +34,13 @@ def completion_log_probs(model: PreTrainedModel, batch: FeedbackBatch, chunk_byt
     Returns:
         Shape ``(B,)``, float32, in nats.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
+    score = getattr(causal_lm, SCORE, None)
+    return score(batch, chunk_bytes) if score else score_completions(causal_lm, batch, chunk_bytes)  # type: ignore[no-any-return]
+
+
+def score_completions(causal_lm: Any, batch: FeedbackBatch, chunk_bytes: int) -> Tensor:
+    """:func:`completion_log_probs` of a bare causal language model; sharded models have it as a method."""
     hidden_BTH = causal_lm.base_model(
         input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False
     ).last_hidden_state
@@ -59,7 +66,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         LanguageModelError: If they differ.
     """
-    causal_lm = _causal_lm(model)
+    causal_lm = causal_lm_of(model)
     embedding = causal_lm.get_input_embeddings().weight
     tokens_1T = torch.arange(1, _PROBE_LENGTH + 1, device=embedding.device).remainder(embedding.shape[0])[None]
     hidden_1TH = causal_lm.base_model(input_ids=tokens_1T, use_cache=False).last_hidden_state
@@ -102,5 +109,6 @@ def _as_configured(logits: Tensor, config: Any) -> Tensor:
     return logits
 
 
-def _causal_lm(model: PreTrainedModel) -> Any:
+def causal_lm_of(model: Any) -> Any:
+    """The causal language model itself, without PEFT around it."""
     return model.get_base_model() if hasattr(model, "peft_config") else model

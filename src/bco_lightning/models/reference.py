@@ -39,6 +39,11 @@ class Reference:
         with self.active_model() as model:
             return completion_log_probs(model, batch)
 
+    @property
+    def separate_model(self) -> PreTrainedModel | None:
+        """The reference's own model, where it is not the policy with its adapter off."""
+        return self._model
+
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """The frozen weights that make up the reference, named alike whatever trains beside them."""
         if self._model is not None:

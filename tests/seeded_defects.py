@@ -1,0 +1,248 @@
+"""Shows that the trials can fail: plants one defect after another into a copy of the source and expects red.
+
+``python -m tests.seeded_defects`` runs all of them (``R1 S4`` those of the rows named), and notes in ``tests/trials.json``
+which row was seen red on what.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "tests" / "trials.json"
+PACKAGE = Path("src") / "bco_lightning"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A change of one place in the source, and the trial that must not survive it.
+
+    Args:
+        row: Row of the table.
+        what: The defect, in words.
+        file: File below ``src/bco_lightning``.
+        old: Text that occurs there once.
+        new: What takes its place.
+        trial: Arguments of pytest that choose the trial.
+    """
+
+    row: str
+    what: str
+    file: str
+    old: str
+    new: str
+    trial: tuple[str, ...]
+
+
+RESUME, WHOLE = "tests/reliability/test_resume.py", "tests/reliability/test_whole_checkpoints.py"
+GUARD, STOP = "tests/reliability/test_finite_guard.py", "tests/reliability/test_preemption.py"
+SAME, CHECKPOINTS = "tests/reliability/test_same_numbers.py", "tests/security/test_checkpoints.py"
+
+DEFECTS = [
+    Defect(
+        "R1", "the reward shift is not restored", "module.py",
+        'self.reward_shift.load_state_dict(checkpoint["reward_shift"])', "pass",
+        (f"{RESUME}::test_a_resumed_run_ends_as_the_uninterrupted_one", "--trial=(11, 0, 1)"),
+    ),
+    Defect(
+        "R1", "random numbers are not restored", "callbacks/run_checkpoint.py",
+        "set_random_state(self._random_states[trainer.global_rank])", "pass",
+        (f"{RESUME}::test_other_kinds_of_runs_resume_too[random numbers]",),
+    ),
+    Defect(
+        "R1", "a validation that was due is skipped", "callbacks/run_checkpoint.py",
+        'if trainer.training and checkpoint.get("validation_due"):', "if False:",
+        (f"{RESUME}::test_a_resumed_run_ends_as_the_uninterrupted_one", "--trial=(12, 0, 1)"),
+    ),
+    Defect(
+        "R1", "metrics gathered before the stop are lost", "callbacks/implicit_reward_monitor.py",
+        'self._metrics["train"].set_counts(self._resumed)', "pass",
+        (f"{RESUME}::test_a_resumed_run_ends_as_the_uninterrupted_one", "--trial=(13, 0, 1)"),
+    ),
+    Defect(
+        "R2", "the position is the epoch's start", "data/sampling.py",
+        "first = self._current_step()", "first = self._current_step() // self._steps_per_epoch * self._steps_per_epoch",
+        (f"{RESUME}::test_no_row_is_lost_or_repeated",),
+    ),
+    Defect(
+        "R3", "the order depends on the number of workers", "data/datamodule.py",
+        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed)",
+        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed + self.num_workers)",
+        (f"{RESUME}::test_the_rows_of_a_step_do_not_depend_on_plumbing",),
+    ),
+    Defect(
+        "R4", "a mean of the class means of micro-batches", "module.py",
+        "return (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()",
+        "return torch.stack([losses_B[m].mean() for m in (batch.thumbs_up_B, ~batch.thumbs_up_B) if m.any()]).sum()",
+        (f"{SAME}::test_the_cut_of_a_step_does_not_change_the_trajectory",),
+    ),
+    Defect(
+        "R4", "the shift moves with every micro-batch", "callbacks/reward_shift_update.py",
+        "        if trainer.global_step == self._last_step:\n            return\n", "",
+        (f"{SAME}::test_the_cut_of_a_step_does_not_change_the_trajectory",),
+    ),
+    Defect(
+        "R5", "micro-batches are not counted anew", "module.py",
+        "self._recut_progress(checkpoint)\n        self.reward_shift", "self.reward_shift",
+        (f"{RESUME}::test_a_run_goes_on_with_another_number_of_processes", "--trial=(2, 1, 5, 'steps')"),
+    ),
+    Defect(
+        "R6", "the folder is filled under its own name, as by a move between file systems", "checkpointing.py",
+        "        partial.rename(target)\n",
+        "        import time\n        target.mkdir()\n        for path in sorted(partial.iterdir()):\n"
+        "            time.sleep(0.01)\n            shutil.move(path, target / path.name)\n",
+        (f"{WHOLE}::test_a_killed_writer_leaves_the_newest_whole_checkpoint",),
+    ),
+    Defect(
+        "R7", "the folder is renamed before it is flushed", "checkpointing.py",
+        "        _flush(partial / MANIFEST_FILE)\n        _flush(partial)\n",
+        "        partial.rename(target)\n        _flush(target / MANIFEST_FILE)\n        _flush(target)\n        return\n",
+        (f"{WHOLE}::test_a_fault_at_any_point_of_a_save_leaves_the_previous_step",),
+    ),
+    Defect(
+        "R8", "digests are not compared", "checkpointing.py",
+        'if sha256_of_file(path) != facts["sha256"]:', "if False:",
+        (f"{WHOLE}::test_a_damaged_file_is_refused_and_the_step_before_is_taken",),
+    ),
+    Defect(
+        "R9", "signals are left to Lightning", "callbacks/run_checkpoint.py",
+        "        self._signals.install()\n", "",
+        (f"{STOP}::test_a_signal_at_any_moment_keeps_the_work",),
+    ),
+    Defect(
+        "R10", "a process decides alone", "callbacks/finite_guard.py",
+        "if not max_over_ranks([float(bool(found))], trainer)[0]:", "if not found:",
+        (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('loss', nan, 0, 1)"),
+    ),
+    Defect(
+        "R10", "only the loss is looked at", "callbacks/finite_guard.py",
+        '("policy_log_probs_B", "reference_log_probs_B", "losses_B")', '("losses_B",)',
+        (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('reference log-probs', inf, 0, 1)"),
+    ),
+    Defect(
+        "R11", "a sum that is not finite is taken in", "reward_shift.py",
+        "if not (math.isfinite(sum_up) and math.isfinite(sum_down)):", "if False:",
+        (f"{GUARD}::test_the_shift_is_right_or_unchanged",),
+    ),
+    Defect(
+        "R12", "a collective is called by processes with thumbs-up only", "callbacks/reward_shift_update.py",
+        "        sum_up, num_up,", "        if not step_sums[1]:\n            return\n        sum_up, num_up,",
+        (f"{GUARD}::test_processes_that_see_one_class_each_stay_together",),
+    ),
+    Defect(
+        "R13", "NaN becomes 0", "metrics.py",
+        "mean = {name: values_C / rows_C for", "mean = {name: torch.nan_to_num(values_C / rows_C) for",
+        (f"{SAME}::test_logged_metrics_are_those_of_the_rows",),
+    ),
+    Defect(
+        "R14", "policy and reference share weights", "models/reference.py",
+        "separate_model = copy.deepcopy(policy)", "separate_model = copy.copy(policy)",
+        (f"{SAME}::test_the_reference_stays_as_it_was",),
+    ),
+    Defect(
+        "R15", "an unseeded shuffle", "data/sampling.py",
+        "np.random.default_rng([self._seed, pool, pass_number])", "np.random.default_rng()",
+        (f"{SAME}::test_the_same_seed_gives_the_same_run",),
+    ),
+    Defect(
+        "R16", "class weights off by 0.1 %", "module.py",
+        "return 1 / share_up, 1 / share_down", "return 1.001 / share_up, 1 / share_down",
+        (f"{SAME}::test_the_golden_trajectory",),
+    ),
+    Defect(
+        "R18", "no digest of the tokenizer", "module.py",
+        '"tokenizer": digest_of_tokenizer(self.tokenizer),', '"tokenizer": "",',
+        (f"{RESUME}::test_changed_inputs_are_noticed",),
+    ),
+    Defect(
+        "R19", "a failed write is passed over", "checkpointing.py",
+        "        raise _not_written(target, error) from error\n", "",
+        (f"{WHOLE}::test_a_full_disk_leaves_earlier_steps_whole",),
+    ),
+    Defect(
+        "R20", "old steps are removed first", "checkpointing.py",
+        "if whole >= keep:", "if whole >= 1:",
+        (f"{WHOLE}::test_there_are_never_fewer_than_two_whole_steps",),
+    ),
+    Defect(
+        "R21", "the timeout is Lightning's half hour", "cli.py",
+        "timedelta(seconds=options.process_timeout)", "timedelta(minutes=30)",
+        (f"{STOP}::test_no_process_waits_for_ever", "--trial=('sleeps', 0)"),
+    ),
+    Defect(
+        "R23", "a graph is kept at each step", "module.py",
+        "        self.step_rows.append(rows)\n",
+        "        self.step_rows.append(rows)\n        self.__dict__.setdefault('kept', []).append(losses_B)\n",
+        (f"{SAME}::test_memory_and_open_files_do_not_grow_with_steps",),
+    ),
+    Defect(
+        "R24", "weights are exported under the names of a wrapper", "export.py",
+        'module.load_state_dict(checkpoint["state_dict"], strict=False)',
+        'module.load_state_dict({f"_orig.{k}": v for k, v in checkpoint["state_dict"].items()}, strict=False)',
+        (f"{SAME}::test_an_exported_model_gives_the_logits_of_the_policy",),
+    ),
+    Defect(
+        "S1", "checkpoints are unpickled", "checkpointing.py",
+        "torch.load(source, map_location=map_location, weights_only=True)",
+        "torch.load(source, map_location=map_location, weights_only=False)",
+        (f"{CHECKPOINTS}::test_no_reader_runs_code_out_of_a_checkpoint",),
+    ),
+    Defect(
+        "S2", "the digest of a fetched checkpoint is not compared", "checkpointing.py",
+        "    if found != given:\n", "    if False:\n",
+        (f"{CHECKPOINTS}::test_a_checkpoint_by_url_needs_its_digest",),
+    ),
+    Defect(
+        "S10", "links are followed", "checkpointing.py",
+        "    if folder.is_symlink():\n", "    if False:\n",
+        (f"{CHECKPOINTS}::test_a_checkpoint_that_leads_elsewhere_is_refused",),
+    ),
+]  # fmt: skip
+
+
+def is_seen(defect: Defect) -> bool:
+    """Runs the trial on a copy of the source with the defect in it, and tells whether it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        file = copy / "bco_lightning" / defect.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(defect.old) != 1:
+            raise SystemExit(
+                f"{defect.row}: expected {defect.old!r} once in {defect.file}, found {text.count(defect.old)}"
+            )
+        file.write_text(text.replace(defect.old, defect.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *defect.trial]
+        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{defect.row}: the trial could not be run\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1
+
+
+def main(rows: list[str]) -> int:
+    unseen = []
+    for defect in DEFECTS:
+        if rows and defect.row not in rows:
+            continue
+        seen = is_seen(defect)
+        print(f"{defect.row:4} {'red  ' if seen else 'GREEN'} {defect.what}", flush=True)
+        known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        red = known.setdefault(defect.row, {}).setdefault("red", {})
+        red[defect.what] = seen
+        RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        unseen += [] if seen else [defect]
+    return len(unseen)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
