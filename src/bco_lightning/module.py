@@ -342,9 +342,16 @@ class BCOModule(LightningModule):
                 ),
             )
         self._accepted_changes = list(checkpoint.get("accepted_changes", []))
+        for text in self._changed_settings(checkpoint, then) if goes_on else []:
+            rank_zero_info(f"checkpoint: model.{text}.")
         for text in changed.values():
             self._accepted_changes.append(f"step {checkpoint['global_step']}: {text}")
             rank_zero_info(f"checkpoint: {text}, as checkpoint.accept_changes allows.")
+
+    def _changed_settings(self, checkpoint: dict[str, Any], known: Mapping[str, Any]) -> list[str]:
+        """Settings that may be changed on purpose, such as the learning rate; worth a remark."""
+        then = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name not in known}
+        return list(differences(then, {name: self.hparams.get(name) for name in then}).values())
 
     def _recut_progress(self, checkpoint: dict[str, Any]) -> None:
         """Counts Lightning's micro-batches anew where the same steps are now cut into more or fewer of them.

@@ -1,4 +1,4 @@
-"""The same numbers: for any cut of a step, any seed's repetition, a frozen reference, true metrics, a golden trajectory."""
+"""The same numbers: for any cut of a step, for a seed, for the reference and the metrics, and a golden trajectory."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def grow(model: str, log: str, steps: int) -> tuple[float, list[int]]:
                 ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the allocator holds for later is no leak
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
-                files.append(len(os.listdir("/proc/self/fd")))
+                files.append(len(list(Path("/proc/self/fd").iterdir())))
 
     # What the trials record grows by design.
     Recorder.on_train_batch_start = Callback.on_train_batch_start  # type: ignore[method-assign]

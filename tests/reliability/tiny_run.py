@@ -47,7 +47,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<pad>",
-        chat_template=CHATML,  # noqa: S106
+        chat_template=CHATML,
     )
 
 
