@@ -11,8 +11,8 @@ RECORD, TABLE = FOLDER / "trials.json", FOLDER / "RELIABILITY.md"
 
 HEAD = """# Promises and their trials
 
-Written by `make reliability` (all trials) and `make defects` (each defect planted into a copy of the source, and the trial
-that has to turn red on it); not by hand. `make test` runs a few trials of each row. Two CPU cores, no GPU.
+Written by `make reliability` (all trials) and `make defects` (each defect planted into a copy of the source, and the
+trial that has to turn red on it); not by hand. `make test` runs a few trials of each row. Two CPU cores, no GPU.
 
 Totals: {passed} of {run} trials passed; {red} of {planted} seeded defects were seen.
 
@@ -31,7 +31,7 @@ NOTES = """
 - **GPUs**: nothing here ran on one. Kernels that are not deterministic make two runs differ, and so a resumed one.
 - **A kill between two optimizer steps without a signal** (SIGKILL, power) loses the steps since the last checkpoint.
 - **Network file systems** whose rename is not atomic, or whose fsync does nothing, take the promise of R6 away.
-- **A checkpoint of an epoch's last step** is resumed by doing its validation first; one that was interrupted begins anew.
+- **A validation that was due or under way** when a run stopped is done from its first row when the run goes on.
 - **The roles of a template without control tokens** (such as `User:` in plain text) can be imitated by any text.
 - **A hung process** ends when its launcher kills it; what is promised is that the others do not wait for it.
 """

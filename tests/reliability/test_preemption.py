@@ -202,23 +202,12 @@ def hangs(model: str, log: str, folder: str, how: str, rank: int) -> int:
 
     cli.BCOCLI.instantiate_trainer = with_fault  # type: ignore[method-assign]
     torch.set_num_threads(1)
-    raise SystemExit(
-        cli.main(
-            [
-                "fit",
-                f"--model.name_or_path={model}",
-                f"--data.train_files={log}",
-                "--data.batch_size=4",
-                "--trainer.accelerator=cpu",
-                "--trainer.devices=2",
-                "--trainer.strategy=ddp",
-                "--trainer.max_epochs=2",
-                f"--run_folder={folder}/runs",
-                "--process_timeout=5",
-                "--data.validation_fraction=0",
-            ]  # fmt: skip
-        )
-    )
+    options = {
+        "model.name_or_path": model, "data.train_files": log, "data.batch_size": "4", "data.validation_fraction": "0",
+        "trainer.accelerator": "cpu", "trainer.devices": "2", "trainer.strategy": "ddp", "trainer.max_epochs": "2",
+        "run_folder": f"{folder}/runs", "process_timeout": "5",
+    }  # fmt: skip
+    raise SystemExit(cli.main(["fit", *(f"--{name}={value}" for name, value in options.items())]))
 
 
 @pytest.mark.promise("R21", "When one process hangs or dies, the other ends with an error in words within the timeout")

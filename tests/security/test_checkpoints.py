@@ -30,7 +30,8 @@ from tests.reliability.tiny_run import make_log, make_model
 from tests.trials import Trials
 
 CARRIERS = (
-    "bare pickle", "weights", "hyper_parameters", "callbacks", "optimizer_states", "loops", "verified folder", "sharded folder",
+    "bare pickle", "weights", "hyper_parameters", "callbacks", "optimizer_states", "loops", "verified folder",
+    "sharded folder",
 )  # fmt: skip
 READERS = ("fit", "validate", "load_aligned", "export")
 
