@@ -19,8 +19,8 @@ _DISK = {
     errno.ENOSPC: ("the disk is full", "Free some space."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space."),
     errno.EROFS: ("the file system is read-only", "Give a run_folder that can be written."),
-    errno.EACCES: ("permission is missing", "Give a run_folder that can be written."),
-    errno.EPERM: ("permission is missing", "Give a run_folder that can be written."),
+    errno.EACCES: ("permission is missing", "See who may read and write it."),
+    errno.EPERM: ("permission is missing", "See who may read and write it."),
 }
 
 
@@ -68,7 +68,7 @@ def _fault_of(error: BaseException) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno in _DISK:
         problem, remedy = _DISK[error.errno]
-        return FaultError(str(error.filename or "disk"), f"expected to write, found that {problem}.", remedy)
+        return FaultError(str(error.filename or "disk"), f"expected to use it, found that {problem}.", remedy)
     return None
 
 
