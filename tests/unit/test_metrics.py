@@ -61,6 +61,8 @@ def recomputed(rows: RewardedRows) -> dict[str, float]:
         "rewards/rejected": mean([d[1] for d in downs]),
         "rewards/margins": mean([u[1] for u in ups]) - mean([d[1] for d in downs]),
         "rewards/accuracies": mean([float((row[1] > SHIFT) == row[0]) for row in table]),
+        "accuracy/chosen": mean([float(u[1] > SHIFT) for u in ups]),
+        "accuracy/rejected": mean([float(d[1] <= SHIFT) for d in downs]),
         "rewards/auroc": mean(wins),
         "bound/error_term": mean([math.exp(SHIFT - u[1]) for u in ups]) + mean([math.exp(d[1] - SHIFT) for d in downs]),
         "logps/chosen": mean([u[2] for u in ups]),
@@ -90,6 +92,29 @@ def test_uneven_batches_count_every_row_once() -> None:
         parts.update(sliced(rows, where), SHIFT)
     for name, value in whole.compute().items():
         assert float(parts.compute()[name]) == pytest.approx(float(value), rel=1e-12), name
+
+
+def test_deterministic_mode_changes_no_count_and_stays_on() -> None:
+    rows, usual, deterministic = make_rows(20, 17), ImplicitRewardMetrics(), ImplicitRewardMetrics()
+    usual.update(rows, SHIFT)
+    torch.use_deterministic_algorithms(True)
+    try:
+        deterministic.update(rows, SHIFT)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert deterministic.compute() == usual.compute()
+
+
+def test_counts_go_on_where_another_metric_stopped() -> None:
+    rows, whole, first, second = make_rows(20, 17), *(ImplicitRewardMetrics() for _ in range(3))
+    whole.update(rows, SHIFT)
+    first.update(sliced(rows, slice(0, 11)), SHIFT)
+    second.set_counts(first.counts())
+    second.update(sliced(rows, slice(11, 37)), SHIFT)
+    assert {name: float(value) for name, value in second.compute().items()} == pytest.approx(
+        {name: float(value) for name, value in whole.compute().items()}, rel=1e-12
+    )
 
 
 def test_auroc_sees_differences_far_smaller_than_a_bin_of_probability() -> None:
