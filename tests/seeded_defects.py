@@ -27,7 +27,7 @@ class Defect:
     Args:
         row: Row of the table.
         what: The defect, in words.
-        file: File below ``src/bco_lightning``.
+        file: File, from ``src/bco_lightning``.
         old: Text that occurs there once.
         new: What takes its place.
         trial: Arguments of pytest that choose the trial.
@@ -204,15 +204,94 @@ DEFECTS = [
         "    if folder.is_symlink():\n", "    if False:\n",
         (f"{CHECKPOINTS}::test_a_checkpoint_that_leads_elsewhere_is_refused",),
     ),
+    Defect(
+        'S4', 'the allow-list is applied after parsing', 'cli.py',
+        '        with config_safety.safe_parsing():\n            super().parse_arguments(parser, args)\n',
+        '        super().parse_arguments(parser, args)\n        with config_safety.safe_parsing():\n            pass\n',
+        ('tests/security/test_config_imports.py::test_a_hostile_config_imports_nothing',),
+    ),
+    Defect(
+        'S4', 'denied names alone are refused', 'config_safety.py',
+        'import_path_denylist=["*", *sorted(_granted_before - granted)]',
+        'import_path_denylist=[*sorted(_granted_before - granted)]',
+        ('tests/security/test_config_imports.py::test_a_hostile_command_line_imports_nothing',),
+    ),
+    Defect(
+        'S5', 'an alias counts as one node', 'config_safety.py',
+        '    return sizes.get(str(anchor), 1)',
+        '    return 1',
+        ('tests/security/test_config_yaml.py::test_a_yaml_bomb_is_refused_at_once',),
+    ),
+    Defect(
+        'S5', 'nested and inline texts are not measured', 'config_safety.py',
+        '        set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))\n        yield',
+        '        yield',
+        ('tests/security/test_config_yaml.py::test_every_text_is_measured',),
+    ),
+    Defect(
+        'S11', 'secrets in a config are not looked for', 'config_safety.py',
+        '    _refuse_secrets_of(value, where)\n    return value',
+        '    return value',
+        ('tests/security/test_secrets.py::test_a_secret_that_is_written_down_is_refused_and_not_shown',),
+    ),
+    Defect(
+        'S11', 'a traceback shows the environment', 'cli.py',
+        '        if fault is None or os.environ.get("BCO_DEBUG"):\n            raise\n',
+        '        if fault is None or os.environ.get("BCO_DEBUG"):\n            print(dict(os.environ), file=sys.stderr)\n            raise\n',
+        ('tests/security/test_secrets.py::test_secrets_of_the_environment_are_written_nowhere',),
+    ),
+    Defect(
+        'S12', 'predictions hold the prompt', 'callbacks/prediction_writer.py',
+        '                "row": self._places[int(outputs.row_ids_B[row])],\n',
+        '                "row": self._places[int(outputs.row_ids_B[row])],\n                "prompt": trainer.datamodule.predict_dataset["prompt"][int(outputs.row_ids_B[row])],\n',
+        ('tests/security/test_secrets.py::test_what_users_wrote_is_written_nowhere',),
+    ),
+    Defect(
+        'S3', 'remote code is asked for, not refused', 'models/language_model.py',
+        '    config = AutoConfig.from_pretrained(location, trust_remote_code=False)',
+        '    config = AutoConfig.from_pretrained(location)',
+        ('tests/security/test_remote_code.py::test_code_of_a_model_folder_is_refused',),
+    ),
+    Defect(
+        'S3', 'a config may run code of its folder', 'models/language_model.py',
+        '    config = AutoConfig.from_pretrained(location, trust_remote_code=False)',
+        '    config = AutoConfig.from_pretrained(location, trust_remote_code=True)',
+        ('tests/security/test_remote_code.py::test_code_of_a_model_folder_is_refused',),
+    ),
+    Defect(
+        'S3', 'a pickled adapter is read', 'models/language_model.py',
+        '    if not (folder / "adapter_model.safetensors").exists():  # PEFT would take a pickled one\n',
+        '    if False:\n',
+        ('tests/security/test_remote_code.py::test_pickled_weights_are_refused',),
+    ),
+    Defect(
+        'S10', 'places in a config are not looked at', 'config_safety.py',
+        '        _refuse_places_outside(options, arguments)\n',
+        '',
+        ('tests/security/test_paths.py::test_a_config_cannot_write_outside',),
+    ),
+    Defect(
+        'S3', 'a saved config sets trust_remote_code', 'models/language_model.py',
+        '    config = AutoConfig.from_pretrained(location, trust_remote_code=False)',
+        '    config = AutoConfig.from_pretrained(\n        location, trust_remote_code=\'"trust_remote_code": true\' in (Path(location) / "config.json").read_text()\n    )',
+        ('tests/security/test_remote_code.py::test_code_of_a_model_folder_is_refused',),
+    ),
+    Defect(
+        'S13', 'lower bounds let malicious releases in', '../../pyproject.toml',
+        '"lightning>=2.6.6,<2.7,!=2.6.2,!=2.6.3"',
+        '"lightning>=2.6,<2.7"',
+        ('tests/security/test_supply_chain.py::test_bad_releases_are_refused',),
+    ),
 ]  # fmt: skip
 
 
 def is_seen(defect: Defect) -> bool:
     """Runs the trial on a copy of the source with the defect in it, and tells whether it failed."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "src"
-        shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
-        file = copy / PACKAGE.name / defect.file
+        copy = Path(folder) / "repository"
+        left_out = shutil.ignore_patterns("__pycache__", ".*", "runs", "exports")
+        shutil.copytree(ROOT, copy, ignore=left_out)
+        file = copy / PACKAGE / defect.file
         text = file.read_text(encoding="utf-8")
         if text.count(defect.old) != 1:
             raise SystemExit(

@@ -224,8 +224,8 @@ class BCOCLI(LightningCLI):
             f"\nNext:\n"
             f"  tensorboard --logdir {self.config[self.subcommand].run_folder}\n"
             f"  python -m bco_lightning export --ckpt_path {run} --output_dir exports/{run.name} --merge\n"
-            f"  python -m bco_lightning predict --config {run / 'config.yaml'} --ckpt_path {run} "
-            f"--data.predict_files FILE"
+            f"  python -m bco_lightning predict --config {run / 'config.yaml'} --run_folder {run.parent} "
+            f"--ckpt_path {run} --data.predict_files FILE"
         )
 
 

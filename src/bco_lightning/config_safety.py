@@ -1,7 +1,7 @@
 """What a config file may not do: import code, swell, carry secrets, or write outside the working directory.
 
-A config may come from somebody else. Command line and environment are the user's own and may name what a config file may
-not. Secrets belong into the environment alone: configs and command lines end in saved configs, histories and logs.
+A config may come from somebody else. Command line and environment are the user's own and may name what a config file
+may not. Secrets belong into the environment alone: configs and command lines end in saved configs and histories.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader, set_loader, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
 from bco_lightning.errors import ConfigError
 
 ALLOWED_IMPORTS_VARIABLE = "BCO_ALLOWED_IMPORTS"
 ALLOWED_IMPORTS = (
     "bco_lightning.callbacks",
+    # jsonargparse looks up optional dataclasses too, by their shortest path and by their own.
+    "bco_lightning.LoraSettings",
+    "bco_lightning.data.Columns",
     "bco_lightning.data.feedback_row.Columns",
     "bco_lightning.models.language_model.LoraSettings",
     "lightning.pytorch.accelerators",
@@ -54,8 +57,8 @@ _load_plain_yaml = get_loader("yaml")
 _granted_before: set[str] = set()
 
 
-class Refusal(Exception):  # noqa: N818
-    """A :class:`ConfigError` on its way through jsonargparse, which takes a ValueError for a value of another type."""
+class Refusal(BaseException):
+    """A :class:`ConfigError` on its way through jsonargparse, which would take any other exception for a wrong type."""
 
     def __init__(self, where: str, problem: str, remedy: str = "") -> None:
         super().__init__(problem)
@@ -98,7 +101,7 @@ def refuse_import_named_in(message: str) -> None:
     """
     refused = re.search(r"Importing '([^']+)' is not allowed", message)
     if refused:
-        key = re.search(r'Parser key "([^"]+)"', message)
+        key = re.search(r'(?:Parser key "|^--)([^":]+)', message)
         _refuse_import(key[1] if key else "config", refused[1])
 
 
@@ -146,8 +149,7 @@ def load_yaml(text: str, path: str = "") -> Any:
     """
     where = str(path) or "config"
     try:
-        _refuse_swelling(text, where)
-        value = _load_plain_yaml(text)
+        value = _load_measured(text, where)
     except (yaml.YAMLError, ValueError):
         # What cannot be read ends in an error message, with its text.
         if _SECRET_VALUE.search(text):
@@ -155,6 +157,11 @@ def load_yaml(text: str, path: str = "") -> Any:
         raise
     _refuse_secrets_of(value, where)
     return value
+
+
+def _load_measured(text: str, where: str) -> Any:
+    _refuse_swelling(text, where)
+    return _load_plain_yaml(text)
 
 
 def _refuse_swelling(text: str, where: str) -> None:
@@ -167,6 +174,7 @@ def _refuse_swelling(text: str, where: str) -> None:
         _refuse_tag_or_length(event, where)
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))
+            _refuse_dimensions(1, len(open_nodes) - 1, where)
             continue
         anchor, size = None, 0
         if isinstance(event, yaml.CollectionEndEvent):
@@ -227,7 +235,7 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
 def _refuse_secret_option(option: str, text: str) -> None:
     where = "command line" if _SECRET_VALUE.search(option) else option
     try:
-        value = load_yaml(text, where)
+        value = _load_measured(text, where)
     except (yaml.YAMLError, ValueError):
         value = text
     _refuse_secrets_of({where.lstrip("-"): value}, where)
@@ -282,6 +290,7 @@ def _is_secret_name(name: str) -> bool:
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Values at the ends of nested mappings and lists, with the keys that lead there."""
+    value = vars(value) if isinstance(value, Namespace) else value
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, (*path, str(key)))
@@ -295,7 +304,7 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 # --- values of the resolved config
 
 
-def check_resolved(options: Mapping[str, Any], arguments: Sequence[str]) -> None:
+def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
     """Refuses places to write to that lead out of the working directory, and class names that Lightning would take.
 
     Args:
@@ -315,10 +324,10 @@ def check_resolved(options: Mapping[str, Any], arguments: Sequence[str]) -> None
         raise refusal.user_error from None
 
 
-def _refuse_places_outside(options: Mapping[str, Any], arguments: Sequence[str]) -> None:
+def _refuse_places_outside(options: Namespace, arguments: Sequence[str]) -> None:
     chosen = _chosen_by_user(arguments)
-    for path, leaf in _leaves({name: option for name, option in options.items() if name not in _READ_FROM}):
-        if not isinstance(leaf, (str, os.PathLike)) or path[-1].startswith("__") or path[-1] == "class_path":
+    for path, leaf in _leaves(options):
+        if path[0] in _READ_FROM or path[-1] in ("class_path", "__path__") or not isinstance(leaf, (str, os.PathLike)):
             continue
         option, text = _STRUCTURE.sub("", ".".join(path)).rstrip("."), str(leaf)
         by_user = any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
@@ -335,14 +344,14 @@ def _chosen_by_user(arguments: Sequence[str]) -> list[tuple[str, set[str]]]:
     chosen = []
     for option, text in _options(arguments):
         with contextlib.suppress(yaml.YAMLError, ValueError):
-            texts = {text, *(str(leaf) for _, leaf in _leaves(load_yaml(text)))}
+            texts = {text, *(str(leaf) for _, leaf in _leaves(_load_measured(text, option)))}
             chosen.append((_STRUCTURE.sub("", option.lstrip("-").rstrip("+")).rstrip("."), texts))
     return chosen
 
 
 def _leads_out(text: str, root: Path) -> bool:
     """Whether a path would leave ``root``: absolute, by ``..``, by a link, a URL, or a variable that loggers expand."""
-    if "://" in text or "$" in text or text.startswith("~") or ".." in re.split(r"[\\/]", text):
+    if "://" in text or "$" in text or text.startswith("~"):
         return True
     try:
         return not (root / text).resolve().is_relative_to(root)

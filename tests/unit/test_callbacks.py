@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bco_lightning import ImplicitRewardMetrics
-from bco_lightning.callbacks import FiniteGuard, KnownRewardTrial, RunCheckpoint
+from bco_lightning.callbacks import KnownRewardTrial, RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 from bco_lightning.checkpointing import read_checkpoint
 from bco_lightning.errors import ConfigError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,57 @@ def test_a_folder_without_a_model_and_a_file_of_another_kind_are_named(tmp_path:
     (tmp_path / "weights.bin").touch()
     with pytest.raises(LanguageModelError, match=r"found a \.bin file"):
         locate_model(str(tmp_path / "weights.bin"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("config.json", '{"model_type": 7}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
+        ("model.safetensors", "no tensors"),
+        ("model.safetensors", ""),
+    ],
+)
+def test_a_damaged_model_folder_is_named_in_words(name: str, content: str, tiny_model: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(content)
+    with pytest.raises(LanguageModelError, match=f"{tmp_path}/model: expected a causal language model, but"):
+        load_language_model(str(tmp_path / "model"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"auto_map": 7}', '{"auto_map": ["x"], "tokenizer_class": "LlamaTokenizer"}']
+)
+def test_a_damaged_tokenizer_is_named_in_words_or_read_without_its_code(
+    content: str, tiny_model: str, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model/tokenizer_config.json").write_text(content)
+    with pytest.raises(LanguageModelError, match=f"{tmp_path}/model: expected a tokenizer"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"base_model_name_or_path": None}, "names its base model, found None"),
+        ({"base_model_name_or_path": "."}, "names its base model, found '.'"),
+        ({"peft_type": "NEW"}, "expected a PEFT adapter, but"),
+        ({"r": "x"}, "expected a PEFT adapter, but"),
+    ],
+)
+def test_a_damaged_adapter_is_named_in_words(
+    changes: dict[str, str | None], found: str, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "adapter"
+    load_policy(tiny_model, torch.float32, LoraSettings(r=2), seed=0).save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    monkeypatch.chdir(folder)
+    with pytest.raises(LanguageModelError, match=re.escape(found)):
+        load_language_model(str(folder), torch.float32)
 
 
 def test_remote_code_is_not_run(tiny_model: str, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ class PredictionWriter(Callback):
             self.path = self.path.with_suffix(f".rank{trainer.global_rank}{self.path.suffix}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._places = list(trainer.datamodule.predict_dataset["place"])  # type: ignore[attr-defined]
-        self._file = self._partial.open("w", encoding="utf-8")
+        self._partial.unlink(missing_ok=True)  # it may be a link that leads elsewhere
+        self._file = self._partial.open("x", encoding="utf-8")
 
     @override
     def on_predict_batch_end(  # type: ignore[override]

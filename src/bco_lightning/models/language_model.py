@@ -278,7 +278,7 @@ def _check_config(name_or_path: str, location: str) -> None:
 
 
 def _refuse_unknown_tokenizer(location: str) -> None:
-    """transformers would take another tokenizer in silence where the model's own one needs code of its folder."""
+    """Refuses a tokenizer that needs code of its folder, for which transformers would take another one in silence."""
     config = get_tokenizer_config(location)
     own_code = config.get("auto_map")
     own_code = own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code

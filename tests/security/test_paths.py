@@ -1,0 +1,203 @@
+"""S10: a config file names no place outside the working directory to write to; the command line may."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bco_lightning.cli import main
+from bco_lightning.errors import ConfigError
+from bco_lightning.packaged import resolve_packaged
+from tests.reliability.tiny_run import make_log, make_model
+from tests.trials import Trials
+
+LOGGER = "lightning.pytorch.loggers.CSVLogger"
+CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
+# OUTSIDE stands for a folder beside the working directory; `link` is a link to it, `inner/link` too.
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "run folder, absolute": ({"run_folder": "OUTSIDE/runs"}, "run_folder"),
+    "run folder, climbing": ({"run_folder": "../outside/runs"}, "run_folder"),
+    "run folder, climbing after a folder": ({"run_folder": "runs/../../outside"}, "run_folder"),
+    "run folder, by a link": ({"run_folder": "link/runs"}, "run_folder"),
+    "run folder, by a link further down": ({"run_folder": "inner/link/runs"}, "run_folder"),
+    "run folder, by a variable": ({"run_folder": "$OUTSIDE/runs"}, "run_folder"),
+    "run folder, in the home folder": ({"run_folder": "~/runs"}, "run_folder"),
+    "default folder of the trainer": ({"trainer": {"default_root_dir": "OUTSIDE"}}, "trainer.default_root_dir"),
+    "folder of a logger": (
+        {"trainer": {"logger": {"class_path": LOGGER, "init_args": {"save_dir": "OUTSIDE"}}}},
+        "trainer.logger.save_dir",
+    ),
+    "run name of a logger": (
+        {"trainer": {"logger": {"class_path": LOGGER, "init_args": {"save_dir": "x", "name": "../../outside/x"}}}},
+        "trainer.logger.name",
+    ),
+    "folder of a callback": (
+        {"trainer": {"callbacks": [{"class_path": CHECKPOINT, "init_args": {"dirpath": "OUTSIDE"}}]}},
+        "trainer.callbacks.dirpath",
+    ),
+    "file name of a callback": (
+        {"trainer": {"callbacks": [{"class_path": CHECKPOINT, "init_args": {"filename": "../../../outside/x"}}]}},
+        "trainer.callbacks.filename",
+    ),
+    "folder of a profiler": (
+        {
+            "trainer": {
+                "profiler": {
+                    "class_path": "lightning.pytorch.profilers.SimpleProfiler",
+                    "init_args": {"dirpath": "OUTSIDE", "filename": "x"},
+                }
+            }
+        },
+        "trainer.profiler.dirpath",
+    ),
+    "predictions, absolute": ({"predictions": {"path": "OUTSIDE/scores.jsonl"}}, "predictions.path"),
+    "predictions, climbing": ({"predictions": {"path": "../outside/keep.txt"}}, "predictions.path"),
+    "a URL": ({"trainer": {"default_root_dir": "memory://runs"}}, "trainer.default_root_dir"),
+    "in a config of the trainer": ({"trainer": "inner/trainer.yaml"}, "trainer.default_root_dir"),
+}
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a folder beside it that nothing may be written to."""
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "keep.txt").write_text("untouched")
+    for link in (root / "link", root / "inner/link"):
+        link.symlink_to(outside)
+    (root / "inner/trainer.yaml").write_text(f"default_root_dir: {outside}\n")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("OUTSIDE", str(outside))
+    monkeypatch.setenv("HOME", str(outside))
+    return outside
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def options(model: str, log: str) -> list[str]:
+    return [
+        f"--model.name_or_path={model}",
+        f"--data.train_files={log}",
+        "--data.max_length=96",
+        "--trainer.max_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+def write_config(config: dict[str, Any], outside: Path) -> None:
+    Path("config.yaml").write_text(
+        yaml.safe_dump(config).replace("OUTSIDE", str(outside)).replace(f"${outside}", "$OUTSIDE")
+    )
+
+
+@pytest.mark.promise(
+    "S10", "a config file writes nothing outside the working directory; the outside stays byte for byte"
+)
+def test_a_config_cannot_write_outside(
+    trials: Trials, outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
+    before = snapshot(outside)
+    for trial in trials(list(CASES), quick=len(CASES)):
+        with trial as name:
+            config, option = CASES[name]
+            write_config(config, outside)
+            command = "predict" if option.startswith("predictions") else "fit"
+            status = main([command, "--config=config.yaml", *options(model, log), f"--data.predict_files={log}"])
+            error = capsys.readouterr().err
+            assert snapshot(outside) == before
+            assert status == 2
+            assert f"error: {option}: expected a place inside the working directory" in error, error[-300:]
+            assert f"give this one on the command line: --{option}=" in error
+            assert not Path("runs").exists()
+
+
+@pytest.mark.promise("S10", "the person at the keyboard may write anywhere, also over what a config says")
+def test_the_command_line_may_write_anywhere(trials: Trials, outside: Path, tmp_path: Path) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
+    cases = [
+        ("run_folder", [f"--run_folder={outside}/runs"]),
+        ("run_folder", ["--run_folder", f"{outside}/runs"]),
+        ("trainer.logger.save_dir", [f"--trainer.logger={LOGGER}", f"--trainer.logger.save_dir={outside}/csv"]),
+        (
+            "trainer.logger.save_dir",
+            [f"--trainer.logger={{class_path: {LOGGER}, init_args: {{save_dir: {outside}/csv}}}}"],
+        ),
+    ]
+    for trial in trials(cases, quick=2):
+        with trial as (option, arguments):
+            if option == "run_folder":
+                Path("config.yaml").write_text("run_folder: /nowhere/else\n")
+            else:
+                Path("config.yaml").write_text("{}\n")
+            assert main(["fit", "--config=config.yaml", *options(model, log), *arguments, "--trainer.max_steps=1"]) == 0
+            assert len(snapshot(outside)) > 1
+
+
+def test_the_config_of_a_run_that_went_outside_asks_for_the_option_again(
+    outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
+    there = f"--run_folder={outside}/runs"
+    assert main(["fit", *options(model, log), there]) == 0
+    (config,) = outside.glob("runs/version_0/config.yaml")
+    assert main(["fit", f"--config={config}"]) == 2
+    assert f"give this one on the command line: {there}" in capsys.readouterr().err
+    assert main(["fit", f"--config={config}", there]) == 0
+    assert (outside / "runs/version_1").is_dir()
+
+
+def test_a_place_that_another_option_names_on_the_command_line_is_not_allowed_by_it(
+    outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = make_log(outside / "log.jsonl")
+    before = snapshot(outside)
+    write_config({"predictions": {"path": log}}, outside)
+    assert main(["predict", "--config=config.yaml", "--model.name_or_path=x", f"--data.predict_files={log}"]) == 2
+    assert "predictions.path: expected a place inside" in capsys.readouterr().err
+    assert snapshot(outside) == before
+
+
+def test_places_inside_are_allowed_however_they_are_written(outside: Path) -> None:
+    config = {"run_folder": str(Path.cwd() / "runs"), "predictions": {"path": "scores/a.jsonl"}}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "--config=config.yaml", "--model.name_or_path=x", "--print_config"])
+    assert caught.value.code == 0
+
+
+def test_an_export_takes_its_folder_from_the_command_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text("output_dir: /nowhere/else\nckpt_path: x\n")
+    with pytest.raises(SystemExit):
+        main(["export", "--config=config.yaml"])
+    assert "--output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["package:bco_lightning/../../etc", "package:../etc", "package:bco_lightning//etc/passwd"]
+)
+def test_a_packaged_name_stays_in_its_package(name: str) -> None:
+    with pytest.raises(ConfigError):
+        resolve_packaged(name)
+
+
+def test_predictions_are_not_written_through_a_link(outside: Path, tmp_path: Path) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
+    for name in ("scores.jsonl", ".scores.jsonl.partial"):
+        Path(name).symlink_to(outside / "keep.txt")
+    before = snapshot(outside)
+    arguments = ["--predictions.path=scores.jsonl", f"--data.predict_files={log}"]
+    assert main(["predict", *options(model, log), *arguments]) == 0
+    assert snapshot(outside) == before
+    assert len(Path("scores.jsonl").read_text().splitlines()) == 96
