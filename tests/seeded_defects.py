@@ -282,6 +282,96 @@ DEFECTS = [
         '"lightning>=2.6,<2.7"',
         ('tests/security/test_supply_chain.py::test_bad_releases_are_refused',),
     ),
+    Defect(
+        'S6', 'a line is read whole, however long', 'data/readers.py',
+        '    while line := file.readline(MAX_LINE_BYTES + 1):\n',
+        '    while line := file.readline():\n',
+        ('tests/security/test_data_bombs.py::test_a_malformed_line_is_refused_quickly_and_in_little_memory',),
+    ),
+    Defect(
+        'S6', '1e999 is a number', 'data/readers.py',
+        '    "parse_float": _finite,\n',
+        '',
+        ('tests/security/test_data_bombs.py::test_a_malformed_line_is_refused_quickly_and_in_little_memory',),
+    ),
+    Defect(
+        'S7', 'errors of the parser escape', 'data/readers.py',
+        '    except ValueError as error:\n        raise FeedbackRowError(place, f"expected {error}.") from error\n    if not isinstance(record, dict):',
+        '    if not isinstance(record, dict):',
+        ('tests/security/test_data_fuzzing.py::test_any_line_gives_a_row_or_a_clear_error',),
+    ),
+    Defect(
+        'S7', 'texts are stripped', 'data/feedback_row.py',
+        '    return [dict(message) for message in value]\n',
+        '    return [{**message, "content": message["content"].strip()} for message in value]\n',
+        ('tests/security/test_data_fuzzing.py::test_a_written_row_is_read_back_the_same',),
+    ),
+    Defect(
+        'S8', 'labels are compared by truth', 'data/feedback_row.py',
+        '    return type(value) is type(word) and bool(value == word)\n',
+        '    return bool(value == word)\n',
+        ('tests/security/test_data_labels.py::test_a_look_alike_is_no_label',),
+    ),
+    Defect(
+        'S8', 'vocabularies may be mixed', 'data/feedback_row.py',
+        '        self.candidates = matching\n',
+        '',
+        ('tests/security/test_data_labels.py::test_a_mixture_of_vocabularies_is_refused',),
+    ),
+    Defect(
+        'S9', 'the template is put on raw text', 'data/tokenization.py',
+        '        shielded = self._special.shield(messages)\n',
+        '        shielded = None\n',
+        ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_are_text',),
+    ),
+    Defect(
+        'S9', 'control tokens are parsed in user text', 'data/special_tokens.py',
+        '        other.encode_special_tokens = True\n',
+        '',
+        ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_of_the_real_tokenizer_are_text',),
+    ),
+    Defect(
+        'S14', 'a sample may have no completion token', 'data/tokenization.py',
+        '        return sample if sample is not None and any(sample.completion_mask[1:]) else None\n',
+        '        return sample\n',
+        ('tests/security/test_data_bombs.py::test_no_sample_is_without_completion_tokens',),
+    ),
+    Defect(
+        'S14', "no limit on a row's characters", 'data/feedback_row.py',
+        'MAX_ROW_CHARACTERS = 1_000_000\n',
+        'MAX_ROW_CHARACTERS = 10**9\n',
+        ('tests/security/test_data_bombs.py::test_a_costly_row_is_decided_quickly',),
+    ),
+    Defect(
+        'S15', 'contradictions are not counted', 'data/row_counts.py',
+        '            contradictions=len(np.intersect1d(up, down, assume_unique=True)),\n',
+        '            contradictions=0,\n',
+        ('tests/security/test_data_poisoning.py::test_poisoned_feedback_is_visible',),
+    ),
+    Defect(
+        'R17', 'errors of rows are swallowed', 'data/loading.py',
+        '                self._bad_rows.take(error)\n',
+        '                continue\n',
+        ('tests/reliability/test_bad_rows.py::test_strict_names_the_malformed_row',),
+    ),
+    Defect(
+        'R17', 'no limit on the share of malformed rows', 'data/loading.py',
+        '        self._bad_rows.check(sources, len(table) + self._bad_rows.count)\n',
+        '',
+        ('tests/reliability/test_bad_rows.py::test_skip_stops_above_the_share',),
+    ),
+    Defect(
+        'R17', 'reading ends at the first malformed row', 'data/loading.py',
+        '            yield outcome\n            if isinstance(outcome, FeedbackRowError) and self._bad_rows.policy == "strict":\n',
+        '            yield outcome\n            if isinstance(outcome, FeedbackRowError):\n',
+        ('tests/reliability/test_bad_rows.py::test_skip_leaves_out_exactly_the_malformed_rows',),
+    ),
+    Defect(
+        'R22', 'all rows are held in memory', 'data/loading.py',
+        '        for outcome in _one_ahead(self._tokenized, _batches(self._rows(source))):\n',
+        '        for outcome in list(_one_ahead(self._tokenized, _batches(self._rows(source)))):\n',
+        ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
+    ),
 ]  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def safe_parsing() -> Iterator[None]:
     except Refusal as refusal:
         raise refusal.user_error from None
     finally:
-        set_loader("yaml", _load_plain_yaml, exceptions=(yaml.YAMLError,))
+        set_loader("yaml", _load_unmeasured, exceptions=(yaml.YAMLError,))
 
 
 # --- imports
@@ -157,6 +157,11 @@ def load_yaml(text: str, path: str = "") -> Any:
         raise
     _refuse_secrets_of(value, where)
     return value
+
+
+def _load_unmeasured(text: str, path: str = "") -> Any:
+    """jsonargparse's own loader, for other parsers of this process; it goes on handing over a path once one took it."""
+    return _load_plain_yaml(text)
 
 
 def _load_measured(text: str, where: str) -> Any:

@@ -19,7 +19,12 @@ ROWS = [
 
 
 def records(source: Path | str) -> list[dict[str, Any]]:
-    return [dict(record) for _, record in read_records(str(source), "label")]
+    found = []
+    for _, record in read_records(str(source), "label"):
+        if isinstance(record, FeedbackRowError):
+            raise record
+        found.append(dict(record))
+    return found
 
 
 def places(source: Path | str) -> list[str]:

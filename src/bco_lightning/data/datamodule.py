@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -18,38 +15,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from bco_lightning.batch import FeedbackBatch, FeedbackRow
 from bco_lightning.data.collation import PaddingCollator
-from bco_lightning.data.feedback_row import Columns, LabelVocabulary, parse_row
-from bco_lightning.data.readers import read_records
+from bco_lightning.data.feedback_row import Columns
+from bco_lightning.data.loading import BadRowPolicy, BadRows, RowLoader
+from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
+from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts, prompt_key
 from bco_lightning.data.sampling import RowOrder, StepBatchSampler
 from bco_lightning.data.tokenization import RowTokenizer, TooLong
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
-
-
-@dataclass
-class RowCounts:
-    """What became of the rows of one data set; ``read`` is always ``used`` plus ``dropped``."""
-
-    name: str
-    read: int = 0
-    up: int = 0
-    down: int = 0
-    dropped: int = 0
-    dropped_places: list[str] = field(default_factory=list)
-    prompt_cut: int = 0
-    completion_cut: int = 0
-
-    @property
-    def used(self) -> int:
-        """Rows that are trained on or scored."""
-        return self.read - self.dropped
-
-    def __str__(self) -> str:
-        places = f" (over data.max_length, for instance {', '.join(self.dropped_places)})" if self.dropped else ""
-        return (
-            f"{self.name}: {self.read} rows read, {self.used} used ({self.up} up, {self.down} down), "
-            f"{self.dropped} dropped{places}, {self.prompt_cut} prompts cut, {self.completion_cut} completions cut"
-        )
 
 
 class FeedbackDataModule(LightningDataModule):
@@ -73,6 +46,8 @@ class FeedbackDataModule(LightningDataModule):
         columns: Names of the columns.
         seed: Seed of the row order and the validation split; that of ``seed_everything`` if left out.
         num_workers: Worker processes of each data loader.
+        bad_rows: ``strict`` stops at the first malformed row; ``skip`` leaves them out, counts and shows them.
+        max_bad_rows: Share of the rows read, of each data set, above which ``skip`` stops too.
         tokenizer: A tokenizer, for use without a :class:`BCOModule`; else the module's own is taken.
 
     Raises:
@@ -94,6 +69,8 @@ class FeedbackDataModule(LightningDataModule):
         columns: Columns | None = None,
         seed: int | None = None,
         num_workers: int = 0,
+        bad_rows: BadRowPolicy = "strict",
+        max_bad_rows: float = 0.001,
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
@@ -103,6 +80,9 @@ class FeedbackDataModule(LightningDataModule):
             raise ConfigError(
                 "data.validation_fraction", f"expected a share from 0 to below 1, found {validation_fraction}."
             )
+        if not 0 <= max_bad_rows <= 1:
+            raise ConfigError("data.max_bad_rows", f"expected a share from 0 to 1, found {max_bad_rows}.")
+        self.bad_rows, self.max_bad_rows = bad_rows, max_bad_rows
         self.train_files, self.validation_files = _as_list(train_files), _as_list(validation_files)
         self.test_files, self.predict_files = _as_list(test_files), _as_list(predict_files)
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
@@ -115,6 +95,7 @@ class FeedbackDataModule(LightningDataModule):
         self.test_dataset: Dataset | None = None
         self.predict_dataset: Dataset | None = None
         self.counts: list[RowCounts] = []
+        self.feedback_summary: FeedbackSummary | None = None
         self._row_digest = ""
         # A process may have no row of a small evaluation set.
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -164,13 +145,13 @@ class FeedbackDataModule(LightningDataModule):
         if stage in ("fit", None) and self.train_dataset is None:
             self._setup_training()
         if stage == "test" and self.test_files:
-            self.test_dataset = self.test_dataset or self._load("test", self.test_files)
+            self.test_dataset = self.test_dataset or self._row_set("test", self.test_files).dataset
         elif stage in ("validate", "test") and self.validation_dataset is None:
             self._setup_validation()
         if stage == "predict" and self.predict_dataset is None:
             if not self.predict_files:
                 raise ConfigError("data.predict_files", "expected files to score, found none.")
-            self.predict_dataset = self._load("predict", self.predict_files, labelled=False)
+            self.predict_dataset = self._row_set("predict", self.predict_files, labelled=False).dataset
 
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
@@ -190,11 +171,14 @@ class FeedbackDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
+        _require_rows_for_all(self.validation_dataset, self.trainer)
         return self._evaluation_loader(self.validation_dataset)
 
     def test_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The test rows, or the held-out rows where no test files were given."""
-        return self._evaluation_loader(self.test_dataset or self.validation_dataset)
+        dataset = self.test_dataset or self.validation_dataset
+        _require_rows_for_all(dataset, self.trainer)
+        return self._evaluation_loader(dataset)
 
     def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The rows to score."""
@@ -233,7 +217,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def _setup_validation(self) -> None:
         if self.validation_files:
-            self.validation_dataset = self._load("validation", self.validation_files)
+            self.validation_dataset = self._row_set("validation", self.validation_files).dataset
         elif self.train_files:
             self._setup_training()
         else:
@@ -242,61 +226,61 @@ class FeedbackDataModule(LightningDataModule):
     def _setup_training(self) -> None:
         if not self.train_files:
             raise _no_training_files()
-        rows = list(self._read(self.train_files))
-        held_out: list[FeedbackRow] = []
-        if self.validation_files:
-            held_out = list(self._read(self.validation_files))
-            _note_shared_prompts(rows, held_out)
-        elif self.validation_fraction:
-            rows, held_out = split_by_prompt(rows, self.validation_fraction, self.seed)
-        self.train_dataset = self._tokenize("train", rows)
-        self._row_digest = _digest(rows)
+        with self._table() as table:
+            bad_rows, rows_of = self._load(self.train_files, table)
+            self._show_feedback(FeedbackSummary.of(table.answer_keys, table.thumbs_up, rows_of))
+            held_out = np.zeros(len(table), dtype=bool)
+            if self.validation_files:
+                self.validation_dataset = self._row_set("validation", self.validation_files, table.prompt_keys).dataset
+            elif self.validation_fraction:
+                held_out = held_out_prompts(table.prompt_keys, self.validation_fraction)
+            row_sets = table.divide({"train": ~held_out, "validation": held_out})
+        self._note_bad_rows(row_sets["train"].counts, bad_rows)
+        self.train_dataset = self._counted(row_sets["train"])
+        self._row_digest = row_sets["train"].digest
         _require_both_classes(self.train_dataset, self.train_files)
-        if held_out:
-            self.validation_dataset = self._tokenize("validation", held_out)
+        if held_out.any():
+            self.validation_dataset = self._counted(row_sets["validation"])
 
-    def _load(self, name: str, sources: list[str], labelled: bool = True) -> Dataset:
-        return self._tokenize(name, list(self._read(sources, labelled)))
+    def _row_set(
+        self, name: str, sources: list[str], trained_on: np.ndarray[Any, Any] | None = None, labelled: bool = True
+    ) -> RowSet:
+        """A data set of all rows of ``sources``."""
+        with self._table() as table:
+            bad_rows, _ = self._load(sources, table, labelled)
+            if trained_on is not None:
+                _note_shared_prompts(trained_on, table.prompt_keys)
+            row_set = table.divide({name: np.ones(len(table), dtype=bool)})[name]
+        self._note_bad_rows(row_set.counts, bad_rows)
+        self._counted(row_set)
+        return row_set
 
-    def _read(self, sources: list[str], labelled: bool = True) -> Iterable[FeedbackRow]:
-        for source in sources:
-            labels = LabelVocabulary() if labelled else None
-            empty = True
-            for place, record in read_records(source, self.columns.label):
-                empty = False
-                yield parse_row(record, place, self.columns, labels)
-            if empty:
-                raise FeedbackRowError(source, "expected at least one row, found none.")
+    def _table(self) -> RowTable:
+        return RowTable(self.seed)
 
-    def _tokenize(self, name: str, rows: list[FeedbackRow]) -> Dataset:
-        row_tokenizer, counts = self.row_tokenizer, RowCounts(name)
-        records: list[dict[str, Any]] = []
-        for row in rows:
-            counts.read += 1
-            sample = row_tokenizer.tokenize(row)
-            if sample is None:
-                counts.dropped += 1
-                counts.dropped_places = [*counts.dropped_places, row.place][:3]
-                continue
-            counts.up += row.thumbs_up is True
-            counts.down += row.thumbs_up is False
-            counts.prompt_cut += sample.prompt_cut
-            counts.completion_cut += sample.completion_cut
-            records.append(
-                {
-                    "row_id": len(records),
-                    "input_ids": sample.input_ids,
-                    "completion_mask": sample.completion_mask,
-                    "thumbs_up": row.thumbs_up,
-                    "prompt": json.dumps(row.prompt, ensure_ascii=False, default=str),
-                    "place": row.place,
-                }
-            )
-        self.counts = [known for known in self.counts if known.name != name] + [counts]
+    def _load(self, sources: list[str], table: RowTable, labelled: bool = True) -> tuple[BadRows, dict[str, int]]:
+        bad_rows = BadRows(self.bad_rows, self.max_bad_rows)
+        return bad_rows, RowLoader(self.columns, self.row_tokenizer, bad_rows, labelled).load(sources, table)
+
+    def _note_bad_rows(self, counts: RowCounts, bad_rows: BadRows) -> None:
+        counts.read += bad_rows.count
+        counts.malformed, counts.malformed_places = bad_rows.count, bad_rows.places
+
+    def _show_feedback(self, summary: FeedbackSummary) -> None:
+        self.feedback_summary = summary
+        rank_zero_info(str(summary))
+
+    def _counted(self, row_set: RowSet) -> Dataset:
+        counts = row_set.counts
+        self.counts = [known for known in self.counts if known.name != counts.name] + [counts]
         rank_zero_info(str(counts))
-        if not records:
-            raise FeedbackRowError(name, f"expected rows, found that all {counts.read} are over data.max_length.")
-        return Dataset.from_list(records)
+        if row_set.dataset is None:
+            raise FeedbackRowError(
+                counts.name,
+                f"expected rows to use, found none ({counts.dropped} over data.max_length, "
+                f"{counts.malformed} malformed).",
+            )
+        return row_set.dataset
 
     def _row_order(self) -> RowOrder:
         thumbs = _thumbs(self._trained_on)
@@ -338,9 +322,8 @@ def split_by_prompt(rows: list[FeedbackRow], fraction: float, seed: int) -> tupl
     Returns:
         Training rows and held-out rows, each in their old order.
     """
-    ranked = sorted({_prompt_key(row, seed) for row in rows})
-    held_out = set(ranked[: min(math.ceil(fraction * len(ranked) - 1e-9), len(ranked) - 1)])
-    chosen = [_prompt_key(row, seed) in held_out for row in rows]
+    keys = np.array([prompt_key(row, seed) for row in rows], dtype=np.uint64)
+    chosen = held_out_prompts(keys, fraction)
     return (
         [row for row, out in zip(rows, chosen, strict=True) if not out],
         [row for row, out in zip(rows, chosen, strict=True) if out],
@@ -372,16 +355,14 @@ def _thumbs(dataset: Dataset) -> list[bool]:
     return list(dataset["thumbs_up"])
 
 
-def _prompt_key(row: FeedbackRow, seed: int) -> str:
-    said = [(message["role"], message["content"]) for message in row.prompt]
-    return hashlib.sha256(f"{seed}\n{json.dumps(said)}".encode()).hexdigest()
-
-
-def _digest(rows: list[FeedbackRow]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.prompt, row.completion, row.thumbs_up], default=str).encode())
-    return digest.hexdigest()
+def _require_rows_for_all(dataset: Dataset | None, trainer: Any) -> None:
+    """Lightning passes over a validation in the processes that have no row of it, and the others wait for them."""
+    if dataset is not None and trainer is not None and len(dataset) < trainer.world_size:
+        raise ConfigError(
+            "data.validation_files",
+            f"expected a held-out row for each of {trainer.world_size} processes, found {len(dataset)}.",
+            "Hold out more rows, or none (data.validation_fraction: 0).",
+        )
 
 
 def _refuse_shortened_epochs(trainer: Any) -> None:
@@ -410,9 +391,8 @@ def _require_both_classes(dataset: Dataset, sources: list[str]) -> None:
         )
 
 
-def _note_shared_prompts(rows: list[FeedbackRow], held_out: list[FeedbackRow]) -> None:
-    known = {_prompt_key(row, 0) for row in rows}
-    shared = sum(_prompt_key(row, 0) in known for row in held_out)
+def _note_shared_prompts(trained_on: np.ndarray[Any, Any], held_out: np.ndarray[Any, Any]) -> None:
+    shared = int(np.isin(held_out, trained_on).sum())
     if shared:
         rank_zero_info(f"{shared} of {len(held_out)} validation rows have a prompt that is trained on too.")
 

@@ -185,28 +185,31 @@ def shown(value: Any) -> str:
         return f'"{value}"' if label_like else f"a text of {len(value)} characters"
     if isinstance(value, (int, float)):
         # Longer numbers may be those of telephones and accounts.
-        return repr(value) if -1000 < value < 1000 and len(repr(value)) <= 12 or value != value else "another number"
+        return repr(value) if (-1000 < value < 1000 and len(repr(value)) <= 12) or value != value else "another number"
     if isinstance(value, (list, dict)):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     return f"a value of type {type(value).__name__}"
 
 
 def texts_in(value: Any, depth: int = 0) -> Iterator[str]:
-    """Every text in a message or a part of one, keys included.
+    """Every text in messages or a part of one, keys included.
 
     Raises:
         ValueError: If lists and objects are nested too deeply.
     """
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (Mapping, list)):
+    elif isinstance(value, (dict, list)):
         if depth >= MAX_MESSAGE_DEPTH:
             raise ValueError(f"at most {MAX_MESSAGE_DEPTH} levels of nesting in a message, found more")
-        if isinstance(value, Mapping):
-            yield from (key for key in value if isinstance(key, str))
+        if isinstance(value, dict):
+            yield from value.keys()
             value = value.values()
         for part in value:
-            yield from texts_in(part, depth + 1)
+            if isinstance(part, str):
+                yield part
+            else:
+                yield from texts_in(part, depth + 1)
 
 
 def _messages(record: Mapping[str, Any], column: str, place: str, role: str) -> list[Message]:

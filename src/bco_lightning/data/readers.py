@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -14,7 +14,6 @@ from bco_lightning.errors import FeedbackRowError
 from bco_lightning.packaged import resolve_packaged
 
 Record = Mapping[str, Any]
-OnBadRow = Callable[[FeedbackRowError], None]
 
 # A million tokens of English are four of these MiB; a parsed line can take 24 times its bytes in memory.
 MAX_LINE_BYTES = 4 * 2**20
@@ -26,16 +25,7 @@ _BINARY = {b"\x1f\x8b": "a gzip file", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-
 _CSV_CELLS = {"1": 1, "0": 0, "-1": -1, "True": True, "False": False, "TRUE": True, "FALSE": False}
 
 
-def refuse(error: FeedbackRowError) -> NoReturn:
-    """Stops at the first malformed row.
-
-    Raises:
-        FeedbackRowError: The one that was given.
-    """
-    raise error
-
-
-def read_records(source: str, label_column: str | None, on_bad_row: OnBadRow = refuse) -> Iterator[tuple[str, Record]]:
+def read_records(source: str, label_column: str | None) -> Iterator[tuple[str, Record | FeedbackRowError]]:
     """Reads one source, lazily.
 
     Args:
@@ -43,10 +33,10 @@ def read_records(source: str, label_column: str | None, on_bad_row: OnBadRow = r
             (split ``train`` if left out).
         label_column: Name of the column with the thumbs; a CSV's cells there are read as numbers and booleans.
             ``None`` leaves every cell of a CSV the text that it is.
-        on_bad_row: Takes each malformed row; if it returns, reading goes on with the next row.
 
     Yields:
-        The place (``file:line``; for Parquet and hub data sets ``source:row``, from 1) and the record.
+        The place (``file:line``; for Parquet and hub data sets ``source:row``, from 1) and the record, or what is
+        wrong with it; reading can go on after a malformed row.
 
     Raises:
         FeedbackRowError: If the source does not exist, has an unknown suffix, or is malformed as a whole.
@@ -63,10 +53,15 @@ def read_records(source: str, label_column: str | None, on_bad_row: OnBadRow = r
         )
     if not path.is_file():
         raise FeedbackRowError(source, "expected a feedback log, found no such file.")
-    for place, record in readers[path.suffix](path, on_bad_row):
-        if path.suffix == ".csv" and label_column in record:
+    for place, record in readers[path.suffix](path):
+        if path.suffix == ".csv" and label_column is not None and isinstance(record, dict) and label_column in record:
             record = {**record, label_column: _CSV_CELLS.get(record[label_column], record[label_column])}
         yield place, record
+
+
+def without_cause(error: FeedbackRowError) -> FeedbackRowError:
+    """The same error without what led to it: causes and tracebacks hold whole lines of the log."""
+    return FeedbackRowError(error.where, error.problem, error.remedy)
 
 
 def parse_line(line: bytes, place: str) -> Record | None:
@@ -116,15 +111,14 @@ def parse_line(line: bytes, place: str) -> Record | None:
     return record
 
 
-def _read_jsonl(path: Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, Record]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Record | FeedbackRowError]]:
     with path.open("rb") as file:
         for number, line in enumerate(_bounded_lines(file), 1):
             place = f"{path}:{number}"
             try:
-                record = parse_line(line, place)
+                record: Record | FeedbackRowError | None = parse_line(line, place)
             except FeedbackRowError as error:
-                on_bad_row(error)
-                continue
+                record = without_cause(error)
             if record is not None:
                 yield place, record
 
@@ -137,7 +131,7 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
             line = file.readline(MAX_LINE_BYTES + 1)
 
 
-def _read_csv(path: Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, Record]]:
+def _read_csv(path: Path) -> Iterator[tuple[str, Record | FeedbackRowError]]:
     csv.field_size_limit(MAX_LINE_BYTES)
     with path.open("rb") as file:
         lines = _CsvLines(path, file)
@@ -150,7 +144,7 @@ def _read_csv(path: Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, Record]]:
                 try:
                     _require_all_cells(record, len(reader.fieldnames or []), place)
                 except FeedbackRowError as error:
-                    on_bad_row(error)
+                    yield place, without_cause(error)
                 else:
                     yield place, record
         except csv.Error as error:
@@ -196,7 +190,7 @@ def _require_utf8(cells: list[str], place: str) -> None:
             raise _not_utf8(place, f"byte 0x{ord(cell[error.start]) & 0xFF:02x}") from error
 
 
-def _read_parquet(path: Path, on_bad_row: OnBadRow) -> Iterator[tuple[str, Record]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

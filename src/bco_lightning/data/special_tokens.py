@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from bco_lightning.batch import Message
+from bco_lightning.data.feedback_row import texts_in
 
 # Unicode noncharacters, which no text should hold; where one does, it is itself put behind a mark.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# Names that stand so near to each other share a mark, so that a row full of them stays cheap.
+_NEAR = 32
 _MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 
@@ -42,13 +45,17 @@ class SpecialTokens:
     def __init__(self, tokenizer: Any) -> None:
         added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         names = {token.content for token in added.values()} | set(tokenizer.all_special_tokens)
+        by_length = sorted(filter(None, names), key=len, reverse=True)
         self.ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
         self._tokenizer = tokenizer
-        by_length = sorted(filter(None, names), key=len, reverse=True)
-        self._typed = re.compile("|".join(map(re.escape, [*by_length, _OPEN, _CLOSE])))
-        heads = "|".join(_prefixes(re.escape(letter) for letter in name) for name in by_length)
-        tails = "|".join(_suffixes([re.escape(letter) for letter in name]) for name in by_length)
-        self._torn = re.compile(rf"(?:{heads})\s*\Z|\A\s*(?:{tails})") if by_length else re.compile(r"(?!)")
+        self._name = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        self._typed = re.compile(f"{self._name.pattern}|[{_OPEN}{_CLOSE}]")
+        # Looking for letters is many times faster than looking for names, and most texts hold none of these.
+        self._initials = "".join({name[0] for name in by_length} | {_OPEN, _CLOSE})
+        self._finals = "".join({name[-1] for name in by_length})
+        self._heads = {name[:length] for name in names for length in range(1, len(name))}
+        self._tails = {name[length:] for name in names for length in range(1, len(name))}
+        self._longest = len(by_length[0]) if by_length else 0
         # A normalizer can turn other letters, such as full-width ones, into the name of a token.
         self._normalized = (
             tokenizer.is_fast
@@ -58,33 +65,39 @@ class SpecialTokens:
 
     def shield(self, messages: list[Message]) -> ShieldedMessages | None:
         """Marks each name of a special token in the texts of ``messages``; ``None`` if there is none."""
+        if not self._normalized and not any(_holds(text, self._initials) for text in texts_in(messages)):
+            return None
         literals: list[str] = []
         marked = _map_texts(messages, lambda text: self._mark(text, literals))
         return ShieldedMessages(marked, literals) if literals else None
 
     def shield_whole(self, messages: list[Message]) -> ShieldedMessages:
-        """Marks each content from its first letter to its last."""
+        """Marks each content as a whole, from its first letter to its last."""
         literals: list[str] = []
 
-        def mark(text: str) -> str:
-            literals.append(text.strip())
-            start = text.index(literals[-1])
-            return f"{text[:start]}{_marked(len(literals) - 1)}{text[start + len(literals[-1]) :]}"
+        def whole(text: str) -> str:
+            spoken = text.strip()
+            literals.append(spoken)
+            return text.replace(spoken, _mark(len(literals) - 1), 1) if spoken else text
 
-        return ShieldedMessages([{**message, "content": mark(message["content"])} for message in messages], literals)
+        def mark(message: Message) -> Message:
+            others = _map_texts({**message, "content": ""}, lambda text: self._mark(text, literals))
+            return {**others, "content": whole(message["content"])}
+
+        return ShieldedMessages([mark(message) for message in messages], literals)
 
     def may_join(self, messages: list[Message]) -> bool:
         """Whether a content begins or ends with a part of a name, which its surroundings might complete."""
-        return self._normalized or any(self._torn.search(message["content"]) for message in messages)
+        return self._normalized or any(self._is_torn(message["content"].strip()) for message in messages)
 
     def count(self, text: str) -> int:
-        """Number of control tokens in ``text``."""
-        return len(self._spans(text))
+        """Number of control tokens in a rendered text."""
+        return len(self._spans(text, self._name))
 
     def encode(self, text: str, shielded: ShieldedMessages) -> list[int]:
-        """Token ids of a rendered text with marks: its own control tokens, and as ordinary tokens what was typed.
+        """Token ids of a rendered text with marks: control tokens for its own, ordinary tokens for what was typed.
 
-        Between two control tokens the text is tokenized as a whole, as it would be without the special tokens.
+        Between two control tokens the text is tokenized as a whole, as if there were no special tokens.
 
         Args:
             text: What the chat template made of ``shielded.messages``, or a part of it.
@@ -94,17 +107,103 @@ class SpecialTokens:
             Token ids.
 
         Raises:
-            ValueError: If the tokenizer cannot write the name of a special token as ordinary text.
+            ValueError: If the tokenizer or the template cannot keep the name of a special token as ordinary text.
         """
-        if not _MARK.search(text):
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if _OPEN in (bare := _MARK.sub("", text)) or _CLOSE in bare:
+            raise ValueError("found the name of a special token, in a text that the chat template takes apart")
         if not self._tokenizer.is_fast:
-            raise ValueError("the name of a special token, which needs a fast tokenizer to be read as text")
+            raise ValueError("found the name of a special token, which only a fast tokenizer can read as text")
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         token_ids: list[int] = []
+        section: list[int] = []
         start = 0
-        for begin, end, special, section_ids in [*self._sections(text), (len(text), len(text), [], [])]:
-            token_ids += section_ids if not special else []
-        return token_ids if start else self._joined(text, shielded)
+        for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            if self._is_control(token, text[begin:end]):
+                token_ids += [*self._section(text[start:begin], start, section, shielded), token]
+                start, section = end, []
+            else:
+                section.append(token)
+        return token_ids + self._section(text[start:], start, section, shielded)
 
-    def _joined(self, text: str, shielded: ShieldedMessages) -> list[int]:
-        raise NotImplementedError
+    def _section(self, text: str, start: int, token_ids: list[int], shielded: ShieldedMessages) -> list[int]:
+        """Tokens of the text between two control tokens; ``token_ids`` if nothing in it is marked."""
+        if _OPEN not in text:
+            return token_ids
+        tokenizer = self._inner_tokenizer if start else self._ordinary_tokenizer
+        typed: list[int] = tokenizer.encode(shielded.restore(text), add_special_tokens=False).ids
+        if self.ids.difference({self._tokenizer.unk_token_id}).intersection(typed):
+            raise ValueError("found the name of a special token, which this tokenizer cannot write in any other way")
+        return typed
+
+    @cached_property
+    def _ordinary_tokenizer(self) -> Any:
+        """The tokenizer as if it had no special tokens."""
+        return self._without_special_tokens(self._tokenizer.backend_tokenizer.to_str())
+
+    @cached_property
+    def _inner_tokenizer(self) -> Any:
+        """The same for what is not the beginning of a text, where some tokenizers would put a space."""
+        description = self._tokenizer.backend_tokenizer.to_str()
+        return self._without_special_tokens(description.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+
+    def _without_special_tokens(self, description: str) -> Any:
+        from tokenizers import Tokenizer
+
+        other = Tokenizer.from_str(description)
+        other.encode_special_tokens = True
+        other.no_truncation()
+        other.no_padding()
+        return other
+
+    def _mark(self, text: str, literals: list[str]) -> str:
+        spans: list[tuple[int, int]] = []
+        for begin, end in self._spans(text, self._typed):
+            if spans and begin - spans[-1][1] <= _NEAR:
+                spans[-1] = (spans[-1][0], max(spans[-1][1], end))
+            else:
+                spans.append((begin, end))
+        pieces = []
+        start = 0
+        for begin, end in spans:
+            pieces += [text[start:begin], _mark(len(literals))]
+            literals.append(text[begin:end])
+            start = end
+        return "".join([*pieces, text[start:]])
+
+    def _spans(self, text: str, names: re.Pattern[str]) -> list[tuple[int, int]]:
+        spans = [match.span() for match in names.finditer(text)]
+        if self._normalized:
+            encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+            spans += [span for token, span in pairs if self._is_control(token, text[slice(*span)])]
+        return sorted(set(spans), key=lambda span: (span[0], -span[1]))
+
+    def _is_control(self, token: int, text: str) -> bool:
+        # The token for what is unknown is special too, and stands for text wherever that is not its own name.
+        return token in self.ids and (token != self._tokenizer.unk_token_id or text == self._tokenizer.unk_token)
+
+    def _is_torn(self, text: str) -> bool:
+        head, tail = text[: self._longest], text[-self._longest :]
+        if not (_holds(tail, self._initials) or _holds(head, self._finals)):
+            return False
+        sizes = range(1, min(self._longest, len(text) + 1))
+        return any(text[-size:] in self._heads or text[:size] in self._tails for size in sizes)
+
+
+def _holds(text: str, letters: str) -> bool:
+    for letter in letters:  # noqa: SIM110 - any() takes twice as long, and this runs for every text
+        if letter in text:
+            return True
+    return False
+
+
+def _mark(number: int) -> str:
+    return f"{_OPEN}{number}{_CLOSE}"
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_map_texts(key, change): _map_texts(part, change) for key, part in value.items()}
+    return [_map_texts(part, change) for part in value] if isinstance(value, list) else value

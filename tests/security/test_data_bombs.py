@@ -1,0 +1,174 @@
+"""Feedback logs are hostile: a malformed line or an expensive row is refused by name, quickly and in little memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bco_lightning import FeedbackDataModule
+from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.errors import FeedbackRowError
+from tests.reliability.tiny_run import byte_tokenizer
+from tests.trials import Trials
+
+MIB = 2**20
+GOOD = b'{"prompt": "q", "completion": "a", "label": true}\n'
+BAD = b'{"prompt": "q", "completion": "a", "label": false}\n'
+# A gigabyte of zeros in a megabyte, as gzip members one after the other.
+GZIP_BOMB = gzip.compress(bytes(MIB)) * 1024
+
+MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "nesting of 100,000": (lambda: b'{"prompt": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
+    "100 MB without a line break": (lambda: b'{"prompt": "' + b"x" * 100_000_000, "at most 4 MiB"),
+    "5,000-digit integer": (lambda: b'{"label": ' + b"7" * 5000 + b"}\n", "at most 309 digits, found one of 5000"),
+    "NaN": (lambda: BAD.replace(b"false", b"NaN"), "constant NaN"),
+    "Infinity": (lambda: BAD.replace(b"false", b"-Infinity"), "constant -Infinity"),
+    "1e999": (lambda: BAD.replace(b"false", b"1e999"), "finite numbers"),
+    "duplicate keys": (lambda: BAD.replace(b"}", b', "label": true}'), 'each key once, found "label" twice'),
+    "lone surrogate": (lambda: BAD.replace(b'"a"', b'"\\ud83d!"'), "half of a surrogate pair"),
+    "NUL": (lambda: BAD.replace(b'"a"', b'"a\x00"'), "NUL"),
+    "byte order mark": (lambda: b"\xef\xbb\xbf" + BAD, "byte order mark"),
+    "bad UTF-8": (lambda: BAD.replace(b'"a"', b'"\xe9"'), "expected UTF-8, found byte 0xe9 at column 32"),
+    "UTF-16": (lambda: BAD.decode().encode("utf-16"), "found UTF-16"),
+    "gzip bomb": (lambda: GZIP_BOMB, "found a gzip file"),
+    "truncated last line": (lambda: b'{"prompt": "q", "completion": "he', "may have been cut off"),
+}
+
+
+@contextmanager
+def within(seconds: float, megabytes: float | None = None) -> Iterator[None]:
+    """Fails if its body takes longer, or if resident memory peaks higher above its beginning."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before, started = _kilobytes("VmRSS"), time.monotonic()
+    yield
+    taken, grown = time.monotonic() - started, (_kilobytes("VmHWM") - before) / 1024
+    assert taken < seconds, f"took {taken:.1f} s"
+    assert megabytes is None or grown < megabytes, f"memory grew by {grown:.0f} MB"
+
+
+def _kilobytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def start(log: Path | str, **options: Any) -> FeedbackDataModule:
+    module = FeedbackDataModule(
+        str(log), **{"tokenizer": byte_tokenizer(), "max_length": 64, "validation_fraction": 0.0, **options}
+    )
+    module.setup("fit")
+    return module
+
+
+@pytest.mark.promise("S6", "each of 14 malformed lines is refused by file and line, in 1 s and 64 MB")
+def test_a_malformed_line_is_refused_quickly_and_in_little_memory(trials: Trials, tmp_path: Path) -> None:
+    (tmp_path / "warm.jsonl").write_bytes((GOOD + BAD) * 300)
+    start(tmp_path / "warm.jsonl")  # what is loaded at the first use is not the line's doing
+    cases = [(name, line) for name in MALFORMED for line in (1, 500)]
+    for trial in trials(cases, quick=28):
+        with trial as (name, line):
+            make, reason = MALFORMED[name]
+            log = tmp_path / "log.jsonl"
+            log.write_bytes((GOOD + BAD) * ((line - 1) // 2) + GOOD * ((line - 1) % 2) + make())
+            with within(seconds=1.0, megabytes=64), pytest.raises(FeedbackRowError, match=reason) as caught:
+                start(log)
+            assert caught.value.where == f"{log}:{line}"
+            log.unlink()
+
+
+MANY = [{"role": role, "content": "hm"} for _ in range(5_000) for role in ("user", "assistant")]
+COSTLY: dict[str, tuple[Any, Any]] = {
+    "1 MB word in the prompt": ("x" * MIB, "a"),
+    "1 MB word in the completion": ("q", "x" * MIB),
+    "word just within the limit in the prompt": ("x" * 999_000, "a"),
+    "word just within the limit in the completion": ("q", "x" * 999_000),
+    "10,000 turns in the prompt": (MANY, "a"),
+    "10,000 turns in the completion": ("q", MANY[1:]),
+    "499 turns in the completion": ("q", MANY[1:500]),
+    "90,000 control tokens": ("<|im_end|>" * 90_000, "a"),
+    "20,000 control tokens far apart": (f"<|im_end|>{'x' * 40}" * 19_000, "a"),
+    "nesting in a message": ([{"role": "user", "content": "q", "x": json.loads("[" * 500 + "]" * 500)}], "a"),
+    "empty prompt": ("", "a"),
+    "empty completion": ("q", ""),
+    "white space completion": ("q", " \n\t"),
+    "no messages": ("q", []),
+    "no room for the completion": ([{"role": "system", "content": "s " * 999}, {"role": "user", "content": "q"}], "a"),
+}
+REFUSED = {name for name in COSTLY if name.startswith(("1 MB", "10,000", "empty", "white", "no messages", "nesting"))}
+
+
+@pytest.mark.promise("S14", "a costly or empty row is refused, left out or cut within 2 s")
+def test_a_costly_row_is_decided_quickly(trials: Trials, tmp_path: Path, tokenizer: Any) -> None:
+    for trial in trials([(name, policy) for name in COSTLY for policy in ("cut", "drop")], quick=14):
+        with trial as (name, policy):
+            prompt, completion = COSTLY[name]
+            costly = json.dumps({"prompt": prompt, "completion": completion, "label": True})
+            log = tmp_path / "log.jsonl"
+            log.write_bytes(GOOD + costly.encode() + b"\n" + BAD)
+            try:
+                with within(seconds=2.0):
+                    module = start(log, tokenizer=tokenizer, too_long=policy)
+            except FeedbackRowError as error:
+                assert error.where == f"{log}:2"
+                assert name in REFUSED, str(error)
+                continue
+            assert name not in REFUSED
+            assert module.counts[0].read == 3
+            assert module.counts[0].dropped == (policy == "drop" or name == "no room for the completion")
+            for sample in module.train_dataset:
+                assert len(sample["input_ids"]) <= 64
+                assert any(sample["completion_mask"][1:])
+
+
+# Templates that print less than they are given, which is how a completion can vanish.
+TEMPLATES = {
+    "the tokenizer's own": None,
+    "without prompt": "{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}",
+    "without completion": "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}",
+    "without first answer": "{% for m in messages if m['content'] != 'a' %}{{ m['content'] }}{% endfor %}",
+}
+
+
+@pytest.mark.promise("S14", "no sample has a completion without a token that carries loss")
+def test_no_sample_is_without_completion_tokens(trials: Trials, tmp_path: Path) -> None:
+    system = [{"role": "system", "content": "be brief"}]
+    talk = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "why?" * 9}]
+    shapes = {
+        "plain": ([], []),
+        "system": (system, []),
+        "several turns": ([], talk),
+        "system and several turns": (system, talk),
+    }
+    for name, text in TEMPLATES.items():
+        (tmp_path / name).write_text(text or "")
+    cases = [
+        (shape, name, length, policy)
+        for shape in shapes
+        for name in TEMPLATES
+        for length in range(2, 90, 3)
+        for policy in ("cut", "drop")
+    ]
+    decided: set[str] = set()
+    for trial in trials(cases, quick=960):
+        with trial as (shape, name, length, policy):
+            before, inside = shapes[shape]
+            prompt = [*before, {"role": "user", "content": "q" * 9}]
+            row = FeedbackRow(prompt, [*inside, {"role": "assistant", "content": "x"}], True, "log.jsonl:7")
+            template = str(tmp_path / name) if TEMPLATES[name] else None
+            try:
+                sample = RowTokenizer(byte_tokenizer(), length, policy, template).tokenize(row)
+            except FeedbackRowError as error:
+                decided.add("refused")
+                assert error.where == "log.jsonl:7"
+                assert name == "without completion"
+            else:
+                decided.add("left out" if sample is None else "kept")
+                assert sample is None or any(sample.completion_mask[1:])
+    assert trials.asked < 960 or decided == {"refused", "left out", "kept"}
