@@ -160,7 +160,7 @@ def load_yaml(text: str, path: str = "") -> Any:
 
 
 def _load_unmeasured(text: str, path: str = "") -> Any:
-    """jsonargparse's own loader, for other parsers of this process; it goes on handing over a path once one took it."""
+    """The loader of jsonargparse, for other parsers of this process; a path is handed over ever since one took it."""
     return _load_plain_yaml(text)
 
 
