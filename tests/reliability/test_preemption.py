@@ -165,6 +165,49 @@ def test_a_slurm_job_is_requeued(
         assert "it is not requeued" in (tmp_path / "output.0").read_text()
 
 
+def stopped_command(model: str, log: str, stop_at: int) -> None:
+    from bco_lightning import cli
+
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    original = cli.BCOCLI.instantiate_trainer
+
+    def with_signal(self: Any, **arguments: Any) -> Any:
+        trainer = original(self, **arguments)
+        trainer.callbacks.insert(0, Ask())
+        return trainer
+
+    cli.BCOCLI.instantiate_trainer = with_signal  # type: ignore[method-assign]
+    options = {
+        "model.name_or_path": model, "data.train_files": log, "trainer.accelerator": "cpu", "trainer.max_epochs": "2",
+        "known_reward.reward": "tone", "ckpt_path": "auto",
+    }  # fmt: skip
+    raise SystemExit(cli.main(["fit", *(f"--{name}={value}" for name, value in options.items())]))
+
+
+@pytest.mark.promise(
+    "R9", "The command says where it stopped, does not go on to sampling, and the same command goes on"
+)
+def test_the_command_says_where_it_stopped_and_goes_on(byte_model: str, feedback: str, tmp_path: Path) -> None:
+    stopped = partial(stopped_command, byte_model, feedback)
+    assert wait(start(partial(stopped, 3), folder=tmp_path)) == [143]
+    said = (tmp_path / "output.0").read_text()
+    assert "expected a whole checkpoint to go on with, found none. Starting a new run, as 'auto' says." in said
+    assert (
+        "Stopped by SIGTERM after optimizer step 3; everything is in runs/bco/version_0/checkpoints/step-00000003"
+        in said
+    )
+    assert "true reward" not in said
+    assert wait(start(partial(stopped, 5), folder=tmp_path)) == [143]
+    said = (tmp_path / "output.0").read_text()
+    assert "checkpoint: runs/bco/version_0/checkpoints/step-00000003" in said
+    assert "after optimizer step 5" in said
+    assert not (tmp_path / "runs" / "bco" / "version_1").exists()
+
+
 def test_checkpoints_are_also_saved_by_the_clock(byte_model: str, feedback: str, tmp_path: Path) -> None:
     class Wait(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
