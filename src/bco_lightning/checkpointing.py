@@ -27,6 +27,7 @@ from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
 
 STATE_FILE, MANIFEST_FILE = "state.ckpt", "manifest.json"
 _FORMAT = 1
+_TOLD = ("fingerprints", "config_digest", "versions", "accepted_changes")
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _BLOCK = 2**20
@@ -76,14 +77,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
     """Writes a checkpoint into the folder ``target``, whole or not at all.
 
     Args:
-        checkpoint: Tensors and plain values. ``global_step``, ``fingerprints``, ``versions`` and ``accepted_changes``
-            are copied into the manifest, where they can be read without loading the tensors.
+        checkpoint: Tensors and plain values. The step, and what the run is made of, are copied into the manifest, where
+            they can be read without loading the tensors.
         target: Folder to write; one that is there already is replaced.
 
     Raises:
         CheckpointError: If the disk is full or cannot be written; ``target`` is then as it was before.
     """
-    about = {key: checkpoint[key] for key in ("fingerprints", "versions", "accepted_changes") if key in checkpoint}
+    about = {key: checkpoint[key] for key in _TOLD if key in checkpoint}
     facts = {"step": checkpoint.get("global_step"), **about}
     with whole_folder(target, facts) as partial, (partial / STATE_FILE).open("wb") as file:
         torch.save(dict(checkpoint), file)

@@ -39,6 +39,11 @@ def digest_of_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(f"{described}\n{special}".encode()).hexdigest()
 
 
+def digest_of_values(values: Mapping[str, Any]) -> str:
+    """SHA-256 over plain values, whatever their order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
     found = {}

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.errors import CheckpointError, ConfigError, NonFiniteError
-from bco_lightning.fingerprints import differences, digest_of_tensors, digest_of_tokenizer, versions
+from bco_lightning.fingerprints import (
+    differences,
+    digest_of_tensors,
+    digest_of_tokenizer,
+    digest_of_values,
+    versions,
+)
 from bco_lightning.models.language_model import (
     Dtype,
     LoraSettings,
@@ -294,6 +300,7 @@ class BCOModule(LightningModule):
         checkpoint["reward_shift"] = self.reward_shift.state_dict()
         checkpoint["trained_parameters"] = self._trained_names()
         checkpoint["fingerprints"] = self.fingerprints()
+        checkpoint["config_digest"] = digest_of_values({**self.hparams, **checkpoint["fingerprints"]})
         checkpoint["accepted_changes"] = list(self._accepted_changes)
         checkpoint["versions"] = versions()
 
