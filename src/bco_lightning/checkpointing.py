@@ -114,10 +114,12 @@ def whole_folder(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         (partial / MANIFEST_FILE).write_bytes(_sealed(manifest))
         _flush(partial / MANIFEST_FILE)
         _flush(partial)
+        replaced = target.with_name(f".{target.name}.removed-{os.getpid()}")
         if target.exists():  # the same step, written again after a resume from an earlier one
-            _discard(target)
+            target.rename(replaced)
         partial.rename(target)
         _flush(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch.save hides a failed write behind a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         raise _not_written(target, error) from error
@@ -368,6 +370,10 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; they are no reason to save nothing.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
     finally:
         os.close(descriptor)
 

@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from bco_lightning import config_safety
@@ -77,6 +78,7 @@ class RunConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``config.yaml``, and ``provenance.json``: seed, versions, git revision and digests of the inputs."""
+        self.config.ckpt_path = None  # or this config would go on from a checkpoint that may be gone
         super().setup(trainer, pl_module, "fit")
         log_dir = trainer.log_dir  # a broadcast: every process has to ask
         if trainer.is_global_zero and log_dir is not None:
@@ -103,7 +105,8 @@ class BCOCLI(LightningCLI):
             "--process_timeout",
             type=float,
             default=600.0,
-            help="Seconds to wait for another process before the run ends with an error.",
+            help="Seconds to wait for another process before the run ends with an error; the others also wait while "
+            "the first one writes a checkpoint and reads it back.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FiniteGuard, "guard")
@@ -154,6 +157,10 @@ class BCOCLI(LightningCLI):
             logger = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options))
             kwargs["logger"] = logger if self.subcommand != "predict" else False
         trainer = super().instantiate_trainer(**kwargs)
+        run = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options)).log_dir
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.run_folder = run  # wherever another logger writes
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         if hasattr(trainer.strategy, "_timeout"):  # half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
@@ -268,7 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"Stopped by {signal.Signals(stopped.signal_number).name} after optimizer step {stopped.step}; everything "
             f"is in {stopped.checkpoint}. The same command with --ckpt_path last goes on."
         )
-        return int(stopped.code)  # type: ignore[arg-type]
+        # Lightning's launcher kills the first process, which may still be at work, when another ends with an error.
+        return int(stopped.code) if rank_zero_only.rank == 0 else 0  # type: ignore[arg-type, attr-defined]
+    except SIGTERMException:  # before the first step there is nothing to save
+        return 128 + signal.SIGTERM
     except Exception as error:
         fault = in_words(error)
         if fault is None or os.environ.get("BCO_DEBUG"):

@@ -1,4 +1,4 @@
-"""What processes tell each other: the only file that calls a collective."""
+"""What processes tell each other; other collectives are those of metrics, of strategies and of sharded tensors."""
 
 from __future__ import annotations
 

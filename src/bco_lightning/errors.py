@@ -34,7 +34,7 @@ class LanguageModelError(UserError):
 
 
 class NonFiniteError(UserError):
-    """A loss that is not a number, noticed before it reached the weights."""
+    """A log-prob, loss, gradient or weight that is not a finite number, noticed before it did harm."""
 
 
 class CheckpointError(UserError):

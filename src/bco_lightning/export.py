@@ -158,7 +158,7 @@ def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:
         beta=options["beta"],
         delta=module.reward_shift.value,
         learning_rate=options["learning_rate"],
-        trained=f"LoRA, rank {lora['r']}" if lora else "all weights",
+        trained=f"LoRA, rank {module.policy.peft_config['default'].r}" if lora else "all weights",
         steps=steps,
         alignment_file=ALIGNMENT_FILE,
         reference=_reference_name(module),

@@ -34,7 +34,7 @@ from bco_lightning.models.language_model import (
     resolve_dtype,
 )
 from bco_lightning.models.log_probs import check_head, completion_log_probs
-from bco_lightning.models.parallel import shard
+from bco_lightning.models.parallel import is_sharded, shard, whole
 from bco_lightning.models.reference import Reference
 from bco_lightning.objectives import OBJECTIVES
 from bco_lightning.reward_shift import RewardShift
@@ -153,8 +153,18 @@ class BCOModule(LightningModule):
         return self._reference  # type: ignore[return-value]
 
     def configure_model(self) -> None:
-        """Loads policy and reference, once."""
+        """Loads policy and reference, once.
+
+        Raises:
+            ConfigError: If the model was built before, unsharded, and is now to be trained under ``fsdp2``.
+        """
         if self._policy is not None:
+            if self.device_mesh is not None and not is_sharded(self._policy):
+                raise ConfigError(
+                    "trainer.strategy",
+                    "expected a module whose model is not built yet, found one that is built and not sharded.",
+                    "Make a new BCOModule for fsdp2.",
+                )
             return
         options = self.hparams
         device = self.trainer.strategy.root_device if self._trainer is not None else self.device
@@ -210,6 +220,10 @@ class BCOModule(LightningModule):
     def decision_threshold(self) -> float:
         """Reward above which a row counts as thumbs-up, in nats: the reward shift; 0 for an objective without one."""
         return 0.0 if self.hparams["objective"] == "bce" else self.reward_shift.value
+
+    def on_fit_start(self) -> None:
+        """Forgets the rows of an earlier fit."""
+        self.step_rows, self._step_of_rows = [], -1
 
     def rewarded_rows(self, batch: FeedbackBatch) -> tuple[Tensor, RewardedRows]:
         """Scores a micro-batch.
@@ -333,7 +347,7 @@ class BCOModule(LightningModule):
     def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
         goes_on = self._trainer is not None and self.trainer.training
         then = checkpoint.get("fingerprints", {})
-        now = self.fingerprints() if goes_on else {"beta": self.beta}
+        now = self.fingerprints() if goes_on else {name: self.beta for name in ("beta",) if name in then}
         changed = differences({name: value for name, value in then.items() if goes_on or name in now}, now)
         accepted = self._changes_to_accept() if goes_on else []
         refused = [text for name, text in changed.items() if name not in accepted]
@@ -379,7 +393,9 @@ class BCOModule(LightningModule):
             counts["completed"] = counts["ready"] - behind
 
     def _own_fingerprints(self) -> dict[str, Any]:
-        self.configure_model()
+        if not self._reference_digest:
+            reference = self.reference.named_parameters()
+            self._reference_digest = digest_of_tensors((name, whole(value)) for name, value in reference)
         return {
             **{
                 name: self.hparams[name]

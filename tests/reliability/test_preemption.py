@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from bco_lightning import checkpointing
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpointing import newest_verified, read_checkpoint, saved_steps, verify_checkpoint
+from bco_lightning.errors import PreemptedError
 from tests.reliability.tiny_run import STEPS, assert_same, make_log, start, tiny_fit, wait
 from tests.trials import Trials
 
@@ -116,6 +117,9 @@ def test_a_signal_at_any_moment_keeps_the_work(byte_model: str, feedback: str, t
             step = read_checkpoint(str(newest))["global_step"]
             before = {row: values for row, values in whole[accumulation]["rows"].items() if row >= step}
             assert again["rows"] == before
+            for number, values in whole[accumulation]["values"].items():
+                if number > step:
+                    assert_same(values, again["values"][number], f"values at step {number}")
             due = [key for key in whole[accumulation]["values"].get(step - 1, {}) if key.startswith("val/")]
             for key in due if phase == "validation" else []:
                 assert_same(again["values"][step - 1][key], whole[accumulation]["values"][step - 1][key], key)
@@ -206,6 +210,24 @@ def test_the_command_says_where_it_stopped_and_goes_on(byte_model: str, feedback
     assert "checkpoint: runs/bco/version_0/checkpoints/step-00000003" in said
     assert "after optimizer step 5" in said
     assert not (tmp_path / "runs" / "bco" / "version_1").exists()
+
+
+def test_handlers_are_put_back_and_a_later_fit_is_not_stopped(byte_model: str, feedback: str, tmp_path: Path) -> None:
+    class Ask(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    checkpoint = RunCheckpoint()
+    with pytest.raises(PreemptedError):
+        tiny_fit(
+            byte_model, feedback, callbacks=[Ask(), checkpoint], trainer_options={"default_root_dir": str(tmp_path)}
+        )
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    again = tiny_fit(byte_model, feedback, callbacks=[checkpoint], trainer_options={"default_root_dir": str(tmp_path)})
+    assert again["step"] == STEPS
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_checkpoints_are_also_saved_by_the_clock(byte_model: str, feedback: str, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 
+from bco_lightning import BCOModule
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpointing import step_folder
+from bco_lightning.checkpointing import resolve_checkpoint, saved_steps, step_folder
 from bco_lightning.errors import CheckpointError
 from tests.reliability.tiny_run import ROWS, ROWS_PER_STEP, STEPS, assert_same, finish, make_log, start, tiny_fit
 from tests.trials import Trials
@@ -217,6 +219,57 @@ def test_another_number_of_rows_per_step_is_refused(byte_model: str, feedback: s
     saving(byte_model, feedback, str(tmp_path), [5], cut())
     with pytest.raises(CheckpointError, match="rows_per_step: 8 then, 16 now"):
         resuming(byte_model, feedback, str(tmp_path), 5, {**cut(), "data_options": {"batch_size": 16}})
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_sets_the_later_ones_aside(
+    byte_model: str, feedback: str, tmp_path: Path
+) -> None:
+    saving(byte_model, feedback, str(tmp_path), [5, 12, 17], cut())
+    options = cut()
+    options["trainer_options"] |= {"default_root_dir": str(tmp_path), "max_steps": 9}
+    callback = RunCheckpoint(every_n_steps=2)
+    checkpoint = str(step_folder(tmp_path / "checkpoints", 5))
+    tiny_fit(byte_model, feedback, ckpt_path=checkpoint, callbacks=[callback], **options)
+    steps = [path.name for path in saved_steps(tmp_path / "checkpoints")]
+    assert steps == ["step-00000008", "step-00000009"]
+    assert resolve_checkpoint(tmp_path, pytest.fail).name == "step-00000009"
+    aside = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.left-at-5.0"))
+    assert aside == ["step-00000012.left-at-5.0", "step-00000017.left-at-5.0", "step-00000024.left-at-5.0"]
+
+
+def test_a_run_that_ends_early_is_saved_where_it_ended(byte_model: str, feedback: str, tmp_path: Path) -> None:
+    class Enough(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 7
+
+    whole = tiny_fit(byte_model, feedback)
+    options = {"default_root_dir": str(tmp_path)}
+    ended = tiny_fit(byte_model, feedback, callbacks=[Enough(), RunCheckpoint()], trainer_options=options)
+    assert ended["step"] == 7
+    checkpoint = str(step_folder(tmp_path / "checkpoints", 7))
+    again = tiny_fit(byte_model, feedback, ckpt_path=checkpoint, callbacks=[RunCheckpoint()], trainer_options=options)
+    assert_goes_on(whole, again, 7)
+
+
+def test_a_run_goes_on_with_its_validation_switched_off(
+    byte_model: str, feedback: str, validation_log: str, tmp_path: Path
+) -> None:
+    options = cut(accumulation=2, validation=validation_log)
+    whole = saving(byte_model, feedback, str(tmp_path), [12, 24], options)
+    options["trainer_options"]["limit_val_batches"] = 0
+    again = resuming(byte_model, feedback, str(tmp_path), 12, options)
+    assert again["rows"] == {step: rows for step, rows in whole["rows"].items() if step >= 12}
+    assert_same(whole["weights"], again["weights"])
+    assert resuming(byte_model, feedback, str(tmp_path), 24, options)["step"] == STEPS
+
+
+def test_a_model_that_was_built_before_is_told_apart_all_the_same(
+    byte_model: str, feedback: str, tmp_path: Path
+) -> None:
+    module = BCOModule(byte_model, learning_rate=1e-2, dtype="float32")
+    assert module.policy is not None
+    saving(byte_model, feedback, str(tmp_path), [5], cut(), module=module)
+    resuming(byte_model, feedback, str(tmp_path), 5, cut())
 
 
 @pytest.mark.promise("R18", "A changed row, tokenizer, template, beta or reference is noticed when a run goes on")

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.datamodule import split_by_prompt
+from bco_lightning.data.row_table import held_out_prompts, prompt_key
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 
@@ -35,10 +36,15 @@ def test_a_prompt_never_stands_on_both_sides_of_the_split(tokenizer: Any, log: s
 
 def test_the_split_does_not_depend_on_the_order_of_the_rows_but_on_the_seed() -> None:
     rows = [FeedbackRow([{"role": "user", "content": str(n % 30)}], [], True, str(n)) for n in range(60)]
-    chosen = {row.place for row in split_by_prompt(rows, 0.2, seed=0)[1]}
+
+    def held_out(rows: list[FeedbackRow], seed: int) -> set[str]:
+        keys = np.array([prompt_key(row, seed) for row in rows], dtype=np.uint64)
+        return {row.place for row, out in zip(rows, held_out_prompts(keys, 0.2), strict=True) if out}
+
+    chosen = held_out(rows, seed=0)
     assert len(chosen) == 12
-    assert {row.place for row in split_by_prompt(rows[::-1], 0.2, seed=0)[1]} == chosen
-    assert {row.place for row in split_by_prompt(rows, 0.2, seed=1)[1]} != chosen
+    assert held_out(rows[::-1], seed=0) == chosen
+    assert held_out(rows, seed=1) != chosen
 
 
 def test_validation_files_take_the_place_of_the_split(tokenizer: Any, log: str, rows: list, tmp_path: Path) -> None:

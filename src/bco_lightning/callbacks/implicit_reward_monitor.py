@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -55,7 +56,7 @@ class ImplicitRewardMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
-        if self._trainer is None or not self._trainer.training:
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return {}
         return {
             name: sum_tensor_over_ranks(value, self._trainer) for name, value in self._metrics["train"].counts().items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from bco_lightning.checkpointing import (
     VerifiedCheckpointIO,
     prune,
     remove_orphans,
+    saved_steps,
     step_folder,
     verify_checkpoint,
 )
@@ -73,9 +75,11 @@ class RunCheckpoint(Checkpoint):
             )
         self.every_n_steps, self.every_minutes, self.keep = every_n_steps, every_minutes, keep
         self.if_saving_fails, self.accept_changes = if_saving_fails, list(accept_changes or [])
+        self.run_folder: str | None = None  # where the logger writes, unless it is set
         self.folder = Path("checkpoints")
         self.saved: Path | None = None
-        self._last_step = 0
+        self._first_step = self._last_step = self._num_steps = 0
+        self._ended = False
         self._saved_at = time.monotonic()
         self._whole: set[Path] = set()
         self._signals = _StopSignals()
@@ -89,19 +93,26 @@ class RunCheckpoint(Checkpoint):
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         if stage == "fit":
             log_dir = trainer.log_dir  # a broadcast: every process has to ask
-            self.folder = Path(log_dir or trainer.default_root_dir) / "checkpoints"
+            run_folder = trainer.strategy.broadcast(self.run_folder)
+            self.folder = Path(run_folder or log_dir or trainer.default_root_dir) / "checkpoints"
             if trainer.is_global_zero and (removed := remove_orphans(self.folder)):
                 rank_zero_info(f"{self.folder}: removed {len(removed)} unfinished checkpoints of a killed run.")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._last_step = trainer.global_step
+        self._first_step = self._last_step = trainer.global_step
+        self._num_steps, self._ended = pl_module.num_steps(), False
         self._saved_at = time.monotonic()
+        resumed_from = step_folder(self.folder, trainer.global_step)
+        self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
+        if trainer.is_global_zero:
+            self._set_later_steps_aside(trainer.global_step)
         self._remember_progress(trainer)
         # Lightning's own handlers, set just before, would save in the middle of an accumulation or hang one process.
         self._signals.install()
         if trainer.global_rank < len(self._random_states):
             set_random_state(self._random_states[trainer.global_rank])
+        self._random_states = []  # a later fit begins with numbers of its own
 
     @override
     def on_train_batch_end(  # type: ignore[override]
@@ -112,10 +123,24 @@ class RunCheckpoint(Checkpoint):
         self._last_step = step = trainer.global_step
         self._remember_progress(trainer)
         signal_number, time_due = max_over_ranks([float(self._signals.received), float(self._time_due())], trainer)
-        if step % self.every_n_steps == 0 or time_due or signal_number or step == pl_module.num_steps():
+        last = step == self._num_steps
+        if step % self.every_n_steps == 0 or time_due or signal_number or last:
             self._save(trainer)
-        if signal_number and step != pl_module.num_steps():
+        if last:
+            self._signals.remove()  # everything is saved: whoever stops what follows may do so at once
+        elif signal_number:
             self._leave(trainer, int(signal_number))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+        if trainer.should_stop and trainer.global_step > self._first_step:
+            self._ended = True
+            self._save(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+        # Before Lightning puts back the handlers that it found: these here would put back Lightning's own.
+        self._signals.remove()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
@@ -143,16 +168,16 @@ class RunCheckpoint(Checkpoint):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: BCOModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         epochs = trainer.fit_loop.epoch_loop
-        if trainer.validating and self._progress:
+        if self._progress and (trainer.validating or self._ended):
             # Saved as of the step boundary before, so that a resumed run validates again from the first row on.
             checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self._progress}
-            checkpoint["validation_due"] = True
+            checkpoint["validation_due"] = bool(trainer.validating)
         elif trainer.training:
             checkpoint["validation_due"] = bool(epochs._should_check_val_fx(trainer.fit_loop._data_fetcher))  # type: ignore[arg-type]
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: BCOModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        if trainer.training and checkpoint.get("validation_due"):
+        if trainer.training and trainer.enable_validation and checkpoint.get("validation_due"):
             # Lightning takes up a validation that had begun, but skips one that was about to; so this one "had begun".
             progress = checkpoint["loops"]["fit_loop"]
             for counts in progress["epoch_loop.batch_progress"].values():
@@ -175,12 +200,17 @@ class RunCheckpoint(Checkpoint):
         self._random_states = state_dict["random_states"]
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
-        self._signals.remove()
-
-    @override
     def on_exception(self, trainer: Trainer, pl_module: BCOModule, exception: BaseException) -> None:  # type: ignore[override]
         self._signals.remove()
+
+    def _set_later_steps_aside(self, step: int) -> None:
+        """What another run, or this one on another way, saved at later steps must not be taken for the newest."""
+        later = [path for path in saved_steps(self.folder) if int(path.name.removeprefix("step-")) > step]
+        for folder in later:
+            names = (folder.with_name(f"{folder.name}.left-at-{step}.{number}") for number in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            folder.rename(aside)
+            rank_zero_info(f"{folder}: this run goes on from step {step}; set aside as {aside.name}.")
 
     def _remember_progress(self, trainer: Trainer) -> None:
         self._progress = trainer.fit_loop.state_dict()
@@ -233,7 +263,10 @@ class RunCheckpoint(Checkpoint):
     def _leave(self, trainer: Trainer, signal_number: int) -> None:
         if signal_number == signal.SIGUSR1 and trainer.is_global_zero:
             _requeue_slurm_job()
-        raise PreemptedError(signal_number, trainer.global_step, str(self.saved))
+        where = str(self.saved or "no checkpoint")
+        if self.saved != step_folder(self.folder, trainer.global_step):
+            where += " (that of this step could not be written)"
+        raise PreemptedError(signal_number, trainer.global_step, where)
 
 
 class _StopSignals:
@@ -248,6 +281,7 @@ class _StopSignals:
         return bool(self._before)
 
     def install(self) -> None:
+        self.received = 0
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
@@ -262,7 +296,7 @@ class _StopSignals:
             text = f"\n{signal.Signals(number).name}: saving at the end of this optimizer step, then stopping.\n"
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
-        self.received = number
+            self.received = number
 
 
 def _requeue_slurm_job(run: Callable[..., Any] = subprocess.run) -> None:

@@ -13,12 +13,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
-from bco_lightning.batch import FeedbackBatch, FeedbackRow
+from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collation import PaddingCollator
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.loading import BadRowPolicy, BadRows, RowLoader
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
-from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts, prompt_key
+from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts
 from bco_lightning.data.sampling import RowOrder, StepBatchSampler
 from bco_lightning.data.tokenization import RowTokenizer, TooLong
 from bco_lightning.errors import ConfigError, FeedbackRowError
@@ -96,7 +96,7 @@ class FeedbackDataModule(LightningDataModule):
         self.predict_dataset: Dataset | None = None
         self.counts: list[RowCounts] = []
         self.feedback_summary: FeedbackSummary | None = None
-        self._row_digest = ""
+        self._row_digest, self._num_up = "", 0
         # A process may have no row of a small evaluation set.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -121,7 +121,7 @@ class FeedbackDataModule(LightningDataModule):
         """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
         if self.balanced_sampling:
             return 0.5, 0.5
-        share_up = sum(_thumbs(self._trained_on)) / len(self._trained_on)
+        share_up = self._num_up / len(self._trained_on)
         return share_up, 1 - share_up
 
     @property
@@ -135,8 +135,7 @@ class FeedbackDataModule(LightningDataModule):
         """Optimizer steps that see every training row at least once; with balanced sampling, the rarer class again."""
         if not self.balanced_sampling:
             return math.ceil(len(self._trained_on) / self.rows_per_step)
-        num_up = sum(_thumbs(self._trained_on))
-        return math.ceil(2 * max(num_up, len(self._trained_on) - num_up) / self.rows_per_step)
+        return math.ceil(2 * max(self._num_up, len(self._trained_on) - self._num_up) / self.rows_per_step)
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str | None = None) -> None:
         """Reads and tokenizes what ``stage`` needs, and prints what became of the rows."""
@@ -220,7 +219,7 @@ class FeedbackDataModule(LightningDataModule):
             self.validation_dataset = self._row_set("validation", self.validation_files).dataset
         elif self.train_files:
             self._setup_training()
-        else:
+        if self.validation_dataset is None:
             raise ConfigError("data.validation_files", "expected files to evaluate on, found none.")
 
     def _setup_training(self) -> None:
@@ -237,7 +236,7 @@ class FeedbackDataModule(LightningDataModule):
             row_sets = table.divide({"train": ~held_out, "validation": held_out})
         self._note_bad_rows(row_sets["train"].counts, bad_rows)
         self.train_dataset = self._counted(row_sets["train"])
-        self._row_digest = row_sets["train"].digest
+        self._row_digest, self._num_up = row_sets["train"].digest, row_sets["train"].counts.up
         _require_both_classes(self.train_dataset, self.train_files)
         if held_out.any():
             self.validation_dataset = self._counted(row_sets["validation"])
@@ -309,25 +308,6 @@ class FeedbackDataModule(LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             **arguments,
         )
-
-
-def split_by_prompt(rows: list[FeedbackRow], fraction: float, seed: int) -> tuple[list[FeedbackRow], list[FeedbackRow]]:
-    """Holds out whole prompts, chosen by a seeded hash, so that the split does not depend on the order of the rows.
-
-    Args:
-        rows: All rows.
-        fraction: Share of the distinct prompts to hold out, rounded up; one prompt always stays for training.
-        seed: Another seed holds out other prompts.
-
-    Returns:
-        Training rows and held-out rows, each in their old order.
-    """
-    keys = np.array([prompt_key(row, seed) for row in rows], dtype=np.uint64)
-    chosen = held_out_prompts(keys, fraction)
-    return (
-        [row for row, out in zip(rows, chosen, strict=True) if not out],
-        [row for row, out in zip(rows, chosen, strict=True) if out],
-    )
 
 
 class _EveryNth(Sampler[int]):

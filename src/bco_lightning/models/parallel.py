@@ -46,8 +46,11 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, whole; a collective."""
-        return _for_each_moment(optimizer.state_dict(), lambda _, value: whole(value))
+        """The optimizer's state, whole, in the first process, which writes it; a collective."""
+        return _for_each_moment(optimizer.state_dict(), lambda _, value: self._for_the_writer(whole(value)))
+
+    def _for_the_writer(self, value: Any) -> Any:
+        return value if self.is_global_zero else None
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -92,6 +95,11 @@ def shard(model: nn.Module, mesh: Any) -> None:
     # Completion log-probs enter the model by a side door; FSDP2 gathers weights for the doors it knows.
     setattr(causal_lm, SCORE, MethodType(score_completions, causal_lm))
     register_fsdp_forward_method(causal_lm, SCORE)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether :func:`shard` was called on it."""
+    return hasattr(causal_lm_of(model), SCORE)
 
 
 def whole(value: Any) -> Any:
