@@ -22,7 +22,7 @@ def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> Non
     import yaml
 
     config = yaml.safe_load(capsys.readouterr().out)
-    for group, name in re.findall(r"(?<![\w/])(model|data|trainer)\.([a-z_]+)", README):
+    for group, name in re.findall(r"(?<![\w/])(model|data|trainer|checkpoint|guard)\.([a-z_]+)", README):
         assert name in config[group], f"{group}.{name}"
 
 
