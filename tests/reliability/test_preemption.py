@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from bco_lightning import checkpointing
+from bco_lightning import checkpointing, cli
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpointing import newest_verified, read_checkpoint, saved_steps, verify_checkpoint
 from bco_lightning.errors import PreemptedError
@@ -169,22 +169,25 @@ def test_a_slurm_job_is_requeued(
         assert "it is not requeued" in (tmp_path / "output.0").read_text()
 
 
-def stopped_command(model: str, log: str, stop_at: int) -> None:
-    from bco_lightning import cli
+def add_to_command(callback: Callback) -> None:
+    """Lets the command line of this process train with one more callback."""
+    original = cli.BCOCLI.instantiate_trainer
 
+    def with_callback(self: Any, **arguments: Any) -> Any:
+        trainer = original(self, **arguments)
+        trainer.callbacks.insert(0, callback)
+        return trainer
+
+    cli.BCOCLI.instantiate_trainer = with_callback  # type: ignore[method-assign]
+
+
+def stopped_command(model: str, log: str, stop_at: int) -> None:
     class Ask(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    original = cli.BCOCLI.instantiate_trainer
-
-    def with_signal(self: Any, **arguments: Any) -> Any:
-        trainer = original(self, **arguments)
-        trainer.callbacks.insert(0, Ask())
-        return trainer
-
-    cli.BCOCLI.instantiate_trainer = with_signal  # type: ignore[method-assign]
+    add_to_command(Ask())
     options = {
         "model.name_or_path": model, "data.train_files": log, "trainer.accelerator": "cpu", "trainer.max_epochs": "2",
         "known_reward.reward": "tone", "ckpt_path": "auto",
@@ -246,8 +249,6 @@ def test_checkpoints_are_also_saved_by_the_clock(byte_model: str, feedback: str,
 
 
 def hangs(model: str, log: str, folder: str, how: str, rank: int) -> int:
-    from bco_lightning import cli
-
     class Fault(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 7 and trainer.global_rank == rank:
@@ -258,14 +259,7 @@ def hangs(model: str, log: str, folder: str, how: str, rank: int) -> int:
                     os.kill(os.getpid(), signal.SIGKILL)
                 os._exit(3)
 
-    original = cli.BCOCLI.instantiate_trainer
-
-    def with_fault(self: Any, **arguments: Any) -> Any:
-        trainer = original(self, **arguments)
-        trainer.callbacks.insert(0, Fault())
-        return trainer
-
-    cli.BCOCLI.instantiate_trainer = with_fault  # type: ignore[method-assign]
+    add_to_command(Fault())
     torch.set_num_threads(1)
     options = {
         "model.name_or_path": model, "data.train_files": log, "data.batch_size": "4", "data.validation_fraction": "0",
