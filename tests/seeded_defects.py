@@ -58,7 +58,7 @@ DEFECTS = [
     ),
     Defect(
         "R1", "a validation that was due is skipped", "callbacks/run_checkpoint.py",
-        'if trainer.training and checkpoint.get("validation_due"):', "if False:",
+        'if trainer.training and trainer.enable_validation and checkpoint.get("validation_due"):', "if False:",
         (f"{RESUME}::test_a_resumed_run_ends_as_the_uninterrupted_one", "--trial=(12, 0, 1)"),
     ),
     Defect(
