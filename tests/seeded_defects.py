@@ -389,9 +389,9 @@ def is_seen(defect: Defect) -> bool:
             )
         file.write_text(text.replace(defect.old, defect.new), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", *defect.trial]
-        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}:{copy}", "PYTHONDONTWRITEBYTECODE": "1"}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=900, check=False
         )
     if done.returncode not in (0, 1):
         raise SystemExit(f"{defect.row}: the trial could not be run\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
