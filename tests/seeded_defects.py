@@ -91,7 +91,7 @@ DEFECTS = [
     Defect(
         "R5", "micro-batches are not counted anew", "module.py",
         "self._recut_progress(checkpoint)\n        self.reward_shift", "self.reward_shift",
-        (f"{RESUME}::test_a_run_goes_on_with_another_number_of_processes", "--trial=(2, 1, 5, 'steps')"),
+        (f"{RESUME}::test_a_run_goes_on_with_another_number_of_processes", "--trial=((2, 'ddp'), (1, ''), 5, 'steps')"),
     ),
     Defect(
         "R6", "the folder is filled under its own name, as by a move between file systems", "checkpointing.py",
@@ -119,12 +119,12 @@ DEFECTS = [
     Defect(
         "R10", "a process decides alone", "callbacks/finite_guard.py",
         "if not max_over_ranks([float(bool(found))], trainer)[0]:", "if not found:",
-        (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('loss', nan, 0, 1)"),
+        (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('loss', nan, 0, 1, 'ddp')"),
     ),
     Defect(
         "R10", "only the loss is looked at", "callbacks/finite_guard.py",
         '("policy_log_probs_B", "reference_log_probs_B", "losses_B")', '("losses_B",)',
-        (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('reference log-probs', inf, 0, 1)"),
+        (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('reference log-probs', inf, 0, 1, 'ddp')"),
     ),
     Defect(
         "R11", "a sum that is not finite is taken in", "reward_shift.py",

@@ -44,16 +44,16 @@ class Trials:
     def __init__(self, full: bool, only: str | None) -> None:
         self.full, self._only = full, only
         self.run, self.failures = 0, list[str]()
-        self.asked = 0
 
     def __call__(self, cases: Sequence[Any], quick: int) -> Iterator[Trial]:
         """Yields each case of a full run, or ``quick`` of them, evenly spread."""
         cases = list(cases)
         if self._only is not None:
             cases = [case for case in cases if self._only in repr(case)]
+            if not cases:
+                pytest.exit(f"no trial is called {self._only!r}", returncode=4)
         elif not self.full and quick < len(cases):
             cases = [cases[(number * len(cases)) // quick] for number in range(quick)]
-        self.asked += len(cases)
         for case in cases:
             yield Trial(case, self)
 
