@@ -134,7 +134,7 @@ DEFECTS = [
     Defect(
         "R12", "a collective is called by processes with thumbs-up only", "callbacks/reward_shift_update.py",
         "        sum_up, num_up,", "        if not step_sums[1]:\n            return\n        sum_up, num_up,",
-        (f"{GUARD}::test_processes_that_see_one_class_each_stay_together",),
+        (f"{GUARD}::test_processes_that_see_one_class_each_stay_together", "--trial=13"),
     ),
     Defect(
         "R13", "NaN becomes 0", "metrics.py",

@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -223,8 +224,9 @@ def finish(processes: list[BaseProcess], folder: Path, timeout: float = 120) -> 
 def wait(processes: list[BaseProcess], timeout: float = 120) -> list[int | None]:
     """Exit codes; ``None`` for a process that had to be killed because it did not end in time."""
     codes: list[int | None] = []
+    deadline = time.monotonic() + timeout
     for process in processes:
-        process.join(timeout)
+        process.join(max(0.0, deadline - time.monotonic()))
         codes.append(process.exitcode)
         if process.exitcode is None:
             process.kill()
