@@ -91,8 +91,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
     assert not [str(r) for r in declared() if not any(s.operator in (">=", "==") for s in r.specifier)]
 
 
-@pytest.mark.promise("S13", "what CI installs is pinned by hash, and names no host and no path")
-@pytest.mark.skipif(not LOCK.exists(), reason="no requirements.lock")
+@pytest.mark.promise("S13", "every dependency but PyTorch is pinned by hash, without a host or a path")
 def test_the_lock_pins_every_dependency_by_hash() -> None:
     text = LOCK.read_text(encoding="utf-8")
     entries = [entry for entry in re.split(r"\n(?=\S)", text) if entry.strip() and not entry.startswith("#")]
@@ -100,8 +99,7 @@ def test_the_lock_pins_every_dependency_by_hash() -> None:
     pinned = {entry.split("==")[0] for entry in entries}
     wanted = {re.sub(r"[-_.]+", "-", r.name).lower() for r in declared()} - {"torch", "atheris"}
     assert wanted <= pinned, wanted - pinned
-    assert "://" not in text
-    assert "/opt/" not in text
+    assert not re.search(r"://|\s/\w|^-", text, flags=re.MULTILINE)
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         name, _, version = line.partition(";")[0].strip().partition("==")
         if version and name != "torch":
