@@ -171,4 +171,4 @@ def test_no_sample_is_without_completion_tokens(trials: Trials, tmp_path: Path) 
             else:
                 decided.add("left out" if sample is None else "kept")
                 assert sample is None or any(sample.completion_mask[1:])
-    assert trials.asked < 960 or decided == {"refused", "left out", "kept"}
+    assert trials.run < 960 or decided == {"refused", "left out", "kept"}
