@@ -17,13 +17,14 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from typing_extensions import override
 
 from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
+from bco_lightning.faults import causes_of
 
 STATE_FILE, MANIFEST_FILE = "state.ckpt", "manifest.json"
 _FORMAT = 1
@@ -37,6 +38,11 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def step_folder(checkpoints: Path, step: int) -> Path:
     """The folder of an optimizer step, named so that names sort like steps."""
     return checkpoints / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step that a folder is named after."""
+    return int(folder.name.removeprefix("step-"))
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -235,7 +241,7 @@ def saved_steps(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     named = [path for path in checkpoints.iterdir() if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(named, key=step_of)
 
 
 def newest_verified(checkpoints: Path, skipped: Callable[[CheckpointError], None]) -> Path | None:
@@ -324,14 +330,10 @@ def remove_orphans(checkpoints: Path) -> list[Path]:
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return _sha256_of(file)
-
-
-def _sha256_of(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -390,9 +392,7 @@ def _discard(folder: Path) -> None:
 
 
 def _not_written(target: Path, error: Exception) -> Exception:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
+    cause = next((found for found in causes_of(error) if isinstance(found, OSError)), None)
     if cause is None:
         return error
     problem = f"expected to write a checkpoint, found that {cause.strerror or cause}."

@@ -153,14 +153,13 @@ class BCOCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand]
+        logger = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options))
         if options.trainer.logger is None or options.trainer.logger is True:
-            logger = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options))
             kwargs["logger"] = logger if self.subcommand != "predict" else False
         trainer = super().instantiate_trainer(**kwargs)
-        run = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options)).log_dir
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
-                callback.run_folder = run  # wherever another logger writes
+                callback.run_folder = logger.log_dir  # wherever another logger writes
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         if hasattr(trainer.strategy, "_timeout"):  # half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)

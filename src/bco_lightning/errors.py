@@ -24,6 +24,10 @@ class UserError(ValueError):
 class FeedbackRowError(UserError):
     """A row, or a whole source of rows, that cannot be trained on as it stands."""
 
+    def without_cause(self) -> FeedbackRowError:
+        """The same error without what led to it: causes and tracebacks hold whole lines of the log."""
+        return FeedbackRowError(self.where, self.problem, self.remedy)
+
 
 class ConfigError(UserError):
     """Options that do not fit together, or with what they name."""

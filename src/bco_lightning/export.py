@@ -77,7 +77,7 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False,
         raise ConfigError(str(output_dir), "expected a folder that does not exist yet, found one.", "Choose another.")
     checkpoint = _read_checkpoint(ckpt_path)
     module, steps = _module_of(checkpoint, dtype), int(checkpoint["global_step"])
-    chat_template = checkpoint.get("FeedbackDataModule", {}).get("chat_template")
+    chat_template = checkpoint.get("fingerprints", {}).get("chat_template")
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -33,10 +33,10 @@ def in_words(error: BaseException) -> UserError | None:
     Returns:
         What happened and what to do, or ``None`` for an error that is nobody's but ours.
     """
-    for cause in _chain(error):
+    for cause in causes_of(error):
         if isinstance(cause, UserError):
             return cause
-    for cause in _chain(error):
+    for cause in causes_of(error):
         fault = _fault_of(cause)
         if fault is not None:
             return fault
@@ -72,7 +72,8 @@ def _fault_of(error: BaseException) -> UserError | None:
     return None
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
+def causes_of(error: BaseException | None) -> list[BaseException]:
+    """An error and what led to it, the nearest first."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

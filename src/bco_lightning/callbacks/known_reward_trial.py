@@ -110,7 +110,8 @@ class KnownRewardTrial(Callback):
     def _held_out_prompts(self, data: Any) -> list[str]:
         distinct = list(dict.fromkeys(data.validation_dataset["prompt"]))
         chosen = distinct[: self.max_prompts] if self.max_prompts else distinct
-        return [data.row_tokenizer.render_prompt(json.loads(prompt)) for prompt in chosen]
+        row_tokenizer = data.row_tokenizer
+        return [row_tokenizer.render_prompt(json.loads(prompt)) for prompt in chosen]
 
     def _sample(self, model: PreTrainedModel, tokenizer: Any, asked: list[str], name: str) -> list[SampledCompletion]:
         samples: list[SampledCompletion] = []

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from bco_lightning.checkpointing import (
     remove_orphans,
     saved_steps,
     step_folder,
+    step_of,
     verify_checkpoint,
 )
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks
@@ -205,8 +205,7 @@ class RunCheckpoint(Checkpoint):
 
     def _set_later_steps_aside(self, step: int) -> None:
         """What another run, or this one on another way, saved at later steps must not be taken for the newest."""
-        later = [path for path in saved_steps(self.folder) if int(path.name.removeprefix("step-")) > step]
-        for folder in later:
+        for folder in [path for path in saved_steps(self.folder) if step_of(path) > step]:
             names = (folder.with_name(f"{folder.name}.left-at-{step}.{number}") for number in itertools.count())
             aside = next(name for name in names if not name.exists())
             folder.rename(aside)
@@ -299,7 +298,7 @@ class _StopSignals:
             self.received = number
 
 
-def _requeue_slurm_job(run: Callable[..., Any] = subprocess.run) -> None:
+def _requeue_slurm_job() -> None:
     """Asks SLURM to start this job again; the same command with ``--ckpt_path auto`` then goes on."""
     job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
     if array is not None:
@@ -310,7 +309,7 @@ def _requeue_slurm_job(run: Callable[..., Any] = subprocess.run) -> None:
     if program is None or not re.fullmatch(r"\d+(_\d+)?", job):
         rank_zero_warn(f"SLURM job {job!r}: expected a job number and the program scontrol; it is not requeued.")
         return
-    done = run([program, "requeue", job], check=False)
+    done = subprocess.run([program, "requeue", job], check=False)  # noqa: S603
     if done.returncode:
         rank_zero_warn(f"scontrol requeue {job} failed with status {done.returncode}.")
     else:

@@ -20,7 +20,7 @@ from bco_lightning.data.loading import BadRowPolicy, BadRows, RowLoader
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts
 from bco_lightning.data.sampling import RowOrder, StepBatchSampler
-from bco_lightning.data.tokenization import RowTokenizer, TooLong
+from bco_lightning.data.tokenization import RowTokenizer, TooLong, chosen_template
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
 
@@ -184,10 +184,8 @@ class FeedbackDataModule(LightningDataModule):
         return self._evaluation_loader(self.predict_dataset)
 
     def state_dict(self) -> dict[str, Any]:
-        """How a step is cut into micro-batches, and the template; the position itself is the trainer's step."""
-        if self.train_dataset is None:
-            return {}
-        return {"accumulation": self._accumulation, "chat_template": self.row_tokenizer.chat_template}
+        """How a step is cut into micro-batches; the position itself is the trainer's step."""
+        return {} if self.train_dataset is None else {"accumulation": self._accumulation}
 
     def fingerprints(self) -> dict[str, Any]:
         """What the rows and their order depend on; the module compares it before a run goes on."""
@@ -201,7 +199,7 @@ class FeedbackDataModule(LightningDataModule):
             "too_long": self.too_long,
             "rows": len(self.train_dataset),
             "row_digest": self._row_digest,
-            "chat_template": self.row_tokenizer.chat_template,
+            "chat_template": chosen_template(self.tokenizer, self.chat_template),
         }
 
     @property

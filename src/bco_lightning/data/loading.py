@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from bco_lightning.batch import FeedbackRow, TokenizedSample
 from bco_lightning.data.feedback_row import Columns, LabelVocabulary, label_of, parse_row, rated
-from bco_lightning.data.readers import Record, read_records, without_cause
+from bco_lightning.data.readers import Record, read_records
 from bco_lightning.data.row_table import RowTable
 from bco_lightning.data.tokenization import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
@@ -134,7 +134,7 @@ class RowLoader:
             row = parse_row(record, place, self._columns, labels=None)
             return _Unrated(row, label_of(record, place, self._columns) if self._labelled else None)
         except FeedbackRowError as error:
-            return without_cause(error)
+            return error.without_cause()
 
     def _tokenized(self, batch: list[_Unrated | FeedbackRowError]) -> list[_Unrated | FeedbackRowError]:
         samples = iter(self._row_tokenizer.tokenize_batch([item.row for item in batch if isinstance(item, _Unrated)]))

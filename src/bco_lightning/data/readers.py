@@ -59,11 +59,6 @@ def read_records(source: str, label_column: str | None) -> Iterator[tuple[str, R
         yield place, record
 
 
-def without_cause(error: FeedbackRowError) -> FeedbackRowError:
-    """The same error without what led to it: causes and tracebacks hold whole lines of the log."""
-    return FeedbackRowError(error.where, error.problem, error.remedy)
-
-
 def parse_line(line: bytes, place: str) -> Record | None:
     """Reads one line of a JSON Lines file, trusting nothing about it.
 
@@ -118,7 +113,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record | FeedbackRowError]]:
             try:
                 record: Record | FeedbackRowError | None = parse_line(line, place)
             except FeedbackRowError as error:
-                record = without_cause(error)
+                record = error.without_cause()
             if record is not None:
                 yield place, record
 
@@ -144,7 +139,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Record | FeedbackRowError]]:
                 try:
                     _require_all_cells(record, len(reader.fieldnames or []), place)
                 except FeedbackRowError as error:
-                    yield place, without_cause(error)
+                    yield place, error.without_cause()
                 else:
                     yield place, record
         except csv.Error as error:

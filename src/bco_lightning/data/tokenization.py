@@ -70,7 +70,7 @@ class RowTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.too_long = too_long
-        self.chat_template = _chosen_template(tokenizer, chat_template)
+        self.chat_template = chosen_template(tokenizer, chat_template)
         self._special = SpecialTokens(tokenizer)
         self._last_prompt: tuple[list[Message], str] = ([], "")
         first = self._encode("a", add_special_tokens=True)[:1]
@@ -271,10 +271,11 @@ def _outcome(function: Callable[..., _Result], *arguments: Any) -> _Result | Fee
     try:
         return function(*arguments)
     except FeedbackRowError as error:
-        return FeedbackRowError(error.where, error.problem, error.remedy)  # without causes, which hold whole texts
+        return error.without_cause()
 
 
-def _chosen_template(tokenizer: Any, chat_template: str | None) -> str:
+def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
+    """The Jinja text that ``data.chat_template`` means; what it raises is what :class:`RowTokenizer` raises."""
     if chat_template == "plain":
         return PLAIN_TEMPLATE
     if chat_template is not None:
