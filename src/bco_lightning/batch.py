@@ -1,12 +1,14 @@
 """What flows from the data to the loss: a row, its tokens, a batch, and the rewards of a batch.
 
-Shape legend of the package: ``B`` rows of a micro-batch, ``T`` tokens of its longest row, ``N`` completion tokens of a
-micro-batch, ``H`` hidden size, ``V`` vocabulary size, ``K`` quantities, ``C`` the two classes (thumbs-up, thumbs-down).
+Shape legend of the package: ``B`` rows of a micro-batch, ``S`` its packed tokens, ``T`` tokens of its longest row,
+``N`` its completion tokens, ``H`` hidden size, ``V`` vocabulary size, ``K`` quantities, ``C`` the two classes
+(thumbs-up, thumbs-down).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -50,36 +52,104 @@ class TokenizedSample:
     completion_cut: bool = False
 
 
-@dataclass
-class FeedbackBatch:
-    """A padded micro-batch of unpaired rated completions.
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of a packed micro-batch.
 
     Args:
-        input_ids_BT: Token ids, padded on the right; int64.
-        attention_mask_BT: 1 for tokens, 0 for padding; int64.
-        completion_mask_BT: ``True`` for tokens that carry loss; bool.
+        start: Place of the first token.
+        stop: Place after the last token.
+        prefix: The span whose tokens come before these in their row: a prompt that several rows share.
+    """
+
+    start: int
+    stop: int
+    prefix: Span | None = None
+
+    @property
+    def context(self) -> int:
+        """Number of tokens that come before the span's own."""
+        return self.prefix.stop - self.prefix.start if self.prefix else 0
+
+    @property
+    def length(self) -> int:
+        """Number of tokens up to the end of the span, those before its own included."""
+        return self.context + self.stop - self.start
+
+    def places(self) -> list[int]:
+        """Places of all tokens up to the end of the span, in order."""
+        before = self.prefix.places() if self.prefix else []
+        return [*before, *range(self.start, self.stop)]
+
+
+@dataclass
+class FeedbackBatch:
+    """A micro-batch of unpaired rated completions, packed: one row after the other, a shared prompt once.
+
+    Args:
+        input_ids_S: Token ids; int64.
+        position_ids_S: Place of each token in its row, from 0; int64.
+        predictors_N: For each token that carries loss, the place in ``S`` of the token before it in its row; int64.
+        targets_N: The tokens that carry loss; int64.
+        rows_N: The row in ``B`` of each token that carries loss; int64.
         thumbs_up_B: ``True`` where the user gave thumbs-up (``False`` too where no label is known); bool.
         importance_weights_B: Weight of each row's loss, dimensionless; float32.
         row_ids_B: Position of each row in its data set; int64.
+        spans: What ``S`` is made of, in order and without gaps.
+        row_spans: The span that each row ends with.
     """
 
-    input_ids_BT: Tensor
-    attention_mask_BT: Tensor
-    completion_mask_BT: Tensor
+    input_ids_S: Tensor
+    position_ids_S: Tensor
+    predictors_N: Tensor
+    targets_N: Tensor
+    rows_N: Tensor
     thumbs_up_B: Tensor
     importance_weights_B: Tensor
     row_ids_B: Tensor
+    spans: tuple[Span, ...]
+    row_spans: tuple[Span, ...]
 
     def __len__(self) -> int:
-        return int(self.input_ids_BT.shape[0])
+        return len(self.row_spans)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row, prompt and completion."""
+        return tuple(span.length for span in self.row_spans)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows; those of a shared prompt count for each of its rows."""
+        return sum(self.lengths)
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens of the packed micro-batch; those of a shared prompt count once."""
+        return int(self.input_ids_S.shape[0])
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return int(self.targets_N.shape[0])
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens that carry loss, of each row; int64."""
+        return self.row_ids_B.new_zeros(len(self)).index_add_(0, self.rows_N, torch.ones_like(self.rows_N))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> FeedbackBatch:
         """Moves every tensor to ``device``; Lightning calls this."""
-        return FeedbackBatch(**{f.name: getattr(self, f.name).to(device, **kwargs) for f in fields(self)})
+        return self._with_each(lambda tensor: tensor.to(device, **kwargs))
 
     def pin_memory(self) -> FeedbackBatch:
         """Pins every tensor for faster copies to a GPU; the data loader calls this."""
-        return FeedbackBatch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> FeedbackBatch:
+        tensors = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in tensors}
+        return replace(self, **changed)
 
 
 @dataclass

@@ -33,6 +33,7 @@ from bco_lightning.models.language_model import (
     locate_model,
     resolve_dtype,
 )
+from bco_lightning.models.layout import Layout, choose_layout, layout_of
 from bco_lightning.models.log_probs import check_head, completion_log_probs
 from bco_lightning.models.parallel import is_sharded, shard, whole
 from bco_lightning.models.reference import Reference
@@ -68,6 +69,8 @@ class BCOModule(LightningModule):
             loss (Eq. 8); ``none`` is a mean over rows; two numbers are weights of thumbs-up and thumbs-down rows.
         reward_shift_decay: Decay of the reward shift's sums per optimizer step.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
+        layout: ``packed`` computes no padding, and a prompt that rows of a micro-batch share only once; ``auto`` packs
+            where a trial shows that the model's attention allows it, else rows are ``padded``.
         seed: Seed of the adapters' initial values; that of ``seed_everything`` if left out.
 
     Raises:
@@ -89,6 +92,7 @@ class BCOModule(LightningModule):
         class_weights: Literal["auto", "none"] | tuple[float, float] = "auto",
         reward_shift_decay: float = 0.9,
         gradient_checkpointing: bool = False,
+        layout: Literal["auto", "packed", "padded"] = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -108,6 +112,7 @@ class BCOModule(LightningModule):
                 "class_weights": class_weights if isinstance(class_weights, str) else list(class_weights),
                 "reward_shift_decay": reward_shift_decay,
                 "gradient_checkpointing": gradient_checkpointing,
+                "layout": layout,
                 "seed": chosen_seed(seed),
             }
         )
@@ -129,6 +134,7 @@ class BCOModule(LightningModule):
         self._fingerprints: dict[str, Any] = {}
         self._accepted_changes: list[str] = []
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
+        self._layout_reason = ""
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._tokenizer: Any = None
@@ -152,6 +158,11 @@ class BCOModule(LightningModule):
         self.configure_model()
         return self._reference  # type: ignore[return-value]
 
+    @property
+    def layout(self) -> Layout:
+        """Whether rows of a micro-batch are packed or padded; known once the policy is built."""
+        return layout_of(self.policy)
+
     def configure_model(self) -> None:
         """Loads policy and reference, once.
 
@@ -171,8 +182,11 @@ class BCOModule(LightningModule):
         dtype = resolve_dtype(options["dtype"], self.lora, device)
         self._policy = load_policy(options["name_or_path"], dtype, self.lora, options["seed"])
         check_head(self._policy)
+        self._layout_reason = choose_layout(self._policy, options["layout"])
         separate = options["reference_name_or_path"]
         self._reference = Reference(self._policy, load_language_model(separate, dtype) if separate else None)
+        if separate:
+            choose_layout(self._reference.separate_model, options["layout"])
         if self._trainer is not None and self.trainer.training:
             self._reference_digest = digest_of_tensors(self._reference.named_parameters())  # while it is whole
         if self.device_mesh is not None:
@@ -207,6 +221,7 @@ class BCOModule(LightningModule):
             f"weights in {weights}; {self.num_steps()} optimizer steps of {self._rows_per_step()} rows; "
             f"class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
         )
+        rank_zero_info(f"rows of a micro-batch are {self._layout_reason}")
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
@@ -249,7 +264,7 @@ class BCOModule(LightningModule):
             reference_log_probs_B=reference_log_probs_B,
             rewards_B=rewards_B.detach(),
             losses_B=losses_B.detach(),
-            completion_lengths_B=batch.completion_mask_BT.sum(1),
+            completion_lengths_B=batch.completion_lengths,
             row_ids_B=batch.row_ids_B,
         )
 

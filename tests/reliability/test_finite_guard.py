@@ -22,7 +22,7 @@ from bco_lightning.errors import NonFiniteError
 from tests.reliability.tiny_run import assert_same, finish, make_log, start, state_of, tiny_fit, wait
 from tests.trials import Trials
 
-PLACES = ("policy logits", "reference log-probs", "embedding weight", "loss", "gradient")
+PLACES = ("policy states", "reference log-probs", "embedding weight", "loss", "gradient")
 VALUES = (math.nan, math.inf, -math.inf)
 
 
@@ -36,13 +36,16 @@ class Inject(Callback):
         self.before: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Any, module: BCOModule) -> None:
-        head = module.policy.get_output_embeddings()
-        head.register_forward_hook(lambda _m, _i, logits: logits + self.now("policy logits"))
+        module.policy.base_model.register_forward_hook(self.in_policy_states)
         score, objective = module.reference.log_probs, module.objective
         module.reference.log_probs = lambda batch: score(batch) + self.now("reference log-probs")
         module.objective = lambda *a, **o: objective(*a, **o) + self.now("loss")
         trained = next(p for p in module.parameters() if p.requires_grad)
         trained.register_hook(lambda gradient: gradient + self.now("gradient"))
+
+    def in_policy_states(self, _module: Any, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state + self.now("policy states")
+        return output
 
     def now(self, place: str) -> float:
         return self.value if self.active and place == self.place else 0.0
@@ -54,7 +57,7 @@ class Inject(Callback):
             self.rows = batch.row_ids_B.tolist()
             if self.place == "embedding weight":
                 with torch.no_grad():
-                    module.policy.get_input_embeddings().weight[batch.input_ids_BT[0, 0]] = self.value
+                    module.policy.get_input_embeddings().weight[batch.input_ids_S[0]] = self.value
         if step in self.steps and (micro_batch == 1 or self.active):
             self.before = bits(state_of(module, trainer, local))
 
@@ -94,7 +97,7 @@ def test_a_value_that_is_not_finite_stops_all_processes(
 ) -> None:
     cases = [(p, v, rank, micro, "ddp") for p in PLACES for v in VALUES for rank in (0, 1) for micro in (1, 3)]
     # Where weights are sharded, those of one process and their gradients are everyone's.
-    cases += [(p, v, 1, 3, "fsdp2") for p in ("policy logits", "reference log-probs", "loss") for v in VALUES]
+    cases += [(p, v, 1, 3, "fsdp2") for p in ("policy states", "reference log-probs", "loss") for v in VALUES]
     for trial in trials(cases, quick=10):
         with trial as (place, value, rank, micro_batch, strategy):
             folder = tmp_path / f"{place}{value}{rank}{micro_batch}{strategy}"

@@ -70,16 +70,14 @@ def test_cut_rows_are_counted(tokenizer: Any, rows: list, tmp_path: Path) -> Non
     assert (count.used, count.dropped, count.prompt_cut, count.completion_cut) == (24, 0, 2, 1)
 
 
-def test_batches_are_padded_and_masked(tokenizer: Any, log: str) -> None:
+def test_batches_hold_their_rows_and_score_their_end(tokenizer: Any, log: str) -> None:
     module = data(tokenizer, log)
     batch = next(iter(module.train_dataloader()))
     assert len(batch) == 4
-    for ids, attention, mask in zip(batch.input_ids_BT, batch.attention_mask_BT, batch.completion_mask_BT, strict=True):
-        length = int(attention.sum())
-        assert attention[:length].all()
-        assert not mask[length:].any()
-        assert ids[length - 1] == tokenizer.eos_token_id
-        assert mask[length - 1]
+    for row, span in enumerate(batch.row_spans):
+        ids = batch.input_ids_S[span.places()].tolist()
+        assert ids == module.train_dataset[int(batch.row_ids_B[row])]["input_ids"]
+        assert batch.targets_N[batch.rows_N == row][-1] == ids[-1] == tokenizer.eos_token_id
 
 
 def test_an_epoch_shuffles_and_covers_every_row(tokenizer: Any, log: str) -> None:

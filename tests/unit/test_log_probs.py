@@ -22,10 +22,12 @@ from transformers import (
 )
 
 from bco_lightning.batch import FeedbackBatch
+from bco_lightning.data.collation import pack_rows
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models import log_probs
 from bco_lightning.models.language_model import load_language_model
-from bco_lightning.models.log_probs import check_head, completion_log_probs
+from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.log_probs import Tile, check_head, completion_log_probs
 from tests.conftest import REAL_MODEL
 
 SMALL: dict[str, Any] = {
@@ -58,35 +60,35 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
-def make_batch(vocab_size: int, lengths: list[tuple[int, int]]) -> FeedbackBatch:
+def make_batch(vocab_size: int, lengths: list[tuple[int, int]], same_prompt: bool = False) -> FeedbackBatch:
+    """Rows of random tokens, as many of prompt and completion as ``lengths`` says."""
     generator = torch.Generator().manual_seed(0)
-    width = max(prompt + completion for prompt, completion in lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.int64)
-    attention, mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    rows = []
     for row, (prompt, completion) in enumerate(lengths):
-        total = prompt + completion
-        ids[row, :total] = torch.randint(3, vocab_size, (total,), generator=generator)
-        attention[row, :total] = 1
-        mask[row, prompt:total] = True
-    rows = len(lengths)
-    return FeedbackBatch(ids, attention, mask, torch.ones(rows).bool(), torch.ones(rows), torch.arange(rows))
+        ids = torch.randint(3, vocab_size, (prompt + completion,), generator=generator).tolist()
+        if same_prompt and rows:
+            ids[:prompt] = rows[0]["input_ids"][:prompt]
+        mask = [False] * prompt + [True] * completion
+        rows.append({"input_ids": ids, "completion_mask": mask, "thumbs_up": True, "row_id": row})
+    return pack_rows(rows)
 
 
 def naive_float64(model: nn.Module, batch: FeedbackBatch) -> Tensor:
     """One unpadded row at a time, full logits, float64."""
+    model.config._attn_implementation = "eager"
     sums = []
-    for ids, attention, mask in zip(batch.input_ids_BT, batch.attention_mask_BT, batch.completion_mask_BT, strict=True):
-        length = int(attention.sum())
-        logits = model(input_ids=ids[None, :length]).logits[0, :-1]
-        token = logits.log_softmax(-1).gather(-1, ids[1:length, None])[:, 0]
-        sums.append(token[mask[1:length]].sum())
+    for row, span in enumerate(batch.row_spans):
+        ids = batch.input_ids_S[span.places()]
+        scored = batch.position_ids_S[batch.predictors_N[batch.rows_N == row]]
+        logits = model(input_ids=ids[None]).logits[0, scored]
+        sums.append(logits.log_softmax(-1).gather(-1, ids[scored + 1, None]).sum())
     return torch.stack(sums)
 
 
-def agreement(model: nn.Module, batch: FeedbackBatch, chunk_bytes: int) -> tuple[float, float]:
+def agreement(model: nn.Module, batch: FeedbackBatch, tile: Tile | None) -> tuple[float, float]:
     """Largest difference per sequence in nats, and relative difference of the gradient."""
     oracle = copy.deepcopy(model).double()
-    ours = completion_log_probs(model, batch, chunk_bytes)
+    ours = completion_log_probs(model, batch, tile)
     theirs = naive_float64(oracle, batch)
     weights = torch.linspace(-1, 2, len(batch))
     (ours * weights).sum().backward()
@@ -101,11 +103,13 @@ def agreement(model: nn.Module, batch: FeedbackBatch, chunk_bytes: int) -> tuple
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "gemma2", "granite", "cohere"])
-@pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
-def test_small_models_of_every_kind_of_head_agree(name: str, chunk_rows: int) -> None:
+@pytest.mark.parametrize("tile", [Tile(1, 97), Tile(7, 10), Tile(1000, 1000)])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_small_models_of_every_kind_of_head_agree(name: str, tile: Tile, layout: Any) -> None:
     model = build(name)
     check_head(model)
-    difference, gradient = agreement(model, make_batch(97, [(3, 9), (12, 1), (1, 20)]), chunk_rows * 4 * 97)
+    choose_layout(model, layout)
+    difference, gradient = agreement(model, make_batch(97, [(3, 9), (12, 1), (1, 20)]), tile)
     assert difference < 2e-4
     assert gradient < 1e-4
 
@@ -115,16 +119,10 @@ def test_the_real_model_agrees() -> None:
     model = load_language_model(REAL_MODEL, torch.float32)
     for parameter in model.model.layers[:28].parameters():
         parameter.requires_grad_(False)
-    difference, gradient = agreement(model, make_batch(49_152, [(20, 30), (5, 60), (30, 10)]), 2**22)
+    choose_layout(model, "packed")
+    difference, gradient = agreement(model, make_batch(49_152, [(20, 30), (5, 60), (30, 10)]), None)
     assert difference < 2e-4
     assert gradient < 1e-4
-
-
-def test_prompt_and_padding_do_not_count() -> None:
-    model, batch = build("llama"), make_batch(97, [(3, 4), (6, 9)])
-    before = completion_log_probs(model, batch)
-    batch.input_ids_BT[0, 7:] = 55  # padding of the short row
-    assert torch.allclose(completion_log_probs(model, batch), before, atol=1e-6)
 
 
 def test_bfloat16_models_give_float32_sums() -> None:
@@ -132,16 +130,7 @@ def test_bfloat16_models_give_float32_sums() -> None:
     assert completion_log_probs(model, make_batch(97, [(3, 9)])).dtype == torch.float32
 
 
-def test_no_tensor_of_all_logits_is_made() -> None:
-    model, batch = build("llama"), make_batch(97, [(2, 50), (2, 50)])
-    seen: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda m, a, out: seen.append(out.numel()))
-    completion_log_probs(model, batch, chunk_bytes=10 * 4 * 97).sum().backward()
-    assert max(seen) == 10 * 97
-    assert sum(seen) == 2 * 100 * 97  # once forward, once again in the backward pass
-
-
 def test_a_head_that_the_config_does_not_explain_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_probs, "_as_configured", lambda logits, config: logits)
+    monkeypatch.setattr(log_probs, "_scale", lambda config: 1.0)
     with pytest.raises(LanguageModelError, match="GraniteForCausalLM"):
         check_head(build("granite"))

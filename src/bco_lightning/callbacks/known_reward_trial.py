@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import PaddingCollator
+from bco_lightning.data.collation import pack_rows
 from bco_lightning.demo.tone import tone
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.generation import SampledCompletion, sample_completions
@@ -133,7 +133,6 @@ class KnownRewardTrial(Callback):
         asked: list[str],
         samples: list[SampledCompletion],
     ) -> Tensor:
-        collate = PaddingCollator(module.tokenizer.pad_token_id)
         rows = []
         for prompt, sample in zip(asked, samples, strict=True):
             prompt_ids = module.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -143,7 +142,7 @@ class KnownRewardTrial(Callback):
             )
         device = next(module.policy.parameters()).device
         starts = range(0, len(rows), self.batch_size)
-        return torch.cat([score(collate(rows[start : start + self.batch_size]).to(device)) for start in starts]).cpu()
+        return torch.cat([score(pack_rows(rows[start : start + self.batch_size]).to(device)) for start in starts]).cpu()
 
     def _rewards(self, samples: list[SampledCompletion]) -> Tensor:
         score = KNOWN_REWARDS[self.reward]

@@ -1,4 +1,4 @@
-"""Pad tokenized rows into a :class:`FeedbackBatch`."""
+"""Pack tokenized rows into a :class:`FeedbackBatch`."""
 
 from __future__ import annotations
 
@@ -6,31 +6,69 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from bco_lightning.batch import FeedbackBatch
+from bco_lightning.batch import FeedbackBatch, Span
 
 
-class PaddingCollator:
-    """Pads rows on the right to the longest of them.
+def pack_rows(samples: Sequence[Mapping[str, Any]]) -> FeedbackBatch:
+    """Lays rows out one after the other, without padding; a prompt that several of them share is there once.
 
     Args:
-        pad_token_id: The id to pad with; it is masked, so any id will do.
+        samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``. The first token of a row
+            is never scored, whatever its mask: nothing comes before it.
+
+    Returns:
+        The micro-batch, its rows in the order given.
+
+    Example:
+        >>> row = {"input_ids": [5, 6, 7], "completion_mask": [False, False, True], "thumbs_up": True, "row_id": 0}
+        >>> batch = pack_rows([row, {**row, "input_ids": [5, 6, 8]}])
+        >>> batch.input_ids_S.tolist(), batch.position_ids_S.tolist(), batch.predictors_N.tolist()
+        ([5, 6, 7, 8], [0, 1, 2, 2], [1, 1])
     """
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for number, sample in enumerate(samples):
+        sharing.setdefault(_prompt(sample), []).append(number)
+    tokens: list[int] = []
+    spans: list[Span] = []
+    row_spans: dict[int, Span] = {}
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    def lay_out(ids: Sequence[int], prefix: Span | None = None) -> Span:
+        span = Span(len(tokens), len(tokens) + len(ids), prefix)
+        tokens.extend(ids)
+        spans.append(span)
+        return span
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> FeedbackBatch:
-        """Makes a batch of rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``."""
-        input_ids = [torch.tensor(sample["input_ids"], dtype=torch.int64) for sample in samples]
-        return FeedbackBatch(
-            input_ids_BT=pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            attention_mask_BT=pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True),
-            completion_mask_BT=pad_sequence(
-                [torch.tensor(sample["completion_mask"], dtype=torch.bool) for sample in samples], batch_first=True
-            ),
-            thumbs_up_B=torch.tensor([bool(sample["thumbs_up"]) for sample in samples]),
-            importance_weights_B=torch.ones(len(samples)),
-            row_ids_B=torch.tensor([sample["row_id"] for sample in samples]),
+    for prompt, rows in sharing.items():
+        shared = lay_out(prompt) if len(rows) > 1 and prompt else None
+        for number in rows:
+            ids = samples[number]["input_ids"]
+            row_spans[number] = lay_out(ids[len(prompt) :] if shared else ids, shared)
+    scored = [
+        (number, before, target)
+        for number, sample in enumerate(samples)
+        for before, target, carries_loss in zip(
+            row_spans[number].places(), sample["input_ids"][1:], sample["completion_mask"][1:], strict=False
         )
+        if carries_loss
+    ]
+    rows_N, predictors_N, targets_N = torch.tensor(scored, dtype=torch.int64).view(-1, 3).unbind(1)
+    return FeedbackBatch(
+        input_ids_S=torch.tensor(tokens, dtype=torch.int64),
+        position_ids_S=torch.cat([torch.arange(span.context, span.length) for span in spans]),
+        predictors_N=predictors_N.contiguous(),
+        targets_N=targets_N.contiguous(),
+        rows_N=rows_N.contiguous(),
+        thumbs_up_B=torch.tensor([bool(sample["thumbs_up"]) for sample in samples]),
+        importance_weights_B=torch.ones(len(samples)),
+        row_ids_B=torch.tensor([sample["row_id"] for sample in samples]),
+        spans=tuple(spans),
+        row_spans=tuple(row_spans[number] for number in range(len(samples))),
+    )
+
+
+def _prompt(sample: Mapping[str, Any]) -> tuple[int, ...]:
+    mask = sample["completion_mask"]
+    # A completion without a token that carries loss is all prompt but for its last token, which starts a span.
+    first = next((place for place, carries_loss in enumerate(mask) if carries_loss), len(mask) - 1)
+    return tuple(sample["input_ids"][:first])

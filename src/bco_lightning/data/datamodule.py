@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import PaddingCollator
+from bco_lightning.data.collation import pack_rows
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.loading import BadRowPolicy, BadRows, RowLoader
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
@@ -26,7 +26,7 @@ from bco_lightning.seeding import chosen_seed
 
 
 class FeedbackDataModule(LightningDataModule):
-    """Streams thumbs-up / thumbs-down rows as padded micro-batches.
+    """Streams thumbs-up / thumbs-down rows as packed micro-batches.
 
     Training rows come in a new seeded order on every pass. An epoch is ``ceil(rows / rows per step)`` optimizer steps;
     where rows do not divide, its last step takes its missing rows from the next pass, so nothing is left out.
@@ -299,7 +299,7 @@ class FeedbackDataModule(LightningDataModule):
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
         return DataLoader(
             dataset.select_columns(["row_id", "input_ids", "completion_mask", "thumbs_up"]),  # type: ignore[arg-type]
-            collate_fn=PaddingCollator(self.tokenizer.pad_token_id),
+            collate_fn=pack_rows,
             num_workers=self.num_workers,
             # Without its own, a loader draws from the global generator whenever it is iterated.
             generator=torch.Generator().manual_seed(self.seed),

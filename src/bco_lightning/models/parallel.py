@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
-from bco_lightning.models.log_probs import SCORE, causal_lm_of, score_completions
+from bco_lightning.models.layout import causal_lm_of
+from bco_lightning.models.log_probs import SCORE, score_completions
 
 
 class FSDP2Strategy(ModelParallelStrategy):

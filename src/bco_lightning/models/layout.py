@@ -1,0 +1,125 @@
+"""How the rows of a micro-batch go through a model: packed where its attention allows that, else padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from bco_lightning.batch import FeedbackBatch, Span
+from bco_lightning.errors import LanguageModelError
+from bco_lightning.models.packed_attention import PACKED, PackedRows
+
+Layout = Literal["packed", "padded"]
+_PROBE_LENGTH = 6
+
+
+def causal_lm_of(model: Any) -> Any:
+    """The causal language model itself, without PEFT around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def layout_of(model: Any) -> Layout:
+    """How :func:`predicting_states` lays out rows for this model."""
+    return "packed" if _text_config(model)._attn_implementation == PACKED else "padded"
+
+
+def predicting_states(causal_lm: Any, batch: FeedbackBatch) -> Tensor:
+    """The last hidden states that predict the tokens that carry loss.
+
+    Args:
+        causal_lm: A causal language model without PEFT around it.
+        batch: A packed micro-batch; for a model with the padded layout it is unpacked and padded on the right here.
+
+    Returns:
+        Shape ``(N, H)``, in the model's data type.
+    """
+    if layout_of(causal_lm) == "packed":
+        hidden_SH = _packed_states(causal_lm, batch.input_ids_S, batch.position_ids_S, batch.spans)
+        return hidden_SH.index_select(0, batch.predictors_N)
+    places_BT = pad_sequence([torch.tensor(span.places()) for span in batch.row_spans], True, -1)
+    places_BT = places_BT.to(batch.input_ids_S.device, non_blocking=True)
+    hidden_BTH: Tensor = causal_lm.base_model(
+        input_ids=batch.input_ids_S[places_BT],  # padding repeats the last token, which nothing looks at
+        attention_mask=(places_BT >= 0).long(),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_BTH[batch.rows_N, batch.position_ids_S[batch.predictors_N]]
+
+
+def _packed_states(causal_lm: Any, input_ids_S: Tensor, position_ids_S: Tensor, spans: Sequence[Span]) -> Tensor:
+    hidden_1SH: Tensor = causal_lm.base_model(
+        input_ids=input_ids_S[None],
+        position_ids=position_ids_S[None],
+        # Four-dimensional masks are passed on as they are: without one, transformers would make one of S x S.
+        attention_mask=input_ids_S.new_zeros(1, 1, 0, 0),
+        packed_rows=PackedRows(spans),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden_1SH[0]
+
+
+@torch.no_grad()
+def choose_layout(model: Any, wanted: Literal["auto", "packed", "padded"] = "auto") -> str:
+    """Packs the rows of a model from now on, if a trial with a few tokens gives what unpacked rows give.
+
+    Args:
+        model: A causal language model, perhaps with PEFT around it.
+        wanted: ``auto`` packs where possible; the others are taken by their word.
+
+    Returns:
+        The choice with its reason, for people.
+
+    Raises:
+        LanguageModelError: If packing is wanted and the model cannot do it.
+    """
+    causal_lm, config = causal_lm_of(model), _text_config(model)
+    if wanted == "padded":
+        return "padded, as model.layout says"
+    before = config._attn_implementation
+    known = before in ("sdpa", "eager", PACKED)
+    found = _why_not_packed(causal_lm, config) if known else f"its attention is {before}"
+    if not found:
+        return "packed, without padding"
+    config._attn_implementation = before
+    if wanted == "packed":
+        raise LanguageModelError(
+            type(causal_lm).__name__,
+            f"expected a model whose rows can be packed, found that {found}.",
+            "Set model.layout: padded.",
+        )
+    return f"padded, since {found}"
+
+
+def _why_not_packed(causal_lm: Any, config: Any) -> str:
+    """What keeps rows from being packed, or nothing; leaves packing switched on."""
+    device = causal_lm.get_input_embeddings().weight.device
+    prompt, first, second = (
+        torch.arange(1, _PROBE_LENGTH + 1, device=device).add(shift).remainder(config.vocab_size)
+        for shift in (0, 7, 19)
+    )
+    rows = [second, torch.cat([prompt, first]), torch.cat([prompt, second])]
+    alone = [causal_lm.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+    starts = range(0, 4 * _PROBE_LENGTH, _PROBE_LENGTH)
+    before, shared = (Span(start, start + _PROBE_LENGTH) for start in starts[:2])
+    ends = [Span(start, start + _PROBE_LENGTH, shared) for start in starts[2:]]
+    spans = [before, shared, *ends]
+    positions = torch.cat([torch.arange(span.context, span.length, device=device) for span in spans])
+    config._attn_implementation = PACKED
+    try:
+        packed = _packed_states(causal_lm, torch.cat([second, prompt, first, second]), positions, spans)
+    except Exception as error:  # whatever an architecture makes of arguments that it does not know
+        return f"{type(causal_lm).__name__} does not take packed rows ({type(error).__name__})"
+    rounding = 1e-3 if packed.dtype == torch.float32 else 5e-2
+    for expected, span in zip(alone, [before, *ends], strict=True):
+        difference = packed[span.places()].float() - expected.float()
+        if not difference.norm() <= rounding * expected.float().norm():
+            return f"packed rows of {type(causal_lm).__name__} see their neighbours"
+    return ""
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config()

@@ -1,0 +1,124 @@
+"""Causal attention within the rows of a packed sequence: no row sees its neighbour, none is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from bco_lightning.batch import Span
+
+PACKED = "bco_packed"  # the name under which transformers knows this attention
+
+
+class PackedRows:
+    """The spans of a packed sequence, as the attention layers of one forward pass need them.
+
+    Args:
+        spans: What the sequence is made of, in order and without gaps.
+    """
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.sizes = [span.stop - span.start for span in spans]
+        numbers = {span: number for number, span in enumerate(spans)}
+        self.prefixes = [numbers[span.prefix] if span.prefix else None for span in spans]
+        self._masks: dict[Any, Tensor] = {}
+
+    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+        """Additive mask of the last ``queries`` of ``keys`` positions, ``(queries, keys)``; kept for all layers."""
+        name = (queries, keys, window, like.dtype, like.device)
+        if name not in self._masks:
+            allowed = like.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            if window is not None:
+                allowed = allowed.triu(keys - queries - window + 1)
+            self._masks[name] = like.new_zeros(queries, keys).masked_fill(~allowed, -torch.inf)
+        return self._masks[name]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_rows: PackedRows | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each span to itself and to its prefix; transformers' own where nothing is packed.
+
+    Args:
+        module: The attention layer.
+        query: Shape ``(1, heads, S, head_size)``.
+        key: Shape ``(1, key_value_heads, S, head_size)``.
+        value: Like ``key``.
+        attention_mask: Not looked at for packed rows.
+        packed_rows: What the sequence is made of.
+        scaling: Of the products of query and key.
+        softcap: Cap of the scores (Gemma 2), none if left out.
+        sliding_window: How many tokens back a token sees, itself included; all if left out.
+        kwargs: What else transformers hands to attention functions.
+
+    Returns:
+        Shape ``(1, S, heads, head_size)``, and no attention weights.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if packed_rows is None:
+        if softcap is None:
+            return sdpa_attention_forward(  # type: ignore[no-any-return]
+                module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
+            )
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        mask = mask if attention_mask is None else attention_mask
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        capped = _capped_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, scaling, softcap)
+        return capped.transpose(1, 2).contiguous(), None
+    # Repeated once for all spans: on a CPU SDPA's own grouping has a slower backward pass.
+    keys = repeat_kv(key, groups).split(packed_rows.sizes, dim=2)
+    values = repeat_kv(value, groups).split(packed_rows.sizes, dim=2)
+    attended = []
+    for number, (q, k, v) in enumerate(zip(query.split(packed_rows.sizes, dim=2), keys, values, strict=True)):
+        prefix = packed_rows.prefixes[number]
+        if prefix is not None:
+            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        window = sliding_window if sliding_window is not None and k.shape[2] > sliding_window else None
+        attended.append(_causal_attention(q, k, v, packed_rows, window, scaling, softcap).transpose(1, 2))
+    return torch.cat(attended, dim=1), None
+
+
+def _causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: PackedRows,
+    window: int | None,
+    scale: float | None,
+    cap: float | None,
+) -> Tensor:
+    queries, keys = query.shape[2], key.shape[2]
+    if cap is not None:
+        return _capped_attention(query, key, value, rows.mask(queries, keys, window, query), scale, cap)
+    if queries == keys and window is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    mask = rows.mask(queries, keys, window, query)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float
+) -> Tensor:
+    scores = query @ key.transpose(2, 3) * (scale if scale is not None else query.shape[-1] ** -0.5)
+    scores = torch.tanh(scores / cap) * cap + mask
+    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)  # for generation and other unpacked passes
