@@ -189,3 +189,18 @@ def test_the_packaged_log_keeps_its_held_out_subjects_apart() -> None:
     assert len(prompts["train"]) > 200
     assert len(prompts["heldout"]) == 64
     assert not prompts["train"] & prompts["heldout"]
+
+
+def test_rows_with_one_prompt_share_a_micro_batch(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    twice = [{**row, "completion": f"{row['completion']} {number}"} for row in rows for number in range(2)]
+    shuffled = [twice[place] for place in np.random.default_rng(0).permutation(len(twice))]
+    log = write_jsonl(tmp_path / "x.jsonl", shuffled)
+    module = data(tokenizer, log, validation_fraction=0.0, group_by_prompt=True)
+    apart = data(tokenizer, log, validation_fraction=0.0)
+    assert all(batch.num_computed < batch.num_tokens for batch in module.train_dataloader())
+    assert module.fingerprints() != apart.fingerprints()
+
+
+def test_grouping_by_prompt_and_balanced_sampling_exclude_each_other(tokenizer: Any, log: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.group_by_prompt: expected false with balanced_sampling"):
+        data(tokenizer, log, balanced_sampling=True, group_by_prompt=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
@@ -27,7 +28,7 @@ from bco_lightning.errors import LanguageModelError
 from bco_lightning.models import log_probs
 from bco_lightning.models.language_model import load_language_model
 from bco_lightning.models.layout import choose_layout
-from bco_lightning.models.log_probs import Tile, check_head, completion_log_probs
+from bco_lightning.models.log_probs import Tile, check_head, completion_log_probs, token_log_probs
 from tests.conftest import REAL_MODEL
 
 SMALL: dict[str, Any] = {
@@ -121,6 +122,75 @@ def test_the_real_model_agrees() -> None:
         parameter.requires_grad_(False)
     choose_layout(model, "packed")
     difference, gradient = agreement(model, make_batch(49_152, [(20, 30), (5, 60), (30, 10)]), None)
+    assert difference < 2e-4
+    assert gradient < 1e-4
+
+
+def head(trained: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """States, targets, weight and bias of a head, large enough for its logits to be capped."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(23, 8, generator=generator)
+    weight, shift = (torch.randn(shape, generator=generator) * 2 for shape in ((57, 8), (57,)))
+    parameters = [states, weight, *([shift] if bias else [])]
+    for tensor in parameters if trained else parameters[:1]:
+        tensor.requires_grad_()
+    return states, torch.randint(0, 57, (23,), generator=generator), weight, shift if bias else None
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("tile", [Tile(5, 10), Tile(64, 64)])
+def test_a_head_in_tiles_is_a_float64_log_softmax(
+    trained: bool, bias: bool, soft_cap: float | None, tile: Tile
+) -> None:
+    states, targets, weight, shift = head(trained, bias)
+    leaves = [tensor for tensor in (states, weight, shift) if tensor is not None and tensor.requires_grad]
+    found = token_log_probs(states, targets, weight, shift, scale=0.7, soft_cap=soft_cap, tile=tile)
+    logits = (states.double() @ weight.double().T + (0 if shift is None else shift.double())) * 0.7
+    logits = logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+    exact = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(found.double(), exact, atol=2e-5)
+    coefficients = torch.linspace(-1, 1, 23)
+    gradients = torch.autograd.grad((found * coefficients).sum(), leaves)
+    for ours, theirs in zip(gradients, torch.autograd.grad((exact * coefficients).sum(), leaves), strict=True):
+        assert torch.linalg.norm(ours - theirs) < 1e-5 * torch.linalg.norm(theirs)
+
+
+def test_a_frozen_head_gives_the_bits_of_a_trained_one_and_of_no_gradient() -> None:
+    states, targets, weight, shift = head(trained=False, bias=True)
+    frozen = token_log_probs(states, targets, weight, shift, tile=Tile(5, 10))
+    with torch.no_grad():
+        assert torch.equal(token_log_probs(states, targets, weight, shift, tile=Tile(5, 10)), frozen)
+    assert torch.equal(token_log_probs(states, targets, weight.requires_grad_(), shift, tile=Tile(5, 10)), frozen)
+
+
+def test_logits_far_apart_and_coefficients_near_zero_make_no_denormal_numbers() -> None:
+    weight = torch.tensor([[100.0], [0.0], [-100.0]], requires_grad=True)
+    states = torch.ones(2, 1, requires_grad=True)
+    found = token_log_probs(states, torch.tensor([0, 2]), weight)
+    assert found.tolist() == [0.0, -200.0]
+    (found * torch.tensor([1e-35, 1e-9])).sum().backward()
+    least = torch.finfo(torch.float32).tiny
+    for gradient in (weight.grad, states.grad):
+        assert ((gradient == 0) | (gradient.abs() >= least)).all()
+    assert weight.grad[2, 0] == pytest.approx(1e-9)
+
+
+def test_a_head_under_autocast_computes_in_bfloat16_and_sums_in_float32() -> None:
+    states, targets, weight, _ = head(trained=True, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_log_probs(states, targets, weight)
+    rounded = states.bfloat16() @ weight.bfloat16().T
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, rounded.float().log_softmax(-1).gather(1, targets[:, None])[:, 0], atol=1e-5)
+    found.sum().backward()
+    assert (states.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_an_adapted_head_is_trained_through_its_adapter() -> None:
+    adapted = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    difference, gradient = agreement(adapted.get_base_model(), make_batch(97, [(3, 9), (12, 1)]), Tile(4, 97))
     assert difference < 2e-4
     assert gradient < 1e-4
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,3 +86,30 @@ def test_the_rarer_class_is_oversampled_evenly() -> None:
     stream = [row for step in range(20) for row in balanced.rows_of_step(step)]
     assert {stream.count(row) for row in (20, 21, 22)} == {20}
     assert {stream.count(row) for row in range(20)} == {3}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 5))
+def test_rows_of_a_group_follow_each_other_in_every_pass(groups: list[int], seed: int) -> None:
+    grouped = RowOrder([range(len(groups))], [1], seed, np.array(groups))
+    for start in (0, len(groups)):
+        rows = [row for step in range(start, start + len(groups)) for row in grouped.rows_of_step(step)]
+        assert sorted(rows) == list(range(len(groups)))
+        runs = [group for group, _ in itertools.groupby(groups[row] for row in rows)]
+        assert len(runs) == len(set(groups))
+
+
+def test_groups_come_in_another_order_in_every_pass() -> None:
+    grouped = RowOrder([range(20)], [20], 0, np.arange(20) // 2)
+    assert grouped.rows_of_step(0) != grouped.rows_of_step(1)
+
+
+def test_sorting_by_length_keeps_the_rows_of_a_step_and_puts_like_lengths_together() -> None:
+    lengths = np.random.default_rng(0).permutation(NUM_ROWS)
+    options = {"batch_size": 2, "accumulation": 2, "steps_per_epoch": 3, "current_step": lambda: 0}
+    cut = [list(StepBatchSampler(order(), rank=r, world_size=2, lengths=lengths, **options)) for r in (0, 1)]
+    for step in range(3):
+        mine = [batch for rank in (0, 1) for batch in cut[rank][2 * step : 2 * step + 2]]
+        assert sorted(row for batch in mine for row in batch) == sorted(order().rows_of_step(step))
+        by_length = sorted(([int(lengths[row]) for row in batch] for batch in mine), key=min)
+        assert [length for batch in by_length for length in batch] == sorted(lengths[order().rows_of_step(step)])

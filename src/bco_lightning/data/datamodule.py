@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -43,6 +44,8 @@ class FeedbackDataModule(LightningDataModule):
         validation_fraction: Share of the distinct training prompts to hold out when there are no validation files;
             a prompt is never on both sides.
         balanced_sampling: Draw as many thumbs-up as thumbs-down into every step, the rarer class more often.
+        group_by_prompt: Keep rows with one prompt next to each other, so that they share a micro-batch, where a packed
+            prompt is computed once. Steps then hold fewer distinct prompts.
         columns: Names of the columns.
         seed: Seed of the row order and the validation split; that of ``seed_everything`` if left out.
         num_workers: Worker processes of each data loader.
@@ -66,6 +69,7 @@ class FeedbackDataModule(LightningDataModule):
         chat_template: str | None = None,
         validation_fraction: float = 0.1,
         balanced_sampling: bool = False,
+        group_by_prompt: bool = False,
         columns: Columns | None = None,
         seed: int | None = None,
         num_workers: int = 0,
@@ -82,7 +86,13 @@ class FeedbackDataModule(LightningDataModule):
             )
         if not 0 <= max_bad_rows <= 1:
             raise ConfigError("data.max_bad_rows", f"expected a share from 0 to 1, found {max_bad_rows}.")
+        if balanced_sampling and group_by_prompt:
+            raise ConfigError(
+                "data.group_by_prompt",
+                "expected false with balanced_sampling, which draws the classes apart from each other; found true.",
+            )
         self.bad_rows, self.max_bad_rows = bad_rows, max_bad_rows
+        self.group_by_prompt = group_by_prompt
         self.train_files, self.validation_files = _as_list(train_files), _as_list(validation_files)
         self.test_files, self.predict_files = _as_list(test_files), _as_list(predict_files)
         self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
@@ -165,6 +175,7 @@ class FeedbackDataModule(LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             steps_per_epoch=self.steps_per_epoch,
             current_step=lambda: trainer.global_step if trainer else 0,
+            lengths=self._lengths() if self._is_padded else None,
         )
         return self._loader(self._trained_on, batch_sampler=sampler)
 
@@ -200,11 +211,20 @@ class FeedbackDataModule(LightningDataModule):
             "rows": len(self.train_dataset),
             "row_digest": self._row_digest,
             "chat_template": chosen_template(self.tokenizer, self.chat_template),
+            **({"group_by_prompt": True} if self.group_by_prompt else {}),
         }
 
     @property
     def _accumulation(self) -> int:
         return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+
+    @property
+    def _is_padded(self) -> bool:
+        return self.trainer is not None and getattr(self.trainer.lightning_module, "layout", "packed") == "padded"
+
+    def _lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each training row."""
+        return np.asarray(pc.list_value_length(self._trained_on.data.column("input_ids")))
 
     @property
     def _trained_on(self) -> Dataset:
@@ -282,7 +302,8 @@ class FeedbackDataModule(LightningDataModule):
     def _row_order(self) -> RowOrder:
         thumbs = _thumbs(self._trained_on)
         if not self.balanced_sampling:
-            return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed)
+            groups = _prompt_numbers(self._trained_on) if self.group_by_prompt else None
+            return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed, groups)
         if self.batch_size % 2:
             raise ConfigError(
                 "data.batch_size", f"expected an even number with balanced_sampling, found {self.batch_size}."
@@ -331,6 +352,11 @@ def _as_list(files: list[str] | str | None) -> list[str]:
 
 def _thumbs(dataset: Dataset) -> list[bool]:
     return list(dataset["thumbs_up"])
+
+
+def _prompt_numbers(dataset: Dataset) -> np.ndarray[Any, Any]:
+    """A number for each row's prompt; equal prompts have equal numbers."""
+    return np.fromiter((hash(prompt) for prompt in dataset["prompt"]), dtype=np.int64, count=len(dataset))
 
 
 def _require_rows_for_all(dataset: Dataset | None, trainer: Any) -> None:

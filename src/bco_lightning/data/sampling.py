@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -19,6 +20,7 @@ class RowOrder:
         pools: Row positions to draw from: one pool of all rows, or one for each class.
         rows_per_step: How many rows a step takes from each pool.
         seed: Seed of the permutations.
+        groups: A number for each row; in every pass rows with the same number follow each other.
 
     Example:
         >>> order = RowOrder([[0, 1, 2]], [2], seed=0)
@@ -26,7 +28,14 @@ class RowOrder:
         [0, 1, 2]
     """
 
-    def __init__(self, pools: Sequence[Sequence[int]], rows_per_step: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        pools: Sequence[Sequence[int]],
+        rows_per_step: Sequence[int],
+        seed: int,
+        groups: np.ndarray[Any, Any] | None = None,
+    ) -> None:
+        self._groups = groups
         self._pools = [np.asarray(pool, dtype=np.int64) for pool in pools]
         self._rows_per_step = list(rows_per_step)
         self._seed = seed
@@ -43,7 +52,13 @@ class RowOrder:
         return [row for _, _, row in sorted(drawn)]
 
     def _make_permutation(self, pool: int, pass_number: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, pool, pass_number]).permutation(len(self._pools[pool]))
+        permutation = np.random.default_rng([self._seed, pool, pass_number]).permutation(len(self._pools[pool]))
+        if self._groups is None:
+            return permutation
+        groups = self._groups[self._pools[pool]][permutation]
+        _, first, member = np.unique(groups, return_index=True, return_inverse=True)
+        # Each row moves up to the place of the first row of its group.
+        return permutation[np.argsort(first[member], kind="stable")]
 
 
 class StepBatchSampler(Sampler[list[int]]):
@@ -59,6 +74,8 @@ class StepBatchSampler(Sampler[list[int]]):
         world_size: Number of processes.
         steps_per_epoch: Optimizer steps of an epoch.
         current_step: Gives the number of optimizer steps done so far.
+        lengths: Tokens of each row; a step's rows are then cut into micro-batches of like lengths. The gradient does
+            not depend on how a step is cut, and padded micro-batches have less padding so.
     """
 
     def __init__(
@@ -71,7 +88,9 @@ class StepBatchSampler(Sampler[list[int]]):
         world_size: int,
         steps_per_epoch: int,
         current_step: Callable[[], int],
+        lengths: np.ndarray[Any, Any] | None = None,
     ) -> None:
+        self._lengths = lengths
         self._order, self._batch_size, self._accumulation = order, batch_size, accumulation
         self._rank, self._world_size = rank, world_size
         self._steps_per_epoch, self._current_step = steps_per_epoch, current_step
@@ -84,6 +103,8 @@ class StepBatchSampler(Sampler[list[int]]):
         end = (first // self._steps_per_epoch + 1) * self._steps_per_epoch
         for step in range(first, end):
             rows = self._order.rows_of_step(step)
+            if self._lengths is not None:
+                rows = sorted(rows, key=self._lengths.__getitem__)
             for micro_batch in range(self._accumulation):
                 start = (micro_batch * self._world_size + self._rank) * self._batch_size
                 yield rows[start : start + self._batch_size]

@@ -16,6 +16,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.pytorch_utils import Conv1D
 
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
+from bco_lightning.models.adapters import fuse_adapters
 from bco_lightning.packaged import resolve_packaged
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -101,7 +102,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     if source.is_adapter and not (Path(source.location) / "tokenizer_config.json").exists():
         return load_tokenizer(_base_of_adapter(source))
     gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with _in_words(name_or_path, "tokenizer"):
+    with _in_words(name_or_path, "tokenizer"), _reading(source):
         if not gguf:
             _refuse_unknown_tokenizer(source.location)
         tokenizer = AutoTokenizer.from_pretrained(
@@ -142,7 +143,7 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedMode
     if source.gguf_file:
         # Packed GGUF blocks can neither be trained nor saved; dequantizing on load gives ordinary weights.
         arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    with _in_words(name_or_path, "causal language model"):
+    with _in_words(name_or_path, "causal language model"), _reading(source):
         if not source.gguf_file:
             _check_config(name_or_path, source.location)
         model = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=False, **arguments)
@@ -184,6 +185,7 @@ def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None
             # PEFT writes this into every exported adapter, where it is the only trace of the base model.
             policy.peft_config["default"].base_model_name_or_path = name_or_path
     _disable_dropout(policy)
+    fuse_adapters(policy)
     return policy.eval()  # type: ignore[no-any-return]
 
 
@@ -293,6 +295,14 @@ def _disable_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _reading(source: ModelSource) -> contextlib.AbstractContextManager[None]:
+    if source.gguf_file is None:
+        return contextlib.nullcontext()
+    from bco_lightning.gguf_reading import quick_gguf  # imports gguf, which other models do not need
+
+    return quick_gguf()
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ def score_completions(causal_lm: Any, batch: FeedbackBatch, tile: Tile | None = 
     # A float32 sum of some hundred tokens is off by more than everything before it. MPS has no float64.
     exact = torch.float32 if token_log_probs_N.device.type == "mps" else torch.float64
     zeros_B = token_log_probs_N.new_zeros(len(batch), dtype=exact)
-    log_probs_B: Tensor = zeros_B.index_add(0, batch.rows_N, token_log_probs_N.to(exact))
-    return log_probs_B.float()
+    log_probs_B: Tensor = zeros_B.index_add(0, batch.rows_N, token_log_probs_N.to(exact)).float()
+    return log_probs_B
 
 
 @torch.no_grad()
@@ -287,7 +287,7 @@ def _head_log_probs(causal_lm: Any, hidden_NH: Tensor, targets_N: Tensor, tile: 
 
     def rows_log_probs(hidden_nH: Tensor, targets_n: Tensor) -> Tensor:
         # An adapted or quantized head; gather - logsumexp, since log_softmax in float32 is off by up to 2e-3 nat.
-        logits_nV = head(hidden_nH).float() * scale
+        logits_nV: Tensor = head(hidden_nH).float() * scale
         logits_nV = soft_cap * torch.tanh(logits_nV / soft_cap) if soft_cap else logits_nV
         return logits_nV.gather(-1, targets_n[:, None])[:, 0] - logits_nV.logsumexp(-1)
 

@@ -78,7 +78,8 @@ def packed_attention(
             )
         mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
         mask = mask if attention_mask is None else attention_mask
-        mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        # Not minus infinity: queries at padding may see nothing, and would become NaN.
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
         capped = _capped_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, scaling, softcap)
         return capped.transpose(1, 2).contiguous(), None
     # Repeated once for all spans: on a CPU SDPA's own grouping has a slower backward pass.
@@ -106,10 +107,34 @@ def _causal_attention(
     queries, keys = query.shape[2], key.shape[2]
     if cap is not None:
         return _capped_attention(query, key, value, rows.mask(queries, keys, window, query), scale, cap)
-    if queries == keys and window is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    mask = rows.mask(queries, keys, window, query)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    is_causal = queries == keys and window is None  # SDPA's own causal mask begins at the first key
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+        mask = rows.mask(queries, keys, window, query)
+        return _QuickBackward.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-any-return]
+    chosen = None if is_causal else rows.mask(queries, keys, window, query)
+    return scaled_dot_product_attention(query, key, value, attn_mask=chosen, is_causal=is_causal, scale=scale)
+
+
+class _QuickBackward(torch.autograd.Function):
+    """Attention whose gradient is five matrix products: in bfloat16 on a CPU, SDPA's own takes 1.5 times as long."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: bool, scale: float | None
+    ) -> Tensor:
+        ctx.scale = scale if scale is not None else query.shape[-1] ** -0.5
+        chosen = None if is_causal else mask
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=chosen, is_causal=is_causal, scale=scale)
+        ctx.save_for_backward(query, key, value, mask, attended)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, mask, attended = ctx.saved_tensors
+        weights = torch.softmax((query @ key.mT).mul_(ctx.scale).add_(mask), -1)
+        shared = (grad.float() * attended).sum(-1, keepdim=True).to(grad.dtype)
+        scores_grad = (grad @ value.mT).sub_(shared).mul_(weights).mul_(ctx.scale)
+        return scores_grad @ key, scores_grad.mT @ query, weights.mT @ grad, None, None, None
 
 
 def _capped_attention(
