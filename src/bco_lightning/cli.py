@@ -27,7 +27,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from bco_lightning import config_safety
-from bco_lightning.callbacks import FiniteGuard, KnownRewardTrial, PredictionWriter, RunCheckpoint, StepProgressBar
+from bco_lightning.callbacks import (
+    FiniteGuard,
+    KnownRewardTrial,
+    PredictionWriter,
+    RunCheckpoint,
+    StepProgressBar,
+    ThroughputMonitor,
+)
 from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, resolve_checkpoint
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.errors import CheckpointError, PreemptedError, UserError
@@ -204,7 +211,7 @@ class BCOCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
         if config.get("enable_progress_bar") is not False:
             callbacks = [StepProgressBar(), *callbacks]
-        return super()._instantiate_trainer(config, callbacks)
+        return super()._instantiate_trainer(config, [*callbacks, ThroughputMonitor()])
 
     def after_fit(self) -> None:
         """Says where everything is and what to type next."""
@@ -263,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
                     "max_epochs": 1,
+                    "num_sanity_val_steps": 0,  # seconds, for a forward pass that is the training step's own
                 },
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,

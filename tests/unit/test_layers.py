@@ -10,12 +10,14 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
 LAYERS = [
     {"errors", "batch", "seeding", "fingerprints"},
-    {"packaged", "faults", "config_safety"},
+    {"packaged", "faults", "config_safety", "gguf_reading"},
     {"objectives", "reward_shift", "data", "models", "demo", "distributed", "checkpointing"},
-    {"metrics", "report"},
+    {"metrics", "report", "reference_store"},
+    {"reference_cache"},
     {"module", "callbacks"},
     {"export"},
     {"cli"},
+    {"help_texts"},
     {"__main__", "__init__"},
 ]
 # The module brings the callbacks that belong to the method; the demonstration samples the model.

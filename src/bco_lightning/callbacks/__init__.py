@@ -1,4 +1,4 @@
-"""Callbacks: guard, reward shift, metrics, checkpoints of a run, predictions, and the trial on a known reward."""
+"""Callbacks: guard, reward shift, metrics, speed, checkpoints of a run, predictions, the trial on a known reward."""
 
 from bco_lightning.callbacks.finite_guard import FiniteGuard
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
@@ -7,6 +7,7 @@ from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.reward_shift_update import RewardShiftUpdate
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
+from bco_lightning.callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
     "FiniteGuard",
@@ -16,4 +17,5 @@ __all__ = [
     "RewardShiftUpdate",
     "RunCheckpoint",
     "StepProgressBar",
+    "ThroughputMonitor",
 ]

@@ -12,12 +12,12 @@ from bco_lightning.module import BCOModule
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Shows step, time left, loss, reward shift (delta) and margin."""
+    """Shows step, time left, loss, reward shift (delta), margin and tokens per second."""
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         values = {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
-        return {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in values.items()}
+        return {name: _shown(value) if isinstance(value, float) else value for name, value in values.items()}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
@@ -36,3 +36,7 @@ class StepProgressBar(TQDMProgressBar):
         if trainer.global_step > bar.n and self._should_update(trainer.global_step, bar.total):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(trainer.global_step - bar.n)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
