@@ -27,19 +27,19 @@ def layout_of(model: Any) -> Layout:
     return "packed" if _text_config(model)._attn_implementation == PACKED else "padded"
 
 
-def predicting_states(causal_lm: Any, batch: FeedbackBatch) -> Tensor:
+def predicting_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
     """The last hidden states that predict the tokens that carry loss.
 
     Args:
         causal_lm: A causal language model without PEFT around it.
         batch: A packed micro-batch; for a model with the padded layout it is unpacked and padded on the right here.
+        trunk_states_SH: What goes in place of the tokens, for a packed model without its trunk.
 
     Returns:
         Shape ``(N, H)``, in the model's data type.
     """
     if layout_of(causal_lm) == "packed":
-        hidden_SH = _packed_states(causal_lm, batch.input_ids_S, batch.position_ids_S, batch.spans)
-        return hidden_SH.index_select(0, batch.predictors_N)
+        return packed_states(causal_lm, batch, trunk_states_SH).index_select(0, batch.predictors_N)
     places_BT = pad_sequence([torch.tensor(span.places()) for span in batch.row_spans], True, -1)
     places_BT = places_BT.to(batch.input_ids_S.device, non_blocking=True)
     hidden_BTH: Tensor = causal_lm.base_model(
@@ -50,12 +50,19 @@ def predicting_states(causal_lm: Any, batch: FeedbackBatch) -> Tensor:
     return hidden_BTH[batch.rows_N, batch.position_ids_S[batch.predictors_N]]
 
 
-def _packed_states(causal_lm: Any, input_ids_S: Tensor, position_ids_S: Tensor, spans: Sequence[Span]) -> Tensor:
+def packed_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
+    """The last hidden states of all tokens of a packed model, shape ``(S, H)``; arguments as above."""
+    inputs = batch.input_ids_S if trunk_states_SH is None else trunk_states_SH
+    return states_of_spans(causal_lm, inputs, batch.position_ids_S, batch.spans)
+
+
+def states_of_spans(causal_lm: Any, inputs: Tensor, position_ids_S: Tensor, spans: Sequence[Span]) -> Tensor:
+    """:func:`packed_states` of token ids ``(S,)`` or of what goes in their place ``(S, H)``."""
     hidden_1SH: Tensor = causal_lm.base_model(
-        input_ids=input_ids_S[None],
+        **{"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs[None]},
         position_ids=position_ids_S[None],
         # Four-dimensional masks are passed on as they are: without one, transformers would make one of S x S.
-        attention_mask=input_ids_S.new_zeros(1, 1, 0, 0),
+        attention_mask=position_ids_S.new_zeros(1, 1, 0, 0),
         packed_rows=PackedRows(spans),
         use_cache=False,
     ).last_hidden_state
@@ -111,7 +118,7 @@ def _why_not_packed(causal_lm: Any, config: Any) -> str:
     config._attn_implementation = PACKED
     try:
         packed, beside_others = (
-            _packed_states(causal_lm, torch.cat(parts), positions, spans)
+            states_of_spans(causal_lm, torch.cat(parts), positions, spans)
             for parts in ([second, prompt, first, second], [third, prompt, third, second])
         )
     except Exception as error:  # whatever an architecture makes of arguments that it does not know

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,12 @@ class Tile:
         return cls() if device.type == "cpu" else cls(4096, 16384)
 
 
-def completion_log_probs(model: PreTrainedModel, batch: FeedbackBatch, tile: Tile | None = None) -> Tensor:
+def completion_log_probs(
+    model: PreTrainedModel,
+    batch: FeedbackBatch,
+    tile: Tile | None = None,
+    trunk_states_SH: Tensor | None = None,
+) -> Tensor:
     """Log-probability of each row's completion given its prompt, summed over the tokens that carry loss.
 
     The head runs in the model's data type; log-softmax and sums are float32.
@@ -51,18 +57,22 @@ def completion_log_probs(model: PreTrainedModel, batch: FeedbackBatch, tile: Til
         model: A transformers causal language model, or a PEFT model around one.
         batch: A packed micro-batch on the model's device.
         tile: How much of the logits exists at a time.
+        trunk_states_SH: What goes in place of the tokens, for a model without its trunk.
 
     Returns:
         Shape ``(B,)``, float32, in nats.
     """
     causal_lm = causal_lm_of(model)
-    score = getattr(causal_lm, SCORE, None)
-    return score(batch, tile) if score else score_completions(causal_lm, batch, tile)  # type: ignore[no-any-return]
+    score = getattr(causal_lm, SCORE, None) or partial(score_completions, causal_lm)
+    return score(batch, tile, trunk_states_SH)  # type: ignore[no-any-return]
 
 
-def score_completions(causal_lm: Any, batch: FeedbackBatch, tile: Tile | None = None) -> Tensor:
+def score_completions(
+    causal_lm: Any, batch: FeedbackBatch, tile: Tile | None = None, trunk_states_SH: Tensor | None = None
+) -> Tensor:
     """:func:`completion_log_probs` of a bare causal language model; sharded models have it as a method."""
-    token_log_probs_N = _head_log_probs(causal_lm, predicting_states(causal_lm, batch), batch.targets_N, tile)
+    hidden_NH = predicting_states(causal_lm, batch, trunk_states_SH)
+    token_log_probs_N = _head_log_probs(causal_lm, hidden_NH, batch.targets_N, tile)
     # A float32 sum of some hundred tokens is off by more than everything before it. MPS has no float64.
     exact = torch.float32 if token_log_probs_N.device.type == "mps" else torch.float64
     zeros_B = token_log_probs_N.new_zeros(len(batch), dtype=exact)
