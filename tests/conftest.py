@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["BCO_CACHE"] = tempfile.mkdtemp(prefix="bco_cache-")  # for fixtures that outlive a test; not the user's own
 
 import pytest
 import torch
@@ -32,8 +34,12 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_an_empty_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    # Each test begins with no reference log-probs: those of another would hide a pass, or differ in the last bits.
+    monkeypatch.setenv("BCO_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 

@@ -143,7 +143,7 @@ DEFECTS = [
     ),
     Defect(
         "R14", "policy and reference share weights", "models/reference.py",
-        "separate_model = copy.deepcopy(policy)", "separate_model = copy.copy(policy)",
+        "copy.deepcopy(self._policy) if copied", "copy.copy(self._policy) if copied",
         (f"{SAME}::test_the_reference_stays_as_it_was",),
     ),
     Defect(

@@ -97,6 +97,8 @@ class FeedbackBatch:
         row_ids_B: Position of each row in its data set; int64.
         spans: What ``S`` is made of, in order and without gaps.
         row_spans: The span that each row ends with.
+        reference_log_probs_B: Log-probability of each completion under the reference, in nats, float32, where it is
+            known; else it is computed.
     """
 
     input_ids_S: Tensor
@@ -109,6 +111,7 @@ class FeedbackBatch:
     row_ids_B: Tensor
     spans: tuple[Span, ...]
     row_spans: tuple[Span, ...]
+    reference_log_probs_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row_spans)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
-from bco_lightning.errors import CheckpointError, ConfigError, NonFiniteError
+from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
 from bco_lightning.fingerprints import (
     differences,
     digest_of_tensors,
@@ -27,20 +30,27 @@ from bco_lightning.fingerprints import (
 from bco_lightning.models.language_model import (
     Dtype,
     LoraSettings,
+    Quantization,
     load_language_model,
     load_policy,
     load_tokenizer,
     locate_model,
     resolve_dtype,
 )
-from bco_lightning.models.layout import Layout, choose_layout, layout_of
+from bco_lightning.models.layout import Layout, choose_layout, compile_layers, layout_of
 from bco_lightning.models.log_probs import check_head, completion_log_probs
 from bco_lightning.models.parallel import is_sharded, shard, whole
 from bco_lightning.models.reference import Reference
+from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.objectives import OBJECTIVES
+from bco_lightning.optimizers import OptimizerName, make_optimizer
+from bco_lightning.reference_cache import LAYOUT_VERSION, ReferenceCache
+from bco_lightning.reference_store import ReferenceStore, cache_root
 from bco_lightning.reward_shift import RewardShift
 from bco_lightning.seeding import chosen_seed
 
+ReferenceLogProbs = Literal["auto", "online", "cached"]
+ReferencePlan = Literal["online", "known", "before", "lazily"]
 ALIGNMENT_FILE = "bco.json"
 
 
@@ -69,8 +79,16 @@ class BCOModule(LightningModule):
             loss (Eq. 8); ``none`` is a mean over rows; two numbers are weights of thumbs-up and thumbs-down rows.
         reward_shift_decay: Decay of the reward shift's sums per optimizer step.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
+        optimizer: ``adamw``, fused; or with moments of eight bits, and paged to host memory, by bitsandbytes.
+        quantization: ``nf4`` keeps the frozen base under ``lora`` in four bits by bitsandbytes.
+        compile: Compile the decoder layers: about a tenth faster, after a minute.
         layout: ``packed`` computes no padding, and a prompt that rows of a micro-batch share only once; ``auto`` packs
             where a trial shows that the model's attention allows it, else rows are ``padded``.
+        reference_log_probs: ``cached`` has those of all rows before the first step and keeps them on disk, for later
+            epochs and runs; ``online`` computes them in every step; ``auto`` uses what is on disk, computes the rest
+            before the first step where that saves a second model and the run sees every row, else as steps need it.
+        cache_folder: Where they are kept: numbers and hashes, nothing that users wrote. ``BCO_CACHE`` in the
+            environment, or ``~/.cache/bco_lightning``, if left out.
         seed: Seed of the adapters' initial values; that of ``seed_everything`` if left out.
 
     Raises:
@@ -92,7 +110,12 @@ class BCOModule(LightningModule):
         class_weights: Literal["auto", "none"] | tuple[float, float] = "auto",
         reward_shift_decay: float = 0.9,
         gradient_checkpointing: bool = False,
+        optimizer: OptimizerName = "adamw",
+        quantization: Quantization = "none",
+        compile: bool = False,  # noqa: A002
         layout: Literal["auto", "packed", "padded"] = "auto",
+        reference_log_probs: ReferenceLogProbs = "auto",
+        cache_folder: str | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -112,6 +135,9 @@ class BCOModule(LightningModule):
                 "class_weights": class_weights if isinstance(class_weights, str) else list(class_weights),
                 "reward_shift_decay": reward_shift_decay,
                 "gradient_checkpointing": gradient_checkpointing,
+                "optimizer": optimizer,
+                "quantization": quantization,
+                "compile": compile,
                 "layout": layout,
                 "seed": chosen_seed(seed),
             }
@@ -123,6 +149,13 @@ class BCOModule(LightningModule):
             raise ConfigError("model.warmup_ratio", f"expected a share from 0 to 1, found {warmup_ratio}.")
         if objective not in OBJECTIVES:
             raise ConfigError("model.objective", f"expected one of {', '.join(OBJECTIVES)}, found {objective!r}.")
+        if reference_log_probs not in get_args(ReferenceLogProbs):
+            raise ConfigError(
+                "model.reference_log_probs", f"expected auto, online or cached, found {reference_log_probs!r}."
+            )
+        # No hyperparameters: how a number is come by is no part of what a run is.
+        self.reference_log_probs: ReferenceLogProbs = reference_log_probs
+        self.cache_folder = cache_folder
         self.lora = lora
         self.beta = beta
         self.objective = OBJECTIVES[objective]
@@ -135,8 +168,12 @@ class BCOModule(LightningModule):
         self._accepted_changes: list[str] = []
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
         self._layout_reason = ""
+        self._trunk: FrozenTrunk | None = None
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
+        self._reference_cache: ReferenceCache | None = None
+        self._scored_online: list[RewardedRows] = []
+        self._is_set_up = False
         self._tokenizer: Any = None
 
     @property
@@ -156,6 +193,10 @@ class BCOModule(LightningModule):
     def reference(self) -> Reference:
         """The frozen reference; built together with the policy."""
         self.configure_model()
+        return self._built_reference
+
+    @property
+    def _built_reference(self) -> Reference:
         return self._reference  # type: ignore[return-value]
 
     @property
@@ -164,44 +205,76 @@ class BCOModule(LightningModule):
         return layout_of(self.policy)
 
     def configure_model(self) -> None:
-        """Loads policy and reference, once.
+        """Loads the policy, once; the reference's own model, if it has one, is made when it is needed.
 
         Raises:
             ConfigError: If the model was built before, unsharded, and is now to be trained under ``fsdp2``.
         """
+        self._build()
+        self._shard()
+
+    def _build(self) -> None:
         if self._policy is not None:
-            if self.device_mesh is not None and not is_sharded(self._policy):
+            return
+        options = self.hparams
+        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
+        dtype = resolve_dtype(options["dtype"], self.lora, device)
+        self._policy = load_policy(options["name_or_path"], dtype, self.lora, options["seed"], options["quantization"])
+        check_head(self._policy)
+        self._layout_reason = choose_layout(self._policy, options["layout"])
+        if options["compile"]:
+            compile_layers(self._policy)
+        elif self.device_mesh is None:
+            self._trunk = find_trunk(self._policy)
+        separate = options["reference_name_or_path"]
+        self._reference = Reference(self._policy, partial(self._load_reference, dtype), separate=bool(separate))
+        if separate:
+            self._load_exported_reward_shift(options["name_or_path"], separate)
+
+    def _shard(self) -> None:
+        """What is done to a whole policy, once, after the digest of its weights was taken."""
+        policy: Any = self._policy
+        if self._is_set_up:
+            if self.device_mesh is not None and not is_sharded(policy):
                 raise ConfigError(
                     "trainer.strategy",
                     "expected a module whose model is not built yet, found one that is built and not sharded.",
                     "Make a new BCOModule for fsdp2.",
                 )
             return
-        options = self.hparams
-        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
-        dtype = resolve_dtype(options["dtype"], self.lora, device)
-        self._policy = load_policy(options["name_or_path"], dtype, self.lora, options["seed"])
-        check_head(self._policy)
-        self._layout_reason = choose_layout(self._policy, options["layout"])
-        separate = options["reference_name_or_path"]
-        self._reference = Reference(self._policy, load_language_model(separate, dtype) if separate else None)
-        if separate:
-            choose_layout(self._reference.separate_model, options["layout"])
-        if self._trainer is not None and self.trainer.training:
-            self._reference_digest = digest_of_tensors(self._reference.named_parameters())  # while it is whole
+        self._is_set_up = True
         if self.device_mesh is not None:
-            shard(self._policy, self.device_mesh)
-            if self._reference.separate_model is not None:
-                shard(self._reference.separate_model, self.device_mesh)
-        if separate:
-            self._load_exported_reward_shift(options["name_or_path"], separate)
-        if options["gradient_checkpointing"]:
-            self._policy.gradient_checkpointing_enable({"use_reentrant": False})
-            self._policy.enable_input_require_grads()
-            self._policy.train()  # transformers recomputes in training mode only; dropout is off in either
+            shard(policy, self.device_mesh)
+            self._built_reference.watch_policy()
+            own_model = self._built_reference.own_model
+            if own_model is not None and not is_sharded(own_model):
+                shard(own_model, self.device_mesh)
+        if self.hparams["gradient_checkpointing"]:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.enable_input_require_grads()
+            policy.train()  # transformers recomputes in training mode only; dropout is off in either
+
+    def _load_reference(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Loads the reference's own model.
+
+        Raises:
+            LanguageModelError: If its files have changed since the run began.
+        """
+        name = self.hparams["reference_name_or_path"] or self.hparams["name_or_path"]
+        model = load_language_model(name, dtype, self.hparams["quantization"])
+        if self._reference_digest and digest_of_tensors(model.named_parameters()) != self._reference_digest:
+            raise LanguageModelError(
+                name, "expected the weights that the reference had when the run began, found others.", "Restore them."
+            )
+        choose_layout(model, self.hparams["layout"])
+        if self.hparams["compile"]:
+            compile_layers(model)
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh)
+        return model
 
     def setup(self, stage: str) -> None:
-        """Takes the class weights from the data."""
+        """Takes the class weights from the data, and sees to it that reference log-probs can be had."""
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise ConfigError(
                 "trainer.precision",
@@ -209,19 +282,133 @@ class BCOModule(LightningModule):
                 "the reference.",
                 "Set model.dtype: bfloat16 for bfloat16 weights.",
             )
-        if stage != "fit":
+        self._build()
+        plan = self._plan_reference(stage)  # while the policy is whole
+        self._shard()
+        if stage == "fit":
+            self.class_weights = self._chosen_class_weights()
+            self._fingerprints = self._own_fingerprints()
+            self._say_what_is_trained()
+        self._follow(plan)
+
+    def _plan_reference(self, stage: str) -> ReferencePlan:
+        """Looks up what is known, and has the reference's own model made where steps will need it."""
+        reference, self._reference_cache = self._built_reference, None
+        self._scored_online = []
+        datasets = self._scored_datasets(stage)
+        if self.reference_log_probs == "online" or not datasets:
+            reference.hold()
+            return "online"
+        store = ReferenceStore(cache_root(self.cache_folder), self._key_of_reference_log_probs())
+        self._reference_cache = ReferenceCache(store, datasets, self.trainer)
+        if not self._reference_cache.num_unknown:
+            reference.release()
+            return "known"
+        if self.reference_log_probs == "cached" or (
+            not reference.is_policy_without_adapter and self._sees_every_row(stage)
+        ):
+            return "before"
+        reference.hold()
+        return "lazily"
+
+    def _follow(self, plan: ReferencePlan) -> None:
+        """Says what was chosen and why; computes what is to be known before the first step.
+
+        The weights of a checkpoint are restored after ``setup``: until then the policy is the reference.
+        """
+        cache = self._reference_cache
+        if cache is None:
             return
-        self.class_weights = self._chosen_class_weights()
-        self._fingerprints = self._own_fingerprints()
+        unknown, folder = cache.num_unknown, cache.store.folder
+        why = {
+            "known": "nothing is left to compute",
+            "before": f"{unknown:,} are computed now, "
+            + ("as asked for" if self.reference_log_probs == "cached" else "so that no second model is held later"),
+            "lazily": f"{unknown:,} are computed when they are first needed, "
+            + ("by switching the adapter off" if self.reference.is_policy_without_adapter else "by a second model")
+            + ("" if self.reference.is_policy_without_adapter else ", since this run does not see every row"),
+        }[plan]
+        rank_zero_info(
+            f"reference log-probs: {cache.num_rows - unknown:,} of {cache.num_rows:,} known from {folder}, {why}"
+        )
+        if plan == "before":
+            # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone, which is how
+            # it mostly stands in the shuffled micro-batches of training; apart from that their make-up changes no bit.
+            exact = self.trainer.precision == "32-true" and next(self.policy.parameters()).dtype == torch.float32
+            cache.compute(self._score_by_reference, by_length=self.layout == "padded", share_prompts=exact)
+            self.reference.release()
+            if cache.num_unknown:
+                rank_zero_warn(f"{cache.num_unknown:,} reference log-probs are not finite; steps compute them again.")
+
+    def _score_by_reference(self, batch: FeedbackBatch) -> Tensor:
+        device = self.trainer.strategy.root_device
+        self.policy.to(device)  # type: ignore[arg-type]
+        with self.trainer.precision_plugin.forward_context():
+            return self.reference.log_probs_by_policy(batch.to(device))
+
+    def _scored_datasets(self, stage: str) -> dict[str, Dataset]:
+        """What a stage needs reference log-probs of, by the name that Lightning gives to the running of it."""
+        data = getattr(self._trainer, "datamodule", None)
+        held_out = getattr(data, "validation_dataset", None)
+        found = {
+            "fit": {
+                "train": getattr(data, "train_dataset", None),
+                "validate": held_out if self.trainer.enable_validation else None,
+            },
+            "validate": {"validate": held_out},
+            "test": {"test": getattr(data, "test_dataset", None) or held_out},
+            "predict": {"predict": getattr(data, "predict_dataset", None)},
+        }[stage]
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
+
+    def _sees_every_row(self, stage: str) -> bool:
+        trainer = self.trainer
+        if stage != "fit":
+            limit = {"validate": "val"}.get(stage, stage)
+            return _is_unlimited(getattr(trainer, f"limit_{limit}_batches"))
+        whole_validation = not trainer.enable_validation or _is_unlimited(trainer.limit_val_batches)
+        return whole_validation and self.num_steps() >= trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+
+    def _key_of_reference_log_probs(self) -> str:
+        """A digest of all that a reference log-prob depends on besides its row, to the last bit."""
+        device = self.trainer.strategy.root_device
+        names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: torch.backends.cpu.get_cpu_capability()}
+        return digest_of_values(
+            {
+                "reference": self._digest_of_reference(),
+                "dtype": str(next(self._policy.parameters()).dtype),  # type: ignore[union-attr]
+                "precision": self.trainer.precision,
+                "device": device.type,
+                "device_name": names[device.type](device) if device.type in names else "",
+                "layout": layout_of(self._policy),
+                "layout_version": LAYOUT_VERSION,
+                "attention": self._policy.config.get_text_config()._attn_implementation,  # type: ignore[union-attr]
+                "compiled": self.hparams["compile"],
+                "quantization": self.hparams["quantization"],
+                "torch": torch.__version__,
+                "transformers": versions()["transformers"],
+            }
+        )
+
+    def _digest_of_reference(self) -> str:
+        if not self._reference_digest:
+            named = self._built_reference.named_parameters()
+            self._reference_digest = digest_of_tensors((name, whole(value)) for name, value in named)
+        return self._reference_digest
+
+    def _say_what_is_trained(self) -> None:
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.policy.parameters())
         weights = next(self.policy.parameters()).dtype
+        up, down = self.class_weights or (1.0, 1.0)
         rank_zero_info(
             f"policy: {self.hparams['name_or_path']}, {trained:,} of {total:,} parameters trained, "
             f"weights in {weights}; {self.num_steps()} optimizer steps of {self._rows_per_step()} rows; "
-            f"class weights: up {self.class_weights[0]:.3f}, down {self.class_weights[1]:.3f}"
+            f"class weights: up {up:.3f}, down {down:.3f}"
         )
         rank_zero_info(f"rows of a micro-batch are {self._layout_reason}")
+        if self._trunk is not None:
+            rank_zero_info(f"the first {self._trunk.depth} layers, which nothing trains, run once for both models")
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
@@ -240,6 +427,50 @@ class BCOModule(LightningModule):
         """Forgets the rows of an earlier fit."""
         self.step_rows, self._step_of_rows = [], -1
 
+    def on_train_start(self) -> None:
+        """From here on the policy is not the reference any more."""
+        self.reference.policy_moves()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Gives a micro-batch the reference log-probs that are known, if those of all its rows are."""
+        cache, name = self._reference_cache, self._name_of_dataset()
+        if cache is None or not isinstance(batch, FeedbackBatch):
+            return batch
+        if is_sharded(self.policy) and not cache.is_complete(name):
+            return batch  # a pass through shards takes all processes; one alone cannot leave it out
+        return replace(batch, reference_log_probs_B=cache.lookup(name, batch.row_ids_B))
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Keeps the reference log-probs of a step, after the guard has found it finite, for the epochs that follow."""
+        if self._reference_cache is not None:
+            self._reference_cache.record("train", self.step_rows)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keeps the reference log-probs of the held-out rows."""
+        self._record_evaluated()
+
+    def on_test_epoch_end(self) -> None:
+        """Keeps the reference log-probs of the test rows."""
+        self._record_evaluated()
+
+    def on_predict_epoch_end(self) -> None:
+        """Keeps the reference log-probs of the rows that were scored."""
+        self._record_evaluated()
+
+    def teardown(self, stage: str) -> None:
+        """Puts reference log-probs on disk that are not there yet."""
+        if self._reference_cache is not None:
+            self._reference_cache.write()
+
+    def _name_of_dataset(self) -> str:
+        running = str(self.trainer.state.stage.value)  # type: ignore[union-attr]
+        return "validate" if running == "sanity_check" else running
+
+    def _record_evaluated(self) -> None:
+        if self._reference_cache is not None:
+            self._reference_cache.record(self._name_of_dataset(), self._scored_online)
+        self._scored_online = []
+
     def rewarded_rows(self, batch: FeedbackBatch) -> tuple[Tensor, RewardedRows]:
         """Scores a micro-batch.
 
@@ -249,8 +480,13 @@ class BCOModule(LightningModule):
         Returns:
             The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached.
         """
-        policy_log_probs_B = completion_log_probs(self.policy, batch)
-        reference_log_probs_B = self.reference.log_probs(batch)
+        policy, trunk = self.policy, self._trunk
+        trunk_states_SH = trunk.states(batch) if trunk else None
+        with trunk.left_out() if trunk else nullcontext():
+            policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
+            reference_log_probs_B = batch.reference_log_probs_B
+            if reference_log_probs_B is None:
+                reference_log_probs_B = self.reference.log_probs(batch, trunk_states_SH)
         rewards_B = self.beta * (policy_log_probs_B - reference_log_probs_B)
         losses_B = self.objective(
             rewards_B,
@@ -284,21 +520,29 @@ class BCOModule(LightningModule):
 
     def validation_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
         """The rows of a micro-batch, for the callbacks."""
-        return {"rows": self.rewarded_rows(batch)[1]}
+        return {"rows": self._evaluated(batch)}
 
     def test_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
         """The rows of a micro-batch, for the callbacks."""
-        return {"rows": self.rewarded_rows(batch)[1]}
+        return {"rows": self._evaluated(batch)}
 
     def predict_step(self, batch: FeedbackBatch, batch_idx: int) -> RewardedRows:
         """The rows of a micro-batch, scored."""
-        return self.rewarded_rows(batch)[1]
+        return self._evaluated(batch)
+
+    def _evaluated(self, batch: FeedbackBatch) -> RewardedRows:
+        rows = self.rewarded_rows(batch)[1]
+        if self._reference_cache is not None and batch.reference_log_probs_B is None:
+            self._scored_online.append(rows)
+        return rows
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""
         options = self.hparams
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=options["learning_rate"], weight_decay=options["weight_decay"])
+        optimizer = make_optimizer(
+            options["optimizer"], parameters, lr=options["learning_rate"], weight_decay=options["weight_decay"]
+        )
         num_steps = self.num_steps()
         scheduler = get_scheduler(
             options["lr_schedule"],
@@ -332,6 +576,10 @@ class BCOModule(LightningModule):
         checkpoint["config_digest"] = digest_of_values({**self.hparams, **checkpoint["fingerprints"]})
         checkpoint["accepted_changes"] = list(self._accepted_changes)
         checkpoint["versions"] = versions()
+        if self._reference_cache is not None:
+            # On disk for other runs; in the checkpoint so that this one goes on with the same bits whatever others do.
+            self._reference_cache.write()
+            checkpoint["reference_log_probs"] = self._reference_cache.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the reward shift, and refuses the checkpoint of another run.
@@ -354,6 +602,10 @@ class BCOModule(LightningModule):
         self._refuse_another_run(checkpoint)
         self._recut_progress(checkpoint)
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
+        self.reference.policy_moves()
+        if self._reference_cache is not None and "reference_log_probs" in checkpoint:
+            as_lazy = self.reference_log_probs == "auto" and self.trainer.training
+            self._reference_cache.load_state_dict(checkpoint["reference_log_probs"], unknown_too=as_lazy)
 
     def fingerprints(self) -> dict[str, Any]:
         """What this run is made of: settings that decide its numbers, and digests of reference, tokenizer and rows."""
@@ -408,15 +660,12 @@ class BCOModule(LightningModule):
             counts["completed"] = counts["ready"] - behind
 
     def _own_fingerprints(self) -> dict[str, Any]:
-        if not self._reference_digest:
-            reference = self.reference.named_parameters()
-            self._reference_digest = digest_of_tensors((name, whole(value)) for name, value in reference)
         return {
             **{
                 name: self.hparams[name]
                 for name in ("objective", "beta", "class_weights", "reward_shift_decay", "lora")
             },
-            "reference": self._reference_digest,
+            "reference": self._digest_of_reference(),
             "tokenizer": digest_of_tokenizer(self.tokenizer),
         }
 
@@ -487,3 +736,7 @@ class BCOModule(LightningModule):
             if alignment[key] != ours:
                 rank_zero_info(f"{file}: aligned with {key} {alignment[key]}, evaluated with {ours}.")
         self.reward_shift.load_state_dict(alignment["reward_shift"])
+
+
+def _is_unlimited(limit: float | int) -> bool:
+    return isinstance(limit, float) and limit == 1.0  # as an integer, 1 is one batch

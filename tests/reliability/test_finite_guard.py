@@ -78,7 +78,7 @@ def injected(
     model: str, log: str, folder: str, place: str, value: float, rank: int, micro_batch: int, strategy: str
 ) -> dict[str, Any]:
     inject = Inject(place, value, rank, micro_batch, steps=(3,))
-    module = BCOModule(model, learning_rate=1e-2, dtype="float32")
+    module = BCOModule(model, learning_rate=1e-2, dtype="float32", reference_log_probs="online")
     options = {"accumulate_grad_batches": 4, "devices": 2, "strategy": strategy, "default_root_dir": folder}
     try:
         tiny_fit(
@@ -136,9 +136,11 @@ def test_skipped_steps_are_counted_and_harm_nothing(
 ) -> None:
     for trial in trials([("gradient", math.inf), ("loss", math.nan), ("reference log-probs", -math.inf)], quick=3):
         with trial as (place, value):
-            oracle = LeaveOut(byte_model, learning_rate=1e-2, dtype="float32")
+            online = {"reference_log_probs": "online"}
+            oracle = LeaveOut(byte_model, learning_rate=1e-2, dtype="float32", **online)
             options = {"trainer_options": {"accumulate_grad_batches": 2}, "data_options": {"batch_size": 4}}
             expected = tiny_fit(byte_model, feedback, module=oracle, **options)
+            options["module_options"] = online
             guard = FiniteGuard(policy="skip", max_skipped=3)
             callbacks = [guard, Inject(place, value, rank=0, micro_batch=2, steps=LeaveOut.left_out)]
             with pytest.warns(UserWarning, match="Skipped"):

@@ -186,7 +186,7 @@ def test_resuming_after_one_row_has_changed_is_refused(tiny_model: str, log: str
 def test_gradient_checkpointing_runs_each_layer_forward_again(tiny_model: str, log: str) -> None:
     calls = {}
     for checkpointing in (False, True):
-        module = tiny_module(tiny_model, gradient_checkpointing=checkpointing)
+        module = tiny_module(tiny_model, gradient_checkpointing=checkpointing, reference_log_probs="online")
         count = 0
 
         def counted(*_: Any) -> None:

@@ -10,12 +10,13 @@ import torch
 from bco_lightning.batch import FeedbackBatch, Span
 
 
-def pack_rows(samples: Sequence[Mapping[str, Any]]) -> FeedbackBatch:
+def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True) -> FeedbackBatch:
     """Lays rows out one after the other, without padding; a prompt that several of them share is there once.
 
     Args:
         samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``. The first token of a row
             is never scored, whatever its mask: nothing comes before it.
+        share_prompts: Whether to lay out a prompt once for all its rows.
 
     Returns:
         The micro-batch, its rows in the order given.
@@ -40,7 +41,7 @@ def pack_rows(samples: Sequence[Mapping[str, Any]]) -> FeedbackBatch:
         return span
 
     for prompt, rows in sharing.items():
-        shared = lay_out(prompt) if len(rows) > 1 and prompt else None
+        shared = lay_out(prompt) if share_prompts and len(rows) > 1 and prompt else None
         for number in rows:
             ids = samples[number]["input_ids"]
             row_spans[number] = lay_out(ids[len(prompt) :] if shared else ids, shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +28,7 @@ from bco_lightning.models.adapters import fuse_adapters
 from bco_lightning.packaged import resolve_packaged
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["none", "nf4"]
 REFERENCE_ADAPTER = "reference"
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -119,7 +128,7 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_language_model(name_or_path: str, dtype: torch.dtype, quantization: Quantization = "none") -> PreTrainedModel:
     """Loads a causal language model; an adapter folder comes back as its base model with the adapter merged in.
 
     Dropout is switched off: it would add noise to the log-ratio of policy and reference.
@@ -127,22 +136,26 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedMode
     Args:
         name_or_path: As for :func:`locate_model`. Remote code is never run.
         dtype: Data type of the weights.
+        quantization: ``nf4`` keeps linear layers in four bits by bitsandbytes and computes in ``dtype``.
 
     Returns:
         A transformers ``PreTrainedModel`` in evaluation mode.
 
     Raises:
         LanguageModelError: If it cannot be loaded, or is no decoder-only language model.
+        ConfigError: If it cannot be quantized.
     """
     source = locate_model(name_or_path)
     if source.is_adapter:
-        base = load_language_model(_base_of_adapter(source), dtype)
+        base = load_language_model(_base_of_adapter(source), dtype, quantization)
         return _load_adapter(base, source).merge_and_unload().eval()  # type: ignore[no-any-return]
     # Pickled weights can run code, or be made to crash the reader.
     arguments: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "weights_only": True}
     if source.gguf_file:
         # Packed GGUF blocks can neither be trained nor saved; dequantizing on load gives ordinary weights.
         arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    if quantization == "nf4":
+        arguments["quantization_config"] = _four_bits(source, dtype)
     with _in_words(name_or_path, "causal language model"), _reading(source):
         if not source.gguf_file:
             _check_config(name_or_path, source.location)
@@ -151,7 +164,13 @@ def load_language_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedMode
     return model.eval()  # type: ignore[no-any-return]
 
 
-def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None, seed: int) -> PreTrainedModel:
+def load_policy(
+    name_or_path: str,
+    dtype: torch.dtype,
+    lora: LoraSettings | None,
+    seed: int,
+    quantization: Quantization = "none",
+) -> PreTrainedModel:
     """Loads the policy with exactly its trainable parameters requiring gradients.
 
     An adapter folder with ``lora`` set continues that adapter: it is loaded twice, once to be trained and once,
@@ -162,22 +181,25 @@ def load_policy(name_or_path: str, dtype: torch.dtype, lora: LoraSettings | None
         dtype: Data type of the weights; adapters are float32 whatever it is.
         lora: Adapter settings, or ``None`` for full fine-tuning.
         seed: Seed of the adapters' initial values.
+        quantization: Of the frozen base under the adapters.
 
     Returns:
         The policy, in evaluation mode.
     """
     source = locate_model(name_or_path)
+    if lora is None and quantization != "none":
+        raise ConfigError("model.quantization", f"expected none where all weights are trained, found {quantization}.")
     if lora is None:
         return load_language_model(name_or_path, dtype).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if source.is_adapter:
             _refuse_unswitchable(source)
-            base = load_language_model(_base_of_adapter(source), dtype)
+            base = load_language_model(_base_of_adapter(source), dtype, quantization)
             policy = _load_adapter(base, source, is_trainable=True)
             policy.load_adapter(source.location, REFERENCE_ADAPTER, is_trainable=False)
         else:
-            base = load_language_model(name_or_path, dtype)
+            base = load_language_model(name_or_path, dtype, quantization)
             try:
                 policy = get_peft_model(base, _lora_config(lora, base))
             except ValueError as error:
@@ -232,6 +254,27 @@ def _lora_config(lora: LoraSettings, base: PreTrainedModel) -> LoraConfig:
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )
+
+
+def _four_bits(source: ModelSource, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if source.gguf_file:
+        raise ConfigError("model.quantization", f"expected none for a .gguf file, found nf4 ({source.gguf_file}).")
+    require_bitsandbytes("model.quantization", "nf4")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def require_bitsandbytes(option: str, value: str) -> None:
+    """Checks that an option's library is installed.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            option,
+            f"expected bitsandbytes to be installed for {value}, found that it is not.",
+            'Install it: pip install "bco-lightning[quantized]".',
+        )
 
 
 def _refuse_unswitchable(source: ModelSource) -> None:

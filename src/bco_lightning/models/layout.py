@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bco_lightning.batch import FeedbackBatch, Span
@@ -20,6 +20,25 @@ _PROBE_LENGTH = 6
 def causal_lm_of(model: Any) -> Any:
     """The causal language model itself, without PEFT around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers_of(causal_lm: Any) -> tuple[str, nn.ModuleList]:
+    """The decoder layers and the name of their list; an empty one where they are not one list."""
+    number = causal_lm.config.get_text_config().num_hidden_layers
+    for name, child in causal_lm.base_model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == number:
+            return name, child
+    return "", nn.ModuleList()
+
+
+def compile_layers(model: Any) -> None:
+    """Compiles the decoder layers of a model by ``torch.compile``, for any number of tokens; attention stays outside.
+
+    Args:
+        model: A causal language model, perhaps with PEFT around it.
+    """
+    for layer in decoder_layers_of(causal_lm_of(model))[1]:
+        layer.compile(dynamic=True)
 
 
 def layout_of(model: Any) -> Layout:

@@ -41,6 +41,7 @@ class PackedRows:
         return self._masks[name]
 
 
+@torch.compiler.disable  # a loop over rows would be compiled anew for every number of rows
 def packed_attention(
     module: nn.Module,
     query: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.language_model import REFERENCE_ADAPTER
 from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.models.parallel import is_sharded
 
 
 class Reference:
@@ -22,42 +23,96 @@ class Reference:
 
     It is no module on purpose: a registered reference would enter checkpoints, the optimizer and every wrapper.
 
+    Where it is not the policy with its adapter off, it is a model of its own, which is there only while it is needed:
+    made when first asked for, as a copy of the policy while that is as it came in, later by loading it again.
+
     Args:
-        policy: The policy, before its first step.
-        separate_model: A frozen model to use in place of the policy as it came in.
+        policy: The policy, as it came in.
+        load: Loads the reference.
+        separate: Whether the reference is another model than the policy as it came in.
     """
 
-    def __init__(self, policy: PreTrainedModel, separate_model: PreTrainedModel | None = None) -> None:
-        self._policy = policy
-        if separate_model is None and not hasattr(policy, "peft_config"):
-            separate_model = copy.deepcopy(policy)
-        self._model = separate_model.requires_grad_(False).eval() if separate_model is not None else None
-
-    @torch.no_grad()
-    def log_probs(self, batch: FeedbackBatch) -> Tensor:
-        """Log-probability of each completion, shape ``(B,)``, float32, in nats, without a gradient."""
-        with self.active_model() as model:
-            return completion_log_probs(model, batch)
+    def __init__(self, policy: PreTrainedModel, load: Callable[[], PreTrainedModel], *, separate: bool = False) -> None:
+        self._policy, self._load, self._separate = policy, load, separate
+        self._model: PreTrainedModel | None = None
+        self.watch_policy()
 
     @property
-    def separate_model(self) -> PreTrainedModel | None:
-        """The reference's own model, where it is not the policy with its adapter off."""
+    def is_policy_without_adapter(self) -> bool:
+        """Whether the reference is the policy with its trained adapter switched off, which takes no memory."""
+        return not self._separate and hasattr(self._policy, "peft_config")
+
+    @property
+    def own_model(self) -> PreTrainedModel | None:
+        """The reference's own model, while it is there."""
         return self._model
+
+    @property
+    def policy_is_pristine(self) -> bool:
+        """Whether the policy still is as it came in: nothing was loaded into it, and nothing has changed it."""
+        return self._pristine and self._num_changes() == self._num_changes_before
+
+    def watch_policy(self) -> None:
+        """Takes the policy's weights as they are now for those that it came in with."""
+        self._pristine, self._num_changes_before = True, self._num_changes()
+
+    def policy_moves(self) -> None:
+        """Says that the policy is about to change, by means that cannot be seen from its tensors."""
+        self._pristine = False
+
+    def hold(self) -> None:
+        """Has a model of its own from now on, if the reference is not the policy with its adapter off."""
+        if self.is_policy_without_adapter or self._model is not None:
+            return
+        copied = self.policy_is_pristine and not self._separate and not is_sharded(self._policy)
+        model = copy.deepcopy(self._policy) if copied else self._load()
+        self._model = model.requires_grad_(False).eval()
+
+    def release(self) -> None:
+        """Gives back the memory of the reference's own model."""
+        self._model = None
+
+    @torch.no_grad()
+    def log_probs(self, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
+        """Log-probability of each completion, shape ``(B,)``, float32, in nats, without a gradient.
+
+        Args:
+            batch: A packed micro-batch on the policy's device.
+            trunk_states_SH: What the policy's trunk makes of it, if the policy is without its trunk now.
+        """
+        with self.active_model() as model:
+            shared = trunk_states_SH if self.is_policy_without_adapter else None
+            return completion_log_probs(model, batch, trunk_states_SH=shared)
+
+    @torch.no_grad()
+    def log_probs_by_policy(self, batch: FeedbackBatch) -> Tensor:
+        """Like :meth:`log_probs`, by the policy itself as long as it is the reference: no second model is made."""
+        if self.is_policy_without_adapter or self._separate or not self.policy_is_pristine:
+            return self.log_probs(batch)
+        return completion_log_probs(self._policy, batch)
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """The frozen weights that make up the reference, named alike whatever trains beside them."""
-        if self._model is not None:
-            return list(self._model.named_parameters())
-        return [(name, value) for name, value in self._policy.named_parameters() if not value.requires_grad]
+        if self.is_policy_without_adapter:
+            return [(name, value) for name, value in self._policy.named_parameters() if not value.requires_grad]
+        if self.policy_is_pristine and not self._separate:
+            return [(name, value.detach()) for name, value in self._policy.named_parameters()]
+        self.hold()
+        return list(self._model.named_parameters())  # type: ignore[union-attr]
 
     @contextmanager
     def active_model(self) -> Iterator[PreTrainedModel]:
-        """The reference as a model: a separate one, or the policy with its trained adapter switched off."""
+        """The reference as a model: one of its own, or the policy with its trained adapter switched off."""
+        self.hold()
         if self._model is not None:
             yield self._model.to(next(self._policy.parameters()).device)
         else:
             with _without_trained_adapter(self._policy):
                 yield self._policy
+
+    def _num_changes(self) -> int:
+        """PyTorch counts the changes of a tensor in place, whoever makes them; a move to another device is none."""
+        return sum(parameter._version for parameter in self._policy.parameters())
 
 
 @contextmanager

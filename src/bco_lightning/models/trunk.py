@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bco_lightning.batch import FeedbackBatch, Span
-from bco_lightning.models.layout import causal_lm_of, layout_of, states_of_spans
+from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, layout_of, states_of_spans
 
 _PROBE_LENGTH = 8
 
@@ -33,7 +33,7 @@ class FrozenTrunk:
 
     def states_of_spans(self, input_ids_S: Tensor, position_ids_S: Tensor, spans: Sequence[Span]) -> Tensor:
         """:meth:`states` of token ids."""
-        name, layers = _layers_of(self._causal_lm)
+        name, layers = decoder_layers_of(self._causal_lm)
         caught: list[Tensor] = []
         last = layers[self.depth - 1]
         hook = last.register_forward_hook(lambda _m, _i, out: caught.append(out if isinstance(out, Tensor) else out[0]))
@@ -47,7 +47,7 @@ class FrozenTrunk:
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Within it the model is what stands on the trunk, and takes trunk states in place of tokens."""
-        name, layers = _layers_of(self._causal_lm)
+        name, layers = decoder_layers_of(self._causal_lm)
         with _only(self._causal_lm.base_model, name, layers[self.depth :]):
             yield
 
@@ -63,7 +63,7 @@ def find_trunk(model: Any) -> FrozenTrunk | None:
         architectures scale what comes in place of tokens, or give each layer its number.
     """
     causal_lm = causal_lm_of(model)
-    _, layers = _layers_of(causal_lm)
+    _, layers = decoder_layers_of(causal_lm)
     trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
     others = [parameter for name, parameter in causal_lm.base_model.named_parameters() if parameter.requires_grad]
     inside = sum(parameter.requires_grad for layer in layers for parameter in layer.parameters())
@@ -87,15 +87,6 @@ def _stands_for_tokens(trunk: FrozenTrunk, causal_lm: Any) -> bool:
     except Exception:  # whatever an architecture makes of fewer layers
         return False
     return bool((cut.float() - whole.float()).norm() <= 1e-5 * whole.float().norm())
-
-
-def _layers_of(causal_lm: Any) -> tuple[str, Any]:
-    """The decoder layers and their name; an empty list where they are not one list."""
-    number = causal_lm.config.get_text_config().num_hidden_layers
-    for name, child in causal_lm.base_model.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == number:
-            return name, child
-    return "", nn.ModuleList()
 
 
 @contextmanager

@@ -1,0 +1,38 @@
+"""AdamW in its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from bco_lightning.models.language_model import require_bitsandbytes
+
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+_FUSED = {"cpu", "cuda", "mps", "xpu"}
+
+
+def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], **options: Any) -> Optimizer:
+    """An optimizer of what is trained.
+
+    Args:
+        name: ``adamw`` updates all weights in one pass; ``adamw_8bit`` keeps its moments in eight bits, a quarter of
+            the memory; ``paged_adamw_8bit`` also lets them move to host memory, under CUDA.
+        parameters: Float32 or bfloat16 parameters.
+        options: Learning rate and weight decay.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ConfigError: If its library is not installed.
+    """
+    if name == "adamw":
+        return AdamW(parameters, fused=all(parameter.device.type in _FUSED for parameter in parameters), **options)
+    require_bitsandbytes("model.optimizer", name)
+    import bitsandbytes
+
+    kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[name](parameters, **options)  # type: ignore[no-any-return]

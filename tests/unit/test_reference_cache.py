@@ -1,0 +1,352 @@
+"""Reference log-probs are computed once, found again by content, and give the run that computing them anew gives."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from lightning.pytorch import Callback
+
+from bco_lightning import BCOModule, LoraSettings, reference_cache
+from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.models.reference import Reference
+from bco_lightning.reference_cache import keys_and_lengths
+from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
+from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
+
+FULL: dict[str, Any] = {"lora": None, "learning_rate": 1e-3}
+LORA: dict[str, Any] = {"lora": LoraSettings(r=4), "learning_rate": 1e-3}
+
+
+class Passes:
+    """Counts passes through the reference, copies of it, and loads of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows = self.models = 0
+        score, by_policy, hold = Reference.log_probs, Reference.log_probs_by_policy, Reference.hold
+
+        def counted(inner: Any, reference: Reference, batch: Any) -> Any:
+            self.rows += len(batch)
+            return inner(reference, batch)
+
+        def held(reference: Reference) -> None:
+            before = reference.own_model
+            hold(reference)
+            self.models += before is None and reference.own_model is not None
+
+        def policy_or_own(reference: Reference, batch: Any) -> Any:
+            if reference.is_policy_without_adapter or not reference.policy_is_pristine:
+                return by_policy(reference, batch)  # which is counted below
+            return counted(by_policy, reference, batch)
+
+        monkeypatch.setattr(Reference, "log_probs", lambda reference, batch: counted(score, reference, batch))
+        monkeypatch.setattr(Reference, "log_probs_by_policy", policy_or_own)
+        monkeypatch.setattr(Reference, "hold", held)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
+    return Passes(monkeypatch)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def fit(model: str, log: str, *, epochs: int = 2, trainer: Any = None, data: Any = None, **options: Any) -> Any:
+    losses, module = Losses(), tiny_module(model, **options)
+    tiny_trainer(**{"max_epochs": epochs, "callbacks": [losses], **(trainer or {})}).fit(
+        module, tiny_data(log, **(data or {}))
+    )
+    return module, losses.values
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("mode", ["auto", "cached"])
+def test_a_run_with_cached_values_has_the_losses_of_one_that_computes_them(
+    mode: str, kind: dict[str, Any], layout: str, tiny_model: str, log: str
+) -> None:
+    _, expected = fit(tiny_model, log, reference_log_probs="online", layout=layout, **kind)
+    _, found = fit(tiny_model, log, reference_log_probs=mode, layout=layout, **kind)
+    assert len(found) == 12
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
+def test_cached_values_are_those_of_the_model_that_came_in(kind: dict[str, Any], tiny_model: str, log: str) -> None:
+    module, _ = fit(tiny_model, log, **kind)
+    fresh, cache = tiny_module(tiny_model, **kind), module._reference_cache
+    data = tiny_data(log, tokenizer=fresh.tokenizer)
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        found = cache.lookup("train", batch.row_ids_B)
+        assert torch.allclose(found, fresh.reference.log_probs(batch), atol=1e-5 * 64, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
+def test_a_second_run_makes_no_pass_and_no_second_model(
+    kind: dict[str, Any], tiny_model: str, log: str, passes: Passes
+) -> None:
+    _, first = fit(tiny_model, log, **kind)
+    # In two epochs with two validations each row once; a step that fills up with the next pass computes 3 rows again.
+    computed = passes.rows
+    assert computed == (24 if kind is FULL else 27)
+    _, second = fit(tiny_model, log, **kind)
+    assert (passes.rows, passes.models) == (computed, 0)
+    assert second == first
+
+
+def test_online_reads_and_writes_nothing(tiny_model: str, log: str, passes: Passes) -> None:
+    fit(tiny_model, log, reference_log_probs="online", **FULL)
+    assert passes.models == 1
+    assert passes.rows == 2 * 27
+    assert not list(Path(os.environ["BCO_CACHE"]).iterdir())
+
+
+def test_a_run_of_less_than_an_epoch_computes_only_what_it_sees(tiny_model: str, log: str, passes: Passes) -> None:
+    fit(tiny_model, log, trainer={"max_epochs": -1, "max_steps": 2, "limit_val_batches": 0}, **FULL)
+    assert (passes.rows, passes.models) == (8, 1)
+    fit(tiny_model, log, trainer={"max_epochs": -1, "max_steps": 2, "limit_val_batches": 0}, **FULL)
+    assert passes.rows == 8
+
+
+def test_a_changed_row_is_computed_and_the_others_are_found(
+    tiny_model: str, rows: list[dict[str, Any]], tmp_path: Path, passes: Passes
+) -> None:
+    fit(tiny_model, write_jsonl(tmp_path / "one.jsonl", rows), data={"validation_fraction": 0.0}, **FULL)
+    rows[3]["completion"] += "!"
+    fit(tiny_model, write_jsonl(tmp_path / "two.jsonl", rows[::-1]), data={"validation_fraction": 0.0}, **FULL)
+    assert passes.rows == 24 + 1
+
+
+@pytest.mark.parametrize("change", ["weight", "dtype", "layout", "precision", "version"])
+def test_values_of_another_reference_or_way_of_computing_are_not_used(
+    change: str, tiny_model: str, log: str, tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tiny_model, log, **FULL)
+    if change == "weight":
+        other = tiny_module(tiny_model, **FULL)
+        with torch.no_grad():
+            next(other.policy.parameters())[7, 3] += 1e-3
+        other.policy.save_pretrained(tmp_path / "other")
+        other.tokenizer.save_pretrained(tmp_path / "other")
+        tiny_model = str(tmp_path / "other")
+    if change == "version":
+        monkeypatch.setattr("bco_lightning.module.LAYOUT_VERSION", 1000)
+    options = {"dtype": {"dtype": "bfloat16"}, "layout": {"layout": "padded"}}.get(change, {})
+    fit(
+        tiny_model, log, trainer={"precision": "bf16-mixed" if change == "precision" else "32-true"},
+        **{**FULL, **options},
+    )  # fmt: skip
+    assert passes.rows == 48
+
+
+def test_a_pass_that_was_killed_goes_on(
+    tiny_model: str, log: str, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_cache, "_BATCH_TOKENS", 200)
+    monkeypatch.setattr(reference_cache, "_SECONDS_BETWEEN_WRITES", 0.0)
+    score = Reference.log_probs_by_policy
+
+    def killed_later(reference: Reference, batch: Any) -> Any:
+        if passes.rows >= 12:
+            raise KeyboardInterrupt
+        return score(reference, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reference, "log_probs_by_policy", killed_later)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(tiny_model, log, **FULL)
+    assert 12 <= passes.rows < 24
+    fit(tiny_model, log, **FULL)
+    assert passes.rows == 24
+
+
+def test_a_row_whose_value_is_not_finite_is_computed_by_the_step_that_needs_it(
+    tiny_model: str, log: str, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Reference.log_probs_by_policy
+    monkeypatch.setattr(
+        Reference, "log_probs_by_policy", lambda r, batch: score(r, batch).where(batch.row_ids_B != 5, torch.nan)
+    )
+    with pytest.warns(UserWarning, match="1 reference log-probs are not finite"):
+        _, losses = fit(tiny_model, log, epochs=1, data={"validation_fraction": 0.0}, **FULL)
+    assert np.isfinite(losses).all()
+    assert passes.models == 1
+    assert passes.rows == 24 + 4
+
+
+def test_a_second_fit_of_the_same_module_still_compares_with_the_model_that_came_in(
+    tiny_model: str, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    first, other = (write_jsonl(tmp_path / f"{n}.jsonl", rows[n::2]) for n in (0, 1))
+    module, _ = fit(tiny_model, first, data={"validation_fraction": 0.0}, **FULL)
+    data = tiny_data(other, validation_fraction=0.0)
+    tiny_trainer(max_epochs=1).fit(module, data)
+    batch = next(iter(data.train_dataloader()))
+    expected = tiny_module(tiny_model, **FULL).reference.log_probs(batch)
+    assert torch.allclose(module._reference_cache.lookup("train", batch.row_ids_B), expected, atol=1e-4)
+    assert module.reference.own_model is None  # it was loaded, and given back
+
+
+def test_a_reference_whose_files_have_changed_is_refused(tiny_model: str, log: str, tmp_path: Path) -> None:
+    source = tiny_module(tiny_model, **FULL)
+    source.policy.save_pretrained(tmp_path / "model")
+    source.tokenizer.save_pretrained(tmp_path / "model")
+    module, _ = fit(str(tmp_path / "model"), log, **FULL)
+    with torch.no_grad():
+        next(source.policy.parameters())[7, 3] += 1
+    source.policy.save_pretrained(tmp_path / "model")
+    with pytest.raises(Exception, match="expected the weights that the reference had when the run began"):
+        module.reference.hold()
+
+
+def test_validating_a_full_checkpoint_uses_what_training_left(
+    tiny_model: str, log: str, tmp_path: Path, passes: Passes
+) -> None:
+    options = {"validation_fraction": 0.5}
+    module = tiny_module(tiny_model, **FULL)
+    trainer = tiny_trainer(max_epochs=1)
+    trainer.fit(module, tiny_data(log, **options))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    (expected,) = trainer.validate(module, tiny_data(log, **options), verbose=False)
+    before = passes.rows
+    (values,) = tiny_trainer().validate(
+        tiny_module(tiny_model, **FULL), tiny_data(log, **options), ckpt_path=str(tmp_path / "x.ckpt"),
+        weights_only=True, verbose=False,
+    )  # fmt: skip
+    assert values == expected
+    assert values["val/rewards/margins"] != 0
+    assert (passes.rows, passes.models) == (before, 0)
+
+
+def test_validating_without_a_cache_compares_with_the_model_before_the_checkpoint(
+    tiny_model: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny_module(tiny_model, **FULL)
+    trainer = tiny_trainer(max_epochs=1)
+    trainer.fit(module, tiny_data(log, validation_fraction=0.5))
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    values = []
+    for mode in ("online", "auto"):
+        monkeypatch.setenv("BCO_CACHE", str(tmp_path / mode))
+        values += tiny_trainer().validate(
+            tiny_module(tiny_model, reference_log_probs=mode, **FULL), tiny_data(log, validation_fraction=0.5),
+            ckpt_path=str(tmp_path / "x.ckpt"), weights_only=True, verbose=False,
+        )  # fmt: skip
+    assert values[1] == pytest.approx(values[0], abs=1e-5)
+
+
+def test_a_named_reference_is_given_back_after_its_pass(
+    tiny_model: str, log: str, tmp_path: Path, passes: Passes
+) -> None:
+    other = make_model(tmp_path / "other", seed=1)
+    data = {"tokenizer": tiny_module(other).tokenizer, "max_length": 200}
+    _, expected = fit(
+        other, log, data=data, reference_name_or_path=make_model(tmp_path / "third", seed=2),
+        reference_log_probs="online", **FULL,
+    )  # fmt: skip
+    module, found = fit(other, log, data=data, reference_name_or_path=str(tmp_path / "third"), **FULL)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert module.reference.own_model is None
+
+
+class _Kill(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("kind", [None, LoraSettings(r=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["alone", "another run between"])
+def test_a_killed_run_goes_on_with_the_same_values_to_the_bit(
+    kind: Any, meanwhile: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
+    run = partial(tiny_fit, model, log, module_options={"lora": kind})
+    monkeypatch.setenv("BCO_CACHE", str(tmp_path / "one"))
+    whole = run()
+    monkeypatch.setenv("BCO_CACHE", str(tmp_path / "two"))
+    checkpoint = RunCheckpoint(every_n_steps=5)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(callbacks=[checkpoint, _Kill(8)])
+    if meanwhile:  # what it leaves of rows that the killed run had not seen rounds differently
+        run(module_options={"lora": kind, "reference_log_probs": "cached"})
+    resumed = run(callbacks=[RunCheckpoint(every_n_steps=5)], ckpt_path=str(checkpoint.saved))
+    for name in ("weights", "moments", "shift"):
+        assert_same(resumed[name], whole[name], name)
+
+
+def two_processes(model: str, log: str, cache: str, strategy: str, lora: bool) -> dict[str, Any]:
+    # Each process has a disk of its own.
+    os.environ["BCO_CACHE"] = f"{cache}.{os.environ.get('RANK', '0')}"
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    reference_cache._BATCH_TOKENS = 400  # several passes, which do not divide
+    module = BCOModule(model, learning_rate=1e-3, dtype="float32", lora=LoraSettings(r=2) if lora else None)
+    result = tiny_fit(
+        model, log, module=module, trainer_options={"devices": ranks, "strategy": strategy if ranks > 1 else "auto"},
+        data_options={"batch_size": 8 // ranks, "validation_files": log},
+    )  # fmt: skip
+    return {**result, "known": torch.from_numpy(module._reference_cache._values)}
+
+
+@pytest.mark.parametrize(("strategy", "lora"), [("ddp", False), ("ddp", True), ("fsdp2", False), ("fsdp2", True)])
+def test_two_processes_know_the_values_of_one(strategy: str, lora: bool, tmp_path: Path) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl", num_rows=32)
+    fit_it = partial(two_processes, model, log, str(tmp_path / "cache"), strategy, lora)
+    (one,) = finish(start(fit_it, folder=tmp_path / "1"), tmp_path / "1")
+    for number in (0, 1):
+        for file in (tmp_path / f"cache.{number}").rglob("*.npy"):
+            file.unlink()
+    first, second = finish(start(fit_it, ranks=2, folder=tmp_path / "2"), tmp_path / "2")
+    assert_same(first["known"], second["known"])
+    assert torch.allclose(first["known"], one["known"], atol=1e-4)
+    for name, value in one["weights"].items():
+        assert torch.allclose(first["weights"][name], value, atol=1e-5), name
+
+
+def test_prompts_are_shared_only_where_rounding_allows(
+    tiny_model: str, log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, score = [], Reference.log_probs_by_policy
+
+    def noted(reference: Reference, batch: Any) -> Any:
+        shared.append(any(span.prefix for span in batch.spans))
+        return score(reference, batch)
+
+    monkeypatch.setattr(Reference, "log_probs_by_policy", noted)
+    for dtype in ("float32", "bfloat16"):
+        fit(tiny_model, log, epochs=1, dtype=dtype, data={"validation_fraction": 0.0}, **FULL)
+    assert shared == [True, False]
+
+
+def test_keys_depend_on_tokens_and_mask_alone() -> None:
+    rows = [
+        {"input_ids": [1, 2, 3], "completion_mask": [False, False, True], "thumbs_up": True},
+        {"input_ids": [1, 2, 3], "completion_mask": [False, False, True], "thumbs_up": False},
+        {"input_ids": [1, 2, 3], "completion_mask": [False, True, True], "thumbs_up": True},
+        {"input_ids": [1, 2, 3, 4], "completion_mask": [False, False, True, True], "thumbs_up": True},
+        {"input_ids": [1, 2, 259], "completion_mask": [False, False, True], "thumbs_up": True},
+    ]
+    dataset = Dataset.from_list(rows * 300)
+    keys, lengths = keys_and_lengths(dataset)
+    assert len(keys) == len(lengths) == 1500
+    assert (keys[:5] == keys[-5:]).all()
+    assert [list(keys[:5]).index(key) for key in keys[:5]] == [0, 0, 2, 3, 4]
+    assert lengths[:5].tolist() == [3, 3, 3, 4, 3]
+    shuffled, _ = keys_and_lengths(dataset.select(range(1499, -1, -1)))
+    assert (shuffled == keys[::-1]).all()
