@@ -73,8 +73,8 @@ DEFECTS = [
     ),
     Defect(
         "R3", "the order depends on the number of workers", "data/datamodule.py",
-        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed)",
-        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed + self.num_workers)",
+        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed, groups)",
+        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed + self.num_workers, groups)",
         (f"{RESUME}::test_the_rows_of_a_step_do_not_depend_on_plumbing",),
     ),
     Defect(

@@ -99,6 +99,7 @@ class FeedbackBatch:
         row_spans: The span that each row ends with.
         reference_log_probs_B: Log-probability of each completion under the reference, in nats, float32, where it is
             known; else it is computed.
+        trunk_states_SH: What comes out of the policy's frozen trunk, in the policy's data type, where it is known.
     """
 
     input_ids_S: Tensor
@@ -112,6 +113,7 @@ class FeedbackBatch:
     spans: tuple[Span, ...]
     row_spans: tuple[Span, ...]
     reference_log_probs_B: Tensor | None = None
+    trunk_states_SH: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row_spans)

@@ -51,6 +51,7 @@ _SECRET_VALUE = re.compile(
 )
 _MAY_NAME_CLASSES = ("strategy", "accelerator", "profiler")
 _READ_FROM = ("config", "ckpt_path", "data", "model")
+_WRITTEN_TO = {("model", "cache_folder")}
 _STRUCTURE = re.compile(r"(?:^|(?<=\.))(?:init_args|dict_kwargs|\d+)(?:\.|$)")
 
 _load_plain_yaml = get_loader("yaml")
@@ -332,7 +333,8 @@ def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
 def _refuse_places_outside(options: Namespace, arguments: Sequence[str]) -> None:
     chosen = _chosen_by_user(arguments)
     for path, leaf in _leaves(options):
-        if path[0] in _READ_FROM or path[-1] in ("class_path", "__path__") or not isinstance(leaf, (str, os.PathLike)):
+        read_only = path[0] in _READ_FROM and path not in _WRITTEN_TO
+        if read_only or path[-1] in ("class_path", "__path__") or not isinstance(leaf, (str, os.PathLike)):
             continue
         option, text = _STRUCTURE.sub("", ".".join(path)).rstrip("."), str(leaf)
         by_user = any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)

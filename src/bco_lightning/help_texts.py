@@ -23,7 +23,10 @@ from typing import Any
 COMMANDS = ("fit", "validate", "test", "predict", "export")
 FILE = Path(__file__).with_name("help_texts.json")
 _SOURCE = Path(__file__).parent
-_WITH_OPTIONS = ("cli.py", "module.py", "data/datamodule.py", "data/feedback_row.py", "models/language_model.py")
+_WITH_OPTIONS = (
+    "cli.py", "module.py", "optimizers.py", "models/language_model.py",
+    "data/datamodule.py", "data/feedback_row.py", "data/loading.py", "data/tokenization.py",
+)  # fmt: skip
 
 
 def answer(arguments: Sequence[str]) -> int | None:
@@ -78,7 +81,8 @@ def _packaged() -> dict[str, Any] | None:
 def made_from() -> dict[str, str]:
     """Versions of the libraries that write the help, and a digest of this package's part of it.
 
-    The digest is one of docstrings, fields and constructors of classes, and of the command line's own file.
+    The digest is one of docstrings, fields and constructors of classes, of named choices, and of the command line's own
+    file.
     """
     digest = hashlib.sha256()
     for path in [*(_SOURCE / name for name in _WITH_OPTIONS), *sorted((_SOURCE / "callbacks").glob("*.py"))]:
@@ -94,6 +98,8 @@ def _option_texts(path: Path) -> Iterator[str]:
         return
     lines = text.splitlines()
     for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and "Literal[" in ast.unparse(node):
+            yield ast.unparse(node)
         if isinstance(node, ast.ClassDef):
             yield ast.get_docstring(node) or ""
             for part in node.body:

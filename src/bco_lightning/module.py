@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -28,6 +30,7 @@ from bco_lightning.fingerprints import (
     versions,
 )
 from bco_lightning.models.language_model import (
+    REFERENCE_ADAPTER,
     Dtype,
     LoraSettings,
     Quantization,
@@ -48,10 +51,12 @@ from bco_lightning.reference_cache import LAYOUT_VERSION, ReferenceCache
 from bco_lightning.reference_store import ReferenceStore, cache_root
 from bco_lightning.reward_shift import RewardShift
 from bco_lightning.seeding import chosen_seed
+from bco_lightning.trunk_cache import TrunkCache
 
 ReferenceLogProbs = Literal["auto", "online", "cached"]
 ReferencePlan = Literal["online", "known", "before", "lazily"]
 ALIGNMENT_FILE = "bco.json"
+_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version")
 
 
 class BCOModule(LightningModule):
@@ -89,6 +94,8 @@ class BCOModule(LightningModule):
             before the first step where that saves a second model and the run sees every row, else as steps need it.
         cache_folder: Where they are kept: numbers and hashes, nothing that users wrote. ``BCO_CACHE`` in the
             environment, or ``~/.cache/bco_lightning``, if left out.
+        cache_trunk: Keep what comes out of the layers below ``lora.top_layers`` in the temporary folder, for later
+            epochs; the size is printed. A resumed run then agrees to rounding, not to the bit.
         seed: Seed of the adapters' initial values; that of ``seed_everything`` if left out.
 
     Raises:
@@ -116,6 +123,7 @@ class BCOModule(LightningModule):
         layout: Literal["auto", "packed", "padded"] = "auto",
         reference_log_probs: ReferenceLogProbs = "auto",
         cache_folder: str | None = None,
+        cache_trunk: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -156,6 +164,7 @@ class BCOModule(LightningModule):
         # No hyperparameters: how a number is come by is no part of what a run is.
         self.reference_log_probs: ReferenceLogProbs = reference_log_probs
         self.cache_folder = cache_folder
+        self.cache_trunk = cache_trunk
         self.lora = lora
         self.beta = beta
         self.objective = OBJECTIVES[objective]
@@ -169,6 +178,7 @@ class BCOModule(LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
         self._layout_reason = ""
         self._trunk: FrozenTrunk | None = None
+        self._trunk_cache: TrunkCache | None = None
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._reference_cache: ReferenceCache | None = None
@@ -266,6 +276,7 @@ class BCOModule(LightningModule):
             raise LanguageModelError(
                 name, "expected the weights that the reference had when the run began, found others.", "Restore them."
             )
+        check_head(model)
         choose_layout(model, self.hparams["layout"])
         if self.hparams["compile"]:
             compile_layers(model)
@@ -296,6 +307,11 @@ class BCOModule(LightningModule):
         reference, self._reference_cache = self._built_reference, None
         self._scored_online = []
         datasets = self._scored_datasets(stage)
+        if self.reference_log_probs == "cached" and stage == "fit" and not datasets:
+            raise ConfigError(
+                "model.reference_log_probs",
+                "expected auto or online where no FeedbackDataModule is used, found cached.",
+            )
         if self.reference_log_probs == "online" or not datasets:
             reference.hold()
             return "online"
@@ -332,10 +348,10 @@ class BCOModule(LightningModule):
             f"reference log-probs: {cache.num_rows - unknown:,} of {cache.num_rows:,} known from {folder}, {why}"
         )
         if plan == "before":
-            # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone, which is how
-            # it mostly stands in the shuffled micro-batches of training; apart from that their make-up changes no bit.
-            exact = self.trainer.precision == "32-true" and next(self.policy.parameters()).dtype == torch.float32
-            cache.compute(self._score_by_reference, by_length=self.layout == "padded", share_prompts=exact)
+            # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone.
+            cache.compute(
+                self._score_by_reference, by_length=self.layout == "padded", share_prompts=self._shares_prompts()
+            )
             self.reference.release()
             if cache.num_unknown:
                 rank_zero_warn(f"{cache.num_unknown:,} reference log-probs are not finite; steps compute them again.")
@@ -364,18 +380,27 @@ class BCOModule(LightningModule):
     def _sees_every_row(self, stage: str) -> bool:
         trainer = self.trainer
         if stage != "fit":
-            limit = {"validate": "val"}.get(stage, stage)
-            return _is_unlimited(getattr(trainer, f"limit_{limit}_batches"))
-        whole_validation = not trainer.enable_validation or _is_unlimited(trainer.limit_val_batches)
-        return whole_validation and self.num_steps() >= trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+            limits = {
+                "validate": trainer.limit_val_batches,
+                "test": trainer.limit_test_batches,
+                "predict": trainer.limit_predict_batches,
+            }
+            return _is_unlimited(limits[stage])
+        steps_per_epoch: int = trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
+        return self.num_steps() >= steps_per_epoch
 
     def _key_of_reference_log_probs(self) -> str:
         """A digest of all that a reference log-prob depends on besides its row, to the last bit."""
         device = self.trainer.strategy.root_device
-        names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: torch.backends.cpu.get_cpu_capability()}
+        names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: str(torch.cpu.get_capabilities())}
+        config, adapters = self._policy.config, getattr(self._policy, "peft_config", {})  # type: ignore[union-attr]
+        came_in = adapters[REFERENCE_ADAPTER].to_dict() if REFERENCE_ADAPTER in adapters else {}
         return digest_of_values(
             {
                 "reference": self._digest_of_reference(),
+                "config": {n: v for n, v in config.to_dict().items() if n not in _NO_PART_OF_A_MODEL},
+                "adapter": {n: str(v) for n, v in came_in.items()},
+                "shared_prompts": self._shares_prompts(),
                 "dtype": str(next(self._policy.parameters()).dtype),  # type: ignore[union-attr]
                 "precision": self.trainer.precision,
                 "device": device.type,
@@ -386,9 +411,12 @@ class BCOModule(LightningModule):
                 "compiled": self.hparams["compile"],
                 "quantization": self.hparams["quantization"],
                 "torch": torch.__version__,
-                "transformers": versions()["transformers"],
+                "versions": {name: versions()[name] for name in ("bco-lightning", "transformers", "peft")},
             }
         )
+
+    def _shares_prompts(self) -> bool:
+        return bool(getattr(getattr(self._trainer, "datamodule", None), "group_by_prompt", False))
 
     def _digest_of_reference(self) -> str:
         if not self._reference_digest:
@@ -409,6 +437,8 @@ class BCOModule(LightningModule):
         rank_zero_info(f"rows of a micro-batch are {self._layout_reason}")
         if self._trunk is not None:
             rank_zero_info(f"the first {self._trunk.depth} layers, which nothing trains, run once for both models")
+        if self.cache_trunk:
+            self._trunk_cache = self._make_trunk_cache()
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
@@ -417,6 +447,30 @@ class BCOModule(LightningModule):
         guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         # The monitor goes first: a step's rows are measured with the shift that their losses were computed with.
         return [*([] if guarded else [FiniteGuard()]), ImplicitRewardMonitor(), RewardShiftUpdate()]
+
+    def _make_trunk_cache(self) -> TrunkCache:
+        data = getattr(self._trainer, "datamodule", None)
+        if self._trunk is None or data is None:
+            raise ConfigError(
+                "model.cache_trunk",
+                "expected a packed model whose lower layers nothing trains, and a FeedbackDataModule; found none.",
+                "Set model.lora.top_layers, or leave cache_trunk out.",
+            )
+        policy = self.policy
+        cache = TrunkCache(data.train_lengths, policy.config.get_text_config().hidden_size, policy.dtype)
+        folder, needed = tempfile.gettempdir(), cache.num_bytes / 2**20
+        free = shutil.disk_usage(folder).free / 2**20
+        if needed > free:
+            raise ConfigError(
+                "model.cache_trunk",
+                f"expected {needed:,.0f} MiB in {folder}, found {free:,.0f} MiB.",
+                "Set TMPDIR to a folder with room, or leave cache_trunk out.",
+            )
+        rank_zero_info(
+            f"what comes out of them is kept for later epochs: up to {needed:,.0f} MiB of {free:,.0f} MiB in the "
+            f"temporary folder ({folder}), for each process"
+        )
+        return cache
 
     @property
     def decision_threshold(self) -> float:
@@ -432,8 +486,10 @@ class BCOModule(LightningModule):
         self.reference.policy_moves()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Gives a micro-batch the reference log-probs that are known, if those of all its rows are."""
+        """Gives a micro-batch the reference log-probs and trunk states that are known, if those of all its rows are."""
         cache, name = self._reference_cache, self._name_of_dataset()
+        if self._trunk_cache is not None and isinstance(batch, FeedbackBatch) and self.trainer.training:
+            batch = replace(batch, trunk_states_SH=self._trunk_cache.lookup(batch))
         if cache is None or not isinstance(batch, FeedbackBatch):
             return batch
         if is_sharded(self.policy) and not cache.is_complete(name):
@@ -454,8 +510,10 @@ class BCOModule(LightningModule):
         self._record_evaluated()
 
     def on_predict_epoch_end(self) -> None:
-        """Keeps the reference log-probs of the rows that were scored."""
-        self._record_evaluated()
+        """Keeps the reference log-probs of the rows that were scored; a process without rows does not come here."""
+        if self._reference_cache is not None:
+            self._reference_cache.keep(self._name_of_dataset(), self._scored_online)
+        self._scored_online = []
 
     def teardown(self, stage: str) -> None:
         """Puts reference log-probs on disk that are not there yet."""
@@ -481,7 +539,7 @@ class BCOModule(LightningModule):
             The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached.
         """
         policy, trunk = self.policy, self._trunk
-        trunk_states_SH = trunk.states(batch) if trunk else None
+        trunk_states_SH = self._trunk_states(batch)
         with trunk.left_out() if trunk else nullcontext():
             policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
             reference_log_probs_B = batch.reference_log_probs_B
@@ -503,6 +561,14 @@ class BCOModule(LightningModule):
             completion_lengths_B=batch.completion_lengths,
             row_ids_B=batch.row_ids_B,
         )
+
+    def _trunk_states(self, batch: FeedbackBatch) -> Tensor | None:
+        if self._trunk is None or batch.trunk_states_SH is not None:
+            return batch.trunk_states_SH
+        states_SH = self._trunk.states(batch)
+        if self._trunk_cache is not None and self.trainer.training:
+            self._trunk_cache.record(batch, states_SH)
+        return states_SH
 
     def training_step(self, batch: FeedbackBatch, batch_idx: int) -> Tensor:
         """The weighted loss of a micro-batch; its rows join ``step_rows``, which holds those of one optimizer step.
@@ -665,6 +731,7 @@ class BCOModule(LightningModule):
                 name: self.hparams[name]
                 for name in ("objective", "beta", "class_weights", "reward_shift_decay", "lora")
             },
+            **({"optimizer": self.hparams["optimizer"]} if self.hparams["optimizer"] != "adamw" else {}),
             "reference": self._digest_of_reference(),
             "tokenizer": digest_of_tokenizer(self.tokenizer),
         }

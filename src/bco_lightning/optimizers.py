@@ -30,7 +30,11 @@ def make_optimizer(name: OptimizerName, parameters: Sequence[nn.Parameter], **op
         ConfigError: If its library is not installed.
     """
     if name == "adamw":
-        return AdamW(parameters, fused=all(parameter.device.type in _FUSED for parameter in parameters), **options)
+        optimizer = AdamW(parameters, fused=all(p.device.type in _FUSED for p in parameters), **options)
+        # Left to itself, a fused optimizer takes the scaling of float16 gradients upon itself, so that Lightning
+        # refuses to clip them under any mixed precision.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
     require_bitsandbytes("model.optimizer", name)
     import bitsandbytes
 

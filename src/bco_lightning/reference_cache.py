@@ -48,6 +48,14 @@ def keys_and_lengths(dataset: Dataset) -> tuple[np.ndarray[Any, Any], np.ndarray
     return np.frombuffer(bytes(keys), dtype=RECORD["key"]), np.concatenate(lengths)
 
 
+def _ids_and_values(scored: Sequence[RewardedRows]) -> Tensor:
+    pairs = [torch.empty(0, 2, dtype=torch.float64)]
+    for rows in scored:
+        ids_B, values_B = rows.row_ids_B.cpu().double(), rows.reference_log_probs_B.cpu().double()
+        pairs.append(torch.stack([ids_B, values_B], dim=1))
+    return torch.cat(pairs)
+
+
 class ReferenceCache:
     """What is known of the reference's log-probabilities on some data sets; the same in every process.
 
@@ -116,14 +124,16 @@ class ReferenceCache:
         """
         if name not in self._slots or self.is_complete(name):
             return
-        pairs = [torch.empty(0, 2, dtype=torch.float64)]
-        for rows in scored:
-            ids_B, values_B = rows.row_ids_B.cpu().double(), rows.reference_log_probs_B.cpu().double()
-            pairs.append(torch.stack([ids_B, values_B], dim=1))
-        row_ids, values = gather_rows_over_ranks(torch.cat(pairs), self._trainer).numpy().T
+        row_ids, values = gather_rows_over_ranks(_ids_and_values(scored), self._trainer).numpy().T
         self._put(self._slots[name][row_ids.astype(np.int64)], values)
         if not self._trainer.is_global_zero:
             self._unsaved[:] = False  # the first process writes for all
+
+    def keep(self, name: str, scored: Sequence[RewardedRows]) -> None:
+        """Like :meth:`record`, of this process alone, for ends that not every process comes to."""
+        if name in self._slots:
+            row_ids, values = _ids_and_values(scored).numpy().T
+            self._put(self._slots[name][row_ids.astype(np.int64)], values)
 
     def write(self) -> None:
         """Puts on disk what is not there yet."""

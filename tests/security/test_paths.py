@@ -54,6 +54,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "trainer.profiler.dirpath",
     ),
+    "reference log-probs, absolute": ({"model": {"cache_folder": "OUTSIDE/cache"}}, "model.cache_folder"),
+    "reference log-probs, climbing": ({"model": {"cache_folder": "../outside"}}, "model.cache_folder"),
     "predictions, absolute": ({"predictions": {"path": "OUTSIDE/scores.jsonl"}}, "predictions.path"),
     "predictions, climbing": ({"predictions": {"path": "../outside/keep.txt"}}, "predictions.path"),
     "a URL": ({"trainer": {"default_root_dir": "memory://runs"}}, "trainer.default_root_dir"),

@@ -95,7 +95,7 @@ def test_code_of_a_model_folder_is_refused(
     cases = {
         "policy": lambda: load_policy(own_model, torch.float32, LoraSettings(r=2), seed=0),
         "policy in full": lambda: load_policy(own_model, torch.float32, None, seed=0),
-        "reference": lambda: BCOModule(plain, reference_name_or_path=own_model, dtype="float32").reference,
+        "reference": lambda: BCOModule(plain, reference_name_or_path=own_model, dtype="float32").reference.hold(),
         "tokenizer": lambda: load_tokenizer(own_tokenizer),
         "tokenizer that another would stand in for": lambda: load_tokenizer(silent),
         "tokenizer of a hostile model": lambda: load_tokenizer(hostile),

@@ -30,7 +30,12 @@ def declared() -> list[Requirement]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         texts = [
             *project["dependencies"],
-            *(text for name, extra in project["optional-dependencies"].items() if name not in ("fuzz", "quantized") for text in extra),
+            *(
+                text
+                for name, extra in project["optional-dependencies"].items()
+                if name not in ("fuzz", "quantized")
+                for text in extra
+            ),
         ]
     requirements = [Requirement(text) for text in texts]
     return [requirement for requirement in requirements if requirement.marker is None or requirement.marker.evaluate()]

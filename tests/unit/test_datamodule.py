@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.row_table import held_out_prompts, prompt_key
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
+
+CPU_STRATEGY = SimpleNamespace(root_device=torch.device("cpu"))
 
 
 def data(tokenizer: Any, log: str, **options: Any) -> FeedbackDataModule:
@@ -204,3 +208,19 @@ def test_rows_with_one_prompt_share_a_micro_batch(tokenizer: Any, rows: list, tm
 def test_grouping_by_prompt_and_balanced_sampling_exclude_each_other(tokenizer: Any, log: str) -> None:
     with pytest.raises(ConfigError, match=r"data.group_by_prompt: expected false with balanced_sampling"):
         data(tokenizer, log, balanced_sampling=True, group_by_prompt=True)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_processes_evaluate_as_many_micro_batches_and_every_row_once(
+    tokenizer: Any, rows: list, tmp_path: Path, batch_size: int
+) -> None:
+    log = write_jsonl(tmp_path / "x.jsonl", [*rows, *rows[:9]])  # 33 rows for 2 processes
+    module = FeedbackDataModule(validation_files=log, batch_size=batch_size, tokenizer=tokenizer, max_length=64)
+    module.setup("validate")
+    found = []
+    for rank in (0, 1):
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=CPU_STRATEGY)
+        found.append([batch.row_ids_B.tolist() for batch in module.val_dataloader()])
+    assert len(found[0]) == len(found[1])
+    assert sorted(row for batches in found for batch in batches for row in batch) == list(range(33))
+    assert max(len(batch) for batches in found for batch in batches) <= batch_size

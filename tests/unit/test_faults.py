@@ -61,13 +61,13 @@ def fit(model: str, log: str, how: str) -> None:
 
     original, asked = datamodule.pack_rows, [0]
 
-    def fault(samples: Any) -> Any:
+    def fault(samples: Any, **options: Any) -> Any:
         asked[0] += 1
         if how == "memory" and asked[0] == 2:
             torch.empty(10**15)
         if how == "worker" and asked[0] == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(samples)
+        return original(samples, **options)
 
     datamodule.pack_rows = fault
     workers = "1" if how == "worker" else "0"

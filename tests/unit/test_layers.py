@@ -12,7 +12,7 @@ LAYERS = [
     {"errors", "batch", "seeding", "fingerprints"},
     {"packaged", "faults", "config_safety", "gguf_reading"},
     {"objectives", "reward_shift", "data", "models", "demo", "distributed", "checkpointing"},
-    {"metrics", "report", "reference_store", "optimizers"},
+    {"metrics", "report", "reference_store", "optimizers", "trunk_cache"},
     {"reference_cache"},
     {"module", "callbacks"},
     {"export"},

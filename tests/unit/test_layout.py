@@ -18,6 +18,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -26,7 +28,7 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collation import pack_rows
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.language_model import LoraSettings, load_language_model, load_policy
-from bco_lightning.models.layout import choose_layout, layout_of
+from bco_lightning.models.layout import choose_layout, compile_layers, layout_of
 from bco_lightning.models.log_probs import completion_log_probs
 from tests.conftest import REAL_MODEL
 from tests.unit.test_log_probs import SMALL, agreement, build, make_batch
@@ -142,6 +144,12 @@ def test_models_whose_rows_would_see_each_other_are_padded(name: str) -> None:
         choose_layout(model, "packed")
 
 
+def test_a_model_that_knows_its_window_from_a_mask_alone_is_padded() -> None:
+    config = Qwen2MoeConfig(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=0, num_experts=4)
+    chosen = choose_layout(Qwen2MoeForCausalLM(config).eval())
+    assert chosen == "padded, since Qwen2MoeForCausalLM does not tell its attention how far back it sees"
+
+
 def test_padding_is_taken_by_its_word() -> None:
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     assert choose_layout(model, "padded") == "padded, as model.layout says"
@@ -190,3 +198,21 @@ def test_bfloat16_gradients_of_packed_rows_are_those_of_float32_within_rounding(
         completion_log_probs(policy, batch).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad]))
     assert torch.linalg.norm(gradients[1] - gradients[0]) < 0.05 * torch.linalg.norm(gradients[0])
+
+
+def test_compiled_layers_give_the_same_log_probs_and_gradients() -> None:
+    model = build("llama")
+    choose_layout(model, "packed")
+    batches = [make_batch(97, LENGTHS), make_batch(97, [(6, 9), (6, 2), (6, 7)], same_prompt=True)]
+    outcomes = []
+    for compiled in (False, True):
+        if compiled:
+            compile_layers(model)
+        for batch in batches:
+            model.zero_grad()
+            found = completion_log_probs(model, batch)
+            found.sum().backward()
+            outcomes.append((found.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for plain, compiled in zip(outcomes[:2], outcomes[2:], strict=True):
+        assert torch.allclose(compiled[0], plain[0], atol=1e-4)
+        assert torch.linalg.norm(compiled[1] - plain[1]) < 1e-5 * torch.linalg.norm(plain[1])

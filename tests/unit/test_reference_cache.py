@@ -31,9 +31,9 @@ class Passes:
         self.rows = self.models = 0
         score, by_policy, hold = Reference.log_probs, Reference.log_probs_by_policy, Reference.hold
 
-        def counted(inner: Any, reference: Reference, batch: Any) -> Any:
+        def counted(inner: Any, reference: Reference, batch: Any, *others: Any) -> Any:
             self.rows += len(batch)
-            return inner(reference, batch)
+            return inner(reference, batch, *others)
 
         def held(reference: Reference) -> None:
             before = reference.own_model
@@ -45,7 +45,7 @@ class Passes:
                 return by_policy(reference, batch)  # which is counted below
             return counted(by_policy, reference, batch)
 
-        monkeypatch.setattr(Reference, "log_probs", lambda reference, batch: counted(score, reference, batch))
+        monkeypatch.setattr(Reference, "log_probs", lambda *arguments: counted(score, *arguments))
         monkeypatch.setattr(Reference, "log_probs_by_policy", policy_or_own)
         monkeypatch.setattr(Reference, "hold", held)
 
@@ -319,7 +319,7 @@ def test_two_processes_know_the_values_of_one(strategy: str, lora: bool, tmp_pat
         assert torch.allclose(first["weights"][name], value, atol=1e-5), name
 
 
-def test_prompts_are_shared_only_where_rounding_allows(
+def test_prompts_are_shared_only_where_steps_share_them(
     tiny_model: str, log: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, score = [], Reference.log_probs_by_policy
@@ -329,8 +329,8 @@ def test_prompts_are_shared_only_where_rounding_allows(
         return score(reference, batch)
 
     monkeypatch.setattr(Reference, "log_probs_by_policy", noted)
-    for dtype in ("float32", "bfloat16"):
-        fit(tiny_model, log, epochs=1, dtype=dtype, data={"validation_fraction": 0.0}, **FULL)
+    for grouped in (True, False):
+        fit(tiny_model, log, epochs=1, data={"validation_fraction": 0.0, "group_by_prompt": grouped}, **FULL)
     assert shared == [True, False]
 
 

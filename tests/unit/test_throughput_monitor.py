@@ -29,6 +29,7 @@ class Batch:
 
     lengths: tuple[int, ...] = (10, 6, 8)
     num_computed: int = 20
+    trunk_states_SH: None = None
     num_completion_tokens: int = 9
 
     @property

@@ -96,12 +96,16 @@ class KnownRewardTrial(Callback):
         with module.reference.active_model() as reference:
             reference_samples = self._sample(reference, module.tokenizer, asked, "reference samples")
         by_policy = partial(completion_log_probs, module.policy)
+        log_probs = {
+            "policy_log_probs": self._log_probs(by_policy, module, asked, policy_samples),
+            "reference_log_probs": self._log_probs(module.reference.log_probs, module, asked, policy_samples),
+            "own_log_probs": self._log_probs(module.reference.log_probs, module, asked, reference_samples),
+        }
+        module.reference.release()
         return measure_alignment(
             self._rewards(policy_samples),
             self._rewards(reference_samples),
-            policy_log_probs=self._log_probs(by_policy, module, asked, policy_samples),
-            reference_log_probs=self._log_probs(module.reference.log_probs, module, asked, policy_samples),
-            own_log_probs=self._log_probs(module.reference.log_probs, module, asked, reference_samples),
+            **log_probs,
             policy_lengths=torch.tensor([len(sample.token_ids) for sample in policy_samples]),
             reference_lengths=torch.tensor([len(sample.token_ids) for sample in reference_samples]),
             seed=self.seed,

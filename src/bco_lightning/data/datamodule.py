@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -44,8 +45,8 @@ class FeedbackDataModule(LightningDataModule):
         validation_fraction: Share of the distinct training prompts to hold out when there are no validation files;
             a prompt is never on both sides.
         balanced_sampling: Draw as many thumbs-up as thumbs-down into every step, the rarer class more often.
-        group_by_prompt: Keep rows with one prompt next to each other, so that they share a micro-batch, where a packed
-            prompt is computed once. Steps then hold fewer distinct prompts.
+        group_by_prompt: Keep rows with one prompt next to each other and compute their prompt once in a micro-batch,
+            where rows are packed. Steps then hold fewer distinct prompts.
         columns: Names of the columns.
         seed: Seed of the row order and the validation split; that of ``seed_everything`` if left out.
         num_workers: Worker processes of each data loader.
@@ -175,7 +176,7 @@ class FeedbackDataModule(LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
             steps_per_epoch=self.steps_per_epoch,
             current_step=lambda: trainer.global_step if trainer else 0,
-            lengths=self._lengths() if self._is_padded else None,
+            lengths=self.train_lengths if self._is_padded else None,
         )
         return self._loader(self._trained_on, batch_sampler=sampler)
 
@@ -192,7 +193,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The rows to score."""
-        return self._evaluation_loader(self.predict_dataset)
+        return self._evaluation_loader(self.predict_dataset, evaluated=False)
 
     def state_dict(self) -> dict[str, Any]:
         """How a step is cut into micro-batches; the position itself is the trainer's step."""
@@ -222,7 +223,8 @@ class FeedbackDataModule(LightningDataModule):
     def _is_padded(self) -> bool:
         return self.trainer is not None and getattr(self.trainer.lightning_module, "layout", "packed") == "padded"
 
-    def _lengths(self) -> np.ndarray[Any, Any]:
+    @property
+    def train_lengths(self) -> np.ndarray[Any, Any]:
         """Tokens of each training row."""
         return np.asarray(pc.list_value_length(self._trained_on.data.column("input_ids")))
 
@@ -311,16 +313,23 @@ class FeedbackDataModule(LightningDataModule):
         pools = [[row for row, up in enumerate(thumbs) if up is wanted] for wanted in (True, False)]
         return RowOrder(pools, [self.rows_per_step // 2] * 2, self.seed)
 
-    def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
+    def _evaluation_loader(
+        self, dataset: Dataset | None, *, evaluated: bool = True
+    ) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:
             return []
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self._loader(dataset, batch_size=self.batch_size, sampler=_EveryNth(len(dataset), rank, world_size))
+        rows = _EveryNth(len(dataset), rank, world_size)
+        most = math.ceil(math.ceil(len(dataset) / world_size) / self.batch_size)
+        if math.ceil(len(rows) / self.batch_size) == most or most > len(rows) or not evaluated:
+            return self._loader(dataset, batch_size=self.batch_size, sampler=rows)
+        # Where models are sharded, all processes have to run as many passes.
+        return self._loader(dataset, batch_sampler=[part.tolist() for part in np.array_split(list(rows), most)])
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
         return DataLoader(
             dataset.select_columns(["row_id", "input_ids", "completion_mask", "thumbs_up"]),  # type: ignore[arg-type]
-            collate_fn=pack_rows,
+            collate_fn=partial(pack_rows, share_prompts=self.group_by_prompt),
             num_workers=self.num_workers,
             # Without its own, a loader draws from the global generator whenever it is iterated.
             generator=torch.Generator().manual_seed(self.seed),

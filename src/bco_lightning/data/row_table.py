@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ from datasets import Dataset
 
 from bco_lightning.batch import FeedbackRow, TokenizedSample
 from bco_lightning.data.row_counts import RowCounts
+from bco_lightning.data.scratch_file import ScratchFile
 
 _UP, _DOWN, _DROPPED, _PROMPT_CUT, _COMPLETION_CUT = (1 << bit for bit in range(5))
 _BATCH_ROWS, _BATCH_BYTES = 128, 2**20
@@ -50,26 +48,6 @@ class RowSet:
     digest: str = ""
 
 
-class _ScratchFile:
-    """A file in the temporary folder that no end of this process leaves behind, not even a kill, where Linux helps."""
-
-    def __init__(self) -> None:
-        self._process = os.getpid()
-        self._descriptor, self._name = tempfile.mkstemp(prefix="bco_lightning-", suffix=".arrow")
-        self.path = self._name
-        if Path("/proc/self/fd").is_dir():
-            # Without a name the file lives as long as it is open; loader workers can open it by this path.
-            Path(self._name).unlink()
-            self.path = f"/proc/{self._process}/fd/{self._descriptor}"
-
-    def remove(self) -> None:
-        # A forked loader worker has the same data set, and must not take it from the others when it ends.
-        if os.getpid() == self._process and self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            Path(self._name).unlink(missing_ok=True)
-
-
 class RowTable:
     """Rows in the order of their sources; a context manager that leaves nothing but the data sets made from it.
 
@@ -78,7 +56,7 @@ class RowTable:
     """
 
     def __init__(self, seed: int) -> None:
-        self._seed, self._file = seed, _ScratchFile()
+        self._seed, self._file = seed, ScratchFile()
         self._sink = pa.OSFile(self._file.path, "wb")
         self._writer = pa.ipc.new_stream(self._sink, _DRAFT)
         self._pending: list[dict[str, Any]] = []
@@ -177,7 +155,7 @@ class _RowSetMaker:
     """Writes the used rows of a choice to a file of their own, batch by batch."""
 
     counts: RowCounts
-    _file: _ScratchFile = field(default_factory=lambda: _ScratchFile())
+    _file: ScratchFile = field(default_factory=lambda: ScratchFile())
     _digest: Any = field(default_factory=hashlib.sha256)
     _written: int = 0
     _pending: list[pa.RecordBatch] = field(default_factory=list)

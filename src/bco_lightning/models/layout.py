@@ -41,6 +41,11 @@ def compile_layers(model: Any) -> None:
         layer.compile(dynamic=True)
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether :func:`compile_layers` was called on it."""
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers_of(causal_lm_of(model))[1])
+
+
 def layout_of(model: Any) -> Layout:
     """How :func:`predicting_states` lays out rows for this model."""
     return "packed" if _text_config(model)._attn_implementation == PACKED else "padded"
@@ -75,16 +80,28 @@ def packed_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Tensor 
     return states_of_spans(causal_lm, inputs, batch.position_ids_S, batch.spans)
 
 
-def states_of_spans(causal_lm: Any, inputs: Tensor, position_ids_S: Tensor, spans: Sequence[Span]) -> Tensor:
-    """:func:`packed_states` of token ids ``(S,)`` or of what goes in their place ``(S, H)``."""
+def states_of_spans(
+    causal_lm: Any,
+    inputs: Tensor,
+    position_ids_S: Tensor,
+    spans: Sequence[Span],
+    windows: set[int | None] | None = None,
+) -> Tensor:
+    """:func:`packed_states` of token ids ``(S,)`` or of what goes in their place ``(S, H)``.
+
+    The sliding windows that attention layers were told of go into ``windows``.
+    """
+    rows = PackedRows(spans)
     hidden_1SH: Tensor = causal_lm.base_model(
         **{"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs[None]},
         position_ids=position_ids_S[None],
         # Four-dimensional masks are passed on as they are: without one, transformers would make one of S x S.
         attention_mask=position_ids_S.new_zeros(1, 1, 0, 0),
-        packed_rows=PackedRows(spans),
+        packed_rows=rows,
         use_cache=False,
     ).last_hidden_state
+    if windows is not None:
+        windows |= rows.windows
     return hidden_1SH[0]
 
 
@@ -135,13 +152,16 @@ def _why_not_packed(causal_lm: Any, config: Any) -> str:
     spans = [before, shared, *ends]
     positions = torch.cat([torch.arange(span.context, span.length, device=device) for span in spans])
     config._attn_implementation = PACKED
+    windows: set[int | None] = set()
     try:
         packed, beside_others = (
-            states_of_spans(causal_lm, torch.cat(parts), positions, spans)
+            states_of_spans(causal_lm, torch.cat(parts), positions, spans, windows)
             for parts in ([second, prompt, first, second], [third, prompt, third, second])
         )
     except Exception as error:  # whatever an architecture makes of arguments that it does not know
         return f"{type(causal_lm).__name__} does not take packed rows ({type(error).__name__})"
+    if _is_windowed(config) and windows <= {None}:  # a few tokens are inside of any window
+        return f"{type(causal_lm).__name__} does not tell its attention how far back it sees"
     exact = packed.dtype == torch.float32
     last = ends[-1].places()
     # A state that leaks from row to row may be faint in a few tokens; the same shapes give nearly the same bits.
@@ -151,6 +171,11 @@ def _why_not_packed(causal_lm: Any, config: Any) -> str:
         if not _close(packed[span.places()], expected, 1e-3 if exact else 5e-2):
             return f"packed rows of {type(causal_lm).__name__} are not what rows are alone"
     return ""
+
+
+def _is_windowed(config: Any) -> bool:
+    limit = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return bool(limit or getattr(config, "attention_chunk_size", None))
 
 
 def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:

@@ -158,7 +158,7 @@ class _Head:
             yield slice(start, start + self.tile.rows)
 
     def logits(self, hidden_nH: Tensor, weight_vH: Tensor, bias_v: Tensor | None) -> Tensor:
-        if hidden_nH.is_cuda and hidden_nH.dtype != torch.float32:
+        if hidden_nH.is_cuda and hidden_nH.dtype in (torch.bfloat16, torch.float16):
             logits_nv = torch.mm(hidden_nH, weight_vH.T, out_dtype=torch.float32)
         else:
             logits_nv = (hidden_nH @ weight_vH.T).float()

@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from bco_lightning.batch import Span
 
+_LONG = 1024  # beyond, the memory of a quick gradient, which grows with the square of the length, is not worth it
 PACKED = "bco_packed"  # the name under which transformers knows this attention
 
 
@@ -28,6 +29,7 @@ class PackedRows:
         self.sizes = [span.stop - span.start for span in spans]
         numbers = {span: number for number, span in enumerate(spans)}
         self.prefixes = [numbers[span.prefix] if span.prefix else None for span in spans]
+        self.windows: set[int | None] = set()
         self._masks: dict[Any, Tensor] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
@@ -72,6 +74,8 @@ def packed_attention(
         Shape ``(1, S, heads, head_size)``, and no attention weights.
     """
     groups = query.shape[1] // key.shape[1]
+    if packed_rows is not None:
+        packed_rows.windows.add(sliding_window)
     if packed_rows is None:
         if softcap is None:
             return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -109,7 +113,7 @@ def _causal_attention(
     if cap is not None:
         return _capped_attention(query, key, value, rows.mask(queries, keys, window, query), scale, cap)
     is_causal = queries == keys and window is None  # SDPA's own causal mask begins at the first key
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad:
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad and keys <= _LONG:
         mask = rows.mask(queries, keys, window, query)
         return _QuickBackward.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-any-return]
     chosen = None if is_causal else rows.mask(queries, keys, window, query)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.language_model import REFERENCE_ADAPTER
+from bco_lightning.models.layout import is_compiled
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.parallel import is_sharded
 
@@ -64,7 +65,9 @@ class Reference:
         """Has a model of its own from now on, if the reference is not the policy with its adapter off."""
         if self.is_policy_without_adapter or self._model is not None:
             return
-        copied = self.policy_is_pristine and not self._separate and not is_sharded(self._policy)
+        # A copy of a sharded model is none, and one of a compiled model is not compiled, so that it rounds differently.
+        as_it_is = not is_sharded(self._policy) and not is_compiled(self._policy)
+        copied = self.policy_is_pristine and not self._separate and as_it_is
         model = copy.deepcopy(self._policy) if copied else self._load()
         self._model = model.requires_grad_(False).eval()
 
@@ -92,7 +95,7 @@ class Reference:
         return completion_log_probs(self._policy, batch)
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
-        """The frozen weights that make up the reference, named alike whatever trains beside them."""
+        """The frozen weights that make up the reference."""
         if self.is_policy_without_adapter:
             return [(name, value) for name, value in self._policy.named_parameters() if not value.requires_grad]
         if self.policy_is_pristine and not self._separate:

@@ -1,0 +1,1 @@
+"""Processes that train one optimizer step when told to."""
