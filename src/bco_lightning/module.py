@@ -29,6 +29,7 @@ from bco_lightning.fingerprints import (
     digest_of_values,
     versions,
 )
+from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.language_model import (
     REFERENCE_ADAPTER,
     Dtype,
@@ -232,14 +233,20 @@ class BCOModule(LightningModule):
         self._policy = load_policy(options["name_or_path"], dtype, self.lora, options["seed"], options["quantization"])
         check_head(self._policy)
         self._layout_reason = choose_layout(self._policy, options["layout"])
-        if options["compile"]:
-            compile_layers(self._policy)
-        elif self.device_mesh is None:
+        self._quicken(self._policy)
+        if not options["compile"] and self.device_mesh is None:
             self._trunk = find_trunk(self._policy)
         separate = options["reference_name_or_path"]
         self._reference = Reference(self._policy, partial(self._load_reference, dtype), separate=bool(separate))
         if separate:
             self._load_exported_reward_shift(options["name_or_path"], separate)
+
+    def _quicken(self, model: PreTrainedModel) -> None:
+        """Policy and reference alike, so that equal weights give equal bits."""
+        if self.hparams["compile"]:
+            compile_layers(model)
+        else:
+            fuse_layers(model)
 
     def _shard(self) -> None:
         """What is done to a whole policy, once, after the digest of its weights was taken."""
@@ -278,8 +285,7 @@ class BCOModule(LightningModule):
             )
         check_head(model)
         choose_layout(model, self.hparams["layout"])
-        if self.hparams["compile"]:
-            compile_layers(model)
+        self._quicken(model)
         if self.device_mesh is not None:
             shard(model, self.device_mesh)
         return model
