@@ -75,21 +75,23 @@ def matmul_ceiling(repeats: int = 8) -> dict[str, dict[str, float]]:
     return rates
 
 
-def useful_flops(config: dict[str, Any], lengths: list[tuple[int, int]], lora: bool) -> float:
+def useful_flops(config: dict[str, Any], rows: list[tuple[int, int, int]], lora: bool) -> float:
     """Floating-point operations that one step cannot do without.
 
     A matrix product of the body counts 6 operations per parameter and token, forward and backward (4 where the weight
-    is frozen, and has no gradient), one of the head the same per completion token, attention its causal half. The
-    reference, anything computed twice, padding and the head over the prompt are waste, and count nothing.
+    is frozen, and has no gradient), one of the head the same per completion token, attention its causal half, and each
+    prompt of the step once. The reference, anything computed twice, padding, adapters and the head over the prompt
+    count nothing.
 
     Args:
         config: The model's ``body_parameters``, ``hidden_size``, ``vocab_size``, ``num_layers``, ``attention_size``.
-        lengths: Tokens and completion tokens of each row.
+        rows: Of each row its tokens, its completion tokens, and how many at its start an earlier row has in common.
         lora: Whether only adapters are trained.
     """
     passes = 2 if lora else 3
-    tokens, completion_tokens = (sum(part) for part in zip(*lengths, strict=True))
-    body = 2 * config["body_parameters"] * tokens
-    head = 2 * config["hidden_size"] * config["vocab_size"] * completion_tokens
-    attention = 2 * config["attention_size"] * config["num_layers"] * sum(length**2 for length, _ in lengths)
-    return float(passes * (body + head + attention))
+    body = 2 * config["body_parameters"] * sum(tokens - common for tokens, _, common in rows)
+    head = 2 * config["hidden_size"] * config["vocab_size"] * sum(completion for _, completion, _ in rows)
+    attended = sum(tokens**2 - common**2 for tokens, _, common in rows)
+    attention = 2 * config["attention_size"] * config["num_layers"] * attended
+    # The backward pass of attention has no weights that could be frozen.
+    return float(passes * (body + head) + 3 * attention)

@@ -169,6 +169,17 @@ def _step(ours: Worker, theirs: Worker, number: int, planned: list[int], lengths
     return {"number": number, "rows": planned, "tokens": tokens, "first": order[0], **answers}
 
 
+def _rows_of_step(case: Case, step: dict[str, Any], lengths: list[list[int]]) -> list[tuple[int, int, int]]:
+    """Tokens, completion tokens and tokens of a prompt that the step has already had, of each row."""
+    found, seen = [], set()
+    for row in step["rows"]:
+        tokens, completion = lengths[row]
+        prompt = row // case.completions_per_prompt
+        found.append((tokens, completion, tokens - completion if prompt in seen else 0))
+        seen.add(prompt)
+    return found
+
+
 def summarise(
     case: Case, result: dict[str, Any], ceiling: dict[str, dict[str, float]], lengths: list[list[int]]
 ) -> dict[str, Any]:
@@ -200,7 +211,7 @@ def summarise(
     if ceiling:
         sizes = result["ours"]["start"]["model"]
         limit = ceiling["bfloat16" if case.bf16 else "float32"]["ceiling"] * 1e9
-        flops = [machine.useful_flops(sizes, [lengths[row] for row in step["rows"]], case.lora) for step in counted]  # type: ignore[misc]
+        flops = [machine.useful_flops(sizes, _rows_of_step(case, step, lengths), case.lora) for step in counted]
         summary["share_of_ceiling"] = {
             side: statistics.median(
                 flop / step[side]["seconds"] / limit for flop, step in zip(flops, counted, strict=True)

@@ -320,6 +320,7 @@ def _quiet_libraries() -> None:
         r"Found \d+ module\(s\) in eval mode.*",  # meant: dropout would blur the log-ratio
         r".*does not have many workers.*",  # rows are tokenized before training; collation is all that is left
         r".*litlogger.*",
+        r"You are using a custom batch sampler .* for prediction.*",  # it gives every row
         r"You're resuming from a checkpoint that ended before the epoch ended.*",  # the row order follows the step
         r"Already found a `peft_config`.*",  # an incoming adapter stands beside the one that is trained
     ):

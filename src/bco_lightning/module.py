@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
+from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
 from bco_lightning.fingerprints import (
     differences,
@@ -31,7 +30,6 @@ from bco_lightning.fingerprints import (
 )
 from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.language_model import (
-    REFERENCE_ADAPTER,
     Dtype,
     LoraSettings,
     Quantization,
@@ -48,7 +46,7 @@ from bco_lightning.models.reference import Reference
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.objectives import OBJECTIVES
 from bco_lightning.optimizers import OptimizerName, make_optimizer
-from bco_lightning.reference_cache import LAYOUT_VERSION, ReferenceCache
+from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
 from bco_lightning.reference_store import ReferenceStore, cache_root
 from bco_lightning.reward_shift import RewardShift
 from bco_lightning.seeding import chosen_seed
@@ -57,7 +55,6 @@ from bco_lightning.trunk_cache import TrunkCache
 ReferenceLogProbs = Literal["auto", "online", "cached"]
 ReferencePlan = Literal["online", "known", "before", "lazily"]
 ALIGNMENT_FILE = "bco.json"
-_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version")
 
 
 class BCOModule(LightningModule):
@@ -88,8 +85,8 @@ class BCOModule(LightningModule):
         optimizer: ``adamw``, fused; or with moments of eight bits, and paged to host memory, by bitsandbytes.
         quantization: ``nf4`` keeps the frozen base under ``lora`` in four bits by bitsandbytes.
         compile: Compile the decoder layers: about a tenth faster, after a minute.
-        layout: ``packed`` computes no padding, and a prompt that rows of a micro-batch share only once; ``auto`` packs
-            where a trial shows that the model's attention allows it, else rows are ``padded``.
+        layout: ``packed`` computes no padding; ``auto`` packs where a trial shows that the model's attention allows it,
+            else rows are ``padded``.
         reference_log_probs: ``cached`` has those of all rows before the first step and keeps them on disk, for later
             epochs and runs; ``online`` computes them in every step; ``auto`` uses what is on disk, computes the rest
             before the first step where that saves a second model and the run sees every row, else as steps need it.
@@ -312,7 +309,8 @@ class BCOModule(LightningModule):
         """Looks up what is known, and has the reference's own model made where steps will need it."""
         reference, self._reference_cache = self._built_reference, None
         self._scored_online = []
-        datasets = self._scored_datasets(stage)
+        data = getattr(self._trainer, "datamodule", None)
+        datasets = data.datasets_of(stage) if isinstance(data, FeedbackDataModule) else {}
         if self.reference_log_probs == "cached" and stage == "fit" and not datasets:
             raise ConfigError(
                 "model.reference_log_probs",
@@ -321,7 +319,16 @@ class BCOModule(LightningModule):
         if self.reference_log_probs == "online" or not datasets:
             reference.hold()
             return "online"
-        store = ReferenceStore(cache_root(self.cache_folder), self._key_of_reference_log_probs())
+        digest = self._digest_of_reference()
+        key = key_of_log_probs(
+            reference.own_model or self._policy,
+            self.trainer,
+            reference=digest,
+            shared_prompts=self._shares_prompts(),
+            compiled=self.hparams["compile"],
+            quantization=self.hparams["quantization"],
+        )
+        store = ReferenceStore(cache_root(self.cache_folder), key)
         self._reference_cache = ReferenceCache(store, datasets, self.trainer)
         if not self._reference_cache.num_unknown:
             reference.release()
@@ -368,21 +375,6 @@ class BCOModule(LightningModule):
         with self.trainer.precision_plugin.forward_context():
             return self.reference.log_probs_by_policy(batch.to(device))
 
-    def _scored_datasets(self, stage: str) -> dict[str, Dataset]:
-        """What a stage needs reference log-probs of, by the name that Lightning gives to the running of it."""
-        data = getattr(self._trainer, "datamodule", None)
-        held_out = getattr(data, "validation_dataset", None)
-        found = {
-            "fit": {
-                "train": getattr(data, "train_dataset", None),
-                "validate": held_out if self.trainer.enable_validation else None,
-            },
-            "validate": {"validate": held_out},
-            "test": {"test": getattr(data, "test_dataset", None) or held_out},
-            "predict": {"predict": getattr(data, "predict_dataset", None)},
-        }[stage]
-        return {name: dataset for name, dataset in found.items() if dataset is not None}
-
     def _sees_every_row(self, stage: str) -> bool:
         trainer = self.trainer
         if stage != "fit":
@@ -394,32 +386,6 @@ class BCOModule(LightningModule):
             return _is_unlimited(limits[stage])
         steps_per_epoch: int = trainer.datamodule.steps_per_epoch  # type: ignore[attr-defined]
         return self.num_steps() >= steps_per_epoch
-
-    def _key_of_reference_log_probs(self) -> str:
-        """A digest of all that a reference log-prob depends on besides its row, to the last bit."""
-        device = self.trainer.strategy.root_device
-        names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: str(torch.cpu.get_capabilities())}
-        config, adapters = self._policy.config, getattr(self._policy, "peft_config", {})  # type: ignore[union-attr]
-        came_in = adapters[REFERENCE_ADAPTER].to_dict() if REFERENCE_ADAPTER in adapters else {}
-        return digest_of_values(
-            {
-                "reference": self._digest_of_reference(),
-                "config": {n: v for n, v in config.to_dict().items() if n not in _NO_PART_OF_A_MODEL},
-                "adapter": {n: str(v) for n, v in came_in.items()},
-                "shared_prompts": self._shares_prompts(),
-                "dtype": str(next(self._policy.parameters()).dtype),  # type: ignore[union-attr]
-                "precision": self.trainer.precision,
-                "device": device.type,
-                "device_name": names[device.type](device) if device.type in names else "",
-                "layout": layout_of(self._policy),
-                "layout_version": LAYOUT_VERSION,
-                "attention": self._policy.config.get_text_config()._attn_implementation,  # type: ignore[union-attr]
-                "compiled": self.hparams["compile"],
-                "quantization": self.hparams["quantization"],
-                "torch": torch.__version__,
-                "versions": {name: versions()[name] for name in ("bco-lightning", "transformers", "peft")},
-            }
-        )
 
     def _shares_prompts(self) -> bool:
         return bool(getattr(getattr(self._trainer, "datamodule", None), "group_by_prompt", False))
@@ -459,24 +425,22 @@ class BCOModule(LightningModule):
         if self._trunk is None or data is None:
             raise ConfigError(
                 "model.cache_trunk",
-                "expected a packed model whose lower layers nothing trains, and a FeedbackDataModule; found none.",
-                "Set model.lora.top_layers, or leave cache_trunk out.",
+                "expected a packed model whose lower layers nothing trains (model.lora.top_layers), without "
+                "model.compile and fsdp2, and a FeedbackDataModule; found another.",
+                "Change these, or leave cache_trunk out.",
             )
         policy = self.policy
-        cache = TrunkCache(data.train_lengths, policy.config.get_text_config().hidden_size, policy.dtype)
-        folder, needed = tempfile.gettempdir(), cache.num_bytes / 2**20
-        free = shutil.disk_usage(folder).free / 2**20
-        if needed > free:
+        size = (data.train_lengths, policy.config.get_text_config().hidden_size, policy.dtype)
+        folder, needed = tempfile.gettempdir(), f"{TrunkCache.num_bytes_of(*size) / 2**20:,.0f} MiB"
+        rank_zero_info(f"what comes out of them is kept for later epochs: {needed} in {folder}, for each process")
+        try:
+            return TrunkCache(*size)
+        except OSError as error:
             raise ConfigError(
                 "model.cache_trunk",
-                f"expected {needed:,.0f} MiB in {folder}, found {free:,.0f} MiB.",
+                f"expected {needed} in {folder} for each process, found {error.strerror}.",
                 "Set TMPDIR to a folder with room, or leave cache_trunk out.",
-            )
-        rank_zero_info(
-            f"what comes out of them is kept for later epochs: up to {needed:,.0f} MiB of {free:,.0f} MiB in the "
-            f"temporary folder ({folder}), for each process"
-        )
-        return cache
+            ) from error
 
     @property
     def decision_threshold(self) -> float:

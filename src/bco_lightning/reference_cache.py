@@ -16,13 +16,48 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.data.collation import pack_rows
 from bco_lightning.distributed import gather_rows_over_ranks, max_tensor_over_ranks
+from bco_lightning.fingerprints import digest_of_values, versions
+from bco_lightning.models.language_model import REFERENCE_ADAPTER
+from bco_lightning.models.layout import layout_of
 from bco_lightning.reference_store import KEY_BYTES, RECORD, ReferenceStore
 
 LAYOUT_VERSION = 1  # to be raised when rows come to be computed in another way, so that values round differently
 _BATCH_TOKENS = 4096
 _SECONDS_BETWEEN_WRITES = 30.0
 _ROWS_AT_A_TIME = 1000
+_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version")
 _COLUMNS = ["row_id", "input_ids", "completion_mask", "thumbs_up"]
+
+
+def key_of_log_probs(model: Any, trainer: Any, **choices: Any) -> str:
+    """A digest of all that a reference log-prob depends on, besides its row and what else is in its micro-batch.
+
+    Args:
+        model: The reference's own model, or the policy, whose code and layout it shares.
+        trainer: The Lightning trainer.
+        choices: What else its numbers depend on, such as a digest of the reference's weights.
+    """
+    device, config = trainer.strategy.root_device, model.config.to_dict()
+    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: str(torch.cpu.get_capabilities())}
+    adapters = getattr(model, "peft_config", {})
+    came_in = adapters[REFERENCE_ADAPTER].to_dict() if REFERENCE_ADAPTER in adapters else {}
+    return digest_of_values(
+        {
+            **choices,
+            "config": {name: value for name, value in config.items() if name not in _NO_PART_OF_A_MODEL},
+            # PEFT keeps names in sets, whose order is another one in every process.
+            "adapter": {name: sorted(value) if isinstance(value, set) else value for name, value in came_in.items()},
+            "dtype": str(next(model.parameters()).dtype),
+            "precision": trainer.precision,
+            "device": device.type,
+            "device_name": names[device.type](device) if device.type in names else "",
+            "layout": layout_of(model),
+            "layout_version": LAYOUT_VERSION,
+            "attention": model.config.get_text_config()._attn_implementation,
+            "torch": torch.__version__,
+            "versions": {name: versions()[name] for name in ("bco-lightning", "transformers", "peft")},
+        }
+    )
 
 
 def keys_and_lengths(dataset: Dataset) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

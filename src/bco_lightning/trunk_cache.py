@@ -21,20 +21,24 @@ class TrunkCache:
         lengths: Tokens of each row.
         hidden_size: Numbers of a token's state.
         dtype: Their data type.
+
+    Raises:
+        OSError: If the temporary folder has no room for all rows.
     """
 
     def __init__(self, lengths: np.ndarray, hidden_size: int, dtype: torch.dtype) -> None:  # type: ignore[type-arg]
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self._known = np.zeros(len(lengths), dtype=bool)
         file = ScratchFile(".states")
+        weakref.finalize(self, file.remove)
+        file.allocate(self.num_bytes_of(lengths, hidden_size, dtype))
         numbers = int(self._starts[-1]) * hidden_size
         self._states_TH = torch.from_file(file.path, shared=True, size=numbers, dtype=dtype).view(-1, hidden_size)
-        weakref.finalize(self, file.remove)
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file once all rows are in it."""
-        return self._states_TH.numel() * self._states_TH.element_size()
+    @staticmethod
+    def num_bytes_of(lengths: np.ndarray, hidden_size: int, dtype: torch.dtype) -> int:  # type: ignore[type-arg]
+        """Size of the file."""
+        return int(lengths.sum(dtype=np.int64)) * hidden_size * dtype.itemsize
 
     def lookup(self, batch: FeedbackBatch) -> Tensor | None:
         """States of a micro-batch on the CPU, shape ``(S, H)``; nothing if those of one of its rows are not known."""

@@ -1,14 +1,17 @@
-"""What fsdp2 refuses: a model that is whole already, and sampling from shards."""
+"""What fsdp2 refuses, and what it has all processes do equally often."""
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 
-from bco_lightning import BCOModule
-from bco_lightning.callbacks import KnownRewardTrial
+from bco_lightning import BCOModule, FeedbackDataModule
+from bco_lightning.callbacks import KnownRewardTrial, PredictionWriter
 from tests.reliability.tiny_run import make_log, make_model, start, tiny_fit, wait
 
 
@@ -35,3 +38,38 @@ def test_fsdp2_refuses_what_would_hang_or_train_alone(case: str, words: str, tmp
     codes = wait(start(partial(fit, model, log, case), ranks=2, folder=tmp_path), timeout=60)
     assert codes == ([1, 1] if words else [0, 0]), (tmp_path / "output.0").read_text()[-2000:]
     assert words in (tmp_path / "output.0").read_text()
+
+
+def score(model: str, log: str, scored: str, batch_size: int = 4) -> None:
+    """Validates and predicts, from shards."""
+    module = BCOModule(model, dtype="float32")
+    data = FeedbackDataModule(log, validation_files=scored, predict_files=scored, batch_size=batch_size, max_length=96)
+    options: dict[str, Any] = {"devices": 2, "strategy": "fsdp2", "accelerator": "cpu"}
+    quiet = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False}
+    trainer = Trainer(**options, **quiet, use_distributed_sampler=False, callbacks=[PredictionWriter()])
+    if len(Path(scored).read_text().splitlines()) > 1:
+        trainer.validate(module, data)
+    trainer.predict(module, data)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_rows_that_do_not_come_out_even_are_evaluated_and_scored_once(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl", num_rows=24)
+    scored = make_log(tmp_path / "scored.jsonl", num_rows=9, seed=3)
+    codes = wait(start(partial(score, model, log, scored, batch_size), ranks=2, folder=tmp_path), timeout=90)
+    assert codes == [0, 0], (tmp_path / "output.0").read_text()[-2000:]
+    lines = [line for rank in (0, 1) for line in Path(f"predictions.rank{rank}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["row"] for line in lines]
+    assert sorted(rows) == sorted(f"{scored}:{line}" for line in range(1, 10))
+
+
+def test_fewer_rows_to_score_than_processes_are_refused(tmp_path: Path) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl", num_rows=24)
+    scored = make_log(tmp_path / "scored.jsonl", num_rows=1, seed=3)
+    codes = wait(start(partial(score, model, log, scored), ranks=2, folder=tmp_path), timeout=60)
+    assert codes == [1, 1]
+    found = (tmp_path / "output.0").read_text()
+    assert "data.predict_files: expected a row for each of 2 processes, found 1" in found

@@ -250,7 +250,7 @@ def test_fewer_held_out_rows_than_processes_are_refused(byte_model: str, feedbac
     processes = start(partial(one_sided, byte_model, feedback, held_out), ranks=2, folder=tmp_path)
     assert wait(processes, timeout=30) == [1, 1]
     for rank in range(2):
-        assert "expected a held-out row for each of 2 processes, found 1" in (tmp_path / f"output.{rank}").read_text()
+        assert "expected a row for each of 2 processes, found 1" in (tmp_path / f"output.{rank}").read_text()
 
 
 def test_an_exploding_reward_and_a_collapsed_class_are_warned_of(byte_model: str, feedback: str) -> None:

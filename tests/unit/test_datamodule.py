@@ -210,17 +210,34 @@ def test_grouping_by_prompt_and_balanced_sampling_exclude_each_other(tokenizer: 
         data(tokenizer, log, balanced_sampling=True, group_by_prompt=True)
 
 
-@pytest.mark.parametrize("batch_size", [2, 4])
-def test_processes_evaluate_as_many_micro_batches_and_every_row_once(
-    tokenizer: Any, rows: list, tmp_path: Path, batch_size: int
-) -> None:
-    log = write_jsonl(tmp_path / "x.jsonl", [*rows, *rows[:9]])  # 33 rows for 2 processes
-    module = FeedbackDataModule(validation_files=log, batch_size=batch_size, tokenizer=tokenizer, max_length=64)
-    module.setup("validate")
+def evaluated_by_two(stage: str, batch_size: int, tokenizer: Any, rows: list, tmp_path: Path) -> list[list[list[int]]]:
+    """The rows of each micro-batch of each of two processes."""
+    log = write_jsonl(tmp_path / "x.jsonl", rows)
+    files = {"validate": "validation_files", "predict": "predict_files"}[stage]
+    module = FeedbackDataModule(**{files: log}, batch_size=batch_size, tokenizer=tokenizer, max_length=64)
+    module.setup(stage)
     found = []
     for rank in (0, 1):
-        module.trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=CPU_STRATEGY)
-        found.append([batch.row_ids_B.tolist() for batch in module.val_dataloader()])
+        sharded = SimpleNamespace(device_mesh=None, layout="packed")
+        module.trainer = SimpleNamespace(
+            global_rank=rank, world_size=2, strategy=CPU_STRATEGY, lightning_module=sharded
+        )
+        loader = module.val_dataloader() if stage == "validate" else module.predict_dataloader()
+        found.append([batch.row_ids_B.tolist() for batch in loader])
+    return found
+
+
+@pytest.mark.parametrize("stage", ["validate", "predict"])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_processes_evaluate_as_many_micro_batches_and_every_row_once(
+    tokenizer: Any, rows: list, tmp_path: Path, stage: str, batch_size: int
+) -> None:
+    found = evaluated_by_two(stage, batch_size, tokenizer, [*rows, *rows[:9]], tmp_path)  # 33 rows
     assert len(found[0]) == len(found[1])
     assert sorted(row for batches in found for batch in batches for row in batch) == list(range(33))
-    assert max(len(batch) for batches in found for batch in batches) <= batch_size
+    sizes = [len(batch) for batches in found for batch in batches]
+    assert max(sizes) <= max(batch_size, 2)  # one row more than asked for, where nothing else comes out even
+
+
+def test_a_process_without_a_row_to_predict_has_no_micro_batch(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+    assert evaluated_by_two("predict", 4, tokenizer, rows[:1], tmp_path) == [[[0]], []]

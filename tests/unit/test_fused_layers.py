@@ -14,6 +14,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen3Config,
@@ -34,6 +36,7 @@ def build(name: str = "llama", **options: Any) -> nn.Module:
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "gemma": (GemmaConfig, GemmaForCausalLM),
+        "olmo2": (Olmo2Config, Olmo2ForCausalLM),
         "phi": (PhiConfig, PhiForCausalLM),
     }
     config, model = kinds[name]
@@ -127,6 +130,19 @@ def test_another_formula_stays_as_it_is() -> None:
     gemma = build("gemma")  # its norms multiply by 1 + w
     fuse_layers(gemma)
     assert all(name.endswith("mlp") for name in fused(gemma))
+
+
+def test_a_norm_that_rounds_otherwise_under_autocast_stays_as_it_is() -> None:
+    model = build("olmo2")  # multiplies by its weight before it rounds, which in float32 makes no difference
+    fuse_layers(model)
+    assert all(name.endswith("mlp") for name in fused(model))
+
+
+def test_no_tokens_are_taken_as_well() -> None:
+    model = build()
+    fuse_layers(model)
+    layer, nothing = model.model.layers[0], torch.empty(1, 0, model.config.hidden_size)
+    assert layer.mlp(nothing).shape == layer.input_layernorm(nothing).shape == nothing.shape
 
 
 def test_a_biased_and_an_adapted_projection_stay_as_they_are() -> None:

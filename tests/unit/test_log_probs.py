@@ -9,6 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -204,3 +207,34 @@ def test_a_head_that_the_config_does_not_explain_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(log_probs, "_scale", lambda config: 1.0)
     with pytest.raises(LanguageModelError, match="GraniteForCausalLM"):
         check_head(build("granite"))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations have made and that are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._made = 0, {}  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self._made = {place: kept for place, kept in self._made.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return made
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_memory_does_not_grow_with_the_vocabulary_but_for_the_weight_and_its_gradient(frozen: bool) -> None:
+    def peak(vocabulary: int) -> int:
+        hidden_NH, weight_VH = torch.randn(512, 16, requires_grad=True), torch.randn(vocabulary, 16)
+        weight_VH.requires_grad_(not frozen)
+        with LiveBytes() as live:
+            token_log_probs(hidden_NH, torch.arange(512), weight_VH).sum().backward()
+        return live.peak - (1 if frozen else 2) * weight_VH.nbytes
+
+    assert peak(256_000) <= 1.1 * peak(32_000)
+    assert peak(32_000) < 512 * 32_000 * 4 / 2  # half of one copy of the logits

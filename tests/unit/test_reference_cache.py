@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 import torch
 from datasets import Dataset
 from lightning.pytorch import Callback
+from peft import LoraConfig, get_peft_model
 
 from bco_lightning import BCOModule, LoraSettings, reference_cache
 from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.models.language_model import load_language_model
 from bco_lightning.models.reference import Reference
 from bco_lightning.reference_cache import keys_and_lengths
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
@@ -143,7 +147,7 @@ def test_values_of_another_reference_or_way_of_computing_are_not_used(
         other.tokenizer.save_pretrained(tmp_path / "other")
         tiny_model = str(tmp_path / "other")
     if change == "version":
-        monkeypatch.setattr("bco_lightning.module.LAYOUT_VERSION", 1000)
+        monkeypatch.setattr("bco_lightning.reference_cache.LAYOUT_VERSION", 1000)
     options = {"dtype": {"dtype": "bfloat16"}, "layout": {"layout": "padded"}}.get(change, {})
     fit(
         tiny_model, log, trainer={"precision": "bf16-mixed" if change == "precision" else "32-true"},
@@ -350,3 +354,25 @@ def test_keys_depend_on_tokens_and_mask_alone() -> None:
     assert lengths[:5].tolist() == [3, 3, 3, 4, 3]
     shuffled, _ = keys_and_lengths(dataset.select(range(1499, -1, -1)))
     assert (shuffled == keys[::-1]).all()
+
+
+def test_the_key_of_a_continued_adapter_is_the_same_in_every_process(tiny_model: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"])
+    get_peft_model(load_language_model(tiny_model, torch.float32), config).save_pretrained(str(tmp_path / "adapter"))
+    program = (
+        "import sys, torch; from types import SimpleNamespace as N\n"
+        "from bco_lightning.models.language_model import LoraSettings, load_policy\n"
+        "from bco_lightning.reference_cache import key_of_log_probs\n"
+        "policy = load_policy(sys.argv[1], torch.float32, LoraSettings(r=2), 0)\n"
+        "trainer = N(strategy=N(root_device=torch.device('cpu')), precision='32-true')\n"
+        "print(key_of_log_probs(policy, trainer))"
+    )
+    keys = [
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "adapter")],
+            env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    ]  # fmt: skip
+    assert len(keys[0]) > 30
+    assert len(set(keys)) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,10 +66,30 @@ def test_a_micro_batch_with_an_unknown_row_is_not_known() -> None:
 def test_its_size_is_known_beforehand_and_no_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     kept = cache()
-    assert kept.num_bytes == (3 + 3 + 4 + 2) * 2 * 2
+    size = (3 + 3 + 4 + 2) * 2 * 2
+    assert TrunkCache.num_bytes_of(np.array([3, 3, 4, 2]), 2, torch.bfloat16) == size
     kept.record(batch_of(0), states_of(batch_of(0)))
     del kept
     assert not list(tmp_path.iterdir())
+
+
+def test_its_room_on_the_disk_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda _file, start, size: taken.append(start + size))
+    kept = cache()
+    assert taken == [kept._states_TH.numel() * 2]
+
+
+def test_a_disk_without_room_is_said_before_the_first_step(
+    tiny_model: str, log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    module = tiny_module(tiny_model, lora=LoraSettings(r=4, alpha=8, top_layers=1), cache_trunk=True)
+    with pytest.raises(ConfigError, match=r"(?s)model.cache_trunk: expected .* MiB in .*No space left.*TMPDIR"):
+        tiny_trainer(max_epochs=1).fit(module, tiny_data(log))
 
 
 def fitted(tiny_model: str, log: str, **options: Any) -> tuple[BCOModule, list[int]]:

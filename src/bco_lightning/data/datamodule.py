@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collation import pack_rows
@@ -21,7 +21,7 @@ from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.loading import BadRowPolicy, BadRows, RowLoader
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts
-from bco_lightning.data.sampling import RowOrder, StepBatchSampler
+from bco_lightning.data.sampling import EvenBatchSampler, RowOrder, StepBatchSampler
 from bco_lightning.data.tokenization import RowTokenizer, TooLong, chosen_template
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
@@ -193,7 +193,21 @@ class FeedbackDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The rows to score."""
-        return self._evaluation_loader(self.predict_dataset, evaluated=False)
+        if self.trainer is not None and getattr(self.trainer.lightning_module, "device_mesh", None) is not None:
+            _require_rows_for_all(self.predict_dataset, self.trainer, "data.predict_files")
+        return self._evaluation_loader(self.predict_dataset)
+
+    def datasets_of(self, stage: str) -> dict[str, Dataset]:
+        """What a stage (``fit``, ``validate``, ``test`` or ``predict``) runs on, by Lightning's name of each run."""
+        trainer: Any = self.trainer
+        held_out = self.validation_dataset
+        found = {
+            "fit": {"train": self.train_dataset, "validate": held_out if trainer.enable_validation else None},
+            "validate": {"validate": held_out},
+            "test": {"test": self.test_dataset or held_out},
+            "predict": {"predict": self.predict_dataset},
+        }[stage]
+        return {name: dataset for name, dataset in found.items() if dataset is not None}
 
     def state_dict(self) -> dict[str, Any]:
         """How a step is cut into micro-batches; the position itself is the trainer's step."""
@@ -313,18 +327,11 @@ class FeedbackDataModule(LightningDataModule):
         pools = [[row for row, up in enumerate(thumbs) if up is wanted] for wanted in (True, False)]
         return RowOrder(pools, [self.rows_per_step // 2] * 2, self.seed)
 
-    def _evaluation_loader(
-        self, dataset: Dataset | None, *, evaluated: bool = True
-    ) -> DataLoader[FeedbackBatch] | list[Any]:
+    def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:
             return []
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        rows = _EveryNth(len(dataset), rank, world_size)
-        most = math.ceil(math.ceil(len(dataset) / world_size) / self.batch_size)
-        if math.ceil(len(rows) / self.batch_size) == most or most > len(rows) or not evaluated:
-            return self._loader(dataset, batch_size=self.batch_size, sampler=rows)
-        # Where models are sharded, all processes have to run as many passes.
-        return self._loader(dataset, batch_sampler=[part.tolist() for part in np.array_split(list(rows), most)])
+        return self._loader(dataset, batch_sampler=EvenBatchSampler(len(dataset), self.batch_size, rank, world_size))
 
     def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
         return DataLoader(
@@ -336,19 +343,6 @@ class FeedbackDataModule(LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             **arguments,
         )
-
-
-class _EveryNth(Sampler[int]):
-    """Each rank's share of an evaluation set, without padding by repeated rows."""
-
-    def __init__(self, num_rows: int, rank: int, world_size: int) -> None:
-        self._rows = range(rank, num_rows, world_size)
-
-    def __iter__(self) -> Any:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 def _no_training_files() -> ConfigError:
@@ -368,13 +362,13 @@ def _prompt_numbers(dataset: Dataset) -> np.ndarray[Any, Any]:
     return np.fromiter((hash(prompt) for prompt in dataset["prompt"]), dtype=np.int64, count=len(dataset))
 
 
-def _require_rows_for_all(dataset: Dataset | None, trainer: Any) -> None:
-    """Lightning passes over a validation in the processes that have no row of it, and the others wait for them."""
+def _require_rows_for_all(dataset: Dataset | None, trainer: Any, option: str = "data.validation_files") -> None:
+    """Lightning passes over an evaluation in the processes that have no row of it, and the others wait for them."""
     if dataset is not None and trainer is not None and len(dataset) < trainer.world_size:
         raise ConfigError(
-            "data.validation_files",
-            f"expected a held-out row for each of {trainer.world_size} processes, found {len(dataset)}.",
-            "Hold out more rows, or none (data.validation_fraction: 0).",
+            option,
+            f"expected a row for each of {trainer.world_size} processes, found {len(dataset)}.",
+            "Give more rows, use fewer processes, or hold out none (data.validation_fraction: 0).",
         )
 
 

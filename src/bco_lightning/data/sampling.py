@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -108,3 +109,27 @@ class StepBatchSampler(Sampler[list[int]]):
             for micro_batch in range(self._accumulation):
                 start = (micro_batch * self._world_size + self._rank) * self._batch_size
                 yield rows[start : start + self._batch_size]
+
+
+class EvenBatchSampler(Sampler[list[int]]):
+    """Micro-batches of one rank, every row of a data set on one rank and once, in order.
+
+    Where models are sharded, all ranks have to run as many passes; a rank without rows has none.
+
+    Args:
+        num_rows: Rows of the data set.
+        batch_size: Rows of a micro-batch at most; one more where nothing else comes out even.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, rank: int, world_size: int) -> None:
+        rows = range(rank, num_rows, world_size)
+        passes = min(math.ceil(math.ceil(num_rows / world_size) / batch_size), max(1, num_rows // world_size))
+        self._parts = [part.tolist() for part in np.array_split(rows, passes)] if rows else []
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._parts)

@@ -19,6 +19,15 @@ class ScratchFile:
             Path(self._name).unlink()
             self.path = f"/proc/{self._process}/fd/{self._descriptor}"
 
+    def allocate(self, num_bytes: int) -> None:
+        """Takes its place on the disk now: in a mapped file, a page that finds no room later kills the process.
+
+        Raises:
+            OSError: If there is not enough room.
+        """
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(self._descriptor, 0, num_bytes)
+
     def remove(self) -> None:
         """Deletes it; in a forked process it does nothing."""
         # A forked loader worker has the same data set, and must not take it from the others when it ends.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def fuse_adapters(model: nn.Module) -> int:
@@ -63,9 +64,10 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_SI, weight_OI, a_RI, b_OR, low_SR)
         ctx.scaling, ctx.shape = scaling, x.shape
         out_SO = nn.functional.linear(x_SI, weight_OI, bias_O).addmm_(low_SR, b_OR.T)
-        return out_SO.view(*x.shape[:-1], -1)
+        return out_SO.view(*x.shape[:-1], weight_OI.shape[0])
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_SI, weight_OI, a_RI, b_OR, low_SR = ctx.saved_tensors
         grad_SO = grad.reshape(-1, grad.shape[-1])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -195,6 +196,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return at_target_N - lse_N
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, coefficient_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coefficient_N = torch.where(coefficient_N.abs() < _LEAST_COEFFICIENT, 0, coefficient_N)
         if len(ctx.saved_tensors) == 1:
