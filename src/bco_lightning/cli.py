@@ -321,6 +321,7 @@ def _quiet_libraries() -> None:
         r".*does not have many workers.*",  # rows are tokenized before training; collation is all that is left
         r".*litlogger.*",
         r"You are using a custom batch sampler .* for prediction.*",  # it gives every row
+        r"You have overridden `on_before_batch_transfer`.*",  # the data module does not
         r"You're resuming from a checkpoint that ended before the epoch ended.*",  # the row order follows the step
         r"Already found a `peft_config`.*",  # an incoming adapter stands beside the one that is trained
     ):
