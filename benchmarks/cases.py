@@ -46,6 +46,8 @@ class Case:
 
 FULL_B4 = Case("full-b4-cached", 4, min_speed=1.8, max_memory=0.72, min_share=0.65)
 FULL_B8 = Case("full-b8-cached", 8, min_speed=2.7, max_memory=0.52, min_share=0.65)
+TWO = Case("full-b8-two", 8, completions_per_prompt=2, min_speed=4.0)
+FOUR = Case("full-b8-four", 8, completions_per_prompt=4, min_speed=5.0, max_memory=0.42)
 LORA_B4 = Case("lora-b4-float32", 4, lora=True, min_speed=1.8)
 LORA_PAIRS = Case("lora-b8-bf16-two", 8, completions_per_prompt=2, lora=True, bf16=True, min_speed=3.5, max_memory=0.35)
 
@@ -61,8 +63,10 @@ CASES = {
         FULL_B8,
         replace(FULL_B8, name="full-b8-cached-compile", compiled=True, dropped=3),
         replace(FULL_B8, name="full-b8-online", reference="online", min_speed=1.8, min_share=None),
-        replace(FULL_B8, name="full-b8-two", completions_per_prompt=2, min_speed=4.0, max_memory=None, min_share=None),
-        replace(FULL_B8, name="full-b8-four", completions_per_prompt=4, min_speed=5.0, max_memory=0.42, min_share=None),
+        TWO,
+        replace(TWO, name="full-b8-two-compile", compiled=True, dropped=3),
+        FOUR,
+        replace(FOUR, name="full-b8-four-compile", compiled=True, dropped=3),
         LORA_B4,
         replace(LORA_B4, name="lora-b4-bf16", bf16=True, min_speed=2.2),
         LORA_PAIRS,
