@@ -103,7 +103,7 @@ def _our_step(model: LlamaForCausalLM, samples: list[dict[str, Any]]) -> Callabl
     from bco_lightning.models.log_probs import completion_log_probs
 
     choose_layout(model)
-    fuse_layers(model)
+    fuse_layers(model.modules())
     batch = pack_rows(samples)
     return lambda: _loss(completion_log_probs(model, batch)).backward()
 

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
 from bco_lightning.faults import causes_of
+from bco_lightning.shards import has_shards, put_shards, read_whole
 
 STATE_FILE, MANIFEST_FILE = "state.ckpt", "manifest.json"
 _FORMAT = 1
@@ -90,9 +91,18 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
     Raises:
         CheckpointError: If the disk is full or cannot be written; ``target`` is then as it was before.
     """
-    about = {key: checkpoint[key] for key in _TOLD if key in checkpoint}
-    facts = {"step": checkpoint.get("global_step"), **about}
-    with whole_folder(target, facts) as partial, (partial / STATE_FILE).open("wb") as file:
+    with whole_folder(target, facts_of(checkpoint)) as partial:
+        write_state(checkpoint, partial)
+
+
+def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a checkpoint."""
+    return {"step": checkpoint.get("global_step"), **{key: checkpoint[key] for key in _TOLD if key in checkpoint}}
+
+
+def write_state(checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Writes tensors and plain values."""
+    with (folder / STATE_FILE).open("wb") as file:
         torch.save(dict(checkpoint), file)
 
 
@@ -107,31 +117,62 @@ def whole_folder(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
         CheckpointError: If the disk is full or cannot be written.
     """
+    with in_checkpoint_words(target):
+        partial = begin_folder(target)
+        try:
+            yield partial
+            complete_folder(partial, target, facts, {})
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def begin_folder(target: Path) -> Path:
+    """An empty folder beside ``target``, to write plain files into."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def complete_folder(
+    partial: Path, target: Path, facts: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Makes ``target`` of a folder of plain files, in one piece.
+
+    Args:
+        partial: The folder.
+        target: What it becomes; one that is there already is replaced.
+        facts: What the manifest says besides the files.
+        known: Sizes and digests of files that their writers have flushed.
+    """
+    files = {path.name: known.get(path.name) or flushed_file(path) for path in sorted(partial.iterdir())}
+    manifest = {"format": _FORMAT, **facts, "files": files}
+    (partial / MANIFEST_FILE).write_bytes(_sealed(manifest))
+    _flush(partial / MANIFEST_FILE)
+    _flush(partial)
+    replaced = target.with_name(f".{target.name}.removed-{os.getpid()}")
+    if target.exists():  # the same step, written again after a resume from an earlier one
+        target.rename(replaced)
+    partial.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flushed_file(path: Path) -> dict[str, Any]:
+    """Size and digest of a file, once its bytes are on the disk."""
+    _flush(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+@contextmanager
+def in_checkpoint_words(target: Path) -> Iterator[None]:
+    """Says what kept a checkpoint from being written; ``target`` is then as it was before."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        files = sorted(path for path in partial.iterdir())
-        for path in files:
-            _flush(path)
-        manifest = {"format": _FORMAT, **facts, "files": {path.name: _facts_of_file(path) for path in files}}
-        (partial / MANIFEST_FILE).write_bytes(_sealed(manifest))
-        _flush(partial / MANIFEST_FILE)
-        _flush(partial)
-        replaced = target.with_name(f".{target.name}.removed-{os.getpid()}")
-        if target.exists():  # the same step, written again after a resume from an earlier one
-            target.rename(replaced)
-        partial.rename(target)
-        _flush(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        yield
     except (OSError, RuntimeError) as error:  # torch.save hides a failed write behind a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
         raise _not_written(target, error) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -160,12 +201,13 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_checkpoint(path: str, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str, map_location: Any = "cpu", *, with_shards: bool = True) -> dict[str, Any]:
     """Reads a checkpoint folder after verifying it, or a single file that another trainer wrote.
 
     Args:
         path: Folder of a step, or a file; never a URL.
         map_location: Where tensors go, as for ``torch.load``.
+        with_shards: Put tensors that several processes wrote together, whole, where they belong.
 
     Returns:
         What was saved.
@@ -198,6 +240,8 @@ def read_checkpoint(path: str, map_location: Any = "cpu") -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(str(source), f"expected a checkpoint, found a {type(checkpoint).__name__}.")
+    if with_shards and Path(path).is_dir() and has_shards(Path(path)):
+        put_shards(checkpoint, read_whole(Path(path)))
     return checkpoint
 
 
@@ -335,10 +379,6 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _facts_of_file(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:

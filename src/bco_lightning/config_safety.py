@@ -26,6 +26,7 @@ ALLOWED_IMPORTS = (
     "bco_lightning.data.Columns",
     "bco_lightning.data.feedback_row.Columns",
     "bco_lightning.models.language_model.LoraSettings",
+    "bco_lightning.strategies",
     "lightning.pytorch.accelerators",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.loggers",

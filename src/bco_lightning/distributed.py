@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -71,3 +74,34 @@ def gather_over_ranks(value: Any, trainer: Any) -> list[Any]:
     gathered: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def made_once_per_node(make: Callable[[], Any], trainer: Any) -> list[Any]:
+    """What the first process of each node makes, in every process.
+
+    The other processes of a node wait however long that takes, idle; they end with an error if the first one ends. The
+    nodes then wait for each other as long as in any collective.
+
+    Args:
+        make: Gives a plain value; called in the first process of each node. What it raises, only that process raises.
+        trainer: The Lightning trainer.
+
+    Returns:
+        The values, in order of the processes that made them.
+    """
+    nodes = gather_over_ranks(trainer.node_rank, trainer)
+    # gloo, whatever the processes speak otherwise: it can wait for long, and notices when one of them is gone. The
+    # group stays until the process ends, since another one with its name would find its addresses; and those outside
+    # of it must not be asked to join in making it: over NCCL that would split their communicator, and hang.
+    node = torch.distributed.new_group(
+        [rank for rank, other in enumerate(nodes) if other == trainer.node_rank],
+        timeout=timedelta(days=365),
+        backend="gloo",
+        use_local_synchronization=True,
+    )
+    made = [make()] if trainer.local_rank == 0 else []
+    waiting = torch.distributed.all_reduce(torch.zeros(1), group=node, async_op=True)
+    while not waiting.is_completed():  # a signal is heard between two looks
+        time.sleep(0.02)
+    waiting.wait()
+    return [value for values in gather_over_ranks(made, trainer) for value in values]

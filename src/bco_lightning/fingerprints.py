@@ -18,18 +18,21 @@ _PACKAGES = (
     "bco-lightning", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "tokenizers",
     "safetensors", "numpy",
 )  # fmt: skip
-_BLOCK = 2**24
+_BLOCK = 2**22
+
+
+def digest_of_tensor(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over shape, data type and bytes of a tensor, as it would be in ``dtype`` if that is given."""
+    dtype = dtype or tensor.dtype
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {dtype}\n".encode())
+    for block in tensor.detach().contiguous().view(-1).split(_BLOCK):
+        digest.update(memoryview(block.to(dtype).view(torch.uint8).cpu().numpy()))
+    return digest.hexdigest()
 
 
 def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes, data types and bytes of tensors, in order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        for block in flat.split(_BLOCK):
-            digest.update(memoryview(block.cpu().numpy()))
-    return digest.hexdigest()
+    """SHA-256 over names, shapes, data types and bytes of tensors, whatever their order."""
+    return digest_of_values({name: digest_of_tensor(tensor) for name, tensor in named})
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,15 +15,16 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.data.datamodule import FeedbackDataModule
+from bco_lightning.distributed import gather_over_ranks, max_over_ranks
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
 from bco_lightning.fingerprints import (
     differences,
-    digest_of_tensors,
+    digest_of_tensor,
     digest_of_tokenizer,
     digest_of_values,
     versions,
@@ -33,6 +34,7 @@ from bco_lightning.models.language_model import (
     Dtype,
     LoraSettings,
     Quantization,
+    final_dtype,
     load_language_model,
     load_policy,
     load_tokenizer,
@@ -41,7 +43,7 @@ from bco_lightning.models.language_model import (
 )
 from bco_lightning.models.layout import Layout, choose_layout, compile_layers, layout_of
 from bco_lightning.models.log_probs import check_head, completion_log_probs
-from bco_lightning.models.parallel import is_sharded, shard, whole
+from bco_lightning.models.parallel import Sharding, is_sharded, own_part, plain_name, shard
 from bco_lightning.models.reference import Reference
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.objectives import OBJECTIVES
@@ -50,6 +52,7 @@ from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
 from bco_lightning.reference_store import ReferenceStore, cache_root
 from bco_lightning.reward_shift import RewardShift
 from bco_lightning.seeding import chosen_seed
+from bco_lightning.strategies import refuse_unknown_sharding
 from bco_lightning.trunk_cache import TrunkCache
 
 ReferenceLogProbs = Literal["auto", "online", "cached"]
@@ -182,6 +185,7 @@ class BCOModule(LightningModule):
         self._reference_cache: ReferenceCache | None = None
         self._scored_online: list[RewardedRows] = []
         self._is_set_up = False
+        self._num_parameters = (0, 0)
         self._tokenizer: Any = None
 
     @property
@@ -216,7 +220,7 @@ class BCOModule(LightningModule):
         """Loads the policy, once; the reference's own model, if it has one, is made when it is needed.
 
         Raises:
-            ConfigError: If the model was built before, unsharded, and is now to be trained under ``fsdp2``.
+            ConfigError: If the model was built before, whole, and is now to be cut up by the strategy.
         """
         self._build()
         self._shard()
@@ -226,43 +230,77 @@ class BCOModule(LightningModule):
             return
         options = self.hparams
         device = self.trainer.strategy.root_device if self._trainer is not None else self.device
-        dtype = resolve_dtype(options["dtype"], self.lora, device)
-        self._policy = load_policy(options["name_or_path"], dtype, self.lora, options["seed"], options["quantization"])
+        dtype = self._dtype_on(device)
+        self._policy = load_policy(
+            options["name_or_path"],
+            dtype,
+            self.lora,
+            options["seed"],
+            options["quantization"],
+            mapped=self._sharding is not None,
+        )
         check_head(self._policy)
         self._layout_reason = choose_layout(self._policy, options["layout"])
         self._quicken(self._policy)
-        if not options["compile"] and self.device_mesh is None:
+        if self._sharding is None and not options["compile"]:
             self._trunk = find_trunk(self._policy)
         separate = options["reference_name_or_path"]
         self._reference = Reference(self._policy, partial(self._load_reference, dtype), separate=bool(separate))
         if separate:
             self._load_exported_reward_shift(options["name_or_path"], separate)
 
+    @property
+    def _sharding(self) -> Sharding | None:
+        """How the strategy cuts up models; ``None`` where each process has whole ones."""
+        return getattr(self.trainer.strategy, "sharding", None) if self._trainer is not None else None
+
+    def _dtype_on(self, device: torch.device) -> torch.dtype:
+        dtype = resolve_dtype(self.hparams["dtype"], self.lora, device)
+        if self._sharding is None or self._sharding.engine != "fsdp" or self.lora is None or dtype == torch.float32:
+            return dtype
+        if self.hparams["dtype"] == "auto":
+            return torch.float32
+        raise ConfigError(
+            "model.dtype",
+            "expected float32 for adapters under fsdp, which keeps one data type in each layer; found bfloat16.",
+            "Use trainer.strategy: fsdp2, or trainer.precision: bf16-mixed.",
+        )
+
     def _quicken(self, model: PreTrainedModel) -> None:
         """Policy and reference alike, so that equal weights give equal bits."""
         if self.hparams["compile"]:
             compile_layers(model)
-        else:
-            fuse_layers(model)
+        elif self._sharding is None:
+            fuse_layers(model.modules())
+
+    def _cut_up(self, model: PreTrainedModel, sharding: Sharding) -> None:
+        def quicken(modules: Iterable[nn.Module]) -> None:
+            if not self.hparams["compile"]:
+                fuse_layers(modules)
+
+        shard(model, sharding, quicken)
 
     def _shard(self) -> None:
         """What is done to a whole policy, once, after the digest of its weights was taken."""
         policy: Any = self._policy
         if self._is_set_up:
-            if self.device_mesh is not None and not is_sharded(policy):
+            if self._sharding is not None and not is_sharded(policy):
                 raise ConfigError(
                     "trainer.strategy",
                     "expected a module whose model is not built yet, found one that is built and not sharded.",
-                    "Make a new BCOModule for fsdp2.",
+                    "Make a new BCOModule for it.",
                 )
             return
         self._is_set_up = True
-        if self.device_mesh is not None:
-            shard(policy, self.device_mesh)
+        sizes = [(parameter.requires_grad, parameter.numel()) for parameter in policy.parameters()]
+        self._num_parameters = sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+        if self._sharding is not None:
+            if self.hparams["optimizer"] != "adamw":
+                raise ConfigError(
+                    "model.optimizer", f"expected adamw for weights that are cut up, found {self.hparams['optimizer']}."
+                )
+            self._cut_up(policy, self._sharding)
             self._built_reference.watch_policy()
-            own_model = self._built_reference.own_model
-            if own_model is not None and not is_sharded(own_model):
-                shard(own_model, self.device_mesh)
         if self.hparams["gradient_checkpointing"]:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             policy.enable_input_require_grads()
@@ -275,16 +313,18 @@ class BCOModule(LightningModule):
             LanguageModelError: If its files have changed since the run began.
         """
         name = self.hparams["reference_name_or_path"] or self.hparams["name_or_path"]
-        model = load_language_model(name, dtype, self.hparams["quantization"])
-        if self._reference_digest and digest_of_tensors(model.named_parameters()) != self._reference_digest:
+        model = load_language_model(name, dtype, self.hparams["quantization"], mapped=self._sharding is not None)
+        digest = self._digest_of(model.named_parameters())
+        if self._reference_digest and digest != self._reference_digest:
             raise LanguageModelError(
                 name, "expected the weights that the reference had when the run began, found others.", "Restore them."
             )
+        self._reference_digest = digest
         check_head(model)
         choose_layout(model, self.hparams["layout"])
         self._quicken(model)
-        if self.device_mesh is not None:
-            shard(model, self.device_mesh)
+        if self._sharding is not None:
+            self._cut_up(model, self._sharding)
         return model
 
     def setup(self, stage: str) -> None:
@@ -296,8 +336,11 @@ class BCOModule(LightningModule):
                 "the reference.",
                 "Set model.dtype: bfloat16 for bfloat16 weights.",
             )
+        refuse_unknown_sharding(self.trainer.strategy, str(self.trainer.precision))
         self._build()
-        plan = self._plan_reference(stage)  # while the policy is whole
+        if stage == "fit" and self._sharding is not None:
+            self._digest_of_reference()  # while the policy is whole
+        plan = self._plan_reference(stage)
         self._shard()
         if stage == "fit":
             self.class_weights = self._chosen_class_weights()
@@ -371,7 +414,8 @@ class BCOModule(LightningModule):
 
     def _score_by_reference(self, batch: FeedbackBatch) -> Tensor:
         device = self.trainer.strategy.root_device
-        self.policy.to(device)  # type: ignore[arg-type]
+        if not is_sharded(self.policy):
+            self.policy.to(device)  # type: ignore[arg-type]
         with self.trainer.precision_plugin.forward_context():
             return self.reference.log_probs_by_policy(batch.to(device))
 
@@ -392,13 +436,23 @@ class BCOModule(LightningModule):
 
     def _digest_of_reference(self) -> str:
         if not self._reference_digest:
-            named = self._built_reference.named_parameters()
-            self._reference_digest = digest_of_tensors((name, whole(value)) for name, value in named)
+            named = (
+                self._built_reference.named_parameters()
+            )  # loads it where it is another model, which sets the digest
+            self._reference_digest = self._reference_digest or self._digest_of(named)
         return self._reference_digest
 
+    def _digest_of(self, named: Iterable[tuple[str, Tensor]]) -> str:
+        """The digest of whole weights; where all processes take part in whatever one does, each reads a share."""
+        digests = {}
+        for number, (name, value) in enumerate(sorted(named, key=lambda pair: pair[0])):
+            if self._sharding is None or number % self.trainer.world_size == self.trainer.global_rank:
+                digests[name] = digest_of_tensor(value, final_dtype(value))
+        parts = [digests] if self._sharding is None else gather_over_ranks(digests, self.trainer)
+        return digest_of_values({name: digest for part in parts for name, digest in part.items()})
+
     def _say_what_is_trained(self) -> None:
-        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.policy.parameters())
+        trained, total = self._num_parameters
         weights = next(self.policy.parameters()).dtype
         up, down = self.class_weights or (1.0, 1.0)
         rank_zero_info(
@@ -599,7 +653,10 @@ class BCOModule(LightningModule):
         Raises:
             NonFiniteError: If a trained parameter is not finite; a checkpoint of it would be of no use.
         """
-        broken = [name for name, value in checkpoint["state_dict"].items() if not bool(value.isfinite().all())]
+        finite = [bool(own_part(value).isfinite().all()) for value in checkpoint["state_dict"].values()]
+        if self._sharding is not None:  # a process that went on alone would wait for the others
+            finite = [not broken for broken in max_over_ranks([float(not own) for own in finite], self.trainer)]
+        broken = [name for name, own in zip(checkpoint["state_dict"], finite, strict=True) if not own]
         if broken:
             raise NonFiniteError(
                 f"optimizer step {checkpoint['global_step']}",
@@ -729,7 +786,7 @@ class BCOModule(LightningModule):
         )
 
     def _trained_names(self) -> list[str]:
-        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return [plain_name(name) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def num_steps(self) -> int:
         """Optimizer steps of the whole run, from the configuration.

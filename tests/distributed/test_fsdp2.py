@@ -29,7 +29,7 @@ def fit(model: str, log: str, case: str) -> None:
     ("case", "words"),
     [
         ("built", "expected a module whose model is not built yet"),
-        ("sampling", "expected whole weights to sample from, found fsdp2"),
+        ("sampling", "expected whole weights to sample from, found them cut up"),
         ("gradient checkpointing", ""),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +16,11 @@ import torch
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.datamodule import _prompt_numbers
 from bco_lightning.data.row_table import held_out_prompts, prompt_key
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
+from tests.reliability.tiny_run import byte_tokenizer
 
 CPU_STRATEGY = SimpleNamespace(root_device=torch.device("cpu"))
 
@@ -205,6 +210,26 @@ def test_rows_with_one_prompt_share_a_micro_batch(tokenizer: Any, rows: list, tm
     assert module.fingerprints() != apart.fingerprints()
 
 
+def grouped(log: str) -> str:
+    """The seed of this process's hashes, as it were, and the order of the rows."""
+    module = data(byte_tokenizer(), log, validation_fraction=0.0, group_by_prompt=True)
+    order = [batch.row_ids_B.tolist() for batch in module.train_dataloader()]
+    return json.dumps([hash("a"), _prompt_numbers(module.train_dataset).tolist(), order])
+
+
+def test_grouping_by_prompt_gives_one_order_in_all_processes(rows: list, tmp_path: Path) -> None:
+    log = write_jsonl(tmp_path / "x.jsonl", [rows[place] for place in np.random.default_rng(0).permutation(len(rows))])
+    command = "import sys; from tests.unit.test_datamodule import grouped; print(grouped(sys.argv[1]))"
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    done = subprocess.run(
+        [sys.executable, "-c", command, log], cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHONHASHSEED": seed},
+    )  # fmt: skip
+    (own_hash, *own), (other_hash, *other) = (json.loads(text) for text in (grouped(log), done.stdout))
+    assert own_hash != other_hash
+    assert own == other
+
+
 def test_grouping_by_prompt_and_balanced_sampling_exclude_each_other(tokenizer: Any, log: str) -> None:
     with pytest.raises(ConfigError, match=r"data.group_by_prompt: expected false with balanced_sampling"):
         data(tokenizer, log, balanced_sampling=True, group_by_prompt=True)
@@ -218,7 +243,7 @@ def evaluated_by_two(stage: str, batch_size: int, tokenizer: Any, rows: list, tm
     module.setup(stage)
     found = []
     for rank in (0, 1):
-        sharded = SimpleNamespace(device_mesh=None, layout="packed")
+        sharded = SimpleNamespace(layout="packed")
         module.trainer = SimpleNamespace(
             global_rank=rank, world_size=2, strategy=CPU_STRATEGY, lightning_module=sharded
         )

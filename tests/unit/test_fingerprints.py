@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from bco_lightning.fingerprints import differences, digest_of_tensors, digest_of_tokenizer, git_revision, versions
+from bco_lightning.fingerprints import (
+    differences,
+    digest_of_tensor,
+    digest_of_tensors,
+    digest_of_tokenizer,
+    git_revision,
+    versions,
+)
 from bco_lightning.seeding import random_state, set_random_state
 
 
@@ -31,8 +38,14 @@ def test_tensors_are_told_apart_by_name_shape_type_and_every_byte() -> None:
 
 def test_a_digest_is_sha256_of_what_it_says_it_is() -> None:
     weight = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
-    expected = hashlib.sha256(b"w (1, 2) torch.bfloat16\n" + bytes([0x80, 0x3F, 0x00, 0xC0])).hexdigest()
-    assert digest_of_tensors([("w", weight)]) == expected
+    expected = hashlib.sha256(b"(1, 2) torch.bfloat16\n" + bytes([0x80, 0x3F, 0x00, 0xC0])).hexdigest()
+    assert digest_of_tensor(weight) == expected
+    assert digest_of_tensors([("w", weight)]) == hashlib.sha256(f'{{"w": "{expected}"}}'.encode()).hexdigest()
+
+
+def test_a_tensor_that_is_to_be_cast_has_the_digest_of_the_cast_one() -> None:
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert digest_of_tensor(weight, torch.bfloat16) == digest_of_tensor(weight.bfloat16())
 
 
 def test_a_tokenizer_is_told_apart_by_its_vocabulary_and_its_end_token(tokenizer: Any) -> None:

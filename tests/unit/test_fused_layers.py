@@ -81,7 +81,7 @@ def kept_bytes(model: nn.Module) -> int:
 def test_logits_are_those_of_the_model_to_the_bit(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     before, _ = outcome(model)
-    assert fuse_layers(model) > 0
+    assert fuse_layers(model.modules()) > 0
     assert torch.equal(outcome(model)[0], before)
 
 
@@ -89,7 +89,7 @@ def test_logits_are_those_of_the_model_to_the_bit(name: str, dtype: torch.dtype)
 def test_gradients_are_those_of_float64(name: str) -> None:
     model = build(name)
     exact = outcome(copy.deepcopy(model).double())[1]
-    fuse_layers(model)
+    fuse_layers(model.modules())
     found = outcome(model)[1]
     assert found.keys() == exact.keys()
     for parameter, gradient in found.items():
@@ -100,7 +100,7 @@ def test_gradients_under_autocast_are_those_of_the_model() -> None:
     model = build()
     with torch.autocast("cpu", torch.bfloat16):
         before, expected = outcome(model)
-        fuse_layers(model)
+        fuse_layers(model.modules())
         after, found = outcome(model)
     assert torch.equal(after, before)
     for name, gradient in found.items():
@@ -111,7 +111,7 @@ def test_gradients_under_autocast_are_those_of_the_model() -> None:
 def test_less_is_kept_for_the_backward_pass() -> None:
     model = build(hidden_size=64, intermediate_size=256)
     before = kept_bytes(model)
-    fuse_layers(model)
+    fuse_layers(model.modules())
     layers, tokens = model.config.num_hidden_layers, TOKENS.numel()
     # The activated gate and the product; of each norm what was normed.
     assert before - kept_bytes(model) >= 4 * tokens * (layers * 2 * 256 + (2 * layers + 1) * 64)
@@ -119,28 +119,28 @@ def test_less_is_kept_for_the_backward_pass() -> None:
 
 def test_frozen_weights_get_no_gradient() -> None:
     model = build()
-    fuse_layers(model)
+    fuse_layers(model.modules())
     model.requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_()
     assert list(outcome(model)[1]) == ["model.embed_tokens.weight"]
 
 
 def test_another_formula_stays_as_it_is() -> None:
-    assert fuse_layers(build("phi")) == 0
+    assert fuse_layers(build("phi").modules()) == 0
     gemma = build("gemma")  # its norms multiply by 1 + w
-    fuse_layers(gemma)
+    fuse_layers(gemma.modules())
     assert all(name.endswith("mlp") for name in fused(gemma))
 
 
 def test_a_norm_that_rounds_otherwise_under_autocast_stays_as_it_is() -> None:
     model = build("olmo2")  # multiplies by its weight before it rounds, which in float32 makes no difference
-    fuse_layers(model)
+    fuse_layers(model.modules())
     assert all(name.endswith("mlp") for name in fused(model))
 
 
 def test_no_tokens_are_taken_as_well() -> None:
     model = build()
-    fuse_layers(model)
+    fuse_layers(model.modules())
     layer, nothing = model.model.layers[0], torch.empty(1, 0, model.config.hidden_size)
     assert layer.mlp(nothing).shape == layer.input_layernorm(nothing).shape == nothing.shape
 
@@ -149,14 +149,14 @@ def test_a_biased_and_an_adapted_projection_stay_as_they_are() -> None:
     biased = build(mlp_bias=True)
     adapted = get_peft_model(build(), LoraConfig(r=2, target_modules=["down_proj"]))
     for model in (biased, adapted):
-        fuse_layers(model)
+        fuse_layers(model.modules())
         assert fused(model)
         assert not [name for name in fused(model) if name.endswith("mlp")]
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:
     model = build()
-    fuse_layers(model)
+    fuse_layers(model.modules())
     copied = copy.deepcopy(model)
     before = outcome(copied)[0]
     with torch.no_grad():
@@ -171,5 +171,5 @@ def test_every_norm_and_feed_forward_layer_of_the_real_model_is_fused() -> None:
     tokens = torch.arange(300, 900)[None]
     with torch.no_grad():
         before = model(tokens).logits
-        assert fuse_layers(model) == 61 + 30
+        assert fuse_layers(model.modules()) == 61 + 30
         assert torch.equal(model(tokens).logits, before)

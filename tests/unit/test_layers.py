@@ -10,10 +10,10 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
 LAYERS = [
     {"errors", "batch", "seeding", "fingerprints"},
-    {"packaged", "faults", "config_safety", "gguf_reading"},
-    {"objectives", "reward_shift", "data", "models", "demo", "distributed", "checkpointing"},
-    {"metrics", "report", "reference_store", "optimizers", "trunk_cache"},
-    {"reference_cache"},
+    {"packaged", "faults", "config_safety", "gguf_reading", "shards", "distributed"},
+    {"objectives", "reward_shift", "data", "models", "demo", "checkpointing"},
+    {"metrics", "report", "reference_store", "optimizers", "trunk_cache", "strategies", "memory_plan"},
+    {"reference_cache", "plan_command"},
     {"module", "callbacks"},
     {"export"},
     {"cli"},
@@ -42,9 +42,9 @@ def test_a_file_imports_only_from_its_own_layer_or_below(path: Path) -> None:
                     assert imported == part(path), f"{path.name} imports its neighbour {name}"
 
 
-def test_collectives_are_called_in_one_file_and_sharding_is_known_to_one() -> None:
+def test_collectives_sharding_and_sharded_files_are_known_to_one_file_each() -> None:
     callers = {path.name for path in SOURCE.rglob("*.py") if "torch.distributed." in path.read_text(encoding="utf-8")}
-    assert callers == {"distributed.py", "parallel.py"}
+    assert callers == {"distributed.py", "parallel.py", "shards.py"}
 
 
 def test_nothing_pickled_is_read_or_written() -> None:

@@ -99,6 +99,15 @@ def test_rows_of_a_group_follow_each_other_in_every_pass(groups: list[int], seed
         assert len(runs) == len(set(groups))
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 5), st.permutations(range(6)))
+def test_the_order_does_not_depend_on_which_numbers_groups_have(
+    groups: list[int], seed: int, renamed: list[int]
+) -> None:
+    orders = [RowOrder([range(len(groups))], [7], seed, np.array(g)) for g in (groups, [renamed[n] for n in groups])]
+    assert [orders[0].rows_of_step(step) for step in range(9)] == [orders[1].rows_of_step(step) for step in range(9)]
+
+
 def test_groups_come_in_another_order_in_every_pass() -> None:
     grouped = RowOrder([range(20)], [20], 0, np.arange(20) // 2)
     assert grouped.rows_of_step(0) != grouped.rows_of_step(1)

@@ -60,9 +60,9 @@ class KnownRewardTrial(Callback):
     def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
         if self.reward == "none" or stage != "fit":
             return
-        if pl_module.device_mesh is not None:
+        if getattr(trainer.strategy, "sharding", None) is not None:
             raise ConfigError(
-                "known_reward.reward", "expected whole weights to sample from, found fsdp2.", "Use ddp, or none."
+                "known_reward.reward", "expected whole weights to sample from, found them cut up.", "Use ddp, or none."
             )
         KNOWN_REWARDS[self.reward]("")  # what the reward needs must be missed before training, not after
         if getattr(trainer, "datamodule", None) is None or trainer.datamodule.validation_dataset is None:  # type: ignore[attr-defined]

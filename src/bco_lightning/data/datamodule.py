@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collation import pack_rows
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.loading import BadRowPolicy, BadRows, RowLoader
+from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts
 from bco_lightning.data.sampling import EvenBatchSampler, RowOrder, StepBatchSampler
@@ -101,15 +104,35 @@ class FeedbackDataModule(LightningDataModule):
         self.balanced_sampling, self.columns, self.seed = balanced_sampling, columns or Columns(), chosen_seed(seed)
         self.num_workers = num_workers
         self._tokenizer = tokenizer
-        self.train_dataset: Dataset | None = None
-        self.validation_dataset: Dataset | None = None
-        self.test_dataset: Dataset | None = None
-        self.predict_dataset: Dataset | None = None
-        self.counts: list[RowCounts] = []
+        self._row_sets: dict[str, RowSet] = {}  # in the order in which they were read
         self.feedback_summary: FeedbackSummary | None = None
-        self._row_digest, self._num_up = "", 0
         # A process may have no row of a small evaluation set.
         self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    @property
+    def train_dataset(self) -> Dataset | None:
+        """Rows to train on; ``None`` before ``setup`` has read them, as with those below."""
+        return self._dataset("train")
+
+    @property
+    def validation_dataset(self) -> Dataset | None:
+        """Rows of the validation files, or those held out from training."""
+        return self._dataset("validation")
+
+    @property
+    def test_dataset(self) -> Dataset | None:
+        """Rows of the test files."""
+        return self._dataset("test")
+
+    @property
+    def predict_dataset(self) -> Dataset | None:
+        """Rows to score."""
+        return self._dataset("predict")
+
+    @property
+    def counts(self) -> list[RowCounts]:
+        """What became of the rows of each data set, in the order in which they were read."""
+        return [row_set.counts for row_set in self._row_sets.values()]
 
     @property
     def tokenizer(self) -> Any:
@@ -132,7 +155,8 @@ class FeedbackDataModule(LightningDataModule):
         """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
         if self.balanced_sampling:
             return 0.5, 0.5
-        share_up = self._num_up / len(self._trained_on)
+        num_up, num_down = self._class_counts
+        share_up = num_up / (num_up + num_down)
         return share_up, 1 - share_up
 
     @property
@@ -146,22 +170,26 @@ class FeedbackDataModule(LightningDataModule):
         """Optimizer steps that see every training row at least once; with balanced sampling, the rarer class again."""
         if not self.balanced_sampling:
             return math.ceil(len(self._trained_on) / self.rows_per_step)
-        return math.ceil(2 * max(self._num_up, len(self._trained_on) - self._num_up) / self.rows_per_step)
+        return math.ceil(2 * max(self._class_counts) / self.rows_per_step)
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str | None = None) -> None:
-        """Reads and tokenizes what ``stage`` needs, and prints what became of the rows."""
-        if self.trainer is not None and self.trainer.world_size > 1:
-            _refuse_injected_sampler(self.trainer)
-        if stage in ("fit", None) and self.train_dataset is None:
-            self._setup_training()
-        if stage == "test" and self.test_files:
-            self.test_dataset = self.test_dataset or self._row_set("test", self.test_files).dataset
-        elif stage in ("validate", "test") and self.validation_dataset is None:
-            self._setup_validation()
-        if stage == "predict" and self.predict_dataset is None:
-            if not self.predict_files:
-                raise ConfigError("data.predict_files", "expected files to score, found none.")
-            self.predict_dataset = self._row_set("predict", self.predict_files, labelled=False).dataset
+        """Reads and tokenizes what ``stage`` needs, and prints what became of the rows.
+
+        Of several processes the first one of each node reads; the others wait, however long it takes, and map its
+        files. What one of them raises, all raise.
+
+        Raises:
+            FeedbackRowError: As said above, or if a node has other rows than the first node.
+            ConfigError: If there are no files for this stage.
+        """
+        if self.trainer is None or self.trainer.world_size == 1:
+            self._read(stage)
+            return
+        _refuse_injected_sampler(self.trainer)
+        told = read_once_per_node(lambda: self._told(stage), self.trainer)
+        if self.trainer.local_rank > 0:
+            self._row_sets = {name: RowSet.shared(row_set) for name, row_set in told["row_sets"].items()}
+            self.feedback_summary = told["feedback"] and FeedbackSummary(**told["feedback"])
 
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
@@ -193,7 +221,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The rows to score."""
-        if self.trainer is not None and getattr(self.trainer.lightning_module, "device_mesh", None) is not None:
+        if self.trainer is not None and getattr(self.trainer.strategy, "sharding", None) is not None:
             _require_rows_for_all(self.predict_dataset, self.trainer, "data.predict_files")
         return self._evaluation_loader(self.predict_dataset)
 
@@ -224,10 +252,29 @@ class FeedbackDataModule(LightningDataModule):
             "max_length": self.max_length,
             "too_long": self.too_long,
             "rows": len(self.train_dataset),
-            "row_digest": self._row_digest,
+            "row_digest": self._row_sets["train"].digest,
             "chat_template": chosen_template(self.tokenizer, self.chat_template),
             **({"group_by_prompt": True} if self.group_by_prompt else {}),
         }
+
+    def _told(self, stage: str | None) -> dict[str, Any]:
+        """Reads, and says in plain values what the other processes of this node have to know."""
+        self._read(stage)
+        row_sets = {name: row_set.told() for name, row_set in self._row_sets.items()}
+        return {"row_sets": row_sets, "feedback": self.feedback_summary and asdict(self.feedback_summary)}
+
+    def _read(self, stage: str | None) -> None:
+        if stage in ("fit", None) and self.train_dataset is None:
+            self._setup_training()
+        if stage == "test" and self.test_files:
+            if self.test_dataset is None:
+                self._read_all("test", self.test_files)
+        elif stage in ("validate", "test") and self.validation_dataset is None:
+            self._setup_validation()
+        if stage == "predict" and self.predict_dataset is None:
+            if not self.predict_files:
+                raise ConfigError("data.predict_files", "expected files to score, found none.")
+            self._read_all("predict", self.predict_files, labelled=False)
 
     @property
     def _accumulation(self) -> int:
@@ -242,6 +289,15 @@ class FeedbackDataModule(LightningDataModule):
         """Tokens of each training row."""
         return np.asarray(pc.list_value_length(self._trained_on.data.column("input_ids")))
 
+    def _dataset(self, name: str) -> Dataset | None:
+        return self._row_sets[name].dataset if name in self._row_sets else None
+
+    @property
+    def _class_counts(self) -> tuple[int, int]:
+        """Thumbs-up and thumbs-down among the training rows."""
+        num_rows, num_up = len(self._trained_on), self._row_sets["train"].counts.up
+        return num_up, num_rows - num_up
+
     @property
     def _trained_on(self) -> Dataset:
         if self.train_dataset is None:
@@ -250,7 +306,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def _setup_validation(self) -> None:
         if self.validation_files:
-            self.validation_dataset = self._row_set("validation", self.validation_files).dataset
+            self._read_all("validation", self.validation_files)
         elif self.train_files:
             self._setup_training()
         if self.validation_dataset is None:
@@ -264,29 +320,27 @@ class FeedbackDataModule(LightningDataModule):
             self._show_feedback(FeedbackSummary.of(table.answer_keys, table.thumbs_up, rows_of))
             held_out = np.zeros(len(table), dtype=bool)
             if self.validation_files:
-                self.validation_dataset = self._row_set("validation", self.validation_files, table.prompt_keys).dataset
+                self._read_all("validation", self.validation_files, table.prompt_keys)
             elif self.validation_fraction:
                 held_out = held_out_prompts(table.prompt_keys, self.validation_fraction)
             row_sets = table.divide({"train": ~held_out, "validation": held_out})
         self._note_bad_rows(row_sets["train"].counts, bad_rows)
-        self.train_dataset = self._counted(row_sets["train"])
-        self._row_digest, self._num_up = row_sets["train"].digest, row_sets["train"].counts.up
-        _require_both_classes(self.train_dataset, self.train_files)
+        self._keep(row_sets["train"])
+        _require_both_classes(self._trained_on, self.train_files)
         if held_out.any():
-            self.validation_dataset = self._counted(row_sets["validation"])
+            self._keep(row_sets["validation"])
 
-    def _row_set(
+    def _read_all(
         self, name: str, sources: list[str], trained_on: np.ndarray[Any, Any] | None = None, labelled: bool = True
-    ) -> RowSet:
-        """A data set of all rows of ``sources``."""
+    ) -> None:
+        """Makes a data set of all rows of ``sources``."""
         with self._table() as table:
             bad_rows, _ = self._load(sources, table, labelled)
             if trained_on is not None:
                 _note_shared_prompts(trained_on, table.prompt_keys)
             row_set = table.divide({name: np.ones(len(table), dtype=bool)})[name]
         self._note_bad_rows(row_set.counts, bad_rows)
-        self._counted(row_set)
-        return row_set
+        self._keep(row_set)
 
     def _table(self) -> RowTable:
         return RowTable(self.seed)
@@ -303,9 +357,9 @@ class FeedbackDataModule(LightningDataModule):
         self.feedback_summary = summary
         rank_zero_info(str(summary))
 
-    def _counted(self, row_set: RowSet) -> Dataset:
+    def _keep(self, row_set: RowSet) -> None:
         counts = row_set.counts
-        self.counts = [known for known in self.counts if known.name != counts.name] + [counts]
+        self._row_sets[counts.name] = row_set
         rank_zero_info(str(counts))
         if row_set.dataset is None:
             raise FeedbackRowError(
@@ -313,7 +367,6 @@ class FeedbackDataModule(LightningDataModule):
                 f"expected rows to use, found none ({counts.dropped} over data.max_length, "
                 f"{counts.malformed} malformed).",
             )
-        return row_set.dataset
 
     def _row_order(self) -> RowOrder:
         thumbs = _thumbs(self._trained_on)
@@ -358,8 +411,10 @@ def _thumbs(dataset: Dataset) -> list[bool]:
 
 
 def _prompt_numbers(dataset: Dataset) -> np.ndarray[Any, Any]:
-    """A number for each row's prompt; equal prompts have equal numbers."""
-    return np.fromiter((hash(prompt) for prompt in dataset["prompt"]), dtype=np.int64, count=len(dataset))
+    """A number for each row's prompt, the same in every process, as ``hash`` would not be."""
+    digests = (hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in dataset["prompt"])
+    numbers = (int.from_bytes(digest, "big") for digest in digests)
+    return np.fromiter(numbers, dtype=np.uint64, count=len(dataset))
 
 
 def _require_rows_for_all(dataset: Dataset | None, trainer: Any, option: str = "data.validation_files") -> None:

@@ -66,7 +66,7 @@ class FeedbackSummary:
             rows=len(answer_keys),
             duplicates=len(answer_keys) - len(up) - len(down),
             contradictions=len(np.intersect1d(up, down, assume_unique=True)),
-            sources=sources,
+            sources=dict(sources),
         )
 
     @property

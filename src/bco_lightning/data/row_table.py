@@ -7,7 +7,8 @@ import json
 import weakref
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from datasets import Dataset
 from bco_lightning.batch import FeedbackRow, TokenizedSample
 from bco_lightning.data.row_counts import RowCounts
 from bco_lightning.data.scratch_file import ScratchFile
+from bco_lightning.errors import FaultError
 
 _UP, _DOWN, _DROPPED, _PROMPT_CUT, _COMPLETION_CUT = (1 << bit for bit in range(5))
 _BATCH_ROWS, _BATCH_BYTES = 128, 2**20
@@ -46,6 +48,31 @@ class RowSet:
     counts: RowCounts
     dataset: Dataset | None = None
     digest: str = ""
+
+    def told(self) -> dict[str, Any]:
+        """Plain values by which another process of this node gets the same rows; there have to be some."""
+        path = self.dataset.cache_files[0]["filename"]  # type: ignore[union-attr]
+        return {"counts": asdict(self.counts), "digest": self.digest, "path": path, "inode": Path(path).stat().st_ino}
+
+    @classmethod
+    def shared(cls, told: Mapping[str, Any]) -> RowSet:
+        """Maps the rows of another process, from the same file.
+
+        Raises:
+            FaultError: If that file cannot be seen from here.
+        """
+        try:
+            if Path(told["path"]).stat().st_ino != told["inode"]:  # another process has that number here
+                raise FileNotFoundError(told["path"])
+            dataset = _mapped(ScratchFile(shared=told["path"]))
+        except OSError as error:
+            raise FaultError(
+                "processes",
+                "expected those of a node to see each other's open files, found that this one cannot see the rows "
+                "that the first one has read.",
+                "Start the processes of a node in one container, or each as a node of its own.",
+            ) from error
+        return cls(RowCounts(**told["counts"]), dataset, told["digest"])
 
 
 class RowTable:
@@ -189,9 +216,15 @@ class _RowSetMaker:
         if not self._written:
             self._file.remove()
             return row_set
-        row_set.dataset = Dataset.from_file(self._file.path)
-        weakref.finalize(row_set.dataset, self._file.remove)
+        row_set.dataset = _mapped(self._file)
         return row_set
+
+
+def _mapped(file: ScratchFile) -> Dataset:
+    """The rows of a file, which is kept as long as they are."""
+    dataset = Dataset.from_file(file.path)
+    weakref.finalize(dataset, file.remove)
+    return dataset
 
 
 def prompt_key(row: FeedbackRow, seed: int) -> int:

@@ -1,4 +1,4 @@
-"""A file that does not outlive its process."""
+"""A file that does not outlive the processes that hold it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from pathlib import Path
 
 
 class ScratchFile:
-    """A file in the temporary folder that no end of this process leaves behind, not even a kill, where Linux helps."""
+    """A file in the temporary folder that no end of its processes leaves behind, not even a kill, where Linux helps.
 
-    def __init__(self, suffix: str = ".arrow") -> None:
-        self._process = os.getpid()
-        self._descriptor, self._name = tempfile.mkstemp(prefix="bco_lightning-", suffix=suffix)
-        self.path = self._name
+    Args:
+        suffix: End of its name.
+        shared: The path of another process's file, to hold that one: it stays until the last of its holders removes it
+            or ends. Only the process that made it takes away its name, where it has one.
+
+    Raises:
+        OSError: If there is no such file.
+    """
+
+    def __init__(self, suffix: str = ".arrow", *, shared: str | None = None) -> None:
+        self._process, self._name = os.getpid(), None
+        if shared is None:
+            self._descriptor, self._name = tempfile.mkstemp(prefix="bco_lightning-", suffix=suffix)
+        else:
+            self._descriptor = os.open(shared, os.O_RDONLY)
+        self.path = shared or str(self._name)
         if Path("/proc/self/fd").is_dir():
-            # Without a name the file lives as long as it is open; loader workers can open it by this path.
-            Path(self._name).unlink()
+            # Without a name the file lives as long as it is open; other processes can open it by this path.
+            self._unlink()
             self.path = f"/proc/{self._process}/fd/{self._descriptor}"
 
     def allocate(self, num_bytes: int) -> None:
@@ -34,4 +46,8 @@ class ScratchFile:
         if os.getpid() == self._process and self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+            self._unlink()
+
+    def _unlink(self) -> None:
+        if self._name is not None:
             Path(self._name).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -21,17 +21,17 @@ _CPU_ROWS = 256  # what is computed on the way stays in a CPU's cache
 
 
 @torch.no_grad()
-def fuse_layers(causal_lm: nn.Module) -> int:
+def fuse_layers(modules: Iterable[nn.Module]) -> int:
     """Replaces the forward pass of every layer that a trial shows to be one of those known here, to the bit.
 
     Args:
-        causal_lm: A causal language model, perhaps with PEFT around it.
+        modules: Those of a causal language model, or of a part of it.
 
     Returns:
         How many layers were replaced.
     """
     fused = 0
-    for module in causal_lm.modules():
+    for module in modules:
         forward = _fused_forward_of(module)
         if forward is not None:
             module.forward = MethodType(forward, module)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,8 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.models.adapters import fuse_adapters
@@ -30,6 +33,7 @@ from bco_lightning.packaged import resolve_packaged
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["none", "nf4"]
 REFERENCE_ADAPTER = "reference"
+_STORED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -128,7 +132,9 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-def load_language_model(name_or_path: str, dtype: torch.dtype, quantization: Quantization = "none") -> PreTrainedModel:
+def load_language_model(
+    name_or_path: str, dtype: torch.dtype, quantization: Quantization = "none", *, mapped: bool = False
+) -> PreTrainedModel:
     """Loads a causal language model; an adapter folder comes back as its base model with the adapter merged in.
 
     Dropout is switched off: it would add noise to the log-ratio of policy and reference.
@@ -137,6 +143,8 @@ def load_language_model(name_or_path: str, dtype: torch.dtype, quantization: Qua
         name_or_path: As for :func:`locate_model`. Remote code is never run.
         dtype: Data type of the weights.
         quantization: ``nf4`` keeps linear layers in four bits by bitsandbytes and computes in ``dtype``.
+        mapped: Leave weights as views of their memory-mapped files where these allow it, which takes no memory of the
+            process; :func:`take_final_dtype` gives a parameter its ``dtype`` then.
 
     Returns:
         A transformers ``PreTrainedModel`` in evaluation mode.
@@ -149,8 +157,9 @@ def load_language_model(name_or_path: str, dtype: torch.dtype, quantization: Qua
     if source.is_adapter:
         base = load_language_model(_base_of_adapter(source), dtype, quantization)
         return _load_adapter(base, source).merge_and_unload().eval()  # type: ignore[no-any-return]
+    stored = _dtype_of_files(source) if mapped and quantization == "none" else None
     # Pickled weights can run code, or be made to crash the reader.
-    arguments: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "weights_only": True}
+    arguments: dict[str, Any] = {"dtype": stored or dtype, "use_safetensors": True, "weights_only": True}
     if source.gguf_file:
         # Packed GGUF blocks can neither be trained nor saved; dequantizing on load gives ordinary weights.
         arguments |= {"gguf_file": source.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
@@ -161,7 +170,20 @@ def load_language_model(name_or_path: str, dtype: torch.dtype, quantization: Qua
             _check_config(name_or_path, source.location)
         model = AutoModelForCausalLM.from_pretrained(source.location, trust_remote_code=False, **arguments)
     _disable_dropout(model)
+    if stored not in (None, dtype):
+        for parameter in model.parameters():
+            parameter.final_dtype = dtype
     return model.eval()  # type: ignore[no-any-return]
+
+
+def final_dtype(parameter: Tensor) -> torch.dtype:
+    """The data type that a parameter has, or is to have."""
+    return getattr(parameter, "final_dtype", parameter.dtype)
+
+
+def take_final_dtype(parameter: nn.Parameter) -> None:
+    """Casts a parameter of a mapped model, in place."""
+    parameter.data = parameter.data.to(final_dtype(parameter))
 
 
 def load_policy(
@@ -170,6 +192,8 @@ def load_policy(
     lora: LoraSettings | None,
     seed: int,
     quantization: Quantization = "none",
+    *,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """Loads the policy with exactly its trainable parameters requiring gradients.
 
@@ -182,6 +206,7 @@ def load_policy(
         lora: Adapter settings, or ``None`` for full fine-tuning.
         seed: Seed of the adapters' initial values.
         quantization: Of the frozen base under the adapters.
+        mapped: As for :func:`load_language_model`.
 
     Returns:
         The policy, in evaluation mode.
@@ -190,16 +215,16 @@ def load_policy(
     if lora is None and quantization != "none":
         raise ConfigError("model.quantization", f"expected none where all weights are trained, found {quantization}.")
     if lora is None:
-        return load_language_model(name_or_path, dtype).requires_grad_(True)
+        return load_language_model(name_or_path, dtype, mapped=mapped).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if source.is_adapter:
             _refuse_unswitchable(source)
-            base = load_language_model(_base_of_adapter(source), dtype, quantization)
+            base = load_language_model(_base_of_adapter(source), dtype, quantization, mapped=mapped)
             policy = _load_adapter(base, source, is_trainable=True)
             policy.load_adapter(source.location, REFERENCE_ADAPTER, is_trainable=False)
         else:
-            base = load_language_model(name_or_path, dtype, quantization)
+            base = load_language_model(name_or_path, dtype, quantization, mapped=mapped)
             try:
                 policy = get_peft_model(base, _lora_config(lora, base))
             except ValueError as error:
@@ -233,6 +258,23 @@ def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device)
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Without AMX tiles bfloat16 is slower than float32 on a CPU.
     return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+def _dtype_of_files(source: ModelSource) -> torch.dtype | None:
+    """The data type of a model's files, if all their tensors have the same: a cast would need memory of its own."""
+    if source.gguf_file:
+        return None
+    single = cached_file(source.location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if single:
+        files = [single]
+    else:
+        index = cached_file(source.location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        files = get_checkpoint_shard_files(source.location, index)[0] if index else []
+    kinds = set()
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    return _STORED_AS.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def _lora_config(lora: LoraSettings, base: PreTrainedModel) -> LoraConfig:

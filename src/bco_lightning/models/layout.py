@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -14,12 +15,19 @@ from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.packed_attention import PACKED, PackedRows
 
 Layout = Literal["packed", "padded"]
+RUN_GATHERED = "run_gathered"  # the method that a sharded model gets
 _PROBE_LENGTH = 6
 
 
 def causal_lm_of(model: Any) -> Any:
     """The causal language model itself, without PEFT around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def run(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
+    """``function(causal_lm)``, with the weights of a sharded model gathered as they are needed."""
+    gathered = getattr(causal_lm, RUN_GATHERED, None)
+    return gathered(function) if gathered else function(causal_lm)
 
 
 def decoder_layers_of(causal_lm: Any) -> tuple[str, nn.ModuleList]:
@@ -29,6 +37,28 @@ def decoder_layers_of(causal_lm: Any) -> tuple[str, nn.ModuleList]:
         if isinstance(child, nn.ModuleList) and len(child) == number:
             return name, child
     return "", nn.ModuleList()
+
+
+@contextmanager
+def only_layers(causal_lm: Any, chosen: slice) -> Iterator[None]:
+    """Within it the model has some of its decoder layers alone."""
+    name, layers = decoder_layers_of(causal_lm)
+    setattr(causal_lm.base_model, name, layers[chosen])
+    try:
+        yield
+    finally:
+        setattr(causal_lm.base_model, name, layers)
+
+
+def first_layers(causal_lm: Any) -> AbstractContextManager[None]:
+    """Within it the model has so many of its first layers that each kind is among them: enough for a trial."""
+    layers, types = decoder_layers_of(causal_lm)[1], getattr(causal_lm.config.get_text_config(), "layer_types", None)
+    kinds = [
+        (types[place] if types else "", *(type(module) for module in layer.modules()))
+        for place, layer in enumerate(layers)
+    ]
+    enough = max((kinds.index(kind) + 1 for kind in kinds), default=0)
+    return only_layers(causal_lm, slice(enough)) if enough else nullcontext()
 
 
 def compile_layers(model: Any) -> None:
@@ -124,7 +154,8 @@ def choose_layout(model: Any, wanted: Literal["auto", "packed", "padded"] = "aut
         return "padded, as model.layout says"
     before = config._attn_implementation
     known = before in ("sdpa", "eager", PACKED)
-    found = _why_not_packed(causal_lm, config) if known else f"its attention is {before}"
+    with first_layers(causal_lm):
+        found = _why_not_packed(causal_lm, config) if known else f"its attention is {before}"
     if not found:
         return "packed, without padding"
     config._attn_implementation = before

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.models.layout import causal_lm_of, predicting_states
+from bco_lightning.models.layout import causal_lm_of, first_layers, predicting_states, run
 
-SCORE = "score_completions"  # the method that a sharded model gets
 _PROBE_LENGTH = 8
 # Below these, products are denormal numbers, which make a matrix product on a CPU a hundred times slower.
 _LEAST_LOG_PROB, _LEAST_COEFFICIENT = -60.0, 1e-10
@@ -63,15 +62,13 @@ def completion_log_probs(
     Returns:
         Shape ``(B,)``, float32, in nats.
     """
-    causal_lm = causal_lm_of(model)
-    score = getattr(causal_lm, SCORE, None) or partial(score_completions, causal_lm)
-    return score(batch, tile, trunk_states_SH)  # type: ignore[no-any-return]
+    score = partial(_score_completions, batch=batch, tile=tile, trunk_states_SH=trunk_states_SH)
+    return run(causal_lm_of(model), score)  # type: ignore[no-any-return]
 
 
-def score_completions(
-    causal_lm: Any, batch: FeedbackBatch, tile: Tile | None = None, trunk_states_SH: Tensor | None = None
+def _score_completions(
+    causal_lm: Any, batch: FeedbackBatch, tile: Tile | None, trunk_states_SH: Tensor | None
 ) -> Tensor:
-    """:func:`completion_log_probs` of a bare causal language model; sharded models have it as a method."""
     hidden_NH = predicting_states(causal_lm, batch, trunk_states_SH)
     token_log_probs_N = _head_log_probs(causal_lm, hidden_NH, batch.targets_N, tile)
     # A float32 sum of some hundred tokens is off by more than everything before it. MPS has no float64.
@@ -97,9 +94,10 @@ def check_head(model: PreTrainedModel) -> None:
     causal_lm = causal_lm_of(model)
     embedding = causal_lm.get_input_embeddings().weight
     tokens_1T = torch.arange(1, _PROBE_LENGTH + 1, device=embedding.device).remainder(embedding.shape[0])[None]
-    hidden_1TH = causal_lm.base_model(input_ids=tokens_1T, use_cache=False).last_hidden_state
+    with first_layers(causal_lm):
+        hidden_1TH = causal_lm.base_model(input_ids=tokens_1T, use_cache=False).last_hidden_state
+        logits = causal_lm(input_ids=tokens_1T, use_cache=False).logits[0].float()
     ours = _head_log_probs(causal_lm, hidden_1TH[0], tokens_1T[0], None)
-    logits = causal_lm(input_ids=tokens_1T, use_cache=False).logits[0].float()
     theirs = logits.log_softmax(-1).gather(-1, tokens_1T[0, :, None])[:, 0]
     rounding = 1e-2 if hidden_1TH.dtype == torch.float32 else 0.25
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=rounding):

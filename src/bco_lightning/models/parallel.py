@@ -1,106 +1,167 @@
-"""FSDP2: the only file that knows what is sharded, and how sharded state becomes whole and is cut up again."""
+"""The only file that knows what FSDP cuts up, and how a model's parts become whole again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffload,
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    StateDictType,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
-from typing_extensions import override
+from torch.optim import Optimizer
 
-from bco_lightning.models.layout import causal_lm_of
-from bco_lightning.models.log_probs import SCORE, score_completions
+from bco_lightning.models.language_model import final_dtype, take_final_dtype
+from bco_lightning.models.layout import RUN_GATHERED, causal_lm_of
 
-
-class FSDP2Strategy(ModelParallelStrategy):
-    """``--trainer.strategy fsdp2``: parameters, gradients and moments are sharded over all processes.
-
-    Checkpoints hold whole tensors, in the form that one device writes; so they go from any number of processes, and
-    from ``ddp``, to any other. Only the first process writes; each gathers what is trained.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=False, **options
-        )
-
-    @property
-    @override
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
-    @override
-    def setup_environment(self) -> None:
-        # Lightning's "auto" is the number of nodes.
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, whole; a collective."""
-        return {name: whole(value) for name, value in self.lightning_module.state_dict().items()}  # type: ignore[union-attr]
-
-    @override
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, whole, in the first process, which writes it; a collective."""
-        return _for_each_moment(optimizer.state_dict(), lambda _, value: self._for_the_writer(whole(value)))
-
-    def _for_the_writer(self, value: Any) -> Any:
-        return value if self.is_global_zero else None
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-
-    @override
-    @torch.no_grad()
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Cuts up whole weights; the module has checked that none lacks."""
-        parameters = dict(self.lightning_module.named_parameters())  # type: ignore[union-attr]
-        for name, value in checkpoint["state_dict"].items():
-            parameters[name].copy_(_cut_like(parameters[name], value))
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Cuts up whole moments."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            optimizer.load_state_dict(
-                _for_each_moment(state, lambda number, value, own=parameters: _cut_like(own[number], value))  # type: ignore[misc]
-            )
+_WRAPPED = "_fsdp_wrapped_module."
 
 
-def shard(model: nn.Module, mesh: Any) -> None:
-    """Shards a language model in place: each decoder layer for itself, and what is left of it.
+@dataclass(frozen=True)
+class Sharding:
+    """How models are cut up over processes.
 
     Args:
-        model: A causal language model or a PEFT model around one.
-        mesh: Lightning's device mesh.
+        engine: ``fsdp`` is FSDP1, ``fsdp2`` is ``fully_shard``.
+        mesh: Device mesh of one dimension; of two, ``(copies, parts)``, for weights that are cut up over some of the
+            processes only.
+        compute_dtype: What decoder layers are gathered in, gradients being reduced in float32; as they are if left
+            out. The states that pass from layer to layer stay as they are under autocast.
+        cpu_offload: Keep parts and moments in host memory.
+    """
+
+    engine: Literal["fsdp", "fsdp2"]
+    mesh: Any
+    compute_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+
+
+def make_mesh(device_type: str, processes: int, group: int | None = None) -> Any:
+    """The mesh of all processes; with ``group``, copies of the weights that are each cut up over so many."""
+    if group is None or group == processes:
+        return init_device_mesh(device_type, (processes,), mesh_dim_names=("parts",))
+    return init_device_mesh(device_type, (processes // group, group), mesh_dim_names=("copies", "parts"))
+
+
+def shard(model: nn.Module, sharding: Sharding, prepare: Callable[[Iterable[nn.Module]], object]) -> None:
+    """Cuts up a language model in place: each decoder layer for itself, and what is left of it.
+
+    No more than one of these units is whole, and in its final data type, at a time; embedding and head, which are
+    large, take theirs in parts where the engine allows it.
+
+    Args:
+        model: A causal language model or a PEFT model around one, its weights perhaps mapped from files.
+        sharding: How.
+        prepare: Is given the modules of each unit while it is whole.
     """
     causal_lm = causal_lm_of(model)
-    data_parallel = mesh["data_parallel"]
     names = set(causal_lm._no_split_modules or ())
-    for module in causal_lm.modules():
-        if type(module).__name__ in names:
-            fully_shard(module, mesh=data_parallel)
-    fully_shard(causal_lm, mesh=data_parallel)
-    # Completion log-probs enter the model by a side door; FSDP2 gathers weights for the doors it knows.
-    setattr(causal_lm, SCORE, MethodType(score_completions, causal_lm))
-    register_fsdp_forward_method(causal_lm, SCORE)
+    layers = [name for name, module in causal_lm.named_modules() if type(module).__name__ in names]
+    units = [causal_lm.get_submodule(name) for name in reversed(layers)]  # the inner before the outer
+    done: set[nn.Module] = set()
+    later = _embedding_and_head(causal_lm) if sharding.engine == "fsdp2" else {}
+    for name, unit in zip([*reversed(layers), ""], [*units, causal_lm], strict=True):
+        own = [module for module in unit.modules() if module not in done]
+        done.update(own)
+        for module in own if name else [module for module in own if module not in later]:
+            for parameter in module.parameters(recurse=False):
+                take_final_dtype(parameter)
+        prepare(own)
+        cut = _fsdp1 if sharding.engine == "fsdp" else _fsdp2
+        cut(causal_lm, name, sharding)
+    for module, dtype in later.items():
+        module.to(dtype)
+
+
+def _embedding_and_head(causal_lm: Any) -> dict[nn.Module, torch.dtype]:
+    """Both with their final data type, unless they are adapted."""
+    found = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    return {module: final_dtype(module.weight) for module in found if type(module) in (nn.Embedding, nn.Linear)}
+
+
+def _fsdp2(causal_lm: Any, name: str, sharding: Sharding) -> None:
+    dtype = sharding.compute_dtype if name else None
+    fully_shard(
+        causal_lm.get_submodule(name),
+        mesh=sharding.mesh,
+        mp_policy=MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
+        offload_policy=_pinned_offload(sharding) if sharding.cpu_offload else OffloadPolicy(),
+    )
+    if not name:
+        # Functions of the model enter it by a side door; FSDP2 gathers weights for the doors it knows.
+        setattr(causal_lm, RUN_GATHERED, MethodType(_call_with, causal_lm))
+        register_fsdp_forward_method(causal_lm, RUN_GATHERED)
+
+
+def _fsdp1(causal_lm: Any, name: str, sharding: Sharding) -> None:
+    mesh, dtype = sharding.mesh, sharding.compute_dtype if name else None
+    unit = FullyShardedDataParallel(
+        causal_lm.get_submodule(name),
+        device_mesh=mesh,
+        device_id=torch.device("cuda", torch.cuda.current_device())
+        if mesh.device_type == "cuda"
+        else torch.device("cpu"),
+        use_orig_params=True,
+        cpu_offload=CPUOffload(sharding.cpu_offload and mesh.device_type != "cpu"),
+        mixed_precision=MixedPrecision(
+            param_dtype=dtype,
+            reduce_dtype=torch.float32 if dtype else None,
+            buffer_dtype=torch.float32 if dtype else None,
+            cast_root_forward_inputs=False,
+        ),
+    )
+    if name:
+        parent, _, child = name.rpartition(".")
+        setattr(causal_lm.get_submodule(parent), child, unit)
+        return
+    forward = causal_lm.forward
+
+    def forward_or_call(causal_lm: Any, *args: Any, function: Callable[[Any], Any] | None = None, **named: Any) -> Any:
+        return forward(*args, **named) if function is None else function(causal_lm)
+
+    causal_lm.forward = MethodType(forward_or_call, causal_lm)
+    # Beside the tree of modules, which would have a loop otherwise.
+    causal_lm.__dict__[RUN_GATHERED] = lambda function: unit(function=function)
+    causal_lm.__dict__["fsdp1_root"] = [unit]
+
+
+def _call_with(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
+    return function(causal_lm)
+
+
+def _pinned_offload(sharding: Sharding) -> CPUOffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether :func:`shard` was called on it."""
-    return hasattr(causal_lm_of(model), SCORE)
+    return hasattr(causal_lm_of(model), RUN_GATHERED)
+
+
+def fsdp1_root(model: Any) -> FullyShardedDataParallel:
+    """The wrapper of a model that FSDP1 has cut up."""
+    return causal_lm_of(model).fsdp1_root[0]  # type: ignore[no-any-return]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what FSDP1 has put around modules."""
+    return name.replace(_WRAPPED, "")
 
 
 def whole(value: Any) -> Any:
@@ -108,19 +169,63 @@ def whole(value: Any) -> Any:
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def _cut_like(parameter: Tensor, value: Any) -> Any:
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+def own_part(value: Any) -> Any:
+    """What this process has of a sharded tensor; anything else as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def cut_like(part: Any, value: Any) -> Any:
+    """A whole tensor, which every process has, cut up like another; anything else as it is."""
+    if not isinstance(part, DTensor) or isinstance(value, DTensor) or not isinstance(value, Tensor):
         return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    if value.shape != part.shape:
+        return value
+    return distribute_tensor(value.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
 
 
-def _for_each_moment(state: Mapping[str, Any], change: Callable[[int, Any], Any]) -> dict[str, Any]:
-    moments = {
-        number: {name: change(number, value) for name, value in moment.items()}
-        for number, moment in state["state"].items()
-    }
-    return {**state, "state": moments}
+def is_cut(value: Any) -> bool:
+    """Whether a tensor is spread over processes."""
+    return isinstance(value, DTensor)
 
 
-if "fsdp2" not in StrategyRegistry:
-    StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel training (FSDP2)")
+# --- FSDP1 keeps parts that cross the borders of tensors; it makes tensors of them, and takes them back
+
+
+def fsdp1_weights(root: FullyShardedDataParallel) -> dict[str, Any]:
+    """All weights, cut up tensor by tensor; a collective."""
+    with _tensor_by_tensor(root):
+        return root.state_dict()
+
+
+def set_fsdp1_weights(root: FullyShardedDataParallel, weights: dict[str, Any]) -> None:
+    """The inverse of :func:`fsdp1_weights`."""
+    names = {plain_name(name) for name, _ in root.module.named_parameters()}  # a tied weight has a second name
+    with _tensor_by_tensor(root):
+        root.load_state_dict({name: value for name, value in weights.items() if name in names}, strict=False)
+
+
+def fsdp1_moments(root: FullyShardedDataParallel, optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state by name of parameter, cut up tensor by tensor; a collective."""
+    with _tensor_by_tensor(root):
+        return FullyShardedDataParallel.optim_state_dict(root, optimizer)
+
+
+def fsdp1_moments_to_load(
+    root: FullyShardedDataParallel, optimizer: Optimizer, moments: dict[str, Any]
+) -> dict[str, Any]:
+    """What the optimizer takes of the result of :func:`fsdp1_moments`."""
+    with _tensor_by_tensor(root):
+        return FullyShardedDataParallel.optim_state_dict_to_load(root, optimizer, moments)
+
+
+@contextlib.contextmanager
+def _tensor_by_tensor(root: FullyShardedDataParallel) -> Iterator[None]:
+    # On a CPU, offloading frees the storage that it then copies.
+    offload = next(root.parameters()).device.type != "cpu"
+    with FullyShardedDataParallel.state_dict_type(
+        root,
+        StateDictType.SHARDED_STATE_DICT,
+        ShardedStateDictConfig(offload_to_cpu=offload),
+        ShardedOptimStateDictConfig(offload_to_cpu=offload),
+    ):
+        yield

@@ -99,7 +99,7 @@ class Reference:
         if self.is_policy_without_adapter:
             return [(name, value) for name, value in self._policy.named_parameters() if not value.requires_grad]
         if self.policy_is_pristine and not self._separate:
-            return [(name, value.detach()) for name, value in self._policy.named_parameters()]
+            return list(self._policy.named_parameters())
         self.hold()
         return list(self._model.named_parameters())  # type: ignore[union-attr]
 
@@ -108,13 +108,15 @@ class Reference:
         """The reference as a model: one of its own, or the policy with its trained adapter switched off."""
         self.hold()
         if self._model is not None:
-            yield self._model.to(next(self._policy.parameters()).device)
+            yield self._model if is_sharded(self._model) else self._model.to(next(self._policy.parameters()).device)
         else:
             with _without_trained_adapter(self._policy):
                 yield self._policy
 
     def _num_changes(self) -> int:
         """PyTorch counts the changes of a tensor in place, whoever makes them; a move to another device is none."""
+        if is_sharded(self._policy):
+            return 0  # gathering weights is a change too
         return sum(parameter._version for parameter in self._policy.parameters())
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bco_lightning.batch import FeedbackBatch, Span
-from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, layout_of, states_of_spans
+from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, layout_of, only_layers, states_of_spans
 
 _PROBE_LENGTH = 8
 
@@ -33,12 +33,12 @@ class FrozenTrunk:
 
     def states_of_spans(self, input_ids_S: Tensor, position_ids_S: Tensor, spans: Sequence[Span]) -> Tensor:
         """:meth:`states` of token ids."""
-        name, layers = decoder_layers_of(self._causal_lm)
+        layers = decoder_layers_of(self._causal_lm)[1]
         caught: list[Tensor] = []
         last = layers[self.depth - 1]
         hook = last.register_forward_hook(lambda _m, _i, out: caught.append(out if isinstance(out, Tensor) else out[0]))
         try:
-            with _only(self._causal_lm.base_model, name, layers[: self.depth]):
+            with only_layers(self._causal_lm, slice(self.depth)):
                 states_of_spans(self._causal_lm, input_ids_S, position_ids_S, spans)
         finally:
             hook.remove()
@@ -47,8 +47,7 @@ class FrozenTrunk:
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Within it the model is what stands on the trunk, and takes trunk states in place of tokens."""
-        name, layers = decoder_layers_of(self._causal_lm)
-        with _only(self._causal_lm.base_model, name, layers[self.depth :]):
+        with only_layers(self._causal_lm, slice(self.depth, None)):
             yield
 
 
@@ -87,13 +86,3 @@ def _stands_for_tokens(trunk: FrozenTrunk, causal_lm: Any) -> bool:
     except Exception:  # whatever an architecture makes of fewer layers
         return False
     return bool((cut.float() - whole.float()).norm() <= 1e-5 * whole.float().norm())
-
-
-@contextmanager
-def _only(module: nn.Module, name: str, layers: Any) -> Iterator[None]:
-    everything = getattr(module, name)
-    setattr(module, name, layers)
-    try:
-        yield
-    finally:
-        setattr(module, name, everything)

@@ -1,0 +1,71 @@
+"""Reading by one process of each node, for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bco_lightning import errors
+from bco_lightning.distributed import made_once_per_node
+from bco_lightning.errors import FeedbackRowError
+from bco_lightning.faults import in_words
+
+
+def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict[str, Any]:
+    """What the first process of this node has read; the others wait for it, without a limit of time.
+
+    Args:
+        read: Gives plain values, and under ``row_sets`` what :meth:`RowSet.told` says of each.
+        trainer: The Lightning trainer, with several processes.
+
+    Raises:
+        UserError: In every process, what one of those that read met. Any other exception leaves the others with a
+            ``RuntimeError`` that says the same.
+        FeedbackRowError: In every process, if the nodes have not read the same rows.
+    """
+    raised: list[Exception] = []
+
+    def outcome() -> dict[str, Any]:
+        try:
+            return {"node": trainer.node_rank, "read": read()}
+        except Exception as error:
+            raised.append(error)
+            return {"error": _plain(error)}
+
+    outcomes = made_once_per_node(outcome, trainer)
+    if raised:
+        raise raised[0]
+    for known in outcomes:
+        if "error" in known:
+            kind, *arguments = known["error"]
+            raise getattr(errors, kind, RuntimeError)(*arguments)
+    read_by = {known["node"]: known["read"] for known in outcomes}
+    _require_same_rows({node: _contents(found["row_sets"]) for node, found in read_by.items()})
+    return read_by[trainer.node_rank]  # type: ignore[no-any-return]
+
+
+def _plain(error: Exception) -> list[str]:
+    fault = in_words(error)
+    if fault is None:
+        return ["RuntimeError", f"{type(error).__name__}: {error}"]
+    return [type(fault).__name__, fault.where, fault.problem, fault.remedy]
+
+
+def _contents(row_sets: dict[str, Any]) -> dict[str, Any]:
+    """Digest and numbers of each; places and paths may be others on another node."""
+    return {
+        name: [told["digest"], *(number for number in told["counts"].values() if isinstance(number, int))]
+        for name, told in row_sets.items()
+    }
+
+
+def _require_same_rows(contents: dict[int, dict[str, Any]]) -> None:
+    first = min(contents)
+    for node, content in contents.items():
+        names = [name for name in {**contents[first], **content} if content.get(name) != contents[first].get(name)]
+        if names:
+            raise FeedbackRowError(
+                f"node {node}",
+                f"expected the rows that node {first} has read, found others ({', '.join(names)}).",
+                "Give all nodes the same files, tokenizer and chat template.",
+            )

@@ -1,0 +1,146 @@
+"""Short runs of the tiny model, many of them one after the other in one group of processes; pytest is not needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from bco_lightning import BCOModule, LoraSettings
+from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.models.parallel import fsdp1_root, plain_name, whole
+from bco_lightning.strategies import named_strategy
+from tests.reliability.tiny_run import ROWS_PER_STEP, tiny_fit
+
+STRATEGIES = ("ddp", "fsdp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One short run; on any number of processes a step has the same rows."""
+
+    strategy: str = "auto"
+    lora: bool = False
+    accumulation: int = 1
+    online: bool = False
+    precision: str = "32-true"
+    dtype: str = "float32"
+    checkpointing: bool = False
+    steps: int = 5
+
+    def __str__(self) -> str:
+        how = ["LoRA" if self.lora else "full", f"accumulation {self.accumulation}"]
+        how += [word for word, on in (("online", self.online), ("checkpointing", self.checkpointing)) if on]
+        return " ".join([self.strategy, *how, self.precision, self.dtype])
+
+
+class Gradients(Callback):
+    """Keeps the gradient of every optimizer step, whole, before it is clipped."""
+
+    def __init__(self) -> None:
+        self.of_step: list[dict[str, torch.Tensor]] = []
+        self.shifts: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
+        sharding = getattr(trainer.strategy, "sharding", None)
+        gathered: Any = contextlib.nullcontext()
+        if sharding is not None and sharding.engine == "fsdp":
+            root = fsdp1_root(module.policy)
+            gathered = root.summon_full_params(root, with_grads=True, writeback=False)
+        with gathered:
+            trained = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
+            self.of_step.append({name: whole(p.grad).clone() for name, p in trained.items()})
+        self.shifts.append(module.reward_shift.value)
+
+
+def run(case: Case, model: str, log: str, heldout: str, **more: Any) -> dict[str, Any]:
+    """Trains, in as many processes as there are, and returns all that must not depend on their number."""
+    return _run(case, model, log, heldout, int(os.environ.get("WORLD_SIZE", "1")), **more)
+
+
+def _run(
+    case: Case,
+    model: str,
+    log: str,
+    heldout: str,
+    processes: int,
+    *,
+    folder: Path,
+    ckpt_path: str | None = None,
+    trainer_options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    gradients = Gradients()
+    module = BCOModule(
+        model,
+        lora=LoraSettings(r=4, alpha=8) if case.lora else None,
+        learning_rate=1e-2,
+        dtype=case.dtype,  # type: ignore[arg-type]
+        reference_log_probs="online" if case.online else "auto",
+        gradient_checkpointing=case.checkpointing,
+    )
+    saving = RunCheckpoint(every_n_steps=2, keep=5)
+    saving.run_folder = str(folder)
+    trainer_: dict[str, Any] = {
+        "devices": processes,
+        "strategy": named_strategy(case.strategy),
+        "precision": case.precision,
+        "accumulate_grad_batches": case.accumulation,
+        "max_steps": case.steps,
+        "max_epochs": -1,
+        "gradient_clip_val": 0.5,
+        "log_every_n_steps": 1,
+        **(trainer_options or {}),
+    }
+    state = tiny_fit(
+        model,
+        log,
+        module=module,
+        callbacks=[gradients, saving],
+        ckpt_path=ckpt_path,
+        trainer_options=trainer_,
+        data_options={"batch_size": ROWS_PER_STEP // processes // case.accumulation, "validation_files": heldout},
+    )
+    trainer = module.trainer
+    weights = {name: whole(value).clone() for name, value in trainer.strategy.lightning_module_state_dict().items()}
+    moments = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
+    return {
+        "weights": weights,
+        "moments": {n: {key: whole(v).clone() for key, v in values.items()} for n, values in moments.items()},
+        "gradients": gradients.of_step,
+        "shifts": [*gradients.shifts, module.reward_shift.value],
+        "class_weights": module.class_weights,
+        "values": state["values"],
+        "rows": state["rows"],
+        "step": trainer.global_step,
+    }
+
+
+def run_all(cases: list[Case], folder: Path, model: str, log: str, heldout: str) -> dict[str, Any]:
+    """Runs cases one after the other in one group of processes; checkpoints go into a folder for each."""
+    return {str(case): run(case, model, log, heldout, folder=folder / str(case)) for case in cases}
+
+
+# What torchrun tells its processes; under Lightning's own launcher a process forgets its rank after one trainer.
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+def go_on(
+    cases: dict[tuple[str, str], Case], folder: Path, model: str, log: str, heldout: str
+) -> dict[tuple[str, str], Any]:
+    """Goes on from step 2 of runs to their end: ``{(name of the run that wrote, name of the journey): how}``."""
+    return {
+        (source, target): run(
+            case,
+            model,
+            log,
+            heldout,
+            folder=folder / "journeys" / f"{source} to {target}",
+            ckpt_path=str(folder / source / "checkpoints" / "step-00000002"),
+        )
+        for (source, target), case in cases.items()
+    }
