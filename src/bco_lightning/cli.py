@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, and ``export``."""
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, ``export`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from bco_lightning import config_safety
@@ -39,12 +41,15 @@ from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, 
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.errors import CheckpointError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
-from bco_lightning.faults import in_words
+from bco_lightning.faults import in_words, watch_processes
 from bco_lightning.fingerprints import git_revision, versions
 from bco_lightning.module import BCOModule
+from bco_lightning.planning.plan_command import plan_command
+from bco_lightning.strategies import named_strategy
 
-_DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there is
-`export`, which writes a checkpoint as a folder that transformers and peft load: see `export --help`."""
+_DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
+`export`, which writes a checkpoint as a folder that transformers and peft load, and `plan`, which works out what a run
+would take of each GPU's memory: see `export --help` and `plan --help`."""
 
 
 class BCOArgumentParser(LightningArgumentParser):
@@ -211,6 +216,8 @@ class BCOCLI(LightningCLI):
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
         if config.get("enable_progress_bar") is not False:
             callbacks = [StepProgressBar(), *callbacks]
+        if isinstance(config.get("strategy"), str):
+            config["strategy"] = named_strategy(config["strategy"])
         return super()._instantiate_trainer(config, [*callbacks, ThroughputMonitor()])
 
     def after_fit(self) -> None:
@@ -253,11 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         of the signal for a run that was asked to stop and has saved.
     """
     _quiet_libraries()
+    subprocess_script._launch_process_observer = watch_processes  # type: ignore[attr-defined]
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         config_safety.refuse_secrets(given)
         if given[:1] == ["export"]:
             _export(given[1:])
+        elif given[:1] == ["plan"]:
+            plan_command(given[1:])
         else:
             BCOCLI(
                 BCOModule,
@@ -320,12 +330,19 @@ def _quiet_libraries() -> None:
         r"Found \d+ module\(s\) in eval mode.*",  # meant: dropout would blur the log-ratio
         r".*does not have many workers.*",  # rows are tokenized before training; collation is all that is left
         r".*litlogger.*",
+        r"It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # a metric is summed when it is read
+        r"Total length of `list` across ranks is zero.*",  # no rows are held out
         r"You are using a custom batch sampler .* for prediction.*",  # it gives every row
         r"You have overridden `on_before_batch_transfer`.*",  # the data module does not
         r"You're resuming from a checkpoint that ended before the epoch ended.*",  # the row order follows the step
         r"Already found a `peft_config`.*",  # an incoming adapter stands beside the one that is trained
     ):
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not re.search(r"litlogger|weights_only|TPU available", record.getMessage())
-    )
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(
+            lambda record: not re.search(r"litlogger|weights_only|TPU available", record.getMessage())
+        )
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        disable_progress_bar()
+        for name in ("fabric", "pytorch"):
+            logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)

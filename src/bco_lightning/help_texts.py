@@ -20,11 +20,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("fit", "validate", "test", "predict", "export")
+COMMANDS = ("fit", "validate", "test", "predict", "export", "plan")
 FILE = Path(__file__).with_name("help_texts.json")
 _SOURCE = Path(__file__).parent
 _WITH_OPTIONS = (
-    "cli.py", "module.py", "optimizers.py", "models/language_model.py",
+    "cli.py", "planning/plan_command.py", "planning/memory_plan.py", "planning/model_shape.py",
+    "module.py", "optimizers.py", "models/language_model.py",
     "data/datamodule.py", "data/feedback_row.py", "data/loading.py", "data/tokenization.py",
 )  # fmt: skip
 
@@ -43,7 +44,7 @@ def answer(arguments: Sequence[str]) -> int | None:
     command = arguments[0] if arguments[:1] and arguments[0] in COMMANDS else ""
     rest = arguments[1:] if command else arguments
     asks_for_help = rest in (["--help"], ["-h"])
-    if not asks_for_help and command in ("", "export"):
+    if not asks_for_help and command in ("", "export", "plan"):
         return None
     packaged = _packaged()
     if packaged is None:
@@ -93,7 +94,7 @@ def made_from() -> dict[str, str]:
 
 def _option_texts(path: Path) -> Iterator[str]:
     text = path.read_text(encoding="utf-8")
-    if path.name == "cli.py":
+    if path.name in ("cli.py", "plan_command.py"):
         yield text
         return
     lines = text.splitlines()

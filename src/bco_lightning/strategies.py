@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import FSDPPrecision, Precision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
@@ -151,14 +151,14 @@ class FSDP2Strategy(_ShardedCheckpoints, ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         # Lightning's "auto" is the number of nodes.
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._data_parallel_size = processes = self.num_nodes * self.num_processes
+        if self.group is not None and (self.group < 1 or processes % self.group):
+            raise ConfigError(
+                "trainer.strategy.group", f"expected a divisor of {processes} processes, found {self.group}."
+            )
         if self.cpu_offload and self.process_group_backend is None:
             self._process_group_backend = _backend_for_both(self.root_device)
         super().setup_environment()
-        if self.group is not None and self.world_size % self.group:
-            raise ConfigError(
-                "trainer.strategy.group", f"expected a divisor of {self.world_size} processes, found {self.group}."
-            )
         mesh = make_mesh(self.root_device.type, self.world_size, self.group)
         precision = self.precision_plugin.precision
         self.sharding = Sharding("fsdp2", mesh, _compute_dtype(precision), self.cpu_offload)
@@ -325,6 +325,7 @@ def refuse_unknown_sharding(strategy: Any, precision: str) -> None:
 def named_strategy(name: str) -> Any:
     """What a name of ``trainer.strategy`` stands for; names that Lightning takes itself come back as they are."""
     made: dict[str, Callable[[], Any]] = {
+        "ddp": lambda: DDPStrategy(gradient_as_bucket_view=True),  # or all gradients are held twice
         "fsdp": FSDP1Strategy,
         "fsdp_cpu_offload": lambda: FSDP1Strategy(cpu_offload=True),
     }

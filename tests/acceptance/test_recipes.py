@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,33 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bco_lightning.checkpointing import read_checkpoint, saved_steps
 from bco_lightning.cli import main
+from tests.reliability.tiny_run import finish, start
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
-def test_a_recipe_trains_from_zero_rewards(name: str, tiny_model: str, log: str) -> None:
+def train(name: str, model: str, log: str, **more: str) -> int:
     options = {
-        "model.name_or_path": tiny_model,
+        "model.name_or_path": model,
         "model.learning_rate": "1e-3",
         "data.train_files": log,
         "trainer.accelerator": "cpu",
         "trainer.accumulate_grad_batches": "2",
         "trainer.max_steps": "3",
         "trainer.log_every_n_steps": "1",
+        **more,
     }
-    assert main(["fit", f"--config={CONFIGS / f'{name}.yaml'}", *(f"--{k}={v}" for k, v in options.items())]) == 0
+    return main(["fit", f"--config={CONFIGS / f'{name}.yaml'}", *(f"--{k}={v}" for k, v in options.items())])
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "node_lora", "node_full", "nodes_full"])
+def test_a_recipe_trains_from_zero_rewards(name: str, tiny_model: str, log: str, tmp_path: Path) -> None:
+    if name.startswith("node"):
+        two = {"trainer.devices": "2", "trainer.num_nodes": "1", "data.batch_size": "2"}
+        processes = start(partial(train, name, tiny_model, log, **two), ranks=2, folder=tmp_path)
+        assert finish(processes, tmp_path) == [0, 0]
+    else:
+        assert train(name, tiny_model, log) == 0
     run = Path("runs") / name / "version_0"
     events = EventAccumulator(str(run))
     events.Reload()

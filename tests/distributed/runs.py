@@ -31,12 +31,16 @@ class Case:
     precision: str = "32-true"
     dtype: str = "float32"
     checkpointing: bool = False
+    stored: str = "float32"
+    other_reference: bool = False
     steps: int = 5
 
     def __str__(self) -> str:
         how = ["LoRA" if self.lora else "full", f"accumulation {self.accumulation}"]
-        how += [word for word, on in (("online", self.online), ("checkpointing", self.checkpointing)) if on]
-        return " ".join([self.strategy, *how, self.precision, self.dtype])
+        how += [word for word in ("online", "checkpointing", "other_reference") if getattr(self, word)]
+        how += [self.precision] if self.precision != "32-true" else []
+        how += [f"{self.stored} as {self.dtype}"] if (self.stored, self.dtype) != ("float32", "float32") else []
+        return " ".join([self.strategy, *how])
 
 
 class Gradients(Callback):
@@ -76,7 +80,8 @@ def _run(
 ) -> dict[str, Any]:
     gradients = Gradients()
     module = BCOModule(
-        model,
+        f"{model}-{case.stored}",
+        reference_name_or_path=f"{model}-other" if case.other_reference else None,
         lora=LoraSettings(r=4, alpha=8) if case.lora else None,
         learning_rate=1e-2,
         dtype=case.dtype,  # type: ignore[arg-type]
@@ -97,7 +102,7 @@ def _run(
         **(trainer_options or {}),
     }
     state = tiny_fit(
-        model,
+        "",
         log,
         module=module,
         callbacks=[gradients, saving],

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -229,6 +230,11 @@ def load_policy(
                 policy = get_peft_model(base, _lora_config(lora, base))
             except ValueError as error:
                 raise ConfigError("model.lora", f"expected settings that fit the model, found: {error}.") from error
+            # PEFT drew them in the data type of the base, which may yet be another one.
+            torch.manual_seed(seed)
+            for module in policy.modules():
+                if isinstance(module, LoraLayer):
+                    module.reset_lora_parameters("default", init_lora_weights=True)
             # PEFT writes this into every exported adapter, where it is the only trace of the base model.
             policy.peft_config["default"].base_model_name_or_path = name_or_path
     _disable_dropout(policy)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.models.language_model import REFERENCE_ADAPTER
+from bco_lightning.models.language_model import REFERENCE_ADAPTER, final_dtype
 from bco_lightning.models.layout import is_compiled
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.parallel import is_sharded
@@ -99,7 +99,7 @@ class Reference:
         if self.is_policy_without_adapter:
             return [(name, value) for name, value in self._policy.named_parameters() if not value.requires_grad]
         if self.policy_is_pristine and not self._separate:
-            return list(self._policy.named_parameters())
+            return [(name, _frozen(value)) for name, value in self._policy.named_parameters()]
         self.hold()
         return list(self._model.named_parameters())  # type: ignore[union-attr]
 
@@ -118,6 +118,12 @@ class Reference:
         if is_sharded(self._policy):
             return 0  # gathering weights is a change too
         return sum(parameter._version for parameter in self._policy.parameters())
+
+
+def _frozen(parameter: Tensor) -> Tensor:
+    frozen = parameter.detach()
+    frozen.final_dtype = final_dtype(parameter)  # type: ignore[attr-defined]
+    return frozen
 
 
 @contextmanager
