@@ -52,7 +52,14 @@ def measure(strategy: str, lora: bool, files: dict[str, str], folder: Path) -> d
     output = folder / "figures"
     how = {**files, "strategy": strategy, "dtype": dtype, "lora": lora, "output": str(output), "steps": ROWS // 2}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "workers.load_peak"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BCO_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    # glibc would keep large blocks that were freed; with a fixed threshold they go back, and are not counted.
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "OMP_NUM_THREADS": "1",
+        "BCO_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
     subprocess.run(
         [sys.executable, *launcher, json.dumps(how)],
         cwd=Path(__file__).parent,

@@ -24,11 +24,9 @@ Totals: {passed:,} of {run:,} trials passed, fuzzed lines left out; {red} of {pl
 NOTES = """
 ## What is not promised
 
-- **Packed batches and cached reference log-probs** do not exist yet, so no resume with them was tried.
-- **Sharded checkpoints (DCP)**: none are written, and a folder of one is refused without reading its pickled metadata.
-  Under `fsdp2` the first process writes whole tensors, which every process holds for a moment.
-- **FSDP2** was tried on two CPU processes (gloo), never on GPUs. FSDP1 is not supported. Exact resume to the bit holds
-  for the same number of processes under `ddp`; with another number, or `fsdp2`, weights agree to 1e-6.
+- **FSDP and FSDP2** were tried on two and four CPU processes (gloo), never on GPUs. Exact resume to the bit holds for the
+  same number of processes and strategy; with others, weights agree to 1e-5.
+- **Parts of a checkpoint** that several processes write need a folder that all of them see, or the save is refused.
 - **GPUs**: nothing here ran on one. Kernels that are not deterministic make two runs differ, and so a resumed one.
 - **A kill between two optimizer steps without a signal** (SIGKILL, power) loses the steps since the last checkpoint.
 - **Network file systems** whose rename is not atomic, or whose fsync does nothing, take the promise of R6 away.

@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
 from bco_lightning.faults import causes_of
-from bco_lightning.shards import has_shards, put_shards, read_whole
+from bco_lightning.shards import has_shards, is_part, put_shards, read_whole
 
 STATE_FILE, MANIFEST_FILE = "state.ckpt", "manifest.json"
 _FORMAT = 1
@@ -175,11 +175,13 @@ def in_checkpoint_words(target: Path) -> Iterator[None]:
         raise _not_written(target, error) from error
 
 
-def verify_checkpoint(folder: Path) -> dict[str, Any]:
+def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> dict[str, Any]:
     """Compares every file of a checkpoint with its manifest.
 
     Args:
         folder: Folder of a step.
+        share: ``(process, processes)``: of the parts that several processes wrote, which may be large, the bytes of
+            this process's share are compared, and of the others the size; of all parts for ``None``.
 
     Returns:
         The manifest.
@@ -190,24 +192,29 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     if folder.is_symlink():
         raise CheckpointError(str(folder), "expected the folder of a checkpoint, found a link.")
     manifest = _manifest_of(folder)
+    parts = sorted(name for name in manifest["files"] if is_part(name))
+    own = parts[share[0] :: share[1]] if share else []
     for name, facts in manifest["files"].items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(str(path), "expected a file of the checkpoint, found none.")
         if path.stat().st_size != facts["bytes"]:
             raise CheckpointError(str(path), f"expected {facts['bytes']} bytes, found {path.stat().st_size}.")
-        if sha256_of_file(path) != facts["sha256"]:
+        if (name in own or name not in parts) and sha256_of_file(path) != facts["sha256"]:
             raise CheckpointError(str(path), "expected the bytes that were written, found others (SHA-256 differs).")
     return manifest
 
 
-def read_checkpoint(path: str, map_location: Any = "cpu", *, with_shards: bool = True) -> dict[str, Any]:
+def read_checkpoint(
+    path: str, map_location: Any = "cpu", *, with_shards: bool = True, share: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
     """Reads a checkpoint folder after verifying it, or a single file that another trainer wrote.
 
     Args:
         path: Folder of a step, or a file; never a URL.
         map_location: Where tensors go, as for ``torch.load``.
         with_shards: Put tensors that several processes wrote together, whole, where they belong.
+        share: What this process verifies of their files, as for :func:`verify_checkpoint`.
 
     Returns:
         What was saved.
@@ -222,7 +229,7 @@ def read_checkpoint(path: str, map_location: Any = "cpu", *, with_shards: bool =
             path, "expected a local checkpoint, found a URL.", "Add #sha256=DIGEST on the command line."
         )
     if source.is_dir():
-        verify_checkpoint(source)
+        verify_checkpoint(source, share)
         source = source / STATE_FILE
     if not source.is_file():
         raise CheckpointError(str(source), "expected a checkpoint, found none.")
@@ -289,7 +296,7 @@ def saved_steps(checkpoints: Path) -> list[Path]:
 
 
 def newest_verified(checkpoints: Path, skipped: Callable[[CheckpointError], None]) -> Path | None:
-    """The newest step of a run that verifies.
+    """The newest step of a run that verifies; the bytes of parts that several processes wrote are left to who reads.
 
     Args:
         checkpoints: The run's ``checkpoints`` folder.
@@ -300,7 +307,7 @@ def newest_verified(checkpoints: Path, skipped: Callable[[CheckpointError], None
     """
     for folder in reversed(saved_steps(checkpoints)):
         try:
-            verify_checkpoint(folder)
+            verify_checkpoint(folder, share=None)
         except CheckpointError as error:
             skipped(error)
         else:

@@ -81,6 +81,11 @@ def is_moment(key: str) -> bool:
     return key.startswith(_MOMENTS)
 
 
+def is_part(name: str) -> bool:
+    """Whether a file of a checkpoint holds parts of tensors."""
+    return name.endswith(_SUFFIX)
+
+
 def has_shards(folder: Path) -> bool:
     """Whether a checkpoint's folder holds parts of tensors."""
     return any(folder.glob(f"*{_SUFFIX}"))

@@ -81,38 +81,38 @@ class _ShardedCheckpoints(ParallelStrategy):
         Raises:
             CheckpointError: In every process, if one of them cannot write.
         """
-        target, module = Path(filepath), self.lightning_module
+        target, failures = Path(filepath), list[CheckpointError]()
         plain, shards = take_shards(checkpoint, is_cut)
         folder: Path | None = None
-        with _noting(target) as begun:
+        with _noting(failures, target):
             folder = begin_folder(target) if self.is_global_zero else None
         folder = self.broadcast(folder)
         written: dict[str, Any] = {}
-        with _noting(target) as wrote:
+        with _noting(failures, target):
             if folder is not None:
                 write_shards(shards, folder)
                 written = {file.name: flushed_file(file) for file in files_of(self.global_rank, folder)}
-        failures = [*begun, *wrote]
-        parts = gather_over_ranks((str(failures[0]) if failures else "", written), module.trainer)  # type: ignore[union-attr]
-        failures += [CheckpointError(str(target), said) for said, _ in parts if said]
-        with _noting(target) as completed:
-            if self.is_global_zero and folder is not None and not failures:
+        known = {name: facts for files in self._of_all(written) for name, facts in files.items()}
+        told = self._of_all(failures)
+        with _noting(failures, target):
+            if self.is_global_zero and folder is not None and not any(told):
                 write_state(plain, folder)
-                known = {name: facts for _, files in parts for name, facts in files.items()}
                 _require_files(folder, known)
                 complete_folder(folder, target, facts_of(checkpoint), known)
-        failures += completed
-        if self.is_global_zero and folder is not None and failures:
+        told = self._of_all(failures)
+        if any(told) and self.is_global_zero and folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        said = self.broadcast(str(failures[0]) if failures else "")
-        if said:
-            raise failures[0] if failures else CheckpointError(str(target), said)
+        _raise_first([*failures, *(error for errors in told for error in errors)])
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint, from shards only what this process has of each tensor."""
         folder = Path(checkpoint_path)
-        checkpoint = read_checkpoint(str(folder), with_shards=False)
+        checkpoint, failures = dict[str, Any](), list[CheckpointError]()
+        with _noting(failures):
+            share = (self.global_rank, self.world_size)
+            checkpoint = read_checkpoint(str(folder), with_shards=False, share=share)
+        _raise_first([*failures, *(error for errors in self._of_all(failures) for error in errors)])
         if not folder.is_dir() or not has_shards(folder):
             return checkpoint
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # type: ignore[union-attr]
@@ -125,6 +125,9 @@ class _ShardedCheckpoints(ParallelStrategy):
         read_shards(folder, parts)
         put_shards(checkpoint, parts)
         return checkpoint
+
+    def _of_all(self, value: Any) -> list[Any]:
+        return gather_over_ranks(value, self.lightning_module.trainer)  # type: ignore[union-attr]
 
     def _cut_moments(self, state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         weights = list(self.lightning_module_state_dict().values())
@@ -333,14 +336,18 @@ def named_strategy(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _noting(target: Path) -> Iterator[list[CheckpointError]]:
-    """Notes a failure to write, so that the processes can agree on it; what others would wait for goes on."""
-    failures: list[CheckpointError] = []
+def _noting(failures: list[CheckpointError], written: Path | None = None) -> Iterator[None]:
+    """Notes what fails, so that the processes can agree on it; what others would wait for goes on."""
     try:
-        with in_checkpoint_words(target):
-            yield failures
+        with in_checkpoint_words(written) if written else contextlib.nullcontext():
+            yield
     except CheckpointError as error:
         failures.append(error)
+
+
+def _raise_first(errors: list[CheckpointError]) -> None:
+    if errors:
+        raise errors[0]
 
 
 def _require_files(folder: Path, written: Mapping[str, Any]) -> None:

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from bco_lightning import LoraSettings
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.language_model import (
+    final_dtype,
     load_language_model,
     load_policy,
     load_tokenizer,
     locate_model,
     resolve_dtype,
+    take_final_dtype,
 )
 from bco_lightning.packaged import resolve_packaged
 from tests.conftest import REAL_MODEL
@@ -66,6 +68,45 @@ def test_the_seed_decides_the_adapters_and_leaves_the_global_state_alone(tiny_mo
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(adapters(0), first)
     assert not torch.equal(adapters(1), first)
+
+
+def places_of_files(suffix: str) -> list[range]:
+    """Where files are mapped into this process's memory."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines if line[-1].endswith(suffix)]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mapped_model_is_a_view_of_its_files_until_it_takes_its_data_type(
+    stored: torch.dtype, dtype: torch.dtype, tiny_model: str, tmp_path: Path
+) -> None:
+    load_language_model(tiny_model, stored).save_pretrained(tmp_path / "model")
+    mapped = load_language_model(str(tmp_path / "model"), dtype, mapped=True)
+    places = places_of_files(".safetensors")
+    assert all(any(p.data_ptr() in place for place in places) for p in mapped.parameters())
+    expected = dict(load_language_model(str(tmp_path / "model"), dtype).named_parameters())
+    for name, parameter in mapped.named_parameters():
+        assert final_dtype(parameter) == dtype
+        take_final_dtype(parameter)
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_files_of_several_data_types_are_cast_as_they_are_read(tiny_model: str, tmp_path: Path) -> None:
+    model = load_language_model(tiny_model, torch.bfloat16)
+    model.model.norm.weight.data = torch.linspace(1, 2, 32)  # more digits than bfloat16 has
+    model.save_pretrained(tmp_path / "model")
+    mapped = load_language_model(str(tmp_path / "model"), torch.float32, mapped=True)
+    assert {parameter.dtype for parameter in mapped.parameters()} == {torch.float32}
+    assert torch.equal(mapped.model.norm.weight, torch.linspace(1, 2, 32))
+
+
+def test_adapters_begin_with_the_same_values_whatever_the_base_is_stored_in(tiny_model: str) -> None:
+    dtypes = (torch.float32, torch.bfloat16)
+    one, other = (load_policy(tiny_model, dtype, LoraSettings(r=2), seed=3) for dtype in dtypes)
+    for (name, value), same in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert not value.requires_grad or torch.equal(value, same), name
 
 
 def test_full_fine_tuning_keeps_float32_by_default(tiny_model: str) -> None:

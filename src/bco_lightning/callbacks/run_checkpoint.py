@@ -32,6 +32,7 @@ from bco_lightning.distributed import gather_over_ranks, max_over_ranks
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
 from bco_lightning.module import BCOModule
 from bco_lightning.seeding import random_state, set_random_state
+from bco_lightning.shards import has_shards
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -241,23 +242,29 @@ class RunCheckpoint(Checkpoint):
             rank_zero_warn(f"{failure}\nGoing on without it, as checkpoint.if_saving_fails says.")
 
     def _prune(self, trainer: Trainer) -> None:
+        self._read_back(trainer)
         if not trainer.is_global_zero:
             return
         try:
-            prune(self.folder, self.keep, self._is_whole)
+            prune(self.folder, self.keep, self._whole.__contains__)
         except OSError as error:
             rank_zero_warn(f"{self.folder}: an old checkpoint could not be removed ({error.strerror}).")
 
-    def _is_whole(self, folder: Path) -> bool:
-        """Reads a checkpoint back, once in a run."""
-        if folder not in self._whole:
-            try:
-                verify_checkpoint(folder)
-            except CheckpointError as error:
-                rank_zero_warn(f"{error} It does not count as a checkpoint to keep.")
-                return False
-            self._whole.add(folder)
-        return True
+    def _read_back(self, trainer: Trainer) -> None:
+        """Reads each checkpoint once in a run, as far as ``keep`` asks for; parts are shared out over processes."""
+        steps = trainer.strategy.broadcast(saved_steps(self.folder))[-self.keep :]
+        for folder in [step for step in steps if step not in self._whole]:
+            failure = ""
+            if trainer.is_global_zero or has_shards(folder):
+                try:
+                    verify_checkpoint(folder, (trainer.global_rank, trainer.world_size))
+                except CheckpointError as error:
+                    failure = str(error)
+            told = [said for said in gather_over_ranks(failure, trainer) if said]
+            if told:
+                rank_zero_warn(f"{told[0]} It does not count as a checkpoint to keep.")
+            else:
+                self._whole.add(folder)
 
     def _leave(self, trainer: Trainer, signal_number: int) -> None:
         if signal_number == signal.SIGUSR1 and trainer.is_global_zero:
