@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +194,9 @@ def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> d
         raise CheckpointError(str(folder), "expected the folder of a checkpoint, found a link.")
     manifest = _manifest_of(folder)
     parts = sorted(name for name in manifest["files"] if is_part(name))
+    foreign = sorted(path.name for path in folder.iterdir() if is_part(path.name) and path.name not in parts)
+    if foreign:
+        raise CheckpointError(str(folder / foreign[0]), "expected the checkpoint's own files, found this one besides.")
     own = parts[share[0] :: share[1]] if share else []
     for name, facts in manifest["files"].items():
         path = folder / name
@@ -234,7 +238,9 @@ def read_checkpoint(
     if not source.is_file():
         raise CheckpointError(str(source), "expected a checkpoint, found none.")
     try:
-        checkpoint = torch.load(source, map_location=map_location, weights_only=True)
+        # Mapped where each process takes a part alone; a whole tensor that stays in use is read, for disks may go away.
+        mapped = not with_shards and zipfile.is_zipfile(source)
+        checkpoint = torch.load(source, map_location=map_location, weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds on a file that is no checkpoint
         if "weights only load failed" in str(error).lower():
             raise UnsafeCheckpointError(
@@ -295,19 +301,22 @@ def saved_steps(checkpoints: Path) -> list[Path]:
     return sorted(named, key=step_of)
 
 
-def newest_verified(checkpoints: Path, skipped: Callable[[CheckpointError], None]) -> Path | None:
-    """The newest step of a run that verifies; the bytes of parts that several processes wrote are left to who reads.
+def newest_verified(
+    checkpoints: Path, skipped: Callable[[CheckpointError], None], share: tuple[int, int] | None = (0, 1)
+) -> Path | None:
+    """The newest step of a run that verifies.
 
     Args:
         checkpoints: The run's ``checkpoints`` folder.
         skipped: Is told why each newer one was passed over.
+        share: As for :func:`verify_checkpoint`.
 
     Returns:
         Its folder, or ``None``.
     """
     for folder in reversed(saved_steps(checkpoints)):
         try:
-            verify_checkpoint(folder, share=None)
+            verify_checkpoint(folder, share)
         except CheckpointError as error:
             skipped(error)
         else:
@@ -315,13 +324,16 @@ def newest_verified(checkpoints: Path, skipped: Callable[[CheckpointError], None
     return None
 
 
-def resolve_checkpoint(path: Path, skipped: Callable[[CheckpointError], None]) -> Path:
+def resolve_checkpoint(
+    path: Path, skipped: Callable[[CheckpointError], None], share: tuple[int, int] | None = (0, 1)
+) -> Path:
     """Finds the checkpoint that a path means.
 
     Args:
         path: A step's folder, a run's folder (its newest whole step), a folder of runs (that of its newest run that has
             one), or a single file.
         skipped: Is told why each newer step was passed over.
+        share: As for :func:`verify_checkpoint`.
 
     Returns:
         A step's folder, or the file.
@@ -333,7 +345,7 @@ def resolve_checkpoint(path: Path, skipped: Callable[[CheckpointError], None]) -
         return path
     runs = [path / "checkpoints", path, *(run / "checkpoints" for run in _newest_first(path.glob("version_*")))]
     for checkpoints in runs:
-        if (found := newest_verified(checkpoints, skipped)) is not None:
+        if (found := newest_verified(checkpoints, skipped, share)) is not None:
             return found
     raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import json
@@ -39,13 +40,14 @@ from bco_lightning.callbacks import (
 )
 from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, resolve_checkpoint
 from bco_lightning.data import FeedbackDataModule
+from bco_lightning.distributed import is_in_a_group
 from bco_lightning.errors import CheckpointError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.faults import in_words, watch_processes
 from bco_lightning.fingerprints import git_revision, versions
 from bco_lightning.module import BCOModule
 from bco_lightning.planning.plan_command import plan_command
-from bco_lightning.strategies import named_strategy
+from bco_lightning.strategies import ShardedStrategy, named_strategy
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
 `export`, which writes a checkpoint as a folder that transformers and peft load, and `plan`, which works out what a run
@@ -108,6 +110,8 @@ class RunConfig(SaveConfigCallback):
 class BCOCLI(LightningCLI):
     """LightningCLI with this package's module, data and callbacks, and one folder of runs."""
 
+    _step_was_chosen = False  # not named by the user
+
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -150,10 +154,11 @@ class BCOCLI(LightningCLI):
         if asked not in ("last", "auto") and not Path(asked).exists():
             raise CheckpointError(asked, "expected a checkpoint, or the word 'last' or 'auto', found no such file.")
         try:
-            found = resolve_checkpoint(
-                run_folder if asked in ("last", "auto") else Path(asked),
-                lambda error: rank_zero_info(f"checkpoint: skipped {error}"),
-            )
+            place = run_folder if asked in ("last", "auto") else Path(asked)
+            # Parts are large: sharded processes verify them together, when they have met.
+            share = None if "fsdp" in str(self.config[self.subcommand].trainer.strategy).lower() else (0, 1)
+            found = resolve_checkpoint(place, lambda error: rank_zero_info(f"checkpoint: skipped {error}"), share)
+            self._step_was_chosen = found != place
         except CheckpointError as error:
             if asked != "auto":
                 raise
@@ -173,6 +178,8 @@ class BCOCLI(LightningCLI):
             if isinstance(callback, RunCheckpoint):
                 callback.run_folder = logger.log_dir  # wherever another logger writes
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.may_fall_back = self._step_was_chosen
         if hasattr(trainer.strategy, "_timeout"):  # half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
         return trainer
@@ -250,7 +257,10 @@ class BCOCLI(LightningCLI):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command; where it is that of a process group, it also ends the process.
+
+    A thread of gloo may still hold the last tensor that it sent. If it lets go of it while the interpreter ends, C++
+    aborts the process, and a run that has done all its work seems to have failed; so the interpreter does not end.
 
     Args:
         arguments: Command-line arguments; those of the process if left out.
@@ -259,6 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0; 2 for an error that the user can mend (``BCO_DEBUG=1`` shows its traceback); 128 plus the number
         of the signal for a run that was asked to stop and has saved.
     """
+    status = _run(arguments)
+    if arguments is None and is_in_a_group():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     _quiet_libraries()
     subprocess_script._launch_process_observer = watch_processes  # type: ignore[attr-defined]
     given = list(sys.argv[1:] if arguments is None else arguments)

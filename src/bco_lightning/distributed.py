@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def is_in_a_group() -> bool:
+    """Whether this process has met others, or waits for none."""
+    return torch.distributed.is_initialized()
+
+
 def sum_over_ranks(values: list[float], trainer: Any) -> list[float]:
     """Adds numbers over all processes, in float64 and in one collective.
 
@@ -74,6 +79,11 @@ def gather_over_ranks(value: Any, trainer: Any) -> list[Any]:
     gathered: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def errors_of_all(errors: list[Any], trainer: Any) -> list[Any]:
+    """What any process has met, this one's own first; empty in all of them or in none."""
+    return [*errors, *(error for own in gather_over_ranks(errors, trainer) for error in own)]
 
 
 def made_once_per_node(make: Callable[[], Any], trainer: Any) -> list[Any]:

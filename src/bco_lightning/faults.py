@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
 
 import torch
 
@@ -11,10 +20,17 @@ from bco_lightning.errors import FaultError, UserError
 
 _MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker .*(?:killed|exited unexpectedly)", re.DOTALL)
-_OTHER_PROCESS = re.compile(
-    r"Timed out waiting|Connection (?:closed by peer|reset)|timed out|Broken pipe|connectFullMesh|watchdog",
+_TOO_LONG = re.compile(r"timed out|wait timeout|watchdog|timeout caused pair closure", re.IGNORECASE)
+_GONE = re.compile(
+    r"Connection (?:closed by peer|reset|refused)|Broken pipe|connectFullMesh|remote process exit|NCCL communicator",
     re.IGNORECASE,
 )
+_WAITED = re.compile(r"(?:after|waiting|Timeout\(ms\)=)\s*(\d+)\s*(seconds)?", re.IGNORECASE)
+_NOT_ALL_CAME = re.compile(r"(\d+)/(\d+) clients joined")
+_OTHER_NUMBER = re.compile(r"You set `(?:devices=|num_nodes=|--ntasks=)|multiplied should equal the world size")
+_PLACE_IN_LIBRARY = re.compile(r"^\[\S+:\d+\] ")
+_LAST_WORDS, _LOOK_EVERY = 30.0, 0.5  # seconds
+_OUTLIVE = 5.0
 _DISK = {
     errno.ENOSPC: ("the disk is full", "Free some space."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space."),
@@ -60,16 +76,46 @@ def _fault_of(error: BaseException) -> UserError | None:
             f"expected loader workers to live, found one dead ({_first_line(text)}).",
             "Often the machine ran out of memory; data.num_workers: 0 loads in the training process.",
         )
-    if isinstance(error, RuntimeError) and _OTHER_PROCESS.search(text):
+    if isinstance(error, RuntimeError) and (_TOO_LONG.search(text) or _GONE.search(text)):
+        return _fault_of_another_process(text)
+    if isinstance(error, (RuntimeError, ValueError)) and _OTHER_NUMBER.search(text):
         return FaultError(
-            "processes",
-            f"expected an answer of every process, found that one is gone or hangs ({_first_line(text)}).",
-            "Look for the first error in the output of the others; process_timeout sets how long to wait.",
+            "trainer.devices",
+            f"expected as many processes as were started ({_first_line(text)}).",
+            "trainer.num_nodes is the number of nodes, trainer.devices that of processes on each.",
         )
     if isinstance(error, OSError) and error.errno in _DISK:
         problem, remedy = _DISK[error.errno]
         return FaultError(str(error.filename or "disk"), f"expected to use it, found that {problem}.", remedy)
     return None
+
+
+def _fault_of_another_process(text: str) -> FaultError:
+    """What gloo, NCCL or the store that they meet at have to say of a process that does not answer."""
+    first = _first_line(_PLACE_IN_LIBRARY.sub("", text.strip())).rstrip(".")
+    seconds = _WAITED.search(text)
+    waited = "process_timeout"
+    if seconds:
+        waited = f"{int(seconds[1]) / (1 if seconds[2] else 1000):g} s (process_timeout)"
+    came = _NOT_ALL_CAME.search(text)
+    if came:
+        return FaultError(
+            "processes",
+            f"expected {came[2]} processes to start, found {came[1]} after {waited}.",
+            "Start it on every node, with the same first node and port, or raise process_timeout.",
+        )
+    where_to_look = "Look for the first error in the output of the others"
+    if _TOO_LONG.search(text):
+        return FaultError(
+            "processes",
+            f"expected an answer of every process, found that one is gone or hangs: none in {waited}. {first}.",
+            f"{where_to_look}; raise process_timeout if one of them only took long.",
+        )
+    return FaultError(
+        "processes",
+        f"expected an answer of every process, found that one is gone or hangs ({first}).",
+        f"{where_to_look}; one without any may have been killed for want of memory.",
+    )
 
 
 def causes_of(error: BaseException | None) -> list[BaseException]:
@@ -83,3 +129,50 @@ def causes_of(error: BaseException | None) -> list[BaseException]:
 
 def _first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[0][:160]
+
+
+def watch_processes(child_processes: list[subprocess.Popen[Any]]) -> None:
+    """Sees to it that the processes which the first one has started end with it, and it with them.
+
+    Lightning's own watch kills the first process without a word, often before that could say what it has met, and
+    leaves the others behind when the first one fails.
+
+    Args:
+        child_processes: The second process of this machine and those after it; this one is the first.
+    """
+    over = threading.Event()
+    atexit.register(_end_with_this_one, child_processes, over)
+    threading.Thread(target=_watch, args=(child_processes, over), daemon=True, name="process-watch").start()
+
+
+def _watch(processes: list[subprocess.Popen[Any]], over: threading.Event) -> None:
+    while not any(process.poll() for process in processes):
+        if over.wait(_LOOK_EVERY):
+            return
+    number, process = next((number, process) for number, process in enumerate(processes, 1) if process.poll())
+    if over.wait(_LAST_WORDS):  # mostly this process meets an error of its own
+        return
+    fault = FaultError(
+        "processes",
+        f"expected process {number} to live, found that it {_end_in_words(process.returncode)} {_LAST_WORDS:g} s ago.",
+        "Look for the first error in its output; one without any may have been killed for want of memory.",
+    )
+    print(f"error: {fault}", file=sys.stderr, flush=True)
+    for other in processes:
+        other.kill()
+    os._exit(2)  # the main thread may wait for a device, where no exception reaches it
+
+
+def _end_in_words(status: int) -> str:
+    return f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
+
+
+def _end_with_this_one(processes: list[subprocess.Popen[Any]], over: threading.Event) -> None:
+    """Leaves the others a moment for what they have to say, then ends those that hang."""
+    over.set()
+    deadline = time.monotonic() + _OUTLIVE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()

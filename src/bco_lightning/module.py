@@ -46,6 +46,7 @@ from bco_lightning.models.log_probs import check_head, completion_log_probs
 from bco_lightning.models.parallel import Sharding, is_sharded, own_part, plain_name, shard
 from bco_lightning.models.reference import Reference
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
+from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.objectives import OBJECTIVES
 from bco_lightning.optimizers import OptimizerName, make_optimizer
 from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
@@ -186,6 +187,9 @@ class BCOModule(LightningModule):
         self._scored_online: list[RewardedRows] = []
         self._is_set_up = False
         self._num_parameters = (0, 0)
+        self._trained_shapes: dict[str, tuple[int, ...]] = {}
+        self._useful_flops: UsefulFlops | None = None
+        self._matmul_dtype: torch.dtype | None = None
         self._tokenizer: Any = None
 
     @property
@@ -216,6 +220,16 @@ class BCOModule(LightningModule):
         """Whether rows of a micro-batch are packed or padded; known once the policy is built."""
         return layout_of(self.policy)
 
+    @property
+    def useful_flops(self) -> UsefulFlops:
+        """The operations that a step of the policy needs."""
+        return self._useful_flops or UsefulFlops.of(self.policy)
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """The data type of the policy's matrices; quantized ones are multiplied in bfloat16."""
+        return self._matmul_dtype or _dtype_of_matrices(self.policy)
+
     def configure_model(self) -> None:
         """Loads the policy, once; the reference's own model, if it has one, is made when it is needed.
 
@@ -245,7 +259,12 @@ class BCOModule(LightningModule):
         if self._sharding is None and not options["compile"]:
             self._trunk = find_trunk(self._policy)
         separate = options["reference_name_or_path"]
-        self._reference = Reference(self._policy, partial(self._load_reference, dtype), separate=bool(separate))
+        self._reference = Reference(
+            self._policy,
+            partial(self._load_reference, dtype),
+            separate=bool(separate),
+            copied=self._sharding is None and not options["compile"],  # a copy of a compiled model rounds differently
+        )
         if separate:
             self._load_exported_reward_shift(options["name_or_path"], separate)
 
@@ -292,9 +311,12 @@ class BCOModule(LightningModule):
                 )
             return
         self._is_set_up = True
+        # What is asked for later and cannot be seen of parts of weights.
         sizes = [(parameter.requires_grad, parameter.numel()) for parameter in policy.parameters()]
         self._num_parameters = sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)
+        self._trained_shapes = {n: tuple(p.shape) for n, p in self.named_parameters() if p.requires_grad}
         if self._sharding is not None:
+            self._useful_flops, self._matmul_dtype = UsefulFlops.of(policy), _dtype_of_matrices(policy)
             if self.hparams["optimizer"] != "adamw":
                 raise ConfigError(
                     "model.optimizer", f"expected adamw for weights that are cut up, found {self.hparams['optimizer']}."
@@ -336,9 +358,11 @@ class BCOModule(LightningModule):
                 "the reference.",
                 "Set model.dtype: bfloat16 for bfloat16 weights.",
             )
-        refuse_unknown_sharding(self.trainer.strategy, str(self.trainer.precision))
+        refuse_unknown_sharding(
+            self.trainer.strategy, str(self.trainer.precision), self.trainer.accumulate_grad_batches
+        )
         self._build()
-        if stage == "fit" and self._sharding is not None:
+        if self._sharding is not None:
             self._digest_of_reference()  # while the policy is whole
         plan = self._plan_reference(stage)
         self._shard()
@@ -480,7 +504,7 @@ class BCOModule(LightningModule):
             raise ConfigError(
                 "model.cache_trunk",
                 "expected a packed model whose lower layers nothing trains (model.lora.top_layers), without "
-                "model.compile and fsdp2, and a FeedbackDataModule; found another.",
+                "model.compile and FSDP, and a FeedbackDataModule; found another.",
                 "Change these, or leave cache_trunk out.",
             )
         policy = self.policy
@@ -692,6 +716,7 @@ class BCOModule(LightningModule):
                 f"{len(theirs ^ ours)} of them with no match.",
                 "Use the same model.name_or_path and model.lora as the run that wrote it.",
             )
+        self._refuse_other_shapes(checkpoint["state_dict"])
         self._refuse_another_run(checkpoint)
         self._recut_progress(checkpoint)
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
@@ -703,6 +728,17 @@ class BCOModule(LightningModule):
     def fingerprints(self) -> dict[str, Any]:
         """What this run is made of: settings that decide its numbers, and digests of reference, tokenizer and rows."""
         return {**self._fingerprints, **self._data_fingerprints()}
+
+    def _refuse_other_shapes(self, weights: Mapping[str, Any]) -> None:
+        for name, (shape, found) in {
+            name: (shape, tuple(weights[name].shape)) for name, shape in self._trained_shapes.items()
+        }.items():
+            if shape != found:
+                raise CheckpointError(
+                    "checkpoint",
+                    f"expected {name} of shape {shape}, found {found}.",
+                    "Use the same model.name_or_path and model.lora as the run that wrote it.",
+                )
 
     def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
         goes_on = self._trainer is not None and self.trainer.training
@@ -830,6 +866,11 @@ class BCOModule(LightningModule):
             if alignment[key] != ours:
                 rank_zero_info(f"{file}: aligned with {key} {alignment[key]}, evaluated with {ours}.")
         self.reward_shift.load_state_dict(alignment["reward_shift"])
+
+
+def _dtype_of_matrices(policy: nn.Module) -> torch.dtype:
+    found = next(final_dtype(parameter) for parameter in policy.parameters() if parameter.ndim >= 2)
+    return found if found.is_floating_point else torch.bfloat16
 
 
 def _is_unlimited(limit: float | int) -> bool:

@@ -6,6 +6,7 @@ file holds. DCP's own format has an index that is pickled, and would run code wh
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,8 +73,8 @@ def parameter_of(key: str, names: list[str]) -> str | None:
     kind, _, rest = key.partition("/")
     if kind == _WEIGHTS:
         return rest
-    number = int(rest.split("/")[1])
-    return names[number] if number < len(names) else None
+    number = re.fullmatch(r"\d+/(\d+)/\w+", rest)
+    return names[int(number[1])] if number and int(number[1]) < len(names) else None
 
 
 def is_moment(key: str) -> bool:
@@ -109,8 +110,15 @@ def files_of(rank: int, folder: Path) -> list[Path]:
 
 
 def shapes_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and data type of each tensor in the files of a folder."""
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    """Shape and data type of each tensor in the files of a folder.
+
+    Raises:
+        CheckpointError: If the files are none that :func:`write_shards` wrote.
+    """
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
     return {name: (about.size, about.properties.dtype) for name, about in found.items()}  # type: ignore[union-attr]
 
 
@@ -120,10 +128,7 @@ def read_whole(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If the files are none that :func:`write_shards` wrote.
     """
-    try:
-        tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes_of(folder).items()}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise _unreadable(folder, error) from error
+    tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in shapes_of(folder).items()}
     _read(folder, tensors, no_dist=True)
     return tensors
 

@@ -7,6 +7,7 @@ Checkpoints hold the parts that each process has, in a form that any other numbe
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.plugins import FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -27,9 +29,10 @@ from bco_lightning.checkpointing import (
     flushed_file,
     in_checkpoint_words,
     read_checkpoint,
+    saved_steps,
     write_state,
 )
-from bco_lightning.distributed import gather_over_ranks
+from bco_lightning.distributed import errors_of_all, gather_over_ranks
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.models.parallel import (
     Sharding,
@@ -58,10 +61,11 @@ from bco_lightning.shards import (
 _PRECISIONS = ("32-true", "bf16-mixed")
 
 
-class _ShardedCheckpoints(ParallelStrategy):
-    """What both strategies do with checkpoints: every process writes and reads its own parts."""
+class ShardedStrategy(ParallelStrategy):
+    """What ``fsdp`` and ``fsdp2`` have in common: every process writes and reads its own parts of checkpoints."""
 
     sharding: Sharding
+    may_fall_back = False  # to an earlier step, where a damaged one was not asked for by its name
 
     @property
     @override
@@ -92,30 +96,27 @@ class _ShardedCheckpoints(ParallelStrategy):
             if folder is not None:
                 write_shards(shards, folder)
                 written = {file.name: flushed_file(file) for file in files_of(self.global_rank, folder)}
-        known = {name: facts for files in self._of_all(written) for name, facts in files.items()}
-        told = self._of_all(failures)
+        known = {name: facts for files in gather_over_ranks(written, self._trainer) for name, facts in files.items()}
+        told = errors_of_all(failures, self._trainer)
         with _noting(failures, target):
-            if self.is_global_zero and folder is not None and not any(told):
+            if self.is_global_zero and folder is not None and not told:
                 write_state(plain, folder)
                 _require_files(folder, known)
                 complete_folder(folder, target, facts_of(checkpoint), known)
-        told = self._of_all(failures)
-        if any(told) and self.is_global_zero and folder is not None:
+        told = errors_of_all(failures, self._trainer)
+        if told and self.local_rank == 0 and folder is not None:  # a node may have one of its own
             shutil.rmtree(folder, ignore_errors=True)
-        _raise_first([*failures, *(error for errors in told for error in errors)])
+        for error in told:
+            raise error
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint, from shards only what this process has of each tensor."""
         folder = Path(checkpoint_path)
-        checkpoint, failures = dict[str, Any](), list[CheckpointError]()
-        with _noting(failures):
-            share = (self.global_rank, self.world_size)
-            checkpoint = read_checkpoint(str(folder), with_shards=False, share=share)
-        _raise_first([*failures, *(error for errors in self._of_all(failures) for error in errors)])
+        folder, checkpoint = self._read(folder)
         if not folder.is_dir() or not has_shards(folder):
             return checkpoint
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING  # type: ignore[union-attr]
+        fitting = self._trainer.state.fn == TrainerFn.FITTING
         weights, names = self.lightning_module_state_dict(), list(self._trained)
         parts: dict[str, Any] = {}
         for key, (_, dtype) in shapes_of(folder).items():
@@ -126,8 +127,26 @@ class _ShardedCheckpoints(ParallelStrategy):
         put_shards(checkpoint, parts)
         return checkpoint
 
-    def _of_all(self, value: Any) -> list[Any]:
-        return gather_over_ranks(value, self.lightning_module.trainer)  # type: ignore[union-attr]
+    def _read(self, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """A checkpoint without its parts, which all processes have verified together; or that of an earlier step."""
+        checkpoint, failures = dict[str, Any](), list[CheckpointError]()
+        with _noting(failures):
+            share = (self.global_rank, self.world_size)
+            checkpoint = read_checkpoint(str(folder), with_shards=False, share=share)
+            for key in checkpoint.keys() - {"state_dict", "optimizer_states"}:
+                checkpoint[key] = copy.deepcopy(checkpoint[key])  # from now on without the file
+        errors = errors_of_all(failures, self._trainer)
+        if not errors:
+            return folder, checkpoint
+        earlier = [step for step in saved_steps(folder.parent) if step.name < folder.name]
+        if not (self.may_fall_back and earlier):
+            raise errors[0]
+        rank_zero_info(f"checkpoint: skipped {errors[0]}")
+        return self._read(earlier[-1])
+
+    @property
+    def _trainer(self) -> Any:
+        return self.lightning_module.trainer  # type: ignore[union-attr]
 
     def _cut_moments(self, state: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         weights = list(self.lightning_module_state_dict().values())
@@ -137,7 +156,7 @@ class _ShardedCheckpoints(ParallelStrategy):
         }
 
 
-class FSDP2Strategy(_ShardedCheckpoints, ModelParallelStrategy):
+class FSDP2Strategy(ShardedStrategy, ModelParallelStrategy):
     """``fsdp2``: weights, gradients and moments are cut up over processes by ``fully_shard``.
 
     Args:
@@ -193,19 +212,20 @@ class FSDP2Strategy(_ShardedCheckpoints, ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": self._cut_moments(state)})
 
 
-class FSDP1Strategy(_ShardedCheckpoints, FSDPStrategy):
+class FSDP1Strategy(ShardedStrategy, FSDPStrategy):
     """``fsdp``: the same by ``FullyShardedDataParallel`` (FSDP1); ``fsdp2`` is the better choice where both work.
 
     Lightning refuses the name ``fsdp`` on a CPU, so outside of this package's command line give an object:
     ``Trainer(strategy=FSDP1Strategy())``.
 
     Args:
-        cpu_offload: Keep weights and moments in host memory, and update them there.
-        options: What else :class:`~lightning.pytorch.strategies.FSDPStrategy` takes; what is wrapped is chosen here.
+        cpu_offload: Keep weights and moments in host memory, and update them there; without accumulation, of which
+            FSDP1 would keep the last micro-batch's gradients alone.
+        process_group_backend: As for :class:`~lightning.pytorch.strategies.FSDPStrategy`.
     """
 
-    def __init__(self, cpu_offload: bool = False, **options: Any) -> None:
-        super().__init__(cpu_offload=cpu_offload, **options)
+    def __init__(self, cpu_offload: bool = False, process_group_backend: str | None = None) -> None:
+        super().__init__(cpu_offload=cpu_offload, process_group_backend=process_group_backend)
         self._offloads = cpu_offload
 
     @property
@@ -307,19 +327,25 @@ class _FSDP1Precision(FSDPPrecision):
         fsdp1_root(self._strategy._policy).clip_grad_norm_(clip_val)
 
 
-def refuse_unknown_sharding(strategy: Any, precision: str) -> None:
+def refuse_unknown_sharding(strategy: Any, precision: str, accumulation: int) -> None:
     """Refuses Lightning's own sharded strategies, which know nothing of this package's models.
 
     Raises:
-        ConfigError: If the strategy or the precision is none that was tried.
+        ConfigError: If the strategy, or what it would have to do, is none that was tried.
     """
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not isinstance(strategy, _ShardedCheckpoints):
+    if isinstance(strategy, FSDP1Strategy) and strategy.sharding.cpu_offload and accumulation > 1:
+        raise ConfigError(
+            "trainer.accumulate_grad_batches",
+            f"expected 1 under fsdp_cpu_offload, found {accumulation}.",
+            "Use fsdp2_cpu_offload.",
+        )
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and not isinstance(strategy, ShardedStrategy):
         raise ConfigError(
             "trainer.strategy",
             f"expected one of this package, found Lightning's {type(strategy).__name__}.",
             "Use fsdp2, or from Python strategy=bco_lightning.strategies.FSDP1Strategy().",
         )
-    if isinstance(strategy, _ShardedCheckpoints) and precision not in _PRECISIONS:
+    if isinstance(strategy, ShardedStrategy) and precision not in _PRECISIONS:
         raise ConfigError(
             "trainer.precision", f"expected {' or '.join(_PRECISIONS)} with this strategy, found {precision}."
         )
@@ -343,11 +369,8 @@ def _noting(failures: list[CheckpointError], written: Path | None = None) -> Ite
             yield
     except CheckpointError as error:
         failures.append(error)
-
-
-def _raise_first(errors: list[CheckpointError]) -> None:
-    if errors:
-        raise errors[0]
+    except Exception as error:
+        failures.append(CheckpointError("checkpoint", f"expected to save or read it, found {error!r}."))
 
 
 def _require_files(folder: Path, written: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, LoraSettings
-from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.models.parallel import fsdp1_root, plain_name, whole
+from bco_lightning.callbacks import RunCheckpoint, ThroughputMonitor
+from bco_lightning.models.parallel import fsdp1_root, is_sharded, plain_name, whole
 from bco_lightning.strategies import named_strategy
 from tests.reliability.tiny_run import ROWS_PER_STEP, tiny_fit
 
@@ -105,7 +105,7 @@ def _run(
         "",
         log,
         module=module,
-        callbacks=[gradients, saving],
+        callbacks=[gradients, saving, ThroughputMonitor()],
         ckpt_path=ckpt_path,
         trainer_options=trainer_,
         data_options={"batch_size": ROWS_PER_STEP // processes // case.accumulation, "validation_files": heldout},
@@ -122,7 +122,14 @@ def _run(
         "values": state["values"],
         "rows": state["rows"],
         "step": trainer.global_step,
+        "own_reference": _how_it_is(module.reference.own_model),
     }
+
+
+def _how_it_is(model: Any) -> str:
+    if model is None:
+        return "none"
+    return "cut up" if is_sharded(model) else "whole"
 
 
 def run_all(cases: list[Case], folder: Path, model: str, log: str, heldout: str) -> dict[str, Any]:

@@ -11,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FSDPModule
+from transformers import LlamaForCausalLM
 
-from bco_lightning import BCOModule, LoraSettings
+from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpointing import read_checkpoint, saved_steps, verify_checkpoint
 from bco_lightning.errors import CheckpointError, UserError
+from bco_lightning.fingerprints import digest_of_tensors
 from bco_lightning.shards import put_shards
 from bco_lightning.strategies import FSDP1Strategy, FSDP2Strategy, named_strategy
+from tests.distributed.runs import TORCHRUN
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
 
 
@@ -106,6 +111,38 @@ def test_a_damaged_part_is_refused_by_name(files: tuple[str, str], tmp_path: Pat
     assert read_checkpoint(str(newest))["state_dict"]
 
 
+def test_a_part_that_is_not_the_checkpoints_own_is_refused(files: tuple[str, str], tmp_path: Path) -> None:
+    finish(start(partial(fit, *files, "fsdp2"), ranks=2, folder=tmp_path), tmp_path)
+    older, newest = saved_steps(tmp_path / "run" / "checkpoints")[-2:]
+    part = sorted(older.glob("*.safetensors"))[0]
+    (newest / "zz.safetensors").write_bytes(part.read_bytes())
+    with pytest.raises(CheckpointError, match=r"zz.safetensors: expected the checkpoint's own files"):
+        read_checkpoint(str(newest))
+
+
+def go_on_from_the_newest(model: str, log: str, folder: str, may_fall_back: bool) -> dict[str, Any]:
+    strategy = FSDP2Strategy()
+    strategy.may_fall_back = may_fall_back
+    return fit(model, log, "auto", ckpt_path=folder, trainer_options={"strategy": strategy})
+
+
+def test_a_damaged_step_that_was_not_asked_for_by_name_is_passed_over_by_all(
+    files: tuple[str, str], tmp_path: Path
+) -> None:
+    through = finish(start(partial(fit, *files, "fsdp2"), ranks=2, folder=tmp_path), tmp_path)
+    step = tmp_path / "run" / "checkpoints" / "step-00000004"
+    part = sorted(step.glob("*.safetensors"))[1]  # verified by the second process
+    changed = bytearray(part.read_bytes())
+    changed[-1] ^= 1
+    part.write_bytes(changed)
+    again = partial(go_on_from_the_newest, *files, str(step))
+    passed = finish(start(partial(again, True), ranks=2, folder=tmp_path / "a"), tmp_path / "a")
+    assert_same(passed[0]["weights"], through[0]["weights"])
+    assert min(passed[0]["rows"]) == 2
+    refused = finish(start(partial(again, False), ranks=2, folder=tmp_path / "b"), tmp_path / "b")
+    assert all(part.name in one["error"] for one in refused)
+
+
 def test_a_run_goes_on_to_the_bit_from_parts(files: tuple[str, str], tmp_path: Path) -> None:
     """As the weights were, so were moments, shift and random numbers."""
     through = finish(start(partial(fit, *files, "fsdp2"), ranks=2, folder=tmp_path), tmp_path)
@@ -114,6 +151,33 @@ def test_a_run_goes_on_to_the_bit_from_parts(files: tuple[str, str], tmp_path: P
     resumed = finish(start(again, ranks=2, folder=tmp_path / "again"), tmp_path / "again")
     for name in ("weights", "moments", "learning_rate", "shift", "random"):
         assert_same(resumed[0][name], through[0][name], name)
+
+
+def fit_apart(model: str, log: str) -> dict[str, Any]:
+    """As on two nodes that have a folder each."""
+    own = Path(f"node{os.environ['RANK']}")
+    own.mkdir()
+    os.chdir(own)
+    return fit(model, log, "fsdp2")
+
+
+def test_processes_that_do_not_see_one_folder_end_before_the_first_step(files: tuple[str, str], tmp_path: Path) -> None:
+    told = finish(start(partial(fit_apart, *files), ranks=2, folder=tmp_path), tmp_path)
+    assert all("expected a folder that all processes see, found that 1 of 2 do not" in one["error"] for one in told)
+    assert not list(tmp_path.glob("node*/run/checkpoints/*"))
+
+
+def go_on_apart(model: str, log: str, folder: str) -> dict[str, Any]:
+    steps = {"0": "step-00000002", "1": "step-00000004"}
+    return fit(model, log, "ddp", ckpt_path=f"{folder}/{steps[os.environ['RANK']]}")
+
+
+def test_processes_that_would_go_on_from_different_steps_are_stopped(files: tuple[str, str], tmp_path: Path) -> None:
+    finish(start(partial(fit, *files, "ddp"), ranks=2, folder=tmp_path), tmp_path)
+    run = partial(go_on_apart, *files, str(tmp_path / "run" / "checkpoints"))
+    told = finish(start(run, ranks=2, folder=tmp_path / "again"), tmp_path / "again")
+    said = "expected one step for all processes to go on from, found 2, 4"
+    assert all(said in one["error"] for one in told)
 
 
 def test_tensors_that_belong_nowhere_are_refused() -> None:
@@ -132,6 +196,12 @@ def test_tensors_that_belong_nowhere_are_refused() -> None:
             {"lora": LoraSettings(), "dtype": "bfloat16"},
             "model.dtype: expected float32 for adapters under fsdp",
         ),
+        (
+            "fsdp_cpu_offload",
+            {"accumulate_grad_batches": 2},
+            {},
+            "trainer.accumulate_grad_batches: expected 1 under fsdp_cpu_offload",
+        ),
         ("fsdp2", {"precision": "64-true"}, {}, "trainer.precision: expected 32-true or bf16-mixed"),
         ("fsdp2", {}, {"optimizer": "adamw_8bit"}, "model.optimizer: expected adamw for weights that are cut up"),
     ],
@@ -147,6 +217,46 @@ def test_what_a_sharded_strategy_cannot_do_is_refused(
     run = partial(fit, *files, strategy, trainer_options=trainer_options, module_options=module_options)
     told = finish(start(run, ranks=2, folder=tmp_path), tmp_path)
     assert all(words in one["error"] for one in told)
+
+
+def fit_with_one_row_of_adapters(model: str, log: str) -> dict[str, Any]:
+    return fit(model, log, "fsdp2", module_options={"lora": LoraSettings(r=1), "dtype": "float32"})
+
+
+def test_a_tensor_with_fewer_rows_than_processes_trains(files: tuple[str, str], tmp_path: Path) -> None:
+    told = finish(start(partial(fit_with_one_row_of_adapters, *files), ranks=2, folder=tmp_path), tmp_path)
+    assert all(one["step"] == 6 for one in told)
+
+
+def validate_then_fit(model: str, log: str, strategy: str) -> dict[str, Any]:
+    module = BCOModule(model, dtype="float32", learning_rate=1e-2, reference_log_probs="online")
+    data = FeedbackDataModule(log, validation_files=log, batch_size=4, max_length=96)
+    quiet = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False, "accelerator": "cpu"}
+    Trainer(devices=2, strategy=named_strategy(strategy), use_distributed_sampler=False, **quiet).validate(module, data)
+    return {"digest": fit(model, log, strategy, module=module), "reference": module.fingerprints()["reference"]}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_module_that_was_validated_trains_with_the_same_reference(
+    strategy: str, files: tuple[str, str], tmp_path: Path
+) -> None:
+    run = partial(validate_then_fit, *files, strategy)
+    told = finish(start(run, ranks=2, folder=tmp_path, environment=TORCHRUN), tmp_path)
+    alone = BCOModule(files[0], dtype="float32")
+    assert {one["reference"] for one in told} == {digest_of_tensors(alone.policy.named_parameters())}
+
+
+def fit_without_names(model: str, log: str) -> dict[str, Any]:
+    LlamaForCausalLM._no_split_modules = None
+    strategy = FSDP2Strategy()
+    found = fit(model, log, "auto", trainer_options={"strategy": strategy})
+    policy = strategy.lightning_module.policy  # type: ignore[union-attr]
+    return {**found, "units": sum(isinstance(module, FSDPModule) for module in policy.modules())}
+
+
+def test_decoder_layers_are_found_where_a_model_does_not_name_them(files: tuple[str, str], tmp_path: Path) -> None:
+    told = finish(start(partial(fit_without_names, *files), ranks=2, folder=tmp_path), tmp_path)
+    assert all(one["units"] == 3 for one in told)  # two layers and what is left
 
 
 def fit_by_lightning(model: str, log: str) -> dict[str, Any]:

@@ -27,10 +27,12 @@ SPECIAL = [
     {"checkpointing": True, "accumulation": 2},
     {"lora": True, "checkpointing": True},
     {"stored": "bfloat16"},
+    {"stored": "bfloat16", "online": True},
     {"stored": "bfloat16", "lora": True},
 ]
 ALONE += [Case("auto", **how) for how in SPECIAL]  # type: ignore[arg-type]
 TOGETHER += [Case(strategy, **how) for strategy in STRATEGIES for how in SPECIAL]  # type: ignore[arg-type]
+TOGETHER += [Case("fsdp2_cpu_offload", False, accumulation) for accumulation in (1, 2)]
 # In bfloat16 the order of sums shows, so that numbers are near, not equal.
 COARSE = [{"precision": "bf16-mixed"}, {"dtype": "bfloat16", "lora": True}, {"precision": "bf16-mixed", "lora": True}]
 ALONE_COARSE = [Case("auto", **how) for how in COARSE]  # type: ignore[arg-type]
@@ -42,7 +44,7 @@ TOGETHER_COARSE = [
 ]
 # One process reads under fsdp2 too: an elastic job may be left with one.
 WRITERS = {("auto", 1), *((strategy, 2) for strategy in STRATEGIES)}
-READERS = [("auto", 1), ("fsdp2", 1), *((strategy, 2) for strategy in STRATEGIES)]
+READERS = [("auto", 1), ("fsdp2", 1), ("fsdp2_cpu_offload", 2), *((strategy, 2) for strategy in STRATEGIES)]
 JOURNEYS = [(lora, *source, *target) for lora in (False, True) for source in sorted(WRITERS) for target in READERS]
 
 
@@ -136,6 +138,11 @@ def test_every_row_of_a_step_is_trained_on_by_one_process(case: Case, results: d
     assert {step: sorted(parts[0][step] + parts[1][step]) for step in expected} == {
         step: sorted(rows) for step, rows in expected.items()
     }
+
+
+@pytest.mark.parametrize("case", [case for case in TOGETHER if case.online], ids=str)
+def test_a_reference_of_its_own_is_cut_up_like_the_policy(case: Case, results: dict[str, Any]) -> None:
+    assert results["together"][0][0][str(case)]["own_reference"] == ("whole" if case.strategy == "ddp" else "cut up")
 
 
 @pytest.mark.parametrize(("lora", "source", "written_by", "target", "read_by"), JOURNEYS)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from bco_lightning import faults
 from bco_lightning.errors import ConfigError
 from bco_lightning.faults import in_words
 from tests.reliability.tiny_run import make_log, make_model, start, wait
@@ -98,3 +102,79 @@ def test_a_data_file_that_is_gone_is_named(tmp_path: Path, capfd: pytest.Capture
     processes = start(partial(fit, model, str(tmp_path / "gone.jsonl"), "none"), folder=tmp_path)
     assert wait(processes) == [2]
     assert "gone.jsonl: expected a feedback log, found no such file" in (tmp_path / "output.0").read_text()
+
+
+GLOO = "[/w/gloo/transport/tcp/unbound_buffer.cc:129] "
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            GLOO + "Timed out waiting 5000ms for send operation to complete",
+            "gone or hangs: none in 5 s (process_timeout)",
+        ),
+        ("wait timeout after 600000ms, keys: /default_pg/0", "gone or hangs: none in 600 s (process_timeout)"),
+        (
+            "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5, OpType=ALLREDUCE, NumelIn=1, "
+            "NumelOut=1, Timeout(ms)=600000) ran for 600011 milliseconds before timing out.",
+            "gone or hangs: none in 600 s (process_timeout)",
+        ),
+        ("Application timeout caused pair closure", "gone or hangs: none in process_timeout."),
+        (
+            "Timed out after 6 seconds waiting for clients. 1/2 clients joined.",
+            "expected 2 processes to start, found 1 after 6 s (process_timeout)",
+        ),
+        (GLOO + "Connection closed by peer [10.0.0.1]:503", "gone or hangs (Connection closed by peer [10.0.0.1]:503)"),
+        (
+            "The sizes `data_parallel_size=3` ... multiplied should equal the world size (2).",
+            "trainer.devices: expected",
+        ),
+    ],
+)
+def test_what_libraries_say_of_other_processes_is_told_in_words(text: str, words: str) -> None:
+    assert words in str(in_words(RuntimeError(text)))
+
+
+def child(code: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+
+def test_a_process_that_outlives_the_first_one_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_OUTLIVE", 0.2)
+    hangs, ends = child("import time; time.sleep(100)"), child("")
+    over = threading.Event()
+    faults._end_with_this_one([hangs, ends], over)
+    assert over.is_set()
+    assert [hangs.wait(10), ends.wait(10)] in ([-signal.SIGKILL, 0], [-signal.SIGKILL, -signal.SIGKILL])
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("raise SystemExit(3)", "ended with status 3"), ("import os; os.abort()", "was ended by SIGABRT")],
+)
+def test_the_first_process_does_not_wait_for_ever_for_one_that_has_failed(
+    code: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(faults, "_LAST_WORDS", 0.1)
+    monkeypatch.setattr(faults.os, "_exit", statuses.append)
+    hangs, fails = child("import time; time.sleep(100)"), child(code)
+    faults._watch([hangs, fails], threading.Event())
+    assert statuses == [2]
+    assert hangs.wait(10) == -signal.SIGKILL
+    assert f"error: processes: expected process 2 to live, found that it {words}" in capsys.readouterr().err
+
+
+def test_the_first_process_has_the_last_word_if_it_fails_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults.os, "_exit", lambda status: pytest.fail("it must end by itself"))
+    over = threading.Event()
+    threading.Timer(0.3, over.set).start()
+    faults._watch([child("raise SystemExit(3)")], over)
+
+
+def test_nothing_is_watched_once_all_have_ended_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults.os, "_exit", lambda status: pytest.fail("nothing has failed"))
+    over = threading.Event()
+    threading.Timer(1, over.set).start()
+    faults._watch([child("")], over)

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from bco_lightning import LoraSettings
 from bco_lightning.callbacks import RunCheckpoint, ThroughputMonitor, throughput_monitor
-from bco_lightning.callbacks.throughput_monitor import UsefulFlops, matmul_ceiling, peak_memory
+from bco_lightning.callbacks.throughput_monitor import matmul_ceiling, peak_memory
 from bco_lightning.models.language_model import load_policy
+from bco_lightning.models.useful_flops import UsefulFlops
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
 # The tiny model: hidden size 32, query width 32, keys and values 16, feed-forward 64, two layers.
@@ -44,7 +45,6 @@ class Run:
     """A run that takes the seconds it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, layout: str = "packed", interval: int = 1) -> None:
-        monkeypatch.setattr(UsefulFlops, "of", lambda policy: UsefulFlops(10, 100, 1))
         monkeypatch.setattr(throughput_monitor, "matmul_ceiling", lambda *_: CEILING)
         self.now, self.logged = 100.0, {}
         self.monitor = ThroughputMonitor(clock=lambda: self.now)
@@ -59,7 +59,8 @@ class Run:
         self.bar: dict[str, float] = {}
         self.module: Any = SimpleNamespace(
             layout=layout,
-            policy=torch.nn.Linear(2, 2),
+            useful_flops=UsefulFlops(10, 100, 1),
+            matmul_dtype=torch.float32,
             log=lambda name, value, **_: self.bar.update({name: value}),
         )
         self.monitor.on_train_start(self.trainer, self.module)

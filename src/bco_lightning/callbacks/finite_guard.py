@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks
 from bco_lightning.errors import ConfigError, NonFiniteError
-from bco_lightning.models.parallel import whole
+from bco_lightning.models.parallel import own_part, plain_name
 from bco_lightning.module import BCOModule
 
 _SHOWN = 5
@@ -79,11 +79,12 @@ class FiniteGuard(Callback):
         return findings or gradient
 
     def _gradient_findings(self, trainer: Trainer, module: BCOModule) -> list[str]:
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        largest = whole(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))
-        if bool(torch.isfinite(largest)):
+        parts = {plain_name(n): own_part(p.grad) for n, p in module.named_parameters() if p.grad is not None}
+        # Some processes have nothing of a tensor with few rows, of which no norm can be taken.
+        gradients = [part for part in parts.values() if part.numel()]
+        if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))):
             return []
-        names = [n for n, p in module.named_parameters() if p.grad is not None and not whole(p.grad).isfinite().all()]
+        names = [name for name, part in parts.items() if not part.isfinite().all()]
         ids = torch.cat([rows.row_ids_B for rows in module.step_rows]).tolist()
         return [f"gradient of {', '.join(names[:1])} ({len(names)} parameters) from rows {_places(trainer, ids)}"]
 

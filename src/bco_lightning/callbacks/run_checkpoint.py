@@ -106,6 +106,9 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         resumed_from = step_folder(self.folder, trainer.global_step)
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
+        _require_one_step(trainer)
+        if getattr(trainer.strategy, "sharding", None) is not None:
+            _require_one_folder(self.folder, trainer)
         if trainer.is_global_zero:
             self._set_later_steps_aside(trainer.global_step)
         self._remember_progress(trainer)
@@ -273,6 +276,33 @@ class RunCheckpoint(Checkpoint):
         if self.saved != step_folder(self.folder, trainer.global_step):
             where += " (that of this step could not be written)"
         raise PreemptedError(signal_number, trainer.global_step, where)
+
+
+def _require_one_step(trainer: Trainer) -> None:
+    steps = sorted(set(gather_over_ranks(trainer.global_step, trainer)))
+    if len(steps) > 1:
+        raise CheckpointError(
+            "ckpt_path",
+            f"expected one step for all processes to go on from, found {', '.join(map(str, steps))}.",
+            "Give a run_folder that all nodes see.",
+        )
+
+
+def _require_one_folder(folder: Path, trainer: Trainer) -> None:
+    """Each process is to write its part of a checkpoint: hours of training should not come before that fails."""
+    sign = folder / f".written-by-{os.getpid()}"
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    seen = gather_over_ranks(trainer.strategy.broadcast(sign).exists(), trainer)
+    if trainer.is_global_zero:
+        sign.unlink()
+    if not all(seen):
+        raise CheckpointError(
+            str(folder),
+            f"expected a folder that all processes see, found that {seen.count(False)} of {len(seen)} do not.",
+            "Give a run_folder on a file system of all nodes.",
+        )
 
 
 class _StopSignals:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import nn
 from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.distributed import max_over_ranks, sum_over_ranks
+from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.module import BCOModule
 
 _GIB = 2**30
@@ -63,7 +62,7 @@ class ThroughputMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
         self._last_step, self._running_since = trainer.global_step, None
-        self._flops = UsefulFlops.of(pl_module.policy)
+        self._flops = pl_module.useful_flops
         self._forget()
 
     @override
@@ -132,103 +131,6 @@ class ThroughputMonitor(Callback):
         }
 
 
-@dataclass(frozen=True)
-class UsefulFlops:
-    """Floating-point operations that a training step cannot do without; a multiplication and an addition are two.
-
-    A matrix of ``P`` weights takes ``2 P`` in the forward pass of each token, ``2 P`` for the gradient of its input,
-    which only what stands above the lowest trained weight needs, and ``2 P`` for its own gradient if it is trained. So
-    full fine-tuning takes ``6 P`` for a token, LoRA ``4 P`` and ``6 P`` of its adapters, LoRA on the top layers ``2 P``
-    for those below. The head does the same on completion tokens alone. Causal attention takes ``2 L² d`` in each layer
-    for a row of ``L`` tokens and ``d`` query features, and twice that again for gradients.
-
-    Everything else is waste and counts for nothing: the reference's pass, what is computed again, padding, a prompt
-    that is computed once for each of its rows. Norms, rotations and activations are left out, attention is taken to
-    reach back to the first token, and where rows share prompts it is scaled by the share of tokens that are computed,
-    which is a little too low.
-
-    Args:
-        per_token: Of the decoder's matrices, for a token.
-        per_completion_token: Of the head, for a token that carries loss.
-        per_squared_length: Of attention, for a row of length 1.
-        of_trunk: Those parts of ``per_token`` and ``per_squared_length`` that fall away with cached trunk states.
-
-    Source:
-        Kaplan et al. 2020, "Scaling Laws for Neural Language Models", arXiv:2001.08361, section 2.1; attention as in
-        Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B, halved since it is causal.
-    """
-
-    per_token: int
-    per_completion_token: int
-    per_squared_length: int
-    of_trunk: tuple[int, int] = (0, 0)
-
-    @classmethod
-    def of(cls, policy: nn.Module) -> UsefulFlops:
-        """Counts the weights of a policy.
-
-        Args:
-            policy: A transformers causal language model, or a PEFT model of one.
-        """
-        config = policy.config.get_text_config()  # type: ignore[operator, union-attr]
-        head = policy.get_output_embeddings()  # type: ignore[operator]
-        of_head = {id(module) for module in head.modules()}
-        lowest = _lowest_trained_layer(policy)
-        per_token = per_token_of_trunk = 0
-        for name, module in policy.named_modules():
-            if id(module) in of_head or isinstance(module, nn.Embedding):
-                continue
-            for weight in (p for p in module.parameters(recurse=False) if p.ndim >= 2):
-                gradients = (_layer(name) >= lowest) + weight.requires_grad
-                operations = 2 * (1 + gradients) * _num_weights(module, weight, config)
-                per_token += operations
-                per_token_of_trunk += operations if 0 <= _layer(name) < lowest else 0
-        trained_head = any(p.requires_grad for p in head.parameters())
-        num_layers = int(config.num_hidden_layers)
-        heads = int(config.num_attention_heads)
-        width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        with_gradient = sum(layer >= lowest for layer in range(num_layers))
-        return cls(
-            per_token=per_token,
-            per_completion_token=(6 if trained_head else 4) * int(config.hidden_size) * int(config.vocab_size),
-            per_squared_length=2 * width * (num_layers + 2 * with_gradient),
-            of_trunk=(per_token_of_trunk, 2 * width * (num_layers - with_gradient)),
-        )
-
-    def of_batch(self, batch: FeedbackBatch) -> int:
-        """Operations of a micro-batch."""
-        squares = sum(length * length for length in batch.lengths)
-        spared = self.of_trunk if batch.trunk_states_SH is not None else (0, 0)
-        return (
-            (self.per_token - spared[0]) * batch.num_computed
-            + self.per_completion_token * batch.num_completion_tokens
-            + (self.per_squared_length - spared[1]) * squares * batch.num_computed // max(batch.num_tokens, 1)
-        )
-
-
-def _layer(name: str) -> int:
-    """Number of the decoder layer that a module is in; what is in none counts as below them all."""
-    number = re.search(r"\.(\d+)(?:\.|$)", name)
-    return int(number[1]) if number else -1
-
-
-def _lowest_trained_layer(policy: nn.Module) -> int:
-    head = {id(p) for p in policy.get_output_embeddings().parameters()}  # type: ignore[operator]
-    tied = {id(p) for p in policy.get_input_embeddings().parameters()}  # type: ignore[operator]
-    above_all = head - tied
-    trained = [_layer(name) for name, p in policy.named_parameters() if p.requires_grad and id(p) not in above_all]
-    return min(trained, default=10**9)
-
-
-def _num_weights(module: nn.Module, weight: torch.Tensor, config: Any) -> int:
-    """Weights that a token meets: all, also where they are packed; of stacked experts those that it is sent to."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
-    if weight.ndim == 3 and weight.shape[0] > 1:
-        return weight.numel() * int(getattr(config, "num_experts_per_tok", weight.shape[0])) // weight.shape[0]
-    return weight.numel()
-
-
 @lru_cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product, the best of what fits into 0.2 seconds.
@@ -265,8 +167,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def _computed_in(trainer: Any, module: BCOModule) -> torch.dtype:
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
-    weights = next(p.dtype for p in module.policy.parameters() if p.ndim >= 2)
-    return mixed or (weights if weights.is_floating_point else torch.bfloat16)
+    return mixed or module.matmul_dtype
 
 
 def peak_memory(device: torch.device) -> int:

@@ -26,7 +26,8 @@ from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts
 from bco_lightning.data.sampling import EvenBatchSampler, RowOrder, StepBatchSampler
 from bco_lightning.data.tokenization import RowTokenizer, TooLong, chosen_template
-from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.distributed import errors_of_all
+from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
 
 
@@ -187,9 +188,15 @@ class FeedbackDataModule(LightningDataModule):
             return
         _refuse_injected_sampler(self.trainer)
         told = read_once_per_node(lambda: self._told(stage), self.trainer)
+        faults: list[FaultError] = []
         if self.trainer.local_rank > 0:
-            self._row_sets = {name: RowSet.shared(row_set) for name, row_set in told["row_sets"].items()}
             self.feedback_summary = told["feedback"] and FeedbackSummary(**told["feedback"])
+            try:
+                self._row_sets = {name: RowSet.shared(row_set) for name, row_set in told["row_sets"].items()}
+            except FaultError as fault:
+                faults.append(fault)
+        for error in errors_of_all(faults, self.trainer):
+            raise error
 
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""

@@ -71,11 +71,6 @@ def compile_layers(model: Any) -> None:
         layer.compile(dynamic=True)
 
 
-def is_compiled(model: Any) -> bool:
-    """Whether :func:`compile_layers` was called on it."""
-    return any(layer._compiled_call_impl is not None for layer in decoder_layers_of(causal_lm_of(model))[1])
-
-
 def layout_of(model: Any) -> Layout:
     """How :func:`predicting_states` lays out rows for this model."""
     return "packed" if _text_config(model)._attn_implementation == PACKED else "padded"

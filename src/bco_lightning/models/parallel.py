@@ -27,8 +27,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from bco_lightning.errors import ConfigError
 from bco_lightning.models.language_model import final_dtype, take_final_dtype
-from bco_lightning.models.layout import RUN_GATHERED, causal_lm_of
+from bco_lightning.models.layout import RUN_GATHERED, causal_lm_of, decoder_layers_of
 
 _WRAPPED = "_fsdp_wrapped_module."
 
@@ -71,8 +72,7 @@ def shard(model: nn.Module, sharding: Sharding, prepare: Callable[[Iterable[nn.M
         prepare: Is given the modules of each unit while it is whole.
     """
     causal_lm = causal_lm_of(model)
-    names = set(causal_lm._no_split_modules or ())
-    layers = [name for name, module in causal_lm.named_modules() if type(module).__name__ in names]
+    layers = _layer_names(causal_lm)
     units = [causal_lm.get_submodule(name) for name in reversed(layers)]  # the inner before the outer
     done: set[nn.Module] = set()
     later = _embedding_and_head(causal_lm) if sharding.engine == "fsdp2" else {}
@@ -87,6 +87,18 @@ def shard(model: nn.Module, sharding: Sharding, prepare: Callable[[Iterable[nn.M
         cut(causal_lm, name, sharding)
     for module, dtype in later.items():
         module.to(dtype)
+
+
+def _layer_names(causal_lm: Any) -> list[str]:
+    names, decoder_layers = set(causal_lm._no_split_modules or ()), set(decoder_layers_of(causal_lm)[1])
+    named = list(causal_lm.named_modules())
+    layers = [name for name, module in named if type(module).__name__ in names]
+    layers = layers or [name for name, module in named if module in decoder_layers]
+    if not layers:
+        raise ConfigError(
+            "trainer.strategy", f"expected a model with a list of layers, found {type(causal_lm).__name__}.", "Use ddp."
+        )
+    return layers
 
 
 def _embedding_and_head(causal_lm: Any) -> dict[nn.Module, torch.dtype]:
@@ -105,8 +117,9 @@ def _fsdp2(causal_lm: Any, name: str, sharding: Sharding) -> None:
     )
     if not name:
         # Functions of the model enter it by a side door; FSDP2 gathers weights for the doors it knows.
-        setattr(causal_lm, RUN_GATHERED, MethodType(_call_with, causal_lm))
-        register_fsdp_forward_method(causal_lm, RUN_GATHERED)
+        causal_lm._call_with = MethodType(_call_with, causal_lm)
+        register_fsdp_forward_method(causal_lm, "_call_with")
+        causal_lm.__dict__[RUN_GATHERED] = MethodType(_run_gathered, causal_lm)
 
 
 def _fsdp1(causal_lm: Any, name: str, sharding: Sharding) -> None:
@@ -145,6 +158,13 @@ def _call_with(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
     return function(causal_lm)
 
 
+def _run_gathered(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
+    found = causal_lm._call_with(function)
+    if not torch.is_grad_enabled():
+        causal_lm.reshard()  # FSDP2 leaves what is outside of layers to a backward pass, which does not come
+    return found
+
+
 def _pinned_offload(sharding: Sharding) -> CPUOffloadPolicy:
     return CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
 
@@ -175,12 +195,13 @@ def own_part(value: Any) -> Any:
 
 
 def cut_like(part: Any, value: Any) -> Any:
-    """A whole tensor, which every process has, cut up like another; anything else as it is."""
-    if not isinstance(part, DTensor) or isinstance(value, DTensor) or not isinstance(value, Tensor):
+    """A copy of a whole tensor, which every process has, cut up like another if it has its shape; else as it is."""
+    if isinstance(value, DTensor) or not isinstance(value, Tensor):
         return value
-    if value.shape != part.shape:
-        return value
-    return distribute_tensor(value.to(part.device), part.device_mesh, part.placements, src_data_rank=None)
+    if not isinstance(part, DTensor) or value.shape != part.shape:
+        return value.clone()
+    # A copy, since the part would keep the whole tensor alive.
+    return distribute_tensor(value.to(part.device), part.device_mesh, part.placements, src_data_rank=None).clone()
 
 
 def is_cut(value: Any) -> bool:

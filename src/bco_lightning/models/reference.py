@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.language_model import REFERENCE_ADAPTER, final_dtype
-from bco_lightning.models.layout import is_compiled
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.parallel import is_sharded
 
@@ -31,10 +30,18 @@ class Reference:
         policy: The policy, as it came in.
         load: Loads the reference.
         separate: Whether the reference is another model than the policy as it came in.
+        copied: Whether a model of its own may be a copy of the policy, while that is as it came in.
     """
 
-    def __init__(self, policy: PreTrainedModel, load: Callable[[], PreTrainedModel], *, separate: bool = False) -> None:
-        self._policy, self._load, self._separate = policy, load, separate
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        load: Callable[[], PreTrainedModel],
+        *,
+        separate: bool = False,
+        copied: bool = True,
+    ) -> None:
+        self._policy, self._load, self._separate, self._copied = policy, load, separate, copied
         self._model: PreTrainedModel | None = None
         self.watch_policy()
 
@@ -65,9 +72,7 @@ class Reference:
         """Has a model of its own from now on, if the reference is not the policy with its adapter off."""
         if self.is_policy_without_adapter or self._model is not None:
             return
-        # A copy of a sharded model is none, and one of a compiled model is not compiled, so that it rounds differently.
-        as_it_is = not is_sharded(self._policy) and not is_compiled(self._policy)
-        copied = self.policy_is_pristine and not self._separate and as_it_is
+        copied = self._copied and self.policy_is_pristine and not self._separate
         model = copy.deepcopy(self._policy) if copied else self._load()
         self._model = model.requires_grad_(False).eval()
 
