@@ -95,20 +95,20 @@ DEFECTS = [
     ),
     Defect(
         "R6", "the folder is filled under its own name, as by a move between file systems", "checkpointing.py",
-        "        partial.rename(target)\n",
-        "        import time\n        target.mkdir()\n        for path in sorted(partial.iterdir()):\n"
-        "            time.sleep(0.01)\n            shutil.move(path, target / path.name)\n",
+        "    partial.rename(target)\n",
+        "    import time\n    target.mkdir()\n    for path in sorted(partial.iterdir()):\n"
+        "        time.sleep(0.01)\n        shutil.move(path, target / path.name)\n",
         (f"{WHOLE}::test_a_killed_writer_leaves_the_newest_whole_checkpoint",),
     ),
     Defect(
         "R7", "the folder is renamed before it is flushed", "checkpointing.py",
-        "        _flush(partial / MANIFEST_FILE)\n        _flush(partial)\n",
-        "        partial.rename(target)\n        _flush(target / MANIFEST_FILE)\n        return\n",
+        "    _flush(partial / MANIFEST_FILE)\n    _flush(partial)\n",
+        "    partial.rename(target)\n    _flush(target / MANIFEST_FILE)\n    return\n",
         (f"{WHOLE}::test_a_fault_at_any_point_of_a_save_leaves_the_previous_step",),
     ),
     Defect(
         "R8", "digests are not compared", "checkpointing.py",
-        'if sha256_of_file(path) != facts["sha256"]:', "if False:",
+        'and sha256_of_file(path) != facts["sha256"]:', "and False:",
         (f"{WHOLE}::test_a_damaged_file_is_refused_and_the_step_before_is_taken",),
     ),
     Defect(
@@ -190,8 +190,8 @@ DEFECTS = [
     ),
     Defect(
         "S1", "checkpoints are unpickled", "checkpointing.py",
-        "torch.load(source, map_location=map_location, weights_only=True)",
-        "torch.load(source, map_location=map_location, weights_only=False)",
+        "torch.load(source, map_location=map_location, weights_only=True,",
+        "torch.load(source, map_location=map_location, weights_only=False,",
         (f"{CHECKPOINTS}::test_no_reader_runs_code_out_of_a_checkpoint",),
     ),
     Defect(
