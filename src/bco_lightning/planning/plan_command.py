@@ -44,6 +44,8 @@ def plan_command(arguments: Sequence[str]) -> None:
         return
     if options.model is None:
         raise ConfigError("--model", "expected a model, found none.", f"Give {', '.join(NAMED_SHAPES)}, or a name.")
+    if options.completion_tokens is None:
+        options.completion_tokens = max(1, options.max_length // 4)
     settings = MemorySettings(
         **{field.name: getattr(options, field.name) for field in fields(MemorySettings) if hasattr(options, field.name)}
     )
@@ -84,11 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         ("lora_r", "rank of the adapters; 0 trains all weights"),
         ("batch_size", "rows of a micro-batch on one GPU"),
         ("max_length", "tokens of each row, prompt and completion"),
-        ("completion_tokens", "tokens of each row that carry loss"),
     ):
         parser.add_argument(
             f"--{option}", type=int, default=getattr(defaults, option), help=f"{said} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--completion_tokens", type=int, help="tokens of each row that carry loss (default: a quarter of max_length)"
+    )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="compute activations again")
     parser.add_argument("--cpu_offload", action="store_true", help="keep weights, gradients and moments in host memory")
     parser.add_argument("--gpu_memory", type=float, default=80.0, help="GiB of one GPU (default: %(default)s)")
