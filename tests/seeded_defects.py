@@ -163,7 +163,7 @@ DEFECTS = [
     ),
     Defect(
         "R19", "a failed write is passed over", "checkpointing.py",
-        "        raise _not_written(target, error) from error\n", "",
+        "        raise _not_written(target, error) from error\n", "        return\n",
         (f"{WHOLE}::test_a_full_disk_leaves_earlier_steps_whole",),
     ),
     Defect(
