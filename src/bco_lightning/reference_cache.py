@@ -17,7 +17,7 @@ from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.data.collation import pack_rows
 from bco_lightning.distributed import gather_rows_over_ranks, max_tensor_over_ranks
 from bco_lightning.fingerprints import digest_of_values, versions
-from bco_lightning.models.language_model import REFERENCE_ADAPTER
+from bco_lightning.models.language_model import REFERENCE_ADAPTER, final_dtype
 from bco_lightning.models.layout import layout_of
 from bco_lightning.reference_store import KEY_BYTES, RECORD, ReferenceStore
 
@@ -25,7 +25,7 @@ LAYOUT_VERSION = 1  # to be raised when rows come to be computed in another way,
 _BATCH_TOKENS = 4096
 _SECONDS_BETWEEN_WRITES = 30.0
 _ROWS_AT_A_TIME = 1000
-_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version")
+_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype")  # the last one has its own place
 _COLUMNS = ["row_id", "input_ids", "completion_mask", "thumbs_up"]
 
 
@@ -47,7 +47,7 @@ def key_of_log_probs(model: Any, trainer: Any, **choices: Any) -> str:
             "config": {name: value for name, value in config.items() if name not in _NO_PART_OF_A_MODEL},
             # PEFT keeps names in sets, whose order is another one in every process.
             "adapter": {name: sorted(value) if isinstance(value, set) else value for name, value in came_in.items()},
-            "dtype": str(next(model.parameters()).dtype),
+            "dtype": str(final_dtype(next(model.parameters()))),
             "precision": trainer.precision,
             "device": device.type,
             "device_name": names[device.type](device) if device.type in names else "",

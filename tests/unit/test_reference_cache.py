@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from bco_lightning import BCOModule, LoraSettings, reference_cache
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.models.language_model import load_language_model
 from bco_lightning.models.reference import Reference
-from bco_lightning.reference_cache import keys_and_lengths
+from bco_lightning.reference_cache import key_of_log_probs, keys_and_lengths
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
 
@@ -376,3 +377,12 @@ def test_the_key_of_a_continued_adapter_is_the_same_in_every_process(tiny_model:
     ]  # fmt: skip
     assert len(keys[0]) > 30
     assert len(set(keys)) == 1
+
+
+def test_a_mapped_model_has_the_key_of_one_that_was_cast_as_it_was_read(tiny_model: str, tmp_path: Path) -> None:
+    load_language_model(tiny_model, torch.bfloat16).save_pretrained(tmp_path / "model")
+    folder = str(tmp_path / "model")
+    trainer = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    mapped, cast = (load_language_model(folder, torch.float32, mapped=mapped) for mapped in (True, False))
+    assert next(mapped.parameters()).dtype == torch.bfloat16
+    assert key_of_log_probs(mapped, trainer) == key_of_log_probs(cast, trainer)
