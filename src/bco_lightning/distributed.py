@@ -16,6 +16,11 @@ def is_in_a_group() -> bool:
     return torch.distributed.is_initialized()
 
 
+def sharding_of(trainer: Any) -> Any:
+    """How the trainer's strategy cuts up models (:class:`Sharding`); ``None`` where each process has whole ones."""
+    return getattr(trainer.strategy, "sharding", None)
+
+
 def sum_over_ranks(values: list[float], trainer: Any) -> list[float]:
     """Adds numbers over all processes, in float64 and in one collective.
 

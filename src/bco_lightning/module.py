@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.distributed import gather_over_ranks, max_over_ranks
+from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
 from bco_lightning.fingerprints import (
     differences,
@@ -271,7 +271,7 @@ class BCOModule(LightningModule):
     @property
     def _sharding(self) -> Sharding | None:
         """How the strategy cuts up models; ``None`` where each process has whole ones."""
-        return getattr(self.trainer.strategy, "sharding", None) if self._trainer is not None else None
+        return sharding_of(self.trainer) if self._trainer is not None else None
 
     def _dtype_on(self, device: torch.device) -> torch.dtype:
         dtype = resolve_dtype(self.hparams["dtype"], self.lora, device)
@@ -460,9 +460,8 @@ class BCOModule(LightningModule):
 
     def _digest_of_reference(self) -> str:
         if not self._reference_digest:
-            named = (
-                self._built_reference.named_parameters()
-            )  # loads it where it is another model, which sets the digest
+            named = self._built_reference.named_parameters()
+            # Where it is another model, loading it has taken the digest.
             self._reference_digest = self._reference_digest or self._digest_of(named)
         return self._reference_digest
 
@@ -730,9 +729,8 @@ class BCOModule(LightningModule):
         return {**self._fingerprints, **self._data_fingerprints()}
 
     def _refuse_other_shapes(self, weights: Mapping[str, Any]) -> None:
-        for name, (shape, found) in {
-            name: (shape, tuple(weights[name].shape)) for name, shape in self._trained_shapes.items()
-        }.items():
+        for name, shape in self._trained_shapes.items():
+            found = tuple(weights[name].shape)
             if shape != found:
                 raise CheckpointError(
                     "checkpoint",

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint, ThroughputMonitor
+from bco_lightning.distributed import sharding_of
 from bco_lightning.models.parallel import fsdp1_root, is_sharded, plain_name, whole
 from bco_lightning.strategies import named_strategy
 from tests.reliability.tiny_run import ROWS_PER_STEP, tiny_fit
@@ -51,7 +52,7 @@ class Gradients(Callback):
         self.shifts: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
-        sharding = getattr(trainer.strategy, "sharding", None)
+        sharding = sharding_of(trainer)
         gathered: Any = contextlib.nullcontext()
         if sharding is not None and sharding.engine == "fsdp":
             root = fsdp1_root(module.policy)
@@ -62,22 +63,11 @@ class Gradients(Callback):
         self.shifts.append(module.reward_shift.value)
 
 
-def run(case: Case, model: str, log: str, heldout: str, **more: Any) -> dict[str, Any]:
-    """Trains, in as many processes as there are, and returns all that must not depend on their number."""
-    return _run(case, model, log, heldout, int(os.environ.get("WORLD_SIZE", "1")), **more)
-
-
-def _run(
-    case: Case,
-    model: str,
-    log: str,
-    heldout: str,
-    processes: int,
-    *,
-    folder: Path,
-    ckpt_path: str | None = None,
-    trainer_options: dict[str, Any] | None = None,
+def run(
+    case: Case, model: str, log: str, heldout: str, *, folder: Path, ckpt_path: str | None = None
 ) -> dict[str, Any]:
+    """Trains, in as many processes as there are, and returns all that must not depend on their number."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     gradients = Gradients()
     module = BCOModule(
         f"{model}-{case.stored}",
@@ -90,7 +80,7 @@ def _run(
     )
     saving = RunCheckpoint(every_n_steps=2, keep=5)
     saving.run_folder = str(folder)
-    trainer_: dict[str, Any] = {
+    trainer_options: dict[str, Any] = {
         "devices": processes,
         "strategy": named_strategy(case.strategy),
         "precision": case.precision,
@@ -99,7 +89,6 @@ def _run(
         "max_epochs": -1,
         "gradient_clip_val": 0.5,
         "log_every_n_steps": 1,
-        **(trainer_options or {}),
     }
     state = tiny_fit(
         "",
@@ -107,7 +96,7 @@ def _run(
         module=module,
         callbacks=[gradients, saving, ThroughputMonitor()],
         ckpt_path=ckpt_path,
-        trainer_options=trainer_,
+        trainer_options=trainer_options,
         data_options={"batch_size": ROWS_PER_STEP // processes // case.accumulation, "validation_files": heldout},
     )
     trainer = module.trainer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 import yaml
 
 from bco_lightning.checkpointing import read_checkpoint, saved_steps
-from tests.reliability.tiny_run import ROOT, make_log, make_model
+from tests.reliability.tiny_run import ROOT, free_port, make_log, make_model
 
 LAST = "step-00000012"
 TORCHRUN = "--standalone --nproc_per_node 2 -m bco_lightning"
@@ -132,7 +131,7 @@ def fit(group: Group, launcher: str, *options: str) -> None:
 
 def on_two_nodes(group: Group, *options: str) -> None:
     """Runs ``configs/torchrun.sh`` as it is run on each of two nodes with one GPU."""
-    port = free_port()
+    port = str(free_port())
     for node in ("0", "1"):
         environment = {"NNODES": "2", "NODE_RANK": node, "HEAD": "127.0.0.1", "PORT": port, "GPUS": "1"}
         group.start(str(ROOT / "configs" / "torchrun.sh"), "config.yaml", *options, **environment)
@@ -143,16 +142,10 @@ def on_slurm(group: Group, files: Path, *options: str) -> None:
     environment = {
         "PATH": f"{files / 'slurm'}:{group.environment['PATH']}", "SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "bco",
         "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_CPUS_PER_TASK": "1",
-        "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "MASTER_PORT": free_port(),
+        "SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     script = str(ROOT / "configs" / "slurm.sbatch")
     group.start("bash", script, "config.yaml", "--trainer.enable_progress_bar", "false", *options, **environment)
-
-
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     shared = {**os.environ, **(environment or {})}
     if ranks > 1:
-        port = str(_free_port())
+        port = str(free_port())
         shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
     processes = []
     for rank in range(ranks):
@@ -256,7 +256,7 @@ def _child(function: Callable[..., Any], arguments: Any, environment: dict[str, 
     os._exit(code)  # what a dead process group's threads still hold must not keep this one
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -18,6 +18,7 @@ from typing_extensions import override
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collation import pack_rows
 from bco_lightning.demo.tone import tone
+from bco_lightning.distributed import sharding_of
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.generation import SampledCompletion, sample_completions
 from bco_lightning.models.log_probs import completion_log_probs
@@ -60,7 +61,7 @@ class KnownRewardTrial(Callback):
     def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
         if self.reward == "none" or stage != "fit":
             return
-        if getattr(trainer.strategy, "sharding", None) is not None:
+        if sharding_of(trainer) is not None:
             raise ConfigError(
                 "known_reward.reward", "expected whole weights to sample from, found them cut up.", "Use ddp, or none."
             )

@@ -28,7 +28,7 @@ from bco_lightning.checkpointing import (
     step_of,
     verify_checkpoint,
 )
-from bco_lightning.distributed import gather_over_ranks, max_over_ranks
+from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
 from bco_lightning.module import BCOModule
 from bco_lightning.seeding import random_state, set_random_state
@@ -107,7 +107,7 @@ class RunCheckpoint(Checkpoint):
         resumed_from = step_folder(self.folder, trainer.global_step)
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
         _require_one_step(trainer)
-        if getattr(trainer.strategy, "sharding", None) is not None:
+        if sharding_of(trainer) is not None:
             _require_one_folder(self.folder, trainer)
         if trainer.is_global_zero:
             self._set_later_steps_aside(trainer.global_step)

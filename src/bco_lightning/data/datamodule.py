@@ -26,7 +26,7 @@ from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts
 from bco_lightning.data.sampling import EvenBatchSampler, RowOrder, StepBatchSampler
 from bco_lightning.data.tokenization import RowTokenizer, TooLong, chosen_template
-from bco_lightning.distributed import errors_of_all
+from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
 
@@ -228,7 +228,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The rows to score."""
-        if self.trainer is not None and getattr(self.trainer.strategy, "sharding", None) is not None:
+        if self.trainer is not None and sharding_of(self.trainer) is not None:
             _require_rows_for_all(self.predict_dataset, self.trainer, "data.predict_files")
         return self._evaluation_loader(self.predict_dataset)
 

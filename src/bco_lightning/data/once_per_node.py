@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bco_lightning import errors
 from bco_lightning.distributed import made_once_per_node
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.faults import in_words
@@ -30,25 +29,17 @@ def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict
             return {"node": trainer.node_rank, "read": read()}
         except Exception as error:
             raised.append(error)
-            return {"error": _plain(error)}
+            return {"error": in_words(error) or RuntimeError(f"{type(error).__name__}: {error}")}
 
     outcomes = made_once_per_node(outcome, trainer)
     if raised:
         raise raised[0]
     for known in outcomes:
         if "error" in known:
-            kind, *arguments = known["error"]
-            raise getattr(errors, kind, RuntimeError)(*arguments)
+            raise known["error"]
     read_by = {known["node"]: known["read"] for known in outcomes}
     _require_same_rows({node: _contents(found["row_sets"]) for node, found in read_by.items()})
     return read_by[trainer.node_rank]  # type: ignore[no-any-return]
-
-
-def _plain(error: Exception) -> list[str]:
-    fault = in_words(error)
-    if fault is None:
-        return ["RuntimeError", f"{type(error).__name__}: {error}"]
-    return [type(fault).__name__, fault.where, fault.problem, fault.remedy]
 
 
 def _contents(row_sets: dict[str, Any]) -> dict[str, Any]:

@@ -250,7 +250,7 @@ def plan_memory(shape: ModelShape, settings: MemorySettings) -> MemoryPlan:
         weights=0 if kept_in_host else weights,
         gradients=0 if kept_in_host else gradients,
         optimizer=0 if kept_in_host else optimizer,
-        # FSDP leaves a root whole after a forward pass, since a backward pass would soon need it; here none comes.
+        # Its root is whole for its own pass alone, under FSDP1 longer; to be safe it is counted at every moment.
         reference=(0 if kept_in_host else reference) + (root.gathered if reference else 0),
         moments=_moments(shape, settings, units, root),
         host=weights + gradients + optimizer + reference if kept_in_host else 0,
