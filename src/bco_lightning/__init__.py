@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bco_lightning.data import FeedbackDataModule
+    from bco_lightning.data import FeedbackDataModule, Rating, Source
     from bco_lightning.export import export_checkpoint, load_aligned
     from bco_lightning.metrics import ImplicitRewardMetrics
     from bco_lightning.models.language_model import LoraSettings
@@ -22,7 +22,9 @@ _HOMES = {
     "FeedbackDataModule": "bco_lightning.data",
     "ImplicitRewardMetrics": "bco_lightning.metrics",
     "LoraSettings": "bco_lightning.models.language_model",
+    "Rating": "bco_lightning.data",
     "RewardShift": "bco_lightning.reward_shift",
+    "Source": "bco_lightning.data",
     "bce_loss": "bco_lightning.objectives",
     "bco_loss": "bco_lightning.objectives",
     "export_checkpoint": "bco_lightning.export",
@@ -34,7 +36,9 @@ __all__ = [
     "FeedbackDataModule",
     "ImplicitRewardMetrics",
     "LoraSettings",
+    "Rating",
     "RewardShift",
+    "Source",
     "bce_loss",
     "bco_loss",
     "export_checkpoint",

@@ -7,8 +7,8 @@ Shape legend of the package: ``B`` rows of a micro-batch, ``S`` its packed token
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,31 @@ class FeedbackRow:
         completion: The rated messages; the first and the last are the assistant's.
         thumbs_up: ``True``, ``False``, or ``None`` where no label was asked for.
         place: File and line, for messages.
+        tools: JSON schemas of the functions that the assistant could call, for the chat template.
+        template_options: What else the chat template is told about this row, such as ``{"enable_thinking": False}``.
+        num_trailing: Messages after the rated turn, which are left out.
     """
 
     prompt: list[Message]
     completion: list[Message]
     thumbs_up: bool | None
     place: str
+    tools: list[dict[str, Any]] | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    num_trailing: int = 0
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that was read and is not used, for a reason that is no fault.
+
+    Args:
+        place: File and line.
+        reason: Why, in a few words that are the same for every such row; it is counted under them.
+    """
+
+    place: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -44,12 +63,16 @@ class TokenizedSample:
             end token.
         prompt_cut: Whether tokens of the prompt were cut.
         completion_cut: Whether tokens of the completion were cut; such a row has no end token.
+        prompt_length: Tokens of the prompt before anything was cut.
+        completion_length: Tokens of the completion before anything was cut.
     """
 
     input_ids: list[int]
     completion_mask: list[bool]
     prompt_cut: bool = False
     completion_cut: bool = False
+    prompt_length: int = 0
+    completion_length: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +118,7 @@ class FeedbackBatch:
         thumbs_up_B: ``True`` where the user gave thumbs-up (``False`` too where no label is known); bool.
         importance_weights_B: Weight of each row's loss, dimensionless; float32.
         row_ids_B: Position of each row in its data set; int64.
+        sources_B: Number of each row's source among those of its data set; int64.
         spans: What ``S`` is made of, in order and without gaps.
         row_spans: The span that each row ends with.
         reference_log_probs_B: Log-probability of each completion under the reference, in nats, float32, where it is
@@ -110,6 +134,7 @@ class FeedbackBatch:
     thumbs_up_B: Tensor
     importance_weights_B: Tensor
     row_ids_B: Tensor
+    sources_B: Tensor
     spans: tuple[Span, ...]
     row_spans: tuple[Span, ...]
     reference_log_probs_B: Tensor | None = None
@@ -169,6 +194,7 @@ class RewardedRows:
         losses_B: Loss of each row before class weights, in nats.
         completion_lengths_B: Number of tokens that carry loss; int64.
         row_ids_B: Position of each row in its data set; int64.
+        sources_B: Number of each row's source; int64.
     """
 
     thumbs_up_B: Tensor
@@ -178,3 +204,4 @@ class RewardedRows:
     losses_B: Tensor
     completion_lengths_B: Tensor
     row_ids_B: Tensor
+    sources_B: Tensor

@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` by LightningCLI, ``export`` and ``plan``."""
+"""The command line: ``fit`` and what else LightningCLI runs, and ``inspect``, ``export`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -45,13 +47,18 @@ from bco_lightning.errors import CheckpointError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.faults import in_words, watch_processes
 from bco_lightning.fingerprints import git_revision, versions
+from bco_lightning.inspection.inspect_command import inspect_command, split_arguments
 from bco_lightning.module import BCOModule
 from bco_lightning.planning.plan_command import plan_command
 from bco_lightning.strategies import ShardedStrategy, named_strategy
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
-`export`, which writes a checkpoint as a folder that transformers and peft load, and `plan`, which works out what a run
-would take of each GPU's memory: see `export --help` and `plan --help`."""
+`inspect`, which reports on the data of a config before it is trained on, `export`, which writes a checkpoint as a
+folder that transformers and peft load, and `plan`, which works out what a run would take of each GPU's memory: see
+`inspect --help`, `export --help` and `plan --help`. Any command takes --debug, which shows the traceback of an
+error."""
+DEBUG = "--debug"
+_CLI = TypeVar("_CLI", bound="BCOCLI")
 
 
 class BCOArgumentParser(LightningArgumentParser):
@@ -61,6 +68,7 @@ class BCOArgumentParser(LightningArgumentParser):
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
         if theclass is FeedbackDataModule:
             kwargs["skip"] = {*(kwargs.get("skip") or ()), "tokenizer"}
+            kwargs["sub_configs"] = False  # a log's lines would be taken for a list of logs
         return super().add_class_arguments(theclass, *args, **kwargs)  # type: ignore[no-any-return]
 
     @override
@@ -131,10 +139,9 @@ class BCOCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        given = sys.argv[1:] if args is None else args
         with config_safety.safe_parsing():
             super().parse_arguments(parser, args)
-        config_safety.check_resolved(self.config[self.config.subcommand], given)
+        config_safety.check_resolved(self.config[self.config.subcommand], args)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -256,6 +263,26 @@ class BCOCLI(LightningCLI):
         )
 
 
+class DataCLI(BCOCLI):
+    """Parses and checks what ``fit`` would run with, and makes neither model nor trainer."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """No checkpoint is looked for."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Makes the arguments of the data module alone."""
+        parser = BCOArgumentParser()
+        parser.add_class_arguments(FeedbackDataModule, "data", fail_untyped=False, instantiate=False)
+        options = parser.instantiate(Namespace(data=self.config.fit.data))
+        self.data_options = vars(options.data)
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; where it is that of a process group, it also ends the process.
 
@@ -266,8 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments; those of the process if left out.
 
     Returns:
-        Exit status: 0; 2 for an error that the user can mend (``BCO_DEBUG=1`` shows its traceback); 128 plus the number
-        of the signal for a run that was asked to stop and has saved.
+        Exit status: 0; 2 for an error that the user can mend; 1 for one of this package (``--debug`` and
+        ``BCO_DEBUG=1`` show the traceback of either); 128 plus the number of the signal for a run that was asked to
+        stop and has saved.
     """
     status = _run(arguments)
     if arguments is None and is_in_a_group():
@@ -281,32 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     _quiet_libraries()
     subprocess_script._launch_process_observer = watch_processes  # type: ignore[attr-defined]
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = [word for word in words if word != DEBUG]
     try:
         config_safety.refuse_secrets(given)
-        if given[:1] == ["export"]:
-            _export(given[1:])
-        elif given[:1] == ["plan"]:
-            plan_command(given[1:])
-        else:
-            BCOCLI(
-                BCOModule,
-                FeedbackDataModule,
-                save_config_callback=RunConfig,
-                save_config_kwargs={"overwrite": True},
-                parser_class=BCOArgumentParser,
-                parser_kwargs={"prog": "python -m bco_lightning", "description": _DESCRIPTION},
-                trainer_defaults={
-                    "use_distributed_sampler": False,
-                    "enable_model_summary": False,
-                    "max_epochs": 1,
-                    "num_sanity_val_steps": 0,  # seconds, for a forward pass that is the training step's own
-                },
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                seed_everything_default=0,
-                args=None if arguments is None else given,
-            )
+        _dispatch(given)
     except PreemptedError as stopped:
         rank_zero_info(
             f"Stopped by {signal.Signals(stopped.signal_number).name} after optimizer step {stopped.step}; everything "
@@ -317,12 +324,59 @@ def _run(arguments: Sequence[str] | None) -> int:
     except SIGTERMException:  # before the first step there is nothing to save
         return 128 + signal.SIGTERM
     except Exception as error:
-        fault = in_words(error)
-        if fault is None or os.environ.get("BCO_DEBUG"):
+        if DEBUG in words or os.environ.get("BCO_DEBUG"):
             raise
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
+        fault = in_words(error)
+        print(f"error: {fault or _internal(error)}", file=sys.stderr)
+        return 2 if fault else 1
     return 0
+
+
+def _internal(error: Exception) -> str:
+    """Names an error that is nobody's but ours by its kind and place; what it says may be the text of a user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
+    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    said = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+    return (
+        f"internal error: {type(error).__name__}{said}{place}. Run the same command again with {DEBUG} for the "
+        "traceback, and report it."
+    )
+
+
+def _dispatch(given: list[str]) -> None:
+    command, rest = given[:1], given[1:]
+    if command == ["export"]:
+        _export(rest)
+    elif command == ["plan"]:
+        plan_command(rest)
+    elif command == ["inspect"]:
+        options, of_fit = split_arguments(rest)
+        cli = _lightning_cli(DataCLI, ["fit", *of_fit])
+        inspect_command(options, cli.config.fit, cli.data_options)
+    else:
+        _lightning_cli(BCOCLI, given)
+
+
+def _lightning_cli(kind: type[_CLI], arguments: list[str]) -> _CLI:
+    return kind(
+        BCOModule,
+        FeedbackDataModule,
+        save_config_callback=RunConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_class=BCOArgumentParser,
+        parser_kwargs={"prog": "python -m bco_lightning", "description": _DESCRIPTION},
+        trainer_defaults={
+            "use_distributed_sampler": False,
+            "enable_model_summary": False,
+            "max_epochs": 1,
+            "num_sanity_val_steps": 0,  # seconds, for a forward pass that is the training step's own
+        },
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        seed_everything_default=0,
+        args=arguments,
+    )
 
 
 def _export(arguments: list[str]) -> None:
@@ -350,6 +404,7 @@ def _quiet_libraries() -> None:
         r"Found \d+ module\(s\) in eval mode.*",  # meant: dropout would blur the log-ratio
         r".*does not have many workers.*",  # rows are tokenized before training; collation is all that is left
         r".*litlogger.*",
+        r"LightningCLI's args parameter is intended.*",  # it is given what the process was, without --debug
         r"It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # a metric is summed when it is read
         r"Total length of `list` across ranks is zero.*",  # no rows are held out
         r"You are using a custom batch sampler .* for prediction.*",  # it gives every row

@@ -23,8 +23,13 @@ ALLOWED_IMPORTS = (
     "bco_lightning.callbacks",
     # jsonargparse looks up optional dataclasses too, by their shortest path and by their own.
     "bco_lightning.LoraSettings",
+    "bco_lightning.Rating",
+    "bco_lightning.Source",
     "bco_lightning.data.Columns",
+    "bco_lightning.data.Rating",
+    "bco_lightning.data.Source",
     "bco_lightning.data.feedback_row.Columns",
+    "bco_lightning.data.source",
     "bco_lightning.models.language_model.LoraSettings",
     "bco_lightning.strategies",
     "lightning.pytorch.accelerators",
@@ -52,7 +57,7 @@ _SECRET_VALUE = re.compile(
 )
 _MAY_NAME_CLASSES = ("strategy", "accelerator", "profiler")
 _READ_FROM = ("config", "ckpt_path", "data", "model")
-_WRITTEN_TO = {("model", "cache_folder")}
+_WRITTEN_TO = {("model", "cache_folder"), ("data", "cache_folder")}
 _STRUCTURE = re.compile(r"(?:^|(?<=\.))(?:init_args|dict_kwargs|\d+)(?:\.|$)")
 
 _load_plain_yaml = get_loader("yaml")

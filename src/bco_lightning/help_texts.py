@@ -20,13 +20,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("fit", "validate", "test", "predict", "export", "plan")
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export", "plan")
 FILE = Path(__file__).with_name("help_texts.json")
 _SOURCE = Path(__file__).parent
 _WITH_OPTIONS = (
-    "cli.py", "planning/plan_command.py", "planning/memory_plan.py", "planning/model_shape.py",
+    "cli.py", "inspection/inspect_command.py",
+    "planning/plan_command.py", "planning/memory_plan.py", "planning/model_shape.py",
     "module.py", "optimizers.py", "models/language_model.py",
-    "data/datamodule.py", "data/feedback_row.py", "data/loading.py", "data/tokenization.py",
+    "data/datamodule.py", "data/conflicts.py", "data/feedback_row.py", "data/length_limits.py", "data/loading.py",
+    "data/source.py", "data/tokenization.py",
 )  # fmt: skip
 
 
@@ -40,11 +42,11 @@ def answer(arguments: Sequence[str]) -> int | None:
         Exit status 0 after help and 2 after an error; ``None`` for anything else, and where the packaged texts are not
         those of what is installed.
     """
-    arguments = list(arguments)
+    arguments = [word for word in arguments if word != "--debug"]
     command = arguments[0] if arguments[:1] and arguments[0] in COMMANDS else ""
     rest = arguments[1:] if command else arguments
     asks_for_help = rest in (["--help"], ["-h"])
-    if not asks_for_help and command in ("", "export", "plan"):
+    if not asks_for_help and command in ("", "inspect", "export", "plan"):
         return None
     packaged = _packaged()
     if packaged is None:
@@ -94,7 +96,7 @@ def made_from() -> dict[str, str]:
 
 def _option_texts(path: Path) -> Iterator[str]:
     text = path.read_text(encoding="utf-8")
-    if path.name in ("cli.py", "plan_command.py"):
+    if path.name in ("cli.py", "inspect_command.py", "plan_command.py"):
         yield text
         return
     lines = text.splitlines()

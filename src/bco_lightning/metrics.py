@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -113,6 +114,66 @@ class ImplicitRewardMetrics(Metric):
         """Forgets all rows."""
         super().reset()
         self.auroc.reset()
+
+
+class MetricsBySource:
+    """:class:`ImplicitRewardMetrics` of all rows and, where there are several sources, of the rows of each.
+
+    Args:
+        sources: Names of the sources, in the order of their numbers.
+    """
+
+    def __init__(self, sources: Sequence[str] = ()) -> None:
+        self._all = ImplicitRewardMetrics()
+        names = [re.sub(r"[^\w.-]+", "_", source).strip("_") for source in sources] if len(sources) > 1 else []
+        self._of_source = {
+            name if names.count(name) == 1 else f"{name}_{number}": ImplicitRewardMetrics()
+            for number, name in enumerate(names)
+        }
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves every sum to ``device``."""
+        for metrics in self._each():
+            metrics.to(device)
+
+    def update(self, rows: RewardedRows, reward_shift: float) -> None:
+        """Takes in the rows of a micro-batch; as that of the metrics."""
+        self._all.update(rows, reward_shift)
+        for number, metrics in enumerate(self._of_source.values()):
+            chosen_B = rows.sources_B == number
+            if chosen_B.any():
+                metrics.update(
+                    RewardedRows(**{name: values_B[chosen_B] for name, values_B in vars(rows).items()}), reward_shift
+                )
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics of all rows, and of each source as ``by_source/NAME/...``; every process has to ask."""
+        values = self._all.compute()
+        for name, metrics in self._of_source.items():
+            values |= {f"by_source/{name}/{key}": value for key, value in metrics.compute().items()}
+        return values
+
+    def counts(self) -> dict[str, Tensor]:
+        """As that of the metrics, of each of them."""
+        return {
+            f"{number}/{name}": value
+            for number, metrics in enumerate(self._each())
+            for name, value in metrics.counts().items()
+        }
+
+    def set_counts(self, counts: dict[str, Tensor]) -> None:
+        """Takes over what :meth:`counts` gave."""
+        for number, metrics in enumerate(self._each()):
+            start = f"{number}/"
+            metrics.set_counts({key.removeprefix(start): counts[key] for key in counts if key.startswith(start)})
+
+    def reset(self) -> None:
+        """Forgets all rows."""
+        for metrics in self._each():
+            metrics.reset()
+
+    def _each(self) -> list[ImplicitRewardMetrics]:
+        return [self._all, *self._of_source.values()]
 
 
 @contextmanager

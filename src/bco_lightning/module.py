@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
+from bco_lightning.cache_folder import cache_root
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
@@ -50,7 +51,7 @@ from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.objectives import OBJECTIVES
 from bco_lightning.optimizers import OptimizerName, make_optimizer
 from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
-from bco_lightning.reference_store import ReferenceStore, cache_root
+from bco_lightning.reference_store import ReferenceStore
 from bco_lightning.reward_shift import RewardShift
 from bco_lightning.seeding import chosen_seed
 from bco_lightning.strategies import refuse_unknown_sharding
@@ -378,12 +379,14 @@ class BCOModule(LightningModule):
         self._scored_online = []
         data = getattr(self._trainer, "datamodule", None)
         datasets = data.datasets_of(stage) if isinstance(data, FeedbackDataModule) else {}
-        if self.reference_log_probs == "cached" and stage == "fit" and not datasets:
+        # Rows that are streamed are read as steps need them, so none can be looked up.
+        keeps_train = stage != "fit" or "train" in datasets
+        if self.reference_log_probs == "cached" and not keeps_train:
             raise ConfigError(
                 "model.reference_log_probs",
-                "expected auto or online where no FeedbackDataModule is used, found cached.",
+                "expected auto or online where no FeedbackDataModule is used, or data.streaming is true; found cached.",
             )
-        if self.reference_log_probs == "online" or not datasets:
+        if self.reference_log_probs == "online" or not datasets or not keeps_train:
             reference.hold()
             return "online"
         digest = self._digest_of_reference()
@@ -499,11 +502,11 @@ class BCOModule(LightningModule):
 
     def _make_trunk_cache(self) -> TrunkCache:
         data = getattr(self._trainer, "datamodule", None)
-        if self._trunk is None or data is None:
+        if self._trunk is None or data is None or getattr(data, "train_dataset", None) is None:
             raise ConfigError(
                 "model.cache_trunk",
                 "expected a packed model whose lower layers nothing trains (model.lora.top_layers), without "
-                "model.compile and FSDP, and a FeedbackDataModule; found another.",
+                "model.compile and FSDP, and a FeedbackDataModule without data.streaming; found another.",
                 "Change these, or leave cache_trunk out.",
             )
         policy = self.policy
@@ -607,6 +610,7 @@ class BCOModule(LightningModule):
             losses_B=losses_B.detach(),
             completion_lengths_B=batch.completion_lengths,
             row_ids_B=batch.row_ids_B,
+            sources_B=batch.sources_B,
         )
 
     def _trunk_states(self, batch: FeedbackBatch) -> Tensor | None:

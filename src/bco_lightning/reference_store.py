@@ -17,26 +17,17 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-FOLDER_VARIABLE = "BCO_CACHE"
 KEY_BYTES = 16
 RECORD = np.dtype([("key", f"S{KEY_BYTES}"), ("value", "<f4")])
 _MOST_FILES = 16
 _TRIES = 10  # one more is needed whenever others have put files together meanwhile
 
 
-def cache_root(given: str | None) -> Path:
-    """The folder of all caches: the one given, that of ``BCO_CACHE``, or the user's own for such things."""
-    named = given or os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bco_lightning"
-
-
 class ReferenceStore:
     """The values of one reference, computed in one way.
 
     Args:
-        root: As :func:`cache_root` gives it.
+        root: As :func:`~bco_lightning.cache_folder.cache_root` gives it.
         key: Digest of everything that the values depend on besides the row.
     """
 

@@ -50,7 +50,7 @@ def test_fit_then_resume_validate_test_predict_and_export(
     assert command("fit", tiny_model, log, "--trainer.max_steps=4") == 0
     run = Path("runs/bco/version_0")
     printed = capsys.readouterr()
-    assert "24 rows read, 24 used (16 up, 8 down), 0 dropped" in caplog.text
+    assert "24 rows read, 24 used (16 up, 8 down), 0 left out" in caplog.text
     assert f"Run folder   {run}" in printed.out
     assert f"export --ckpt_path {run} " in printed.out
     assert {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bco_lightning import FeedbackDataModule
+from bco_lightning.data.row_counts import Counted
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
@@ -84,8 +85,7 @@ def test_skip_leaves_out_exactly_the_malformed_rows(trials: Trials, tmp_path: Pa
             once, again = (start(log, bad_rows="skip", max_bad_rows=0.01) for _ in range(2))
             assert list(once.train_dataset["place"]) == good
             [counts] = once.counts
-            assert (counts.read, counts.used, counts.malformed) == (ROWS + 1, ROWS, 1)
-            assert counts.malformed_places == [bad]
+            assert (counts.read, counts.used, counts.malformed) == (ROWS + 1, ROWS, Counted(1, [bad]))
             assert f"1 malformed and left out (for instance {bad})" in str(counts)
             assert once.fingerprints() == again.fingerprints()
             assert list(once.train_dataset) == list(again.train_dataset)
@@ -107,7 +107,7 @@ def test_skip_stops_above_the_share(trials: Trials, tmp_path: Path) -> None:
             kinds = list(MALFORMED.values())
             write(log, {number * 3: kinds[number % len(kinds)] for number in range(count)})
             if not too_many:
-                assert start(log, bad_rows="skip", max_bad_rows=share).counts[0].malformed == count
+                assert start(log, bad_rows="skip", max_bad_rows=share).counts[0].malformed.count == count
                 continue
             with pytest.raises(
                 FeedbackRowError, match=rf"found {count} of {ROWS + count}, the first of them at"
@@ -119,7 +119,7 @@ def test_skip_stops_above_the_share(trials: Trials, tmp_path: Path) -> None:
 def test_a_file_of_nothing_but_malformed_rows_is_refused_whatever_the_share(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_bytes(b"no JSON\n" * 2000)
-    with pytest.raises(FeedbackRowError, match=r"expected rows to use, found none \(0 over .*, 2000 malformed\)"):
+    with pytest.raises(FeedbackRowError, match=r"expected rows to use, found none \(0 left out, 2000 malformed\)"):
         start(log, bad_rows="skip", max_bad_rows=1.0)
 
 
@@ -150,7 +150,7 @@ def test_a_malformed_row_of_a_csv_is_left_out_too(tmp_path: Path) -> None:
     log.write_bytes(b"prompt,completion,label\na,b,1\nc,d\ne,\xff,1\ng,h,i,j\nk,l,0\n")
     module = start(log, bad_rows="skip", max_bad_rows=0.6)
     assert module.train_dataset["place"] == [f"{log}:2", f"{log}:6"]
-    assert module.counts[0].malformed_places == [f"{log}:3", f"{log}:4", f"{log}:5"]
+    assert module.counts[0].malformed.places == [f"{log}:3", f"{log}:4", f"{log}:5"]
 
 
 def test_malformed_rows_to_predict_or_validate_are_left_out_too(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from bco_lightning import FeedbackDataModule
-from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.tokenization import LengthLimits, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
@@ -101,12 +101,17 @@ COSTLY: dict[str, tuple[Any, Any]] = {
     "no messages": ("q", []),
     "no room for the completion": ([{"role": "system", "content": "s " * 999}, {"role": "user", "content": "q"}], "a"),
 }
+POLICIES: dict[str, dict[str, Any]] = {
+    "cut": {"long_prompts": "keep_end", "long_completions": "cut"},
+    "keep start": {"long_prompts": "keep_start", "long_completions": "cut"},
+    "drop": {"long_prompts": "drop", "long_completions": "drop"},
+}
 REFUSED = {name for name in COSTLY if name.startswith(("1 MB", "10,000", "empty", "white", "no messages", "nesting"))}
 
 
 @pytest.mark.promise("S14", "a costly or empty row is refused, left out or cut within 2 s")
 def test_a_costly_row_is_decided_quickly(trials: Trials, tmp_path: Path, tokenizer: Any) -> None:
-    for trial in trials([(name, policy) for name in COSTLY for policy in ("cut", "drop")], quick=14):
+    for trial in trials([(name, policy) for name in COSTLY for policy in POLICIES], quick=14):
         with trial as (name, policy):
             prompt, completion = COSTLY[name]
             costly = json.dumps({"prompt": prompt, "completion": completion, "label": True})
@@ -114,14 +119,15 @@ def test_a_costly_row_is_decided_quickly(trials: Trials, tmp_path: Path, tokeniz
             log.write_bytes(GOOD + costly.encode() + b"\n" + BAD)
             try:
                 with within(seconds=2.0):
-                    module = start(log, tokenizer=tokenizer, too_long=policy)
+                    module = start(log, tokenizer=tokenizer, **POLICIES[policy])
             except FeedbackRowError as error:
                 assert error.where == f"{log}:2"
                 assert name in REFUSED, str(error)
                 continue
             assert name not in REFUSED
             assert module.counts[0].read == 3
-            assert module.counts[0].dropped == (policy == "drop" or name == "no room for the completion")
+            no_room = policy == "cut" and name == "no room for the completion"
+            assert sum(counted.count for counted in module.counts[0].left_out.values()) == (policy == "drop" or no_room)
             for sample in module.train_dataset:
                 assert len(sample["input_ids"]) <= 64
                 assert any(sample["completion_mask"][1:])
@@ -134,6 +140,15 @@ TEMPLATES = {
     "without completion": "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}",
     "without first answer": "{% for m in messages if m['content'] != 'a' %}{{ m['content'] }}{% endfor %}",
 }
+
+
+EOS = byte_tokenizer().eos_token_id
+
+
+def spoken(sample: TokenizedSample) -> list[int]:
+    """Tokens that carry loss; the first token of all, which is predicted from nothing, does not."""
+    pairs = zip(sample.input_ids[1:], sample.completion_mask[1:], strict=True)
+    return [token for token, carries_loss in pairs if carries_loss]
 
 
 @pytest.mark.promise("S14", "no sample has a completion without a token that carries loss")
@@ -153,7 +168,7 @@ def test_no_sample_is_without_completion_tokens(trials: Trials, tmp_path: Path) 
         for shape in shapes
         for name in TEMPLATES
         for length in range(2, 90, 3)
-        for policy in ("cut", "drop")
+        for policy in POLICIES
     ]
     decided: set[str] = set()
     for trial in trials(cases, quick=960):
@@ -163,12 +178,13 @@ def test_no_sample_is_without_completion_tokens(trials: Trials, tmp_path: Path) 
             row = FeedbackRow(prompt, [*inside, {"role": "assistant", "content": "x"}], True, "log.jsonl:7")
             template = str(tmp_path / name) if TEMPLATES[name] else None
             try:
-                sample = RowTokenizer(byte_tokenizer(), length, policy, template).tokenize(row)
+                limits = LengthLimits(length, **POLICIES[policy])
+                sample = RowTokenizer(byte_tokenizer(), limits, template).tokenize(row)
             except FeedbackRowError as error:
                 decided.add("refused")
                 assert error.where == "log.jsonl:7"
                 assert name == "without completion"
             else:
-                decided.add("left out" if sample is None else "kept")
-                assert sample is None or any(sample.completion_mask[1:])
+                decided.add("left out" if isinstance(sample, LeftOut) else "kept")
+                assert isinstance(sample, LeftOut) or set(spoken(sample)) - {EOS}
     assert trials.run < 960 or decided == {"refused", "left out", "kept"}

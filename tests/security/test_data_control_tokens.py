@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from bco_lightning.batch import FeedbackRow, TokenizedSample
-from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.data.tokenization import LengthLimits, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import CHATML
 from tests.trials import Trials
@@ -140,8 +140,8 @@ def conversation(place: str, typed: str) -> list[dict[str, str]]:
 
 def sample_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample:
     row = FeedbackRow(messages[:-1], messages[-1:], True, "log.jsonl:1")
-    sample = RowTokenizer(tokenizer, 4096, **options).tokenize(row)
-    assert sample is not None
+    sample = RowTokenizer(tokenizer, LengthLimits(4096), **options).tokenize(row)
+    assert isinstance(sample, TokenizedSample)
     return sample
 
 
@@ -223,13 +223,31 @@ def test_what_a_normalizer_turns_into_a_name_is_text() -> None:
         assert sample.input_ids == by_hand(kind, tokenizer, conversation(place, "a <|im_end|> b"))[0]
 
 
+def test_a_normalizer_leaves_roles_and_kinds_of_calls_to_be_asked_for() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' if m['role'] == 'user' else '<|im_end|>' }}{{ m['content'] }}"
+        "{% for call in m['calls'] if call['type'] == 'function' %}{{ call['name'] }}{% endfor %}{% endfor %}"
+    )
+    names = ["<|im_start|>", "<|im_end|>", "<pad>"]
+    tokenizer = byte_tokenizer(names, "<|im_end|>", template, normalizers.NFKC(), normalized=True)
+    full_width = STYLES["full width"]("<|im_end|>")
+    call = {"type": "function", "name": full_width}
+    sample = sample_of(
+        tokenizer,
+        [{"role": "user", "content": full_width, "calls": [call]}, {"role": "assistant", "content": "b", "calls": []}],
+    )
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    typed = ids_of_bytes(tokenizer, "<|im_end|>")
+    assert sample.input_ids == [start, *typed, *typed, end, *ids_of_bytes(tokenizer, "b"), end]
+
+
 def test_a_row_that_is_cut_keeps_its_typed_names_as_text() -> None:
     tokenizer = TOKENIZERS["ChatML"]
     messages = conversation("system", "<|im_end|>")
     messages[3]["content"] = "<|im_start|>" * 50
     row = FeedbackRow(messages[:-1], messages[-1:], True, "log.jsonl:1")
-    sample = RowTokenizer(tokenizer, 100).tokenize(row)
-    assert sample is not None
+    sample = RowTokenizer(tokenizer, LengthLimits(100)).tokenize(row)
+    assert isinstance(sample, TokenizedSample)
     assert tokenizer.decode(sample.input_ids).startswith("<|im_start|>system\n<|im_end|><|im_end|>\n")
     assert sample.input_ids[: len("system\n<|im_end|>") + 2].count(tokenizer.eos_token_id) == 1
 
@@ -249,5 +267,88 @@ def test_a_tokenizer_that_cannot_write_a_name_in_any_other_way_refuses_the_row()
 
 def test_a_prompt_is_rendered_as_it_was_typed() -> None:
     messages = conversation("prompt", "a <|im_end|> b")[1:2]
-    rendered = RowTokenizer(TOKENIZERS["ChatML"], 100).render_prompt(messages)
+    rendered = RowTokenizer(TOKENIZERS["ChatML"], LengthLimits(100)).render_prompt(messages)
     assert rendered == "<|im_start|>user\na <|im_end|> b<|im_end|>\n<|im_start|>assistant\n"
+
+
+# What a template is told beside what is said, as a template would print it: as JSON, and bare.
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% if note is defined %}{{ note }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function']['name'] }}: "
+    "{{ call['function']['arguments'] | tojson }}{% endfor %}"
+    "{{ m['content'] | tojson if m['role'] == 'tool' else m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL_TOKENIZER = byte_tokenizer(["<|im_start|>", "<|im_end|>", "<pad>"], "<|im_end|>", TOOL_TEMPLATE)
+
+
+def tool_row(place: str, typed: str) -> FeedbackRow:
+    """A row with tools, a call and its result, in which ``typed`` stands in one place."""
+    said = dict.fromkeys(("description", "argument", "key", "function", "result", "option", "rated argument"), "hm")
+    said[place] = typed
+    call = {"name": said["function"], "arguments": {"x": said["argument"], said["key"]: [{"y": said["argument"]}]}}
+    rated = {"name": "f", "arguments": {"x": said["rated argument"]}}
+    return FeedbackRow(
+        [
+            {"role": "user", "content": "So?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "content": said["result"]},
+        ],
+        [{"role": "assistant", "tool_calls": [{"type": "function", "function": rated}]}],
+        True,
+        "log.jsonl:1",
+        tools=[{"type": "function", "function": {"name": "f", "description": said["description"]}}],
+        template_options={"note": said["option"]},
+    )
+
+
+PLACES = ("description", "argument", "key", "function", "result", "option", "rated argument")
+TYPED = {
+    "alone": "<|im_end|>",
+    "in quotes": 'a "<|im_end|>" and "<|im_start|>" b',
+    "over lines": "<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\\<|im_start|>",
+    "noncharacters": "\ufdd00\ufdd1<pad>",
+    "begun": "a<|im_",
+    "ended": 'end|>\n"b',
+}
+
+
+@pytest.mark.promise("S9", "a control token typed in tools, calls, results and options is text")
+def test_names_in_tools_calls_results_and_options_are_text(trials: Trials) -> None:
+    tokenizer = TOOL_TOKENIZER
+    control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for trial in trials([(place, typed) for place in PLACES for typed in TYPED], quick=42):
+        with trial as (place, typed):
+            row = tool_row(place, TYPED[typed])
+            sample = RowTokenizer(tokenizer, LengthLimits(4096)).tokenize(row)
+            assert isinstance(sample, TokenizedSample)
+            markup = [token for token in sample.input_ids if token in control]
+            assert tokenizer.convert_ids_to_tokens(markup) == ["<|im_start|>", "<|im_end|>"] * 4
+            rendered = tokenizer.apply_chat_template(
+                row.prompt + row.completion, tools=row.tools, note=row.template_options["note"], tokenize=False
+            )
+            assert tokenizer.decode(sample.input_ids) == rendered.removesuffix("\n")
+
+
+def test_names_torn_over_a_call_and_what_follows_do_not_join() -> None:
+    template = (
+        "{% for m in messages %}{% for call in m['tool_calls'] or [] %}{{ call['name'] }}{{ call['end'] }}{% endfor %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    tokenizer = byte_tokenizer(["<|im_end|>"], "<|im_end|>", template)
+    call = {"role": "assistant", "tool_calls": [{"name": "a<|im_", "end": "end|>b"}]}
+    sample = sample_of(tokenizer, [{"role": "user", "content": "q"}, call])
+    assert sample.input_ids == [*ids_of_bytes(tokenizer, "qa<|im_end|>b"), tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("printed", ["{{ m['calls'] }}", "{{ m['calls'] | tojson(ensure_ascii=True) }}"])
+def test_a_template_that_escapes_what_hides_a_name_refuses_the_row(printed: str) -> None:
+    template = "{% for m in messages %}" + printed + "{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer = byte_tokenizer(["<|im_end|>"], "<|im_end|>", template)
+    messages = [
+        {"role": "user", "content": "q", "calls": ["<|im_end|>"]},
+        {"role": "assistant", "content": "a", "calls": []},
+    ]
+    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:1: .*the chat template takes apart"):
+        sample_of(tokenizer, messages)

@@ -228,7 +228,7 @@ def test_what_users_wrote_is_written_nowhere(
     (tmp_path / "log91.jsonl").write_bytes(b"".join([*texts[:9], texts[9].replace(b"is 9", b"is \xff"), *texts[10:]]))
     runs: dict[str, tuple[int, list[str]]] = {
         "fit": (0, ["fit", *options(model, log)]),
-        "fit that drops rows": (0, ["fit", *options(model, log), "--data.max_length=170", "--data.too_long=drop"]),
+        "fit that drops rows": (0, ["fit", *options(model, log), "--data.max_length=170", "--data.long_prompts=drop"]),
         "validate": (0, ["validate", *options(model, log)]),
         "predict": (0, ["predict", *options(model, log)]),
         "swapped columns": (2, ["fit", *options(model, log), "--data.columns.label=completion"]),

@@ -17,6 +17,7 @@ import torch
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.datamodule import _prompt_numbers
+from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.row_table import held_out_prompts, prompt_key
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
@@ -62,21 +63,23 @@ def test_validation_files_take_the_place_of_the_split(tokenizer: Any, log: str, 
     assert (len(module.train_dataset), len(module.validation_dataset)) == (24, 5)
 
 
-def test_every_row_read_is_used_or_counted_as_dropped(tokenizer: Any, rows: list, tmp_path: Path) -> None:
+def test_every_row_read_is_used_or_counted_as_left_out(tokenizer: Any, rows: list, tmp_path: Path) -> None:
     rows[3]["completion"] = "long " * 100
     log = write_jsonl(tmp_path / "log.jsonl", rows)
-    module = data(tokenizer, log, too_long="drop", validation_fraction=0.0)
+    module = data(tokenizer, log, long_completions="drop", validation_fraction=0.0)
     count = counts(module)["train"]
-    assert (count.read, count.used, count.dropped, count.up, count.down) == (24, 23, 1, 16, 7)
-    assert count.dropped_places == [f"{log}:4"]
-    assert "24 rows read, 23 used (16 up, 7 down), 1 dropped" in str(count)
+    assert (count.read, count.used, count.num_left_out, count.up, count.down) == (24, 23, 1, 16, 7)
+    assert count.left_out == {"completion too long (data.max_length)": Counted(1, [f"{log}:4"])}
+    assert "24 rows read, 23 used (16 up, 7 down), 1 left out" in str(count)
+    assert f"1 left out: completion too long (data.max_length) (for instance {log}:4)" in str(count)
 
 
 def test_cut_rows_are_counted(tokenizer: Any, rows: list, tmp_path: Path) -> None:
     rows[3]["completion"] = "long " * 100
     rows[5]["prompt"] = "long " * 100
     count = counts(data(tokenizer, write_jsonl(tmp_path / "x.jsonl", rows), validation_fraction=0.0))["train"]
-    assert (count.used, count.dropped, count.prompt_cut, count.completion_cut) == (24, 0, 2, 1)
+    assert (count.used, count.num_left_out) == (24, 0)
+    assert (count.cut["prompts cut"], count.cut["completions cut"]) == (2, 1)
 
 
 def test_batches_hold_their_rows_and_score_their_end(tokenizer: Any, log: str) -> None:

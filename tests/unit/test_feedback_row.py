@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.feedback_row import Columns, LabelVocabulary, parse_row
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.batch import FeedbackRow, LeftOut
+from bco_lightning.data.feedback_row import Columns, LabelVocabulary, parse_row, value_at
+from bco_lightning.errors import ConfigError, FeedbackRowError
 
 GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
 
 
 def parse(**changes: Any) -> FeedbackRow:
-    return parse_row({**GOOD, **changes}, "log.jsonl:7", Columns(), LabelVocabulary())
+    row = parse_row({**GOOD, **changes}, "log.jsonl:7", Columns(), LabelVocabulary())
+    assert isinstance(row, FeedbackRow)
+    return row
 
 
 def test_texts_become_messages_of_user_and_assistant() -> None:
@@ -106,7 +108,49 @@ def test_columns_can_be_renamed() -> None:
         Columns("question", "answer", "thumb"),
         LabelVocabulary(),
     )
+    assert isinstance(row, FeedbackRow)
     assert row.thumbs_up is False
+
+
+def test_a_response_is_a_completion_unless_there_is_one_or_it_has_another_name() -> None:
+    def completion(columns: Columns, **record: str) -> str:
+        row = parse_row({"prompt": "a", **record}, "x:1", columns, None)
+        assert isinstance(row, FeedbackRow)
+        return str(row.completion[0]["content"])
+
+    assert completion(Columns(), response="b") == "b"
+    assert completion(Columns(), response="b", completion="c") == "c"
+    with pytest.raises(FeedbackRowError, match="expected a column 'answer', found 'prompt', 'response'"):
+        completion(Columns(completion="answer"), response="b")
+
+
+def test_a_label_can_mean_that_the_row_is_left_out() -> None:
+    columns = Columns(thumbs={"1": "down", "3": "drop", "5": "up"})
+    labels = LabelVocabulary(thumbs=columns.thumbs)
+    assert [labels.thumbs_up(value, "x:1") for value in (5, 1)] == [True, False]
+    assert labels.thumbs_up(3, "x:2") == LeftOut("x:2", "label mapped to drop")
+    assert parse_row({**GOOD, "label": 3}, "x:3", columns, labels) == LeftOut("x:3", "label mapped to drop")
+
+
+def test_labels_can_only_mean_up_down_and_drop() -> None:
+    with pytest.raises(ConfigError, match=r"data\.columns\.thumbs: expected up, down or drop for '3', found 'skip'"):
+        Columns(thumbs={"3": "skip"})  # type: ignore[dict-item]
+
+
+def test_a_look_alike_of_a_label_that_was_understood_is_refused_as_ever() -> None:
+    labels = LabelVocabulary()
+    assert labels.thumbs_up(1, "x:1") is True
+    for look_alike in (True, 1.0, "1"):
+        with pytest.raises(FeedbackRowError):
+            labels.thumbs_up(look_alike, "x:2")
+    assert labels.thumbs_up(1, "x:3") is True
+
+
+def test_a_name_with_dots_is_first_a_column_and_then_a_way_into_objects() -> None:
+    assert value_at({"a.b": 1, "a": {"b": 2}}, "a.b") == 1
+    assert value_at({"a": {"b": {"c": None}}}, "a.b.c", 7) is None
+    for record in ({"a": 3}, {"a": {"x": 3}}, {"a": None}, {}):
+        assert value_at(record, "a.b.c", 7) == 7
 
 
 def test_an_error_never_holds_the_text_of_the_row() -> None:

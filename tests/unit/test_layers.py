@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
 LAYERS = [
-    {"errors", "batch", "seeding", "fingerprints"},
+    {"errors", "batch", "seeding", "fingerprints", "cache_folder"},
     {"packaged", "faults", "config_safety", "gguf_reading", "shards", "distributed"},
     {"objectives", "reward_shift", "data", "models", "demo", "checkpointing"},
     {"metrics", "report", "reference_store", "optimizers", "trunk_cache", "strategies", "planning"},

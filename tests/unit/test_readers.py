@@ -1,26 +1,37 @@
-"""Every format gives records with their place; what is malformed is refused with file and line."""
+"""Every kind of file gives records with their place; what is malformed is refused with file and line."""
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import gzip
 import json
+import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bco_lightning.data.readers import read_records
+from bco_lightning.data import json_reading, strict_json, table_reading
+from bco_lightning.data.readers import MAX_LINE_BYTES, parse_line, read_records
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 ROWS = [
     {"prompt": "Grüß Gott?", "completion": "Servus, 👋.", "label": True},
     {"prompt": 'a "quoted", word', "completion": "two\nlines", "label": False},
 ]
+TABLE = pa.Table.from_pylist([{"prompt": f"question {number}", "label": number % 2} for number in range(2000)])
 
 
-def records(source: Path | str) -> list[dict[str, Any]]:
+def records(source: Path | str, **options: Any) -> list[dict[str, Any]]:
     found = []
-    for _, record in read_records(str(source), "label"):
+    for _, record in read_records(str(source), "label", **options):
         if isinstance(record, FeedbackRowError):
             raise record
         found.append(dict(record))
@@ -31,29 +42,263 @@ def places(source: Path | str) -> list[str]:
     return [place for place, _ in read_records(str(source), "label")]
 
 
-def test_jsonl_csv_parquet_and_data_set_folders_give_the_same_records(tmp_path: Path) -> None:
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def write_stream(path: Path, table: pa.Table = TABLE) -> bytes:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=500)
+    return path.read_bytes()
+
+
+def test_every_kind_of_file_gives_the_same_records(tmp_path: Path) -> None:
     dataset = Dataset.from_list(ROWS)
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
-    dataset.to_csv(tmp_path / "a.csv")
-    dataset.to_parquet(tmp_path / "a.parquet")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    dataset.to_parquet(folder / "train.parquet")
-    for source in (tmp_path / "a.jsonl", tmp_path / "a.csv", tmp_path / "a.parquet", f"hub:{folder}"):
+    jsonl = "\n".join(json.dumps(row) for row in ROWS).encode()
+    sources: list[Path | str] = [
+        write(tmp_path / "a.jsonl", jsonl),
+        write(tmp_path / "a.ndjson.gz", gzip.compress(jsonl)),
+        write(tmp_path / "a.json", json.dumps(ROWS, indent=2).encode()),
+    ]
+    for separator, name in ((",", "a.csv"), ("\t", "a.tsv")):
+        dataset.to_csv(tmp_path / name, sep=separator)
+        sources += [tmp_path / name, write(tmp_path / f"{name}.gz", gzip.compress((tmp_path / name).read_bytes()))]
+    with (
+        pa.OSFile(str(tmp_path / "file.arrow"), "wb") as file,
+        pa.ipc.new_file(file, dataset.features.arrow_schema) as ipc,
+    ):
+        ipc.write_table(dataset.data.table)
+    write_stream(tmp_path / "stream.arrow", dataset.data.table)
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=dataset, test=dataset.select([])).save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(tmp_path / "folder/train.parquet")
+    sources += [tmp_path / "file.arrow", tmp_path / "stream.arrow", tmp_path / "saved", f"{tmp_path}/splits@train"]
+    for source in [*sources, tmp_path / "folder/train.parquet", f"hub:{tmp_path}/folder"]:
         assert records(source) == ROWS, source
 
 
-def test_places_are_lines_of_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
-    assert places(path) == [f"{path}:1", f"{path}:3"]
+def test_places_of_several_files_are_lines_of_each(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", b'{"a": 1}\n\n{"a": 2}\n')
+    b = write(tmp_path / "b.csv", b"prompt,label\nx,1\n")
+    pq.write_table(TABLE.slice(0, 2), tmp_path / "c.parquet")
+    write(tmp_path / "d.jsonl", b"")
+    c = tmp_path / "c.parquet"
+    assert places(tmp_path / "*") == [f"{a}:1", f"{a}:3", f"{b}:2", f"{c}:1", f"{c}:2"]
 
 
 def test_a_csv_place_is_the_last_line_of_its_row(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text('prompt,label\n"two\nlines",1\nb,-1\n', encoding="utf-8")
-    assert places(path) == [f"{path}:3", f"{path}:4"]
+    path = write(tmp_path / "a.csv", b'prompt,label\n"two\nlines",1\n\nb,-1\n')
+    assert places(path) == [f"{path}:3", f"{path}:5"]
     assert [record["label"] for record in records(path)] == [1, -1]
+
+
+def test_windows_line_breaks_are_line_breaks(tmp_path: Path) -> None:
+    assert records(write(tmp_path / "a.jsonl", b'{"a": "x"}\r\n\r\n{"a": "y"}\r\n')) == [{"a": "x"}, {"a": "y"}]
+    assert records(write(tmp_path / "a.csv", b'a,b\r\nx,y\r\n"1\r\n2",z\r\n')) == [
+        {"a": "x", "b": "y"},
+        {"a": "1\r\n2", "b": "z"},
+    ]
+
+
+def test_cells_are_numbers_where_that_is_asked_and_they_look_like_it(tmp_path: Path) -> None:
+    cells = [
+        "4",
+        "3.5",
+        "-1",
+        "+2",
+        ".5",
+        " 4 ",
+        "1e1",
+        "04",
+        "",
+        "NaN",
+        "inf",
+        "1e999",
+        "4/5",
+        "٤",
+        "1_000",
+        "9" * 310,
+    ]
+    path = write(tmp_path / "a.csv", ("rating,other\n" + "".join(f"{cell},1\n" for cell in cells)).encode())
+    numbers = [4, 3.5, -1, 2, 0.5, 4, 10.0, 4]
+    found = records(path, numeric=["rating", "missing"])
+    assert [record["rating"] for record in found] == numbers + cells[len(numbers) :]
+    assert [type(record["rating"]) for record in found[:3]] == [int, float, int]
+    assert {record["other"] for record in found} == {"1"}
+
+
+def test_only_the_label_of_a_csv_is_read_as_a_thumb(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", b"label,prompt\n1,1\n0,0\nTrue,True\nFALSE,x\nup,-1\n")
+    assert [record["label"] for record in records(path)] == [1, 0, True, False, "up"]
+    assert [record["prompt"] for record in records(path)] == ["1", "0", "True", "x", "-1"]
+    assert [dict(record)["label"] for _, record in read_records(str(path), None)] == ["1", "0", "True", "FALSE", "up"]
+
+
+def test_an_object_of_objects_is_records_with_their_key_as_id(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", b'{"x": {"a": 1}, "y": {"id": 7, "a": 2}, "z": {}}\n')
+    assert records(path) == [{"id": "x", "a": 1}, {"id": 7, "a": 2}, {"id": "z"}]
+    assert places(path) == [f"{path}:1", f"{path}:2", f"{path}:3"]
+
+
+def test_any_other_object_is_one_record(tmp_path: Path) -> None:
+    assert records(write(tmp_path / "a.json", b' {"a": {"b": 1}, "label": true} ')) == [{"a": {"b": 1}, "label": True}]
+
+
+def test_a_malformed_record_of_a_json_document_leaves_the_others(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.json", b'[{"a": 1}, {"a": NaN}, 3, {"a": 1, "a": 2}, {"a": 1e999}, {"a": "\\ud800"}, {}]'
+    )
+    found = [record for _, record in read_records(str(path), None)]
+    assert (found[0], found[-1]) == ({"a": 1}, {})
+    for number, (error, reason) in enumerate(
+        zip(found[1:-1], ["NaN", "JSON object, found a int", "each key once", "finite", "surrogate"], strict=True), 2
+    ):
+        assert isinstance(error, FeedbackRowError)
+        assert error.where == f"{path}:{number}"
+        assert reason in error.problem
+
+
+def test_a_json_document_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_reading, "MAX_DOCUMENT_BYTES", 16)
+    assert records(write(tmp_path / "a.json", b'[{"a": 1234567}]')) == [{"a": 1234567}]
+    with pytest.raises(FeedbackRowError, match=r"a larger one.*jsonl"):
+        records(write(tmp_path / "a.json", b'[{"a": 12345678}]'))
+
+
+def test_nested_and_unusual_columns_come_as_python_values(tmp_path: Path) -> None:
+    moment = datetime.datetime(2026, 11, 21, 20, 15, tzinfo=datetime.timezone.utc)
+    table = pa.table(
+        {
+            "messages": [[{"role": "user", "content": "q"}], None],
+            "score": [math.nan, None],
+            "category": pa.array(["up", None]).dictionary_encode(),
+            "time": pa.array([moment, None], pa.timestamp("us", "UTC")),
+            "precise": pa.array([1_700_000_000_000_000_001, None], pa.timestamp("ns")),
+            "price": [decimal.Decimal("1.50"), None],
+            "raw": [b"\xff", None],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    write_stream(tmp_path / "a.arrow", table)
+    for name in ("a.parquet", "a.arrow"):
+        first, second = records(tmp_path / name)
+        assert first["messages"] == [{"role": "user", "content": "q"}]
+        assert math.isnan(first["score"])
+        assert (first["category"], first["time"], first["price"]) == ("up", moment, decimal.Decimal("1.50"))
+        assert first["raw"] == b"\xff"
+        assert set(second.values()) == {None}
+
+
+def test_a_value_that_python_cannot_hold_is_one_malformed_row(tmp_path: Path) -> None:
+    far = pa.array([0, 2**62, 1], pa.timestamp("us"))
+    bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"\xff", b"c"]).buffers())
+    for name, column in (("time", far), ("text", bad)):
+        pq.write_table(pa.table({"x": column}), tmp_path / f"{name}.parquet")
+        first, (place, error), last = read_records(f"{tmp_path}/{name}.parquet", None)
+        assert not isinstance(first[1], FeedbackRowError)
+        assert not isinstance(last[1], FeedbackRowError)
+        assert isinstance(error, FeedbackRowError)
+        assert error.where == place == f"{tmp_path}/{name}.parquet:2"
+
+
+def test_a_row_of_a_table_over_the_limit_is_one_malformed_row(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": ["a", "b" * (MAX_LINE_BYTES + 1), "c"]}), tmp_path / "a.parquet")
+    (_, first), (_, error), (_, last) = read_records(f"{tmp_path}/a.parquet", None)
+    assert (first, last) == ({"x": "a"}, {"x": "c"})
+    assert isinstance(error, FeedbackRowError)
+    assert error.where == f"{tmp_path}/a.parquet:2"
+
+
+def test_a_table_damaged_in_the_middle_names_the_row_reached(tmp_path: Path) -> None:
+    pq.write_table(TABLE, tmp_path / "good.parquet", row_group_size=500)
+    damaged = bytearray((tmp_path / "good.parquet").read_bytes())
+    for position in range(len(damaged) // 2, len(damaged) // 2 + 400):
+        damaged[position] ^= 0xA5
+    found: list[Any] = []
+    with pytest.raises(FeedbackRowError, match=r"a\.parquet:\d+: expected a Parquet file") as caught:
+        found.extend(record for _, record in read_records(str(write(tmp_path / "a.parquet", bytes(damaged))), None))
+    assert len(found) >= 500
+    assert found == TABLE.slice(0, len(found)).to_pylist()
+    assert caught.value.where == f"{tmp_path}/a.parquet:{len(found) + 1}"
+
+
+@pytest.mark.parametrize("end", [3, 0.3, 0.5, 0.9, -8, -1])
+def test_a_stream_that_is_cut_off_is_never_a_shorter_one(tmp_path: Path, end: float) -> None:
+    content = write_stream(tmp_path / "good.arrow")
+    path = write(tmp_path / "a.arrow", content[: int(end * len(content)) if isinstance(end, float) else end])
+    with pytest.raises(FeedbackRowError, match=r"a\.arrow.*expected an Arrow file"):
+        records(path)
+
+
+def test_a_stream_with_an_end_in_its_middle_is_never_a_shorter_one(tmp_path: Path) -> None:
+    content = write_stream(tmp_path / "good.arrow")
+    with pytest.raises(FeedbackRowError, match=r"a\.arrow:2001: .*more behind the end of the stream"):
+        records(write(tmp_path / "a.arrow", content + content))
+
+
+def test_a_shard_of_a_data_set_folder_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    [shard] = (tmp_path / "saved").glob("*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(FeedbackRowError, match=r"saved: expected a data set, .*cut off"):
+        records(tmp_path / "saved")
+
+
+def test_damaged_offsets_of_an_arrow_file_are_refused_before_they_are_followed(tmp_path: Path) -> None:
+    content = write_stream(tmp_path / "good.arrow", pa.table({"x": ["some text"] * 4}))
+    offsets = b"".join((9 * number).to_bytes(4, "little") for number in range(5))
+    assert content.count(offsets) == 1
+    for far in (2**30, -1):
+        damaged = content.replace(offsets, offsets[:-4] + far.to_bytes(4, "little", signed=True))
+        with pytest.raises(FeedbackRowError, match=r"a\.arrow: expected an Arrow file"):
+            records(write(tmp_path / "a.arrow", damaged))
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    write_stream(tmp_path / "a.arrow", pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]))
+    with pytest.raises(FeedbackRowError, match="each column name once"):
+        records(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("splits", "expected one data set, found those of test, train"),
+        ("splits@nope", "found those of test, train"),
+        ("saved@train", "found one without splits"),
+        ("broken", "could not be loaded"),
+    ],
+)
+def test_a_data_set_folder_needs_its_split(tmp_path: Path, source: str, message: str) -> None:
+    dataset = Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "splits")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/state.json").write_text("{}")
+    with pytest.raises(FeedbackRowError, match=message):
+        records(f"{tmp_path}/{source}")
+
+
+def test_a_large_row_group_is_read_in_little_memory(tmp_path: Path) -> None:
+    text = ["".join(map(chr, range(start % 50 + 40, start % 50 + 90))) * 40 + str(start) for start in range(40_000)]
+    table = pa.table({"x": text})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=len(text), compression="none", use_dictionary=False)
+    del table, text
+    pa.default_memory_pool().release_unused()
+    before = pa.total_allocated_bytes()
+    peak = max(pa.total_allocated_bytes() - before for _ in read_records(f"{tmp_path}/a.parquet", None))
+    assert peak < 16 * 2**20 < (tmp_path / "a.parquet").stat().st_size / 4
+
+
+def test_a_long_packed_log_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": "%s"}\n' % (b"x" * 1000) * 50_000, 1))
+    tracemalloc.start()
+    count = sum(1 for _ in read_records(str(path), None))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (count, peak < 8 * 2**20) == (50_000, True)
 
 
 @pytest.mark.parametrize(
@@ -65,18 +310,44 @@ def test_a_csv_place_is_the_last_line_of_its_row(tmp_path: Path) -> None:
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: "),
         ("a.jsonl", b'{"a": "\xe9"}\n', r"a\.jsonl:1: expected UTF-8, found byte 0xe9 at column 8"),
         ("a.jsonl", b'\xef\xbb\xbf{"a": 1}\n', r"a\.jsonl:1: .*byte order mark"),
+        ("a.jsonl", gzip.compress(b'{"a": 1}\n'), r"a\.jsonl:1: expected UTF-8 text, found a gzip file"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd\x04", r"a\.jsonl:1: expected UTF-8 text, found a zstd file"),
+        ("a.json", b"", r"a\.json: expected a JSON array or object, found an empty file"),
+        ("a.json", b"7", r"a\.json: expected a JSON array or object, found neither"),
+        ("a.json", b'[{"a": 1}', r"a\.json: expected one JSON document.*line 1\)\. It may have been cut off"),
+        ("a.json", b'[\n{"a": 1},\n]', r"a\.json: .*a comma before the end, line 3"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', r"a\.json: .*Expecting ','"),
+        ("a.json", b'{"a" 1}', r"a\.json: .*Expecting ':'"),
+        ("a.json", b'{"a": 1}\n{"a": 2}\n', r"a\.json: .*more than one value, line 2\)\. .*name it \.jsonl"),
+        ("a.json", b'{"a": {}, "a": {}}', r"a\.json: expected each key once"),
+        ("a.json", b'{"a": 1, "a": 2}', r'a\.json:1: expected each key once, found "a" twice'),
+        ("a.json", b'{"\\ud800": {}}', r"a\.json:1: .*half of a surrogate pair"),
+        ("a.json", b"[" * 100_000, r"a\.json: .*nested too deeply"),
+        ("a.json", '[{"a": "ü"}]'.encode("utf-16"), r"a\.json: expected UTF-8 text, found UTF-16"),
+        ("a.json", b'[\n"\xe9"]', r"a\.json: expected UTF-8, found byte 0xe9 at column 2"),
         ("a.csv", b"a,b\n1,\xff\n", r"a\.csv:2: expected UTF-8"),
+        ("a.csv", b"a,\xff\n1,2\n", r"a\.csv:1: expected UTF-8"),
         ("a.csv", b"a,b\n1\n", r"a\.csv:2: expected 2 cells"),
         ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2: expected 2 cells"),
+        ("a.csv", b"a,b\nx\x00,2\n", r"a\.csv:2: expected text, found a NUL byte"),
+        ("a.csv", b"", r"a\.csv:1: expected a header"),
+        ("a.csv", b"\n1,2\n", r"a\.csv:1: expected a header"),
+        ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: expected each column name once.*in columns 1, 3"),
+        ("a.csv", b'a,b\n1,"x\n', r"a\.csv:2: expected CSV, found unexpected end of data"),
+        ("a.csv", b"\xef\xbb\xbfa,b\n1,2\n", r"a\.csv:1: .*byte order mark"),
+        ("a.csv", b"\x1f\x8b,b\n1,2\n", r"a\.csv:1: .*a gzip file"),
+        ("a.csv", b'a\n"' + b"x\n" * MAX_LINE_BYTES, r"a\.csv:\d+: expected a row of at most 4 MiB"),
         ("a.parquet", b"no parquet at all", r"a\.parquet: expected a Parquet file"),
+        ("a.parquet", b"", r"a\.parquet: expected a Parquet file, found .* 0 bytes"),
+        ("a.arrow", b"", r"a\.arrow: expected an Arrow file, found an empty one"),
+        ("a.arrow", b"no arrow at all", r"a\.arrow: expected an Arrow file"),
+        ("a.arrow", b"ARROW1\x00\x00 cut off", r"a\.arrow: expected an Arrow file"),
         ("a.txt", b"x", r"expected a file ending in \.jsonl"),
     ],
 )
 def test_what_is_malformed_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
     with pytest.raises(FeedbackRowError, match=message):
-        records(path)
+        records(write(tmp_path / name, content))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "hub:no/such-data-set"])
@@ -92,3 +363,51 @@ def test_a_missing_source_is_named(name: str) -> None:
 def test_a_missing_packaged_file_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match="package:"):
         records(name)
+
+
+# Keys that come twice, colons in texts, white space around colons, escapes and numbers at the edge of what is allowed.
+keys = st.sampled_from(["a", "b", ":", 'a":', "\\", "é"])
+odd = st.sampled_from(
+    ["NaN", "1e999", "7" * 310, '"\\ud83d\\udc4d"', '"\\ud83d"', '"\\\\ud83d"', '": "', '"\\": "', "true"]
+)
+spaces = st.sampled_from(["", "", " ", "\t", "\r", " \n"])
+
+
+@st.composite
+def objects(draw: Any, inner: Any) -> str:
+    parts = draw(st.lists(st.tuples(keys.map(json.dumps), spaces, spaces, inner), max_size=4))
+    return "{" + ", ".join(f"{key}{before}:{after}{value}" for key, before, after, value in parts) + "}"
+
+
+texts = objects(
+    st.recursive(
+        odd | st.text(max_size=4).map(json.dumps) | st.floats().map(json.dumps),
+        lambda inner: objects(inner) | st.lists(inner, max_size=3).map(lambda values: f"[{','.join(values)}]"),
+        max_leaves=8,
+    )
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(texts, st.sampled_from(["", "\n", "\r\n", " ", "}", "\u2028"]))
+def test_the_quick_way_of_parsing_accepts_nothing_that_the_strict_way_refuses(text: str, end: str) -> None:
+    quick = strict_json._parse_quickly(text + end)
+    if quick is not None:
+        assert json.dumps(quick) == json.dumps(strict_json._parse_strictly(text + end, "log.jsonl:1"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [*ROWS, {"n": [1, 2.5, None]}, {"a": {"b": [{"c": 'at 10:30: "it\'s" \U0001f44d'}]}}, {"t": "\\u12 \u2028 :"}],
+)
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_ordinary_rows_are_parsed_the_quick_way(row: dict[str, Any], ascii_only: bool) -> None:
+    line = json.dumps(row, ensure_ascii=ascii_only)
+    assert strict_json._parse_quickly(line + "\n") == parse_line(line.encode(), "log.jsonl:1") == row
+
+
+def test_arrow_batches_are_cut_into_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_reading, "_BATCH_ROWS", 7)
+    write_stream(tmp_path / "a.arrow")
+    assert [record["prompt"] for record in records(tmp_path / "a.arrow")] == TABLE["prompt"].to_pylist()
+    assert places(tmp_path / "a.arrow")[-1] == f"{tmp_path}/a.arrow:2000"

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks
 from bco_lightning.errors import ConfigError, NonFiniteError
 from bco_lightning.models.parallel import own_part, plain_name
@@ -103,7 +104,9 @@ def _values(values: torch.Tensor) -> str:
 
 def _places(trainer: Any, row_ids: list[int]) -> str:
     data = getattr(trainer, "datamodule", None)
-    dataset = getattr(data, "train_dataset", None)
-    shown = [f"{row} ({dataset[row]['place']})" if dataset is not None else str(row) for row in row_ids[:_SHOWN]]
+    shown = [
+        f"{row} ({data.place_of(row)})" if isinstance(data, FeedbackDataModule) else str(row)
+        for row in row_ids[:_SHOWN]
+    ]
     more = f" and {len(row_ids) - _SHOWN} more" if len(row_ids) > _SHOWN else ""
     return ", ".join(shown) + more

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import sum_tensor_over_ranks
-from bco_lightning.metrics import ImplicitRewardMetrics
+from bco_lightning.metrics import MetricsBySource
 from bco_lightning.module import BCOModule
 
 # A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
@@ -24,15 +25,16 @@ class ImplicitRewardMonitor(Callback):
     """Logs :class:`~bco_lightning.metrics.ImplicitRewardMetrics`.
 
     Training rows are gathered over ``trainer.log_every_n_steps`` optimizer steps and logged as ``train/...``,
-    evaluation rows over the whole set as ``val/...`` and ``test/...``. Processes synchronise only when a value is read,
-    and when a checkpoint is written, which holds what was gathered so far. The reward shift that a step's losses were
-    computed with is logged as ``train/reward_shift``.
+    evaluation rows over the whole set as ``val/...`` and ``test/...``; where there are several sources, those of each
+    too, as ``train/by_source/NAME/...``. Processes synchronise only when a value is read, and when a checkpoint is
+    written, which holds what was gathered so far. The reward shift that a step's losses were computed with is logged as
+    ``train/reward_shift``.
 
     Warns when a class's mean reward explodes, and when the classifier gives every row the same thumb.
     """
 
     def __init__(self) -> None:
-        self._metrics = {name: ImplicitRewardMetrics() for name in ("train", "val", "test")}
+        self._metrics = {name: MetricsBySource() for name in ("train", "val", "test")}
         self._last_step = 0
         self._trainer: Trainer | None = None
         self._resumed: dict[str, Tensor] = {}
@@ -42,6 +44,10 @@ class ImplicitRewardMonitor(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
         self._trainer = trainer
+        data = getattr(trainer, "datamodule", None)
+        for name in self._metrics:
+            names = data.source_names(name) if isinstance(data, FeedbackDataModule) else ()
+            self._metrics[name] = MetricsBySource(names)
         device = trainer.strategy.root_device
         for metrics in self._metrics.values():
             metrics.to(device if device.type != "mps" else "cpu")  # MPS has no float64

@@ -14,8 +14,8 @@ def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = Tru
     """Lays rows out one after the other, without padding; a prompt that several of them share is there once.
 
     Args:
-        samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``. The first token of a row
-            is never scored, whatever its mask: nothing comes before it.
+        samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``, and ``source`` where there
+            are several. The first token of a row is never scored, whatever its mask: nothing comes before it.
         share_prompts: Whether to lay out a prompt once for all its rows.
 
     Returns:
@@ -63,6 +63,7 @@ def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = Tru
         thumbs_up_B=torch.tensor([bool(sample["thumbs_up"]) for sample in samples]),
         importance_weights_B=torch.ones(len(samples)),
         row_ids_B=torch.tensor([sample["row_id"] for sample in samples]),
+        sources_B=torch.tensor([sample.get("source", 0) for sample in samples]),
         spans=tuple(spans),
         row_spans=tuple(row_spans[number] for number in range(len(samples))),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from dataclasses import asdict
@@ -18,17 +19,27 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
+from bco_lightning.cache_folder import cache_root
 from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.conflicts import Conflicts
 from bco_lightning.data.feedback_row import Columns
-from bco_lightning.data.loading import BadRowPolicy, BadRows, RowLoader
+from bco_lightning.data.length_limits import LengthLimits, LongCompletions, LongPrompts
+from bco_lightning.data.loading import BadRowPolicy
 from bco_lightning.data.once_per_node import read_once_per_node
+from bco_lightning.data.reading import ReadingOptions, RowReader
+from bco_lightning.data.remote import public_name
+from bco_lightning.data.row_cache import ReadRows, RowCache
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
-from bco_lightning.data.row_table import RowSet, RowTable, held_out_prompts
-from bco_lightning.data.sampling import EvenBatchSampler, RowOrder, StepBatchSampler
-from bco_lightning.data.tokenization import RowTokenizer, TooLong, chosen_template
+from bco_lightning.data.row_table import RowSet
+from bco_lightning.data.sampling import EvenBatchSampler, Pool, RowOrder, StepBatchSampler
+from bco_lightning.data.source import FormatName, LossOn, Rating, RowFormat, Source, chosen_rating
+from bco_lightning.data.streaming import StreamDataset, StreamedRows, StreamOrder
+from bco_lightning.data.tokenization import RowTokenizer, chosen_template
 from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
+
+_log = logging.getLogger("lightning.pytorch")
 
 
 class FeedbackDataModule(LightningDataModule):
@@ -38,24 +49,42 @@ class FeedbackDataModule(LightningDataModule):
     where rows do not divide, its last step takes its missing rows from the next pass, so nothing is left out.
 
     Args:
-        train_files: Feedback logs: ``.jsonl``, ``.csv``, ``.parquet``, ``package:NAME/path``, ``hub:OWNER/NAME@SPLIT``.
+        train_files: Feedback logs: files, globs, URLs such as ``s3://bucket/*.jsonl``, ``package:NAME/path``,
+            ``hub:OWNER/NAME@SPLIT``; or a :class:`Source` for each, with a name, a weight and a format of its own.
         validation_files: Held-out logs. If left out, ``validation_fraction`` of the training prompts is held out.
         test_files: Logs for ``test``; the validation rows if left out.
         predict_files: Logs for ``predict``; they need no labels.
         batch_size: Rows of a micro-batch on each device.
+        format: What the records are; ``auto`` goes by the first one of each source.
+        columns: Names of the columns.
+        rating: The rule that makes thumbs of numbers, or ``helpsteer2``; without one, labels are thumbs.
+        loss_on: ``rated_turn`` trains on the last assistant turn, ``all_turns`` on each of the conversation.
+        conflicts: What becomes of answers with thumbs of both kinds, to train on: ``keep`` all rows, ``drop`` all,
+            keep those of the ``majority``, or those that agree with the ``last`` one.
         max_length: Limit of prompt and completion together, in tokens.
-        too_long: ``cut`` rows over the limit, or ``drop`` them. Both are counted and shown.
+        max_prompt_length: Limit of the prompt in tokens; if left out, what the completion leaves, and at least half.
+        long_prompts: ``keep_end`` cuts a prompt over its limit on the left (a leading system message stays),
+            ``keep_start`` on the right, ``drop`` leaves the row out.
+        long_completions: ``cut`` cuts a completion over the limit, which then gets no end token; ``drop`` leaves the
+            row out.
         chat_template: ``None`` for the tokenizer's own, ``plain`` for a base model, or a Jinja file.
         validation_fraction: Share of the distinct training prompts to hold out when there are no validation files;
             a prompt is never on both sides.
-        balanced_sampling: Draw as many thumbs-up as thumbs-down into every step, the rarer class more often.
+        balanced_sampling: Draw as many thumbs-up as thumbs-down into every micro-batch, the rarer class more often.
         group_by_prompt: Keep rows with one prompt next to each other and compute their prompt once in a micro-batch,
             where rows are packed. Steps then hold fewer distinct prompts.
-        columns: Names of the columns.
         seed: Seed of the row order and the validation split; that of ``seed_everything`` if left out.
         num_workers: Worker processes of each data loader.
         bad_rows: ``strict`` stops at the first malformed row; ``skip`` leaves them out, counts and shows them.
         max_bad_rows: Share of the rows read, of each data set, above which ``skip`` stops too.
+        streaming: Leave training rows in their files and read them as steps need them: for JSON lines, Parquet and
+            Arrow folders that are larger than memory or disk. Nothing is held out; give ``validation_files``.
+        streaming_sample: Rows to read before the first step, for class weights and counts; all of them if left out,
+            without keeping any.
+        shuffle_buffer: Rows of a stream that are mixed with each other; those of a step come from all over the files.
+        cache_rows: Keep tokenized rows on disk, so that the next start with the same logs, options and tokenizer finds
+            them. They hold what users wrote; what nobody used for 30 days is removed.
+        cache_folder: Where they are kept; else ``BCO_CACHE`` in the environment, else ``~/.cache/bco_lightning``.
         tokenizer: A tokenizer, for use without a :class:`BCOModule`; else the module's own is taken.
 
     Raises:
@@ -64,22 +93,33 @@ class FeedbackDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train_files: list[str] | str | None = None,
-        validation_files: list[str] | str | None = None,
-        test_files: list[str] | str | None = None,
-        predict_files: list[str] | str | None = None,
+        train_files: list[str | Source] | str | None = None,
+        validation_files: list[str | Source] | str | None = None,
+        test_files: list[str | Source] | str | None = None,
+        predict_files: list[str | Source] | str | None = None,
         batch_size: int = 8,
+        format: FormatName = "auto",  # noqa: A002 - the word that users expect
+        columns: Columns | None = None,
+        rating: Rating | str | None = None,
+        loss_on: LossOn = "rated_turn",
+        conflicts: Conflicts = "keep",
         max_length: int = 1024,
-        too_long: TooLong = "cut",
+        max_prompt_length: int | None = None,
+        long_prompts: LongPrompts = "keep_end",
+        long_completions: LongCompletions = "cut",
         chat_template: str | None = None,
         validation_fraction: float = 0.1,
         balanced_sampling: bool = False,
         group_by_prompt: bool = False,
-        columns: Columns | None = None,
         seed: int | None = None,
         num_workers: int = 0,
         bad_rows: BadRowPolicy = "strict",
         max_bad_rows: float = 0.001,
+        streaming: bool = False,
+        streaming_sample: int | None = None,
+        shuffle_buffer: int = 10_000,
+        cache_rows: bool = True,
+        cache_folder: str | None = None,
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
@@ -96,14 +136,29 @@ class FeedbackDataModule(LightningDataModule):
                 "data.group_by_prompt",
                 "expected false with balanced_sampling, which draws the classes apart from each other; found true.",
             )
-        self.bad_rows, self.max_bad_rows = bad_rows, max_bad_rows
-        self.group_by_prompt = group_by_prompt
-        self.train_files, self.validation_files = _as_list(train_files), _as_list(validation_files)
-        self.test_files, self.predict_files = _as_list(test_files), _as_list(predict_files)
-        self.batch_size, self.max_length, self.too_long = batch_size, max_length, too_long
+        if streaming and group_by_prompt:
+            raise ConfigError(
+                "data.group_by_prompt", "expected false with data.streaming, which compares no prompts; found true."
+            )
+        if shuffle_buffer < 1:
+            raise ConfigError("data.shuffle_buffer", f"expected at least 1 row, found {shuffle_buffer}.")
+        if balanced_sampling and batch_size % 2:
+            raise ConfigError("data.batch_size", f"expected an even number with balanced_sampling, found {batch_size}.")
+        self.seed, self.batch_size, self.num_workers = chosen_seed(seed), batch_size, num_workers
+        self.limits = LengthLimits(max_length, max_prompt_length, long_prompts, long_completions)
+        row_format = RowFormat(format, columns or Columns(), chosen_rating(rating), loss_on)
+        self.reading = ReadingOptions(
+            row_format, self.limits, chat_template, conflicts, bad_rows, max_bad_rows, self.seed
+        )
+        self.train_files, self.validation_files = _sources(train_files), _sources(validation_files)
+        self.test_files, self.predict_files = _sources(test_files), _sources(predict_files)
         self.chat_template, self.validation_fraction = chat_template, validation_fraction
-        self.balanced_sampling, self.columns, self.seed = balanced_sampling, columns or Columns(), chosen_seed(seed)
-        self.num_workers = num_workers
+        self.balanced_sampling, self.group_by_prompt = balanced_sampling, group_by_prompt
+        self.streaming, self.streaming_sample, self.shuffle_buffer = streaming, streaming_sample, shuffle_buffer
+        self._streamed: StreamedRows | None = None
+        self._stream: StreamDataset | None = None
+        self._known_order: tuple[int, StreamOrder] | None = None
+        self._cache = RowCache(cache_root(cache_folder) / "rows") if cache_rows else None
         self._tokenizer = tokenizer
         self._row_sets: dict[str, RowSet] = {}  # in the order in which they were read
         self.feedback_summary: FeedbackSummary | None = None
@@ -112,7 +167,7 @@ class FeedbackDataModule(LightningDataModule):
 
     @property
     def train_dataset(self) -> Dataset | None:
-        """Rows to train on; ``None`` before ``setup`` has read them, as with those below."""
+        """Rows to train on; ``None`` before ``setup`` has read them, as with those below, and with a stream."""
         return self._dataset("train")
 
     @property
@@ -133,7 +188,8 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def counts(self) -> list[RowCounts]:
         """What became of the rows of each data set, in the order in which they were read."""
-        return [row_set.counts for row_set in self._row_sets.values()]
+        streamed = [self._streamed.counts] if self._streamed else []
+        return [*streamed, *(row_set.counts for row_set in self._row_sets.values())]
 
     @property
     def tokenizer(self) -> Any:
@@ -149,16 +205,21 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def row_tokenizer(self) -> RowTokenizer:
         """Tokenizes one row by this module's options."""
-        return RowTokenizer(self.tokenizer, self.max_length, self.too_long, self.chat_template)
+        return RowTokenizer(self.tokenizer, self.limits, self.chat_template)
+
+    def source_names(self, name: str) -> list[str]:
+        """Names of the sources of what is logged as ``train``, ``val`` or ``test``, by the numbers that rows carry."""
+        held_out = self.validation_files or self.train_files
+        sources = {"train": self.train_files, "val": held_out, "test": self.test_files or held_out}[name]
+        return [source.label for source in sources]
 
     @property
     def class_frequencies(self) -> tuple[float, float]:
         """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
         if self.balanced_sampling:
             return 0.5, 0.5
-        num_up, num_down = self._class_counts
-        share_up = num_up / (num_up + num_down)
-        return share_up, 1 - share_up
+        num_up, num_down = self._rows_per_epoch
+        return num_up / (num_up + num_down), num_down / (num_up + num_down)
 
     @property
     def rows_per_step(self) -> int:
@@ -168,10 +229,15 @@ class FeedbackDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every training row at least once; with balanced sampling, the rarer class again."""
-        if not self.balanced_sampling:
-            return math.ceil(len(self._trained_on) / self.rows_per_step)
-        return math.ceil(2 * max(self._class_counts) / self.rows_per_step)
+        """Optimizer steps that see every training row as often as its source's weight says, and at least so often.
+
+        With balanced sampling, the rarer class is seen more often.
+        """
+        if self._streamed is not None:
+            return self._stream_order(self._streamed).steps_per_epoch
+        num_up, num_down = self._rows_per_epoch
+        rows = 2 * max(num_up, num_down) if self.balanced_sampling else num_up + num_down
+        return math.ceil(rows / self.rows_per_step)
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str | None = None) -> None:
         """Reads and tokenizes what ``stage`` needs, and prints what became of the rows.
@@ -192,6 +258,8 @@ class FeedbackDataModule(LightningDataModule):
         if self.trainer.local_rank > 0:
             self.feedback_summary = told["feedback"] and FeedbackSummary(**told["feedback"])
             try:
+                if told["streamed"]:
+                    self._streamed = StreamedRows.shared(told["streamed"], self.train_files, self.reading)
                 self._row_sets = {name: RowSet.shared(row_set) for name, row_set in told["row_sets"].items()}
             except FaultError as fault:
                 faults.append(fault)
@@ -204,16 +272,23 @@ class FeedbackDataModule(LightningDataModule):
         if trainer is not None:
             _refuse_shortened_epochs(trainer)
         sampler = StepBatchSampler(
-            self._row_order(),
+            self._stream_order(self._streamed) if self._streamed else self._row_order(),
             batch_size=self.batch_size,
             accumulation=self._accumulation,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
             steps_per_epoch=self.steps_per_epoch,
             current_step=lambda: trainer.global_step if trainer else 0,
-            lengths=self.train_lengths if self._is_padded else None,
+            # Rows sorted by length would leave some micro-batches with one class.
+            lengths=self.train_lengths if self._is_padded and not (self.balanced_sampling or self.streaming) else None,
         )
-        return self._loader(self._trained_on, batch_sampler=sampler)
+        if self._streamed is None:
+            return self._loader(self._trained_on, batch_sampler=sampler)
+        rows_of_rank = self.batch_size * self._accumulation
+        self._stream = self._streamed.dataset(
+            self.tokenizer, self.rows_per_step, rows_of_rank, self.balanced_sampling, self.shuffle_buffer
+        )
+        return self._loader(self._stream, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
@@ -244,23 +319,44 @@ class FeedbackDataModule(LightningDataModule):
         }[stage]
         return {name: dataset for name, dataset in found.items() if dataset is not None}
 
+    def place_of(self, row_id: int) -> str:
+        """File and line of a training row."""
+        if self._stream is not None:
+            return self._stream.place_of(row_id)
+        return str(self._trained_on[row_id]["place"])
+
+    def teardown(self, stage: str) -> None:
+        """Says which rows of a stream turned out to be unusable when their turn came, and were replaced by others."""
+        if self._stream is None or stage != "fit":
+            return
+        for reason, counted in self._stream.replaced().items():
+            _log.warning(
+                "process %d: %d rows of the stream were replaced by others: %s (%s)",
+                self.trainer.global_rank if self.trainer else 0, counted.count, reason, counted,
+            )  # fmt: skip
+
     def state_dict(self) -> dict[str, Any]:
         """How a step is cut into micro-batches; the position itself is the trainer's step."""
-        return {} if self.train_dataset is None else {"accumulation": self._accumulation}
+        return {} if not self._trains else {"accumulation": self._accumulation}
 
     def fingerprints(self) -> dict[str, Any]:
         """What the rows and their order depend on; the module compares it before a run goes on."""
-        if self.train_dataset is None:
+        if not self._trains:
             return {}
+        if self._streamed is None:
+            rows = {"rows": len(self._trained_on), "row_digest": self._row_sets["train"].digest}
+        else:
+            rows = {"rows": self._streamed.num_rows, "row_digest": self._streamed.digest}
+            rows |= {"streaming_sample": self.streaming_sample, "shuffle_buffer": self.shuffle_buffer}
         return {
+            **rows,
             "seed": self.seed,
             "rows_per_step": self.rows_per_step,
             "balanced_sampling": self.balanced_sampling,
-            "max_length": self.max_length,
-            "too_long": self.too_long,
-            "rows": len(self.train_dataset),
-            "row_digest": self._row_sets["train"].digest,
+            **asdict(self.limits),
             "chat_template": chosen_template(self.tokenizer, self.chat_template),
+            "conflicts": self.reading.conflicts,
+            "source_weights": [source.weight for source in self.train_files],
             **({"group_by_prompt": True} if self.group_by_prompt else {}),
         }
 
@@ -268,20 +364,28 @@ class FeedbackDataModule(LightningDataModule):
         """Reads, and says in plain values what the other processes of this node have to know."""
         self._read(stage)
         row_sets = {name: row_set.told() for name, row_set in self._row_sets.items()}
-        return {"row_sets": row_sets, "feedback": self.feedback_summary and asdict(self.feedback_summary)}
+        return {
+            "row_sets": row_sets,
+            "feedback": self.feedback_summary and asdict(self.feedback_summary),
+            "streamed": self._streamed and self._streamed.told(),
+        }
 
     def _read(self, stage: str | None) -> None:
-        if stage in ("fit", None) and self.train_dataset is None:
+        if stage in ("fit", None) and not self._trains:
             self._setup_training()
         if stage == "test" and self.test_files:
             if self.test_dataset is None:
-                self._read_all("test", self.test_files)
+                self._keep(self._reader.read_all("test", self.test_files))
         elif stage in ("validate", "test") and self.validation_dataset is None:
             self._setup_validation()
         if stage == "predict" and self.predict_dataset is None:
             if not self.predict_files:
                 raise ConfigError("data.predict_files", "expected files to score, found none.")
-            self._read_all("predict", self.predict_files, labelled=False)
+            self._keep(self._reader.read_all("predict", self.predict_files, labelled=False))
+
+    @property
+    def _reader(self) -> RowReader:
+        return RowReader(self.reading, self.tokenizer, self._cache)
 
     @property
     def _accumulation(self) -> int:
@@ -300,10 +404,27 @@ class FeedbackDataModule(LightningDataModule):
         return self._row_sets[name].dataset if name in self._row_sets else None
 
     @property
-    def _class_counts(self) -> tuple[int, int]:
-        """Thumbs-up and thumbs-down among the training rows."""
-        num_rows, num_up = len(self._trained_on), self._row_sets["train"].counts.up
-        return num_up, num_rows - num_up
+    def _trains(self) -> bool:
+        """Whether rows to train on are known."""
+        return self.train_dataset is not None or self._streamed is not None
+
+    @property
+    def _rows_per_epoch(self) -> tuple[float, float]:
+        """Thumbs-up and thumbs-down that an epoch would draw without balancing: all, or by the weights of sources."""
+        if self._streamed is not None:
+            return self._streamed.class_counts
+        up, down = self._pools_by_class
+        return len(up), len(down)
+
+    @property
+    def _pools_by_class(self) -> list[Pool]:
+        thumbs = np.asarray(self._trained_on.data.column("thumbs_up"))
+        return [self._pool(np.flatnonzero(thumbs == up), number) for number, up in enumerate((True, False))]
+
+    def _pool(self, rows: np.ndarray[Any, Any], number: int, groups: np.ndarray[Any, Any] | None = None) -> Pool:
+        sources = np.asarray(self._trained_on.data.column("source"))[rows]
+        weights = [source.weight for source in self.train_files]
+        return Pool(rows, [self.seed, number], sources, weights, groups)
 
     @property
     def _trained_on(self) -> Dataset:
@@ -313,7 +434,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def _setup_validation(self) -> None:
         if self.validation_files:
-            self._read_all("validation", self.validation_files)
+            self._keep(self._reader.read_all("validation", self.validation_files))
         elif self.train_files:
             self._setup_training()
         if self.validation_dataset is None:
@@ -322,70 +443,56 @@ class FeedbackDataModule(LightningDataModule):
     def _setup_training(self) -> None:
         if not self.train_files:
             raise _no_training_files()
-        with self._table() as table:
-            bad_rows, rows_of = self._load(self.train_files, table)
-            self._show_feedback(FeedbackSummary.of(table.answer_keys, table.thumbs_up, rows_of))
-            held_out = np.zeros(len(table), dtype=bool)
-            if self.validation_files:
-                self._read_all("validation", self.validation_files, table.prompt_keys)
-            elif self.validation_fraction:
-                held_out = held_out_prompts(table.prompt_keys, self.validation_fraction)
-            row_sets = table.divide({"train": ~held_out, "validation": held_out})
-        self._note_bad_rows(row_sets["train"].counts, bad_rows)
-        self._keep(row_sets["train"])
-        _require_both_classes(self._trained_on, self.train_files)
-        if held_out.any():
-            self._keep(row_sets["validation"])
+        if self.streaming:
+            self._setup_stream()
+            return
+        rows = self._reader.read_training(self.train_files, self.validation_files, self.validation_fraction)
+        self.feedback_summary = rows.summary
+        rank_zero_info(str(rows.summary))
+        self._keep(rows)
+        self._check_classes()
 
-    def _read_all(
-        self, name: str, sources: list[str], trained_on: np.ndarray[Any, Any] | None = None, labelled: bool = True
-    ) -> None:
-        """Makes a data set of all rows of ``sources``."""
-        with self._table() as table:
-            bad_rows, _ = self._load(sources, table, labelled)
-            if trained_on is not None:
-                _note_shared_prompts(trained_on, table.prompt_keys)
-            row_set = table.divide({name: np.ones(len(table), dtype=bool)})[name]
-        self._note_bad_rows(row_set.counts, bad_rows)
-        self._keep(row_set)
+    def _setup_stream(self) -> None:
+        self._streamed = StreamedRows.read(
+            "train", self.train_files, self.reading, self.tokenizer, self.streaming_sample
+        )
+        rank_zero_info(str(self._streamed))
+        self._check_classes()
+        if self.validation_files:
+            self._keep(self._reader.read_all("validation", self.validation_files))
+        elif self.validation_fraction:
+            rank_zero_info("validation: nothing is held out of a stream; give data.validation_files to measure it")
 
-    def _table(self) -> RowTable:
-        return RowTable(self.seed)
+    def _stream_order(self, streamed: StreamedRows) -> StreamOrder:
+        if self._known_order is None or self._known_order[0] != self.rows_per_step:
+            order = streamed.order(self.rows_per_step, self.balanced_sampling, self.shuffle_buffer)
+            self._known_order = (self.rows_per_step, order)
+        return self._known_order[1]
 
-    def _load(self, sources: list[str], table: RowTable, labelled: bool = True) -> tuple[BadRows, dict[str, int]]:
-        bad_rows = BadRows(self.bad_rows, self.max_bad_rows)
-        return bad_rows, RowLoader(self.columns, self.row_tokenizer, bad_rows, labelled).load(sources, table)
+    def _check_classes(self) -> None:
+        num_up, num_down = self._rows_per_epoch
+        _require_both_classes(num_up, num_down, self.train_files)
+        if self.balanced_sampling:
+            rank_zero_info(_balance_in_words(num_up, num_down))
 
-    def _note_bad_rows(self, counts: RowCounts, bad_rows: BadRows) -> None:
-        counts.read += bad_rows.count
-        counts.malformed, counts.malformed_places = bad_rows.count, bad_rows.places
-
-    def _show_feedback(self, summary: FeedbackSummary) -> None:
-        self.feedback_summary = summary
-        rank_zero_info(str(summary))
-
-    def _keep(self, row_set: RowSet) -> None:
-        counts = row_set.counts
-        self._row_sets[counts.name] = row_set
-        rank_zero_info(str(counts))
-        if row_set.dataset is None:
-            raise FeedbackRowError(
-                counts.name,
-                f"expected rows to use, found none ({counts.dropped} over data.max_length, "
-                f"{counts.malformed} malformed).",
-            )
+    def _keep(self, rows: ReadRows) -> None:
+        for name, row_set in rows.row_sets.items():
+            counts = row_set.counts
+            self._row_sets[name] = row_set
+            rank_zero_info(str(counts))
+            if row_set.dataset is None:
+                raise FeedbackRowError(
+                    name,
+                    f"expected rows to use, found none ({counts.num_left_out} left out, "
+                    f"{counts.malformed.count} malformed).",
+                    "; ".join(f"{reason}: {counted.count}" for reason, counted in counts.left_out.items()),
+                )
 
     def _row_order(self) -> RowOrder:
-        thumbs = _thumbs(self._trained_on)
-        if not self.balanced_sampling:
-            groups = _prompt_numbers(self._trained_on) if self.group_by_prompt else None
-            return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed, groups)
-        if self.batch_size % 2:
-            raise ConfigError(
-                "data.batch_size", f"expected an even number with balanced_sampling, found {self.batch_size}."
-            )
-        pools = [[row for row, up in enumerate(thumbs) if up is wanted] for wanted in (True, False)]
-        return RowOrder(pools, [self.rows_per_step // 2] * 2, self.seed)
+        if self.balanced_sampling:
+            return RowOrder(self._pools_by_class, [self.rows_per_step // 2] * 2)
+        groups = _prompt_numbers(self._trained_on) if self.group_by_prompt else None
+        return RowOrder([self._pool(np.arange(len(self._trained_on)), 0, groups)], [self.rows_per_step])
 
     def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:
@@ -393,9 +500,11 @@ class FeedbackDataModule(LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return self._loader(dataset, batch_sampler=EvenBatchSampler(len(dataset), self.batch_size, rank, world_size))
 
-    def _loader(self, dataset: Dataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
+    def _loader(self, dataset: Dataset | StreamDataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
+        if isinstance(dataset, Dataset):
+            dataset = dataset.select_columns(["row_id", "input_ids", "completion_mask", "thumbs_up", "source"])
         return DataLoader(
-            dataset.select_columns(["row_id", "input_ids", "completion_mask", "thumbs_up"]),  # type: ignore[arg-type]
+            dataset,  # type: ignore[arg-type]
             collate_fn=partial(pack_rows, share_prompts=self.group_by_prompt),
             num_workers=self.num_workers,
             # Without its own, a loader draws from the global generator whenever it is iterated.
@@ -409,12 +518,13 @@ def _no_training_files() -> ConfigError:
     return ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
 
 
-def _as_list(files: list[str] | str | None) -> list[str]:
-    return [files] if isinstance(files, str) else list(files or [])
-
-
-def _thumbs(dataset: Dataset) -> list[bool]:
-    return list(dataset["thumbs_up"])
+def _sources(files: list[str | Source] | str | None) -> list[Source]:
+    given = [files] if isinstance(files, (str, Source)) else list(files or [])
+    sources = [file if isinstance(file, Source) else Source(file) for file in given]
+    twice = [name for name, count in Counter(source.label for source in sources).items() if count > 1]
+    if twice:
+        raise ConfigError("data", f"expected a name for each source, found {twice[0]!r} twice.", "Give them names.")
+    return sources
 
 
 def _prompt_numbers(dataset: Dataset) -> np.ndarray[Any, Any]:
@@ -443,16 +553,15 @@ def _refuse_shortened_epochs(trainer: Any) -> None:
         )
 
 
-def _require_both_classes(dataset: Dataset, sources: list[str]) -> None:
-    counts = Counter(_thumbs(dataset))
-    if len(counts) < 2:
-        only = "thumbs-up" if counts[True] else "thumbs-down"
+def _require_both_classes(num_up: float, num_down: float, sources: list[Source]) -> None:
+    if not (num_up and num_down):
         raise FeedbackRowError(
-            ", ".join(sources),
-            f"expected thumbs of both kinds to train on, found {len(dataset)} rows that are all {only}.",
+            ", ".join(public_name(source.path) for source in sources),
+            f"expected thumbs of both kinds to train on, found {num_up + num_down:.0f} rows that are all "
+            f"{'thumbs-up' if num_up else 'thumbs-down'}.",
             "A classifier needs both classes; for good examples alone use supervised fine-tuning.",
         )
-    share = min(counts.values()) / len(dataset)
+    share = min(num_up, num_down) / (num_up + num_down)
     if share < 0.2:
         rank_zero_info(
             f"Only {share:.0%} of the training rows are of the rarer class. model.class_weights: auto keeps the loss "
@@ -460,10 +569,14 @@ def _require_both_classes(dataset: Dataset, sources: list[str]) -> None:
         )
 
 
-def _note_shared_prompts(trained_on: np.ndarray[Any, Any], held_out: np.ndarray[Any, Any]) -> None:
-    shared = int(np.isin(held_out, trained_on).sum())
-    if shared:
-        rank_zero_info(f"{shared} of {len(held_out)} validation rows have a prompt that is trained on too.")
+def _balance_in_words(num_up: float, num_down: float) -> str:
+    rarer, fewer, more = ("thumbs-up", num_up, num_down) if num_up < num_down else ("thumbs-down", num_down, num_up)
+    if fewer == more:
+        return "balanced sampling: both classes are as frequent; an epoch draws each row once"
+    return (
+        f"balanced sampling: an epoch draws {more:.0f} rows of each class; the {fewer:.0f} of {rarer} are drawn "
+        f"{more / fewer:.2f} times each, none more than once oftener than another"
+    )
 
 
 def _refuse_injected_sampler(trainer: Any) -> None:

@@ -2,129 +2,83 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from bco_lightning.batch import FeedbackRow, Message
+from bco_lightning.batch import FeedbackRow, LeftOut, Message
+from bco_lightning.data.labels import LabelVocabulary
+from bco_lightning.data.messages import check_size, from_json_text, messages_in, shown, texts_in, without_nulls
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
-# Limits of a row, so that a single one cannot stall the start: about 250,000 tokens of English, and some 0.2 seconds of
-# chat template, which is rendered once for each message of a completion.
-MAX_ROW_CHARACTERS = 1_000_000
-MAX_ROW_MESSAGES = 500
-MAX_MESSAGE_DEPTH = 32
+__all__ = [
+    "Columns",
+    "LabelVocabulary",
+    "assembled",
+    "completion_column",
+    "keys_of",
+    "parse_row",
+    "plain_row",
+    "rated",
+    "required",
+    "shown",
+    "texts_in",
+    "value_at",
+]
 
-# (thumbs-up, thumbs-down). True == 1 in Python, so values are compared together with their type.
-_VOCABULARIES: tuple[tuple[Any, Any], ...] = (
-    (True, False),
-    (1, 0),
-    (1, -1),
-    ("up", "down"),
-    ("true", "false"),
-    ("👍", "👎"),
-)
-_CHOICES = 'true/false, 1/0, 1/-1, "up"/"down", "true"/"false" or "👍"/"👎"'
-_ROLES = ("system", "user", "assistant", "tool")
 _MISSING = object()
+# What a row may not tell the chat template: what this package itself says, and how the template is called.
+_RESERVED_OPTIONS = frozenset({
+    "self", "conversation", "messages", "tools", "chat_template", "tokenize", "tokenizer_kwargs",
+    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask",
+})  # fmt: skip
 
 
 @dataclass
 class Columns:
-    """Names of the three columns of a feedback log, and what its labels mean.
+    """Names of the columns of a feedback log, and what its labels mean.
+
+    A name with dots reaches into nested objects: ``feedback.score``.
 
     Args:
         prompt: Text, or a list of chat messages.
-        completion: Text, or a list of chat messages.
-        label: The thumb.
+        completion: Text, or a list of chat messages; under its usual name, ``response`` is taken as well.
+        label: The thumb; in exports, the name of the score or question that holds it.
+        messages: A whole conversation whose last assistant turn is rated, instead of prompt and completion; under its
+            usual name, ``conversation``, ``conversations`` and ``chat`` are taken as well.
+        chosen: The better answer of a pair: text, a list of chat messages, or a whole conversation.
+        rejected: The worse answer of a pair, in the same form.
+        tools: JSON schemas of the functions that the assistant could call, a list or the JSON text of one; optional.
+        template_options: What else the chat template is told, an object or the JSON text of one; optional.
         thumbs: What each label means, where a log speaks a vocabulary of its own: ``{"good": up, "bad": down}``, or
-            for a rating ``{"1": down, "2": down, "4": up, "5": up}``. Any other label is then an error.
+            for a rating ``{"1": down, "2": down, "3": drop, "4": up, "5": up}``, where ``drop`` leaves the row out.
+            Any other label is then an error.
+
+    Raises:
+        ConfigError: If a label means anything else.
     """
 
     prompt: str = "prompt"
     completion: str = "completion"
     label: str = "label"
-    thumbs: dict[str, Literal["up", "down"]] | None = None
+    messages: str = "messages"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    tools: str = "tools"
+    template_options: str = "chat_template_kwargs"
+    thumbs: dict[str, Literal["up", "down", "drop"]] | None = None
 
     def __post_init__(self) -> None:
         for label, thumb in (self.thumbs or {}).items():
-            if thumb not in ("up", "down"):
-                raise ConfigError("data.columns.thumbs", f"expected up or down for {label!r}, found {thumb!r}.")
+            if thumb not in ("up", "down", "drop"):
+                raise ConfigError("data.columns.thumbs", f"expected up, down or drop for {label!r}, found {thumb!r}.")
 
 
-@dataclass
-class LabelVocabulary:
-    """The one closed vocabulary that a source's labels speak, narrowed down row by row.
-
-    Example:
-        >>> labels = LabelVocabulary()
-        >>> labels.thumbs_up(1, "log.jsonl:1"), labels.thumbs_up(-1, "log.jsonl:2")
-        (True, False)
-        >>> labels.thumbs_up(0, "log.jsonl:3")
-        Traceback (most recent call last):
-        ...
-        bco_lightning.errors.FeedbackRowError: log.jsonl:3: label 0 mixes two vocabularies; labels so far were 1/-1...
-        >>> LabelVocabulary(thumbs={"4": "up", "2": "down"}).thumbs_up(4, "log.jsonl:1")
-        True
-    """
-
-    candidates: tuple[tuple[Any, Any], ...] = _VOCABULARIES
-    seen: list[str] = field(default_factory=list)
-    thumbs: Mapping[str, str] | None = None
-
-    def thumbs_up(self, value: Any, place: str) -> bool:
-        """Reads one label.
-
-        Args:
-            value: The label as it stands in the source.
-            place: File and line, for the message.
-
-        Returns:
-            Whether it is a thumbs-up.
-
-        Raises:
-            FeedbackRowError: If it is in no vocabulary, or not in the one that earlier rows of the source spoke.
-        """
-        if self.thumbs is not None:
-            return self._mapped(self.thumbs, value, place)
-        matching = tuple(pair for pair in self.candidates if any(_same(value, word) for word in pair))
-        if not matching:
-            raise self._unknown(value, place)
-        self.candidates = matching
-        if shown(value) not in self.seen:
-            self.seen.append(shown(value))
-        return any(_same(value, pair[0]) for pair in matching)
-
-    def _mapped(self, thumbs: Mapping[str, str], value: Any, place: str) -> bool:
-        written = json.dumps(value) if value is None or isinstance(value, (bool, int, float)) else value
-        if not isinstance(written, str) or written not in thumbs:
-            known = ", ".join(shown(label) for label in thumbs)
-            raise FeedbackRowError(place, f"label must be one of data.columns.thumbs ({known}), found {shown(value)}.")
-        return thumbs[written] == "up"
-
-    def _unknown(self, value: Any, place: str) -> FeedbackRowError:
-        if any(_same(value, word) for pair in _VOCABULARIES for word in pair):
-            return FeedbackRowError(
-                place,
-                f"label {shown(value)} mixes two vocabularies; labels so far were {'/'.join(self.seen)}.",
-                "Use one vocabulary in the whole source.",
-            )
-        if isinstance(value, (int, float)) and value == value and value not in (1, 0, -1):
-            remedy = (
-                "This looks like a rating, which needs a rule: convert the column before, or say which values mean "
-                """what, for instance data.columns.thumbs: {"1": down, "2": down, "4": up, "5": up}."""
-            )
-        else:
-            remedy = (
-                "Use one vocabulary in the whole source, or say what its labels mean, for instance "
-                """data.columns.thumbs: {"good": up, "bad": down}."""
-            )
-        return FeedbackRowError(place, f"label must be one of {_CHOICES}, found {shown(value)}.", remedy)
-
-
-def parse_row(record: Mapping[str, Any], place: str, columns: Columns, labels: LabelVocabulary | None) -> FeedbackRow:
-    """Validates one record.
+def parse_row(
+    record: Mapping[str, Any], place: str, columns: Columns, labels: LabelVocabulary | None
+) -> FeedbackRow | LeftOut:
+    """Validates one record that has a prompt, a completion and a label.
 
     Args:
         record: A line of the log.
@@ -133,155 +87,146 @@ def parse_row(record: Mapping[str, Any], place: str, columns: Columns, labels: L
         labels: The source's label vocabulary; ``None`` when labels are not needed (prediction).
 
     Returns:
-        The row with prompt and completion as messages.
+        The row with prompt and completion as messages, or that its label leaves it out.
 
     Raises:
         FeedbackRowError: If a column is missing, empty, of the wrong type or over a limit, or the label is unknown.
     """
+    row = plain_row(record, place, columns)
+    return row if labels is None else rated(row, labels.thumbs_up(required(record, columns.label, place), place))
+
+
+def plain_row(record: Mapping[str, Any], place: str, columns: Columns, *, all_turns: bool = False) -> FeedbackRow:
+    """The row of a record that has a prompt and a completion; see :func:`assembled` and :func:`parse_row`."""
     prompt = _messages(record, columns.prompt, place, role="user")
-    completion = _messages(record, columns.completion, place, role="assistant")
+    completion = _messages(record, completion_column(record, columns), place, role="assistant")
+    return assembled(prompt, completion, place, columns, record, all_turns=all_turns)
+
+
+def assembled(
+    prompt: list[Message],
+    completion: list[Message],
+    place: str,
+    columns: Columns,
+    record: Mapping[str, Any],
+    *,
+    all_turns: bool = False,
+    num_trailing: int = 0,
+) -> FeedbackRow:
+    """A row without a thumb, of messages that are valid each for itself.
+
+    Args:
+        prompt: What was said before.
+        completion: What is rated.
+        place: File and line, for messages.
+        columns: Names of the columns.
+        record: Where tools and options of the template stand, if there are any.
+        all_turns: Whether the completion begins with the first answer of the assistant.
+        num_trailing: Messages after the rated turn.
+
+    Raises:
+        FeedbackRowError: If there is no prompt, the completion does not begin and end with the assistant, or the row
+            is over a limit.
+    """
+    if all_turns and len(prompt) > 1:
+        first = next(
+            (number for number, message in enumerate(prompt) if number and message["role"] == "assistant"), None
+        )
+        if first is not None:
+            prompt, completion = prompt[:first], prompt[first:] + completion
+    if not prompt:
+        raise FeedbackRowError(place, "expected a prompt before what the assistant says, found none.")
     if completion[0]["role"] != "assistant" or completion[-1]["role"] != "assistant":
         raise FeedbackRowError(
             place,
-            f"{columns.completion!r} must begin and end with an assistant message, found {len(completion)} messages, "
-            f"the first by {completion[0]['role']}, the last by {completion[-1]['role']}.",
+            f"the completion must begin and end with an assistant message, found {len(completion)} messages, the first "
+            f"by {completion[0]['role']}, the last by {completion[-1]['role']}.",
         )
-    _check_size(prompt + completion, place)
-    row = FeedbackRow(prompt, completion, None, place)
-    return row if labels is None else rated(row, label_of(record, place, columns), labels)
+    tools = _tools(record, columns.tools, place)
+    options = _template_options(record, columns.template_options, place)
+    check_size([*prompt, *completion, *(tools or ()), *([options] if options else ())], place)
+    return FeedbackRow(prompt, completion, None, place, tools, options, num_trailing)
 
 
-def label_of(record: Mapping[str, Any], place: str, columns: Columns) -> Any:
-    """The label as it stands in the record.
+def completion_column(record: Mapping[str, Any], columns: Columns) -> str:
+    """The column with the completion; HelpSteer2 and others call it ``response``."""
+    usual = columns.completion == "completion" and "completion" not in record and "response" in record
+    return "response" if usual else columns.completion
+
+
+def rated(row: FeedbackRow, thumb: bool | LeftOut) -> FeedbackRow | LeftOut:
+    """The row with its thumb, or that it is left out."""
+    if isinstance(thumb, LeftOut):
+        return thumb
+    # Four times as fast as dataclasses.replace, and this is done for every row.
+    return FeedbackRow(row.prompt, row.completion, thumb, row.place, row.tools, row.template_options, row.num_trailing)
+
+
+def value_at(record: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """What a record holds under a name, which may reach into nested objects.
+
+    Example:
+        >>> value_at({"feedback": {"score": 1}}, "feedback.score"), value_at({"a.b": 2}, "a.b"), value_at({}, "a.b")
+        (1, 2, None)
+    """
+    value = record.get(name, _MISSING)
+    if value is not _MISSING:
+        return value
+    first, dot, rest = name.partition(".")
+    inner = record.get(first) if dot else None
+    return value_at(inner, rest, default) if isinstance(inner, Mapping) else default
+
+
+def required(record: Mapping[str, Any], column: str, place: str) -> Any:
+    """What stands in a column.
 
     Raises:
         FeedbackRowError: If there is no such column.
     """
-    return _column(record, columns.label, place)
-
-
-def rated(row: FeedbackRow, label: Any, labels: LabelVocabulary) -> FeedbackRow:
-    """The row with its thumb, read by the source's vocabulary, which is narrowed down by it.
-
-    Raises:
-        FeedbackRowError: If the label is unknown.
-    """
-    return replace(row, thumbs_up=labels.thumbs_up(label, row.place))
-
-
-def shown(value: Any) -> str:
-    """A value for a message: itself if it is short and label-like, else its kind and size, as it may be private.
-
-    Example:
-        >>> shown("up"), shown(3.5), shown(None), shown("I was born in Bremen."), shown([True])
-        ('"up"', '3.5', 'null', 'a text of 21 characters', 'a list of 1')
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        label_like = len(value) <= 12 and len(value.split()) <= 1 and "@" not in value and value.isprintable()
-        return f'"{value}"' if label_like else f"a text of {len(value)} characters"
-    if isinstance(value, (int, float)):
-        # Longer numbers may be those of telephones and accounts.
-        return repr(value) if (-1000 < value < 1000 and len(repr(value)) <= 12) or value != value else "another number"
-    if isinstance(value, (list, dict)):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    return f"a value of type {type(value).__name__}"
-
-
-def texts_in(value: Any, depth: int = 0) -> Iterator[str]:
-    """Every text in messages or a part of one, keys included.
-
-    Raises:
-        ValueError: If lists and objects are nested too deeply.
-    """
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        if depth >= MAX_MESSAGE_DEPTH:
-            raise ValueError(f"at most {MAX_MESSAGE_DEPTH} levels of nesting in a message, found more")
-        if isinstance(value, dict):
-            yield from value.keys()
-            value = value.values()
-        for part in value:
-            if isinstance(part, str):
-                yield part
-            else:
-                yield from texts_in(part, depth + 1)
-
-
-def _messages(record: Mapping[str, Any], column: str, place: str, role: str) -> list[Message]:
-    value = _column(record, column, place)
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise FeedbackRowError(place, f"{column!r} must be text or a list of chat messages, found {_type_name(value)}.")
-    for number, message in enumerate(value, 1):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(message, Mapping) or not isinstance(content, str) or message.get("role") not in _ROLES:
-            raise FeedbackRowError(
-                place,
-                f"message {number} of {column!r} must have a text 'content' and a 'role' out of {', '.join(_ROLES)}.",
-            )
-        if not content.strip():
-            raise FeedbackRowError(
-                place, f"{column!r} must hold text, found nothing but white space.", "Remove or complete the row."
-            )
-    return [dict(message) for message in value]
-
-
-def _check_size(messages: list[Message], place: str) -> None:
-    if len(messages) > MAX_ROW_MESSAGES:
-        raise FeedbackRowError(
-            place, f"expected at most {MAX_ROW_MESSAGES} messages in a row, found {len(messages)}.", "Shorten the row."
-        )
-    characters = 0
-    try:
-        for text in texts_in(messages):
-            characters += len(text)
-            text.encode()
-            if "\x00" in text:
-                raise FeedbackRowError(
-                    place, "expected text, found a NUL character.", "Remove the row or the character."
-                )
-    except UnicodeEncodeError as error:
-        raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from error
-    except FeedbackRowError:
-        raise
-    except ValueError as error:
-        raise FeedbackRowError(place, f"expected {error}.") from error
-    if characters > MAX_ROW_CHARACTERS:
-        raise FeedbackRowError(
-            place,
-            f"expected at most {MAX_ROW_CHARACTERS:,} characters in a row, found {characters:,}.",
-            "Shorten or remove the row.",
-        )
-
-
-def _column(record: Mapping[str, Any], column: str, place: str) -> Any:
-    value = record.get(column, _MISSING)
+    value = value_at(record, column, _MISSING)
     if value is _MISSING:
         raise FeedbackRowError(
             place,
-            f"expected a column {column!r}, found {_keys_of(record)}.",
+            f"expected a column {column!r}, found {keys_of(record)}.",
             "Rename the column, or set data.columns.",
         )
     return value
 
 
-def _keys_of(record: Mapping[str, Any]) -> str:
+def _messages(record: Mapping[str, Any], column: str, place: str, role: str) -> list[Message]:
+    value = required(record, column, place)
+    if isinstance(value, str) and value and not value.isspace():
+        return [{"role": role, "content": value}]
+    return messages_in(value, column, place, role)
+
+
+def _tools(record: Mapping[str, Any], column: str, place: str) -> list[dict[str, Any]] | None:
+    given = value_at(record, column)
+    tools = without_nulls(from_json_text(given, column, place)) if given else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise FeedbackRowError(place, f"{column!r} must be a list of JSON schemas, found {shown(tools)}.")
+    return tools
+
+
+def _template_options(record: Mapping[str, Any], column: str, place: str) -> dict[str, Any]:
+    given = value_at(record, column)
+    options = without_nulls(from_json_text(given, column, place)) if given else None
+    if not options:
+        return {}
+    if not isinstance(options, dict):
+        raise FeedbackRowError(place, f"{column!r} must be an object, found {shown(options)}.")
+    for name in options:
+        if name in _RESERVED_OPTIONS or name.endswith("_token"):
+            raise FeedbackRowError(
+                place, f"{column!r} must hold options of the template, found {name!r}, which is none."
+            )
+    return options
+
+
+def keys_of(record: Mapping[str, Any]) -> str:
+    """The names of a record's columns, for a message."""
     # A name of a column is an identifier; what is none may be a text that stands in the wrong place.
     keys = [repr(key) if str(key).isidentifier() and len(str(key)) <= 32 else shown(key) for key in record]
     return ", ".join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "") or "none"
-
-
-def _same(value: Any, word: Any) -> bool:
-    return type(value) is type(word) and bool(value == word)
-
-
-def _type_name(value: Any) -> str:
-    return (
-        "nothing (null)" if value is None else f"a value of type {type(value).__name__}" if value else "an empty list"
-    )

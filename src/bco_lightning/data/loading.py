@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
-from bco_lightning.batch import FeedbackRow, TokenizedSample
-from bco_lightning.data.feedback_row import Columns, LabelVocabulary, label_of, parse_row, rated
-from bco_lightning.data.readers import Record, read_records
+from bco_lightning.batch import LeftOut, TokenizedSample
+from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.parsing import Parsed, RecordParser
+from bco_lightning.data.readers import read_records
+from bco_lightning.data.remote import public_name
+from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.row_table import RowTable
+from bco_lightning.data.source import RowFormat, Source
 from bco_lightning.data.tokenization import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 
@@ -67,93 +71,113 @@ class BadRows:
 
 
 @dataclass
-class _Unrated:
-    """A row with its label as it stands in the source; it is read once the row is known to be used."""
+class Loaded:
+    """What was met besides the rows of the table.
 
-    row: FeedbackRow
-    label: Any
-    sample: TokenizedSample | None = None
+    Args:
+        rows_of: Valid rows of each source, those included that are too long or were given the rule's no.
+        left_out: Rows without tokens that are left out, by reason.
+    """
+
+    rows_of: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, Counted] = field(default_factory=dict)
+
+
+@dataclass
+class _Tokenized:
+    """A row, not rated yet, and what became of it as tokens."""
+
+    candidate: Candidate
+    outcome: TokenizedSample | LeftOut
 
 
 class RowLoader:
     """Reads, validates and tokenizes sources.
 
     Args:
-        columns: Names of the columns.
+        format_of: How the records of a source become rows.
         row_tokenizer: Makes token ids of a row.
         bad_rows: Takes the malformed rows.
         labelled: Whether rows need a label.
     """
 
-    def __init__(self, columns: Columns, row_tokenizer: RowTokenizer, bad_rows: BadRows, labelled: bool) -> None:
-        self._columns, self._row_tokenizer = columns, row_tokenizer
+    def __init__(
+        self,
+        format_of: Callable[[Source], RowFormat],
+        row_tokenizer: RowTokenizer,
+        bad_rows: BadRows,
+        labelled: bool = True,
+    ) -> None:
+        self._format_of, self._row_tokenizer = format_of, row_tokenizer
         self._bad_rows, self._labelled = bad_rows, labelled
 
-    def load(self, sources: list[str], table: RowTable) -> Counter[str]:
+    def load(self, sources: Sequence[Source], table: RowTable) -> Loaded:
         """Appends the rows of all sources to ``table``.
 
         Returns:
-            The number of valid rows of each source.
+            What else there was.
 
         Raises:
             FeedbackRowError: On a source without rows, a malformed source, or malformed rows unless they are skipped.
         """
-        rows_of: Counter[str] = Counter()
-        for source in sources:
-            bad_before, rows_before = self._bad_rows.count, len(table)
-            self._load_source(source, table)
-            rows_of[source] += len(table) - rows_before
-            if len(table) == rows_before and self._bad_rows.count == bad_before:
-                raise FeedbackRowError(source, "expected at least one row, found none.")
-        self._bad_rows.check(sources, len(table) + self._bad_rows.count)
-        return rows_of
+        loaded = Loaded()
+        for number, source in enumerate(sources):
+            rows_before, others_before = len(table), self._num_others(loaded)
+            self._load_source(source, number, table, loaded)
+            loaded.rows_of[source.label] += len(table) - rows_before
+            if len(table) == rows_before and self._num_others(loaded) == others_before:
+                raise FeedbackRowError(public_name(source.path), "expected at least one row, found none.")
+        rows_read = len(table) + self._num_others(loaded)
+        self._bad_rows.check([public_name(source.path) for source in sources], rows_read)
+        return loaded
 
-    def _load_source(self, source: str, table: RowTable) -> None:
-        labels = LabelVocabulary(thumbs=self._columns.thumbs)
+    def _num_others(self, loaded: Loaded) -> int:
+        return self._bad_rows.count + sum(counted.count for counted in loaded.left_out.values())
+
+    def _load_source(self, source: Source, number: int, table: RowTable, loaded: Loaded) -> None:
+        parser = RecordParser(self._format_of(source), self._labelled)
         # Tokenizing leaves the interpreter free, so the next rows are read meanwhile.
-        for outcome in _one_ahead(self._tokenized, _batches(self._rows(source))):
+        for item in _one_ahead(self._tokenized, _batches(self._parsed(source, parser))):
             try:
-                if isinstance(outcome, FeedbackRowError):
-                    raise outcome
-                row = rated(outcome.row, outcome.label, labels) if self._labelled else outcome.row
+                if isinstance(item, FeedbackRowError):
+                    raise item
+                row = parser.rated(item.candidate) if isinstance(item, _Tokenized) else item
             except FeedbackRowError as error:
                 self._bad_rows.take(error)
+                continue
+            if isinstance(row, LeftOut):
+                loaded.left_out.setdefault(row.reason, Counted()).add(row.place)
             else:
-                table.append(row, outcome.sample)
+                table.append(row, cast("_Tokenized", item).outcome, number)
 
-    def _rows(self, source: str) -> Iterator[_Unrated | FeedbackRowError]:
-        label_column = None if self._columns.thumbs else self._columns.label
-        for place, record in read_records(source, label_column):
-            outcome = record if isinstance(record, FeedbackRowError) else self._parsed(record, place)
-            yield outcome
-            if isinstance(outcome, FeedbackRowError) and self._bad_rows.policy == "strict":
-                return
+    def _parsed(self, source: Source, parser: RecordParser) -> Iterator[Parsed]:
+        for place, record in read_records(source.path, parser.label_column, parser.numeric_columns):
+            parsed = [record] if isinstance(record, FeedbackRowError) else parser.candidates(record, place)
+            for item in parsed:
+                yield item
+                if isinstance(item, FeedbackRowError) and self._bad_rows.policy == "strict":
+                    return
 
-    def _parsed(self, record: Record, place: str) -> _Unrated | FeedbackRowError:
-        try:
-            row = parse_row(record, place, self._columns, labels=None)
-            return _Unrated(row, label_of(record, place, self._columns) if self._labelled else None)
-        except FeedbackRowError as error:
-            return error.without_cause()
-
-    def _tokenized(self, batch: list[_Unrated | FeedbackRowError]) -> list[_Unrated | FeedbackRowError]:
-        samples = iter(self._row_tokenizer.tokenize_batch([item.row for item in batch if isinstance(item, _Unrated)]))
-        outcomes = [next(samples) if isinstance(item, _Unrated) else item for item in batch]
-        return [
-            _Unrated(item.row, item.label, outcome)
-            if isinstance(item, _Unrated) and not isinstance(outcome, FeedbackRowError)
-            else cast("FeedbackRowError", outcome)
-            for item, outcome in zip(batch, outcomes, strict=True)
-        ]
+    def _tokenized(self, batch: list[Parsed]) -> list[_Tokenized | LeftOut | FeedbackRowError]:
+        outcomes = iter(self._row_tokenizer.tokenize_batch([item.row for item in batch if isinstance(item, Candidate)]))
+        items: list[_Tokenized | LeftOut | FeedbackRowError] = []
+        for item in batch:
+            outcome = next(outcomes) if isinstance(item, Candidate) else item
+            if isinstance(item, Candidate) and not isinstance(outcome, FeedbackRowError):
+                items.append(_Tokenized(item, outcome))
+            else:
+                items.append(cast("LeftOut | FeedbackRowError", outcome))
+        return items
 
 
-def _batches(rows: Iterable[_Unrated | FeedbackRowError]) -> Iterator[list[_Unrated | FeedbackRowError]]:
-    batch: list[_Unrated | FeedbackRowError] = []
+def _batches(items: Iterable[Parsed]) -> Iterator[list[Parsed]]:
+    batch: list[Parsed] = []
     characters = 0
-    for row in rows:
-        batch.append(row)
-        if isinstance(row, _Unrated):
-            characters += sum(len(message["content"]) for message in row.row.prompt + row.row.completion)
+    for item in items:
+        batch.append(item)
+        if isinstance(item, Candidate):
+            messages = (*item.row.prompt, *item.row.completion)
+            characters += sum(len(message.get("content") or "") for message in messages)
         if len(batch) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

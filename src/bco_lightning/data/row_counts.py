@@ -2,42 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+NUM_PLACES = 3
+
+
+@dataclass
+class Counted:
+    """A number of rows, and where the first three of them stand."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Counts one more row."""
+        self.take(1, [place])
+
+    def take(self, count: int, places: Iterable[str]) -> None:
+        """Counts more rows, of which the first stand at ``places``."""
+        self.count += count
+        self.places = [*self.places, *places][:NUM_PLACES]
+
+    def __str__(self) -> str:
+        return f"for instance {', '.join(self.places)}" if self.places else ""
+
 
 @dataclass
 class RowCounts:
-    """What became of the rows of one data set; ``read`` is always ``used`` plus ``dropped`` plus ``malformed``."""
+    """What became of the rows of one data set.
+
+    ``read`` is always ``used``, plus those left out for some reason, plus ``malformed`` ones.
+
+    Args:
+        name: Of the data set.
+        read: Rows in its sources.
+        up: Rows with thumbs-up that are used.
+        down: Rows with thumbs-down that are used.
+        left_out: Rows that are not used, by reason.
+        cut: Rows that are used and lost something, by what they lost.
+        malformed: Rows that are not as they should be, and were to be skipped.
+        by_source: Used rows of each source, thumbs-up and thumbs-down.
+    """
 
     name: str
     read: int = 0
     up: int = 0
     down: int = 0
-    dropped: int = 0
-    dropped_places: list[str] = field(default_factory=list)
-    prompt_cut: int = 0
-    completion_cut: int = 0
-    malformed: int = 0
-    malformed_places: list[str] = field(default_factory=list)
+    left_out: dict[str, Counted] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
+    malformed: Counted = field(default_factory=Counted)
+    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> RowCounts:
+        """Made of what ``dataclasses.asdict`` made of another, also by way of JSON."""
+        return cls(
+            **{
+                **values,
+                "left_out": {reason: Counted(**counted) for reason, counted in values["left_out"].items()},
+                "malformed": Counted(**values["malformed"]),
+                "by_source": {name: (up, down) for name, (up, down) in values["by_source"].items()},
+            }
+        )
+
+    @property
+    def num_left_out(self) -> int:
+        """Rows left out for any reason; malformed ones are counted apart."""
+        return sum(counted.count for counted in self.left_out.values())
 
     @property
     def used(self) -> int:
         """Rows that are trained on or scored."""
-        return self.read - self.dropped - self.malformed
+        return self.read - self.num_left_out - self.malformed.count
+
+    def leave_out(self, reason: str, counted: Counted) -> None:
+        """Counts rows that were read, and are left out."""
+        if counted.count:
+            self.read += counted.count
+            self.left_out.setdefault(reason, Counted()).take(counted.count, counted.places)
+
+    def skip(self, malformed: Counted) -> None:
+        """Counts rows that were read, and are malformed."""
+        self.read += malformed.count
+        self.malformed.take(malformed.count, malformed.places)
 
     def __str__(self) -> str:
-        places = f" (over data.max_length, for instance {', '.join(self.dropped_places)})" if self.dropped else ""
+        cut = ", ".join(f"{count} {what}" for what, count in self.cut.items() if count) or "nothing cut"
         text = (
             f"{self.name}: {self.read} rows read, {self.used} used ({self.up} up, {self.down} down), "
-            f"{self.dropped} dropped{places}, {self.prompt_cut} prompts cut, {self.completion_cut} completions cut"
+            f"{self.num_left_out} left out, {cut}"
         )
-        if not self.malformed:
-            return text
-        return f"{text}, {self.malformed} malformed and left out (for instance {', '.join(self.malformed_places)})"
+        for reason, counted in self.left_out.items():
+            text += f"\n  {counted.count} left out: {reason} ({counted})"
+        if self.malformed.count:
+            text += f"\n  {self.malformed.count} malformed and left out ({self.malformed})"
+        return text
 
 
 @dataclass
@@ -49,12 +112,14 @@ class FeedbackSummary:
         duplicates: Rows with the prompt, completion and label of an earlier row.
         contradictions: Prompts with one completion that have thumbs of both kinds.
         sources: Valid rows of each source.
+        validation_prompts_in_training: Rows of the validation files whose prompt is trained on too.
     """
 
     rows: int
     duplicates: int
     contradictions: int
     sources: Mapping[str, int]
+    validation_prompts_in_training: int = 0
 
     @classmethod
     def of(
@@ -80,7 +145,9 @@ class FeedbackSummary:
             f"feedback: {self.duplicates} rows repeat an earlier one, "
             f"{self.contradictions} answers have thumbs of both kinds"
         )
-        if len(self.sources) < 2 or not self.rows:
-            return text
-        name, share = self.largest_source
-        return f"{text}, {share:.0%} of the rows are from {name}"
+        if len(self.sources) > 1 and self.rows:
+            name, share = self.largest_source
+            text += f", {share:.0%} of the rows are from {name}"
+        if self.validation_prompts_in_training:
+            text += f"\n{self.validation_prompts_in_training} validation rows have a prompt that is trained on too"
+        return text

@@ -1,4 +1,4 @@
-"""Tokenized rows on disk, written one after the other and then divided into data sets, 17 bytes a row in memory."""
+"""Tokenized rows on disk, written one after the other and then divided into data sets, 20 bytes a row in memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 import weakref
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from bco_lightning.batch import FeedbackRow, TokenizedSample
-from bco_lightning.data.row_counts import RowCounts
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.conflicts import CONFLICTING, Conflicts, rows_in_conflict
+from bco_lightning.data.row_counts import Counted, RowCounts
 from bco_lightning.data.scratch_file import ScratchFile
 from bco_lightning.errors import FaultError
 
-_UP, _DOWN, _DROPPED, _PROMPT_CUT, _COMPLETION_CUT = (1 << bit for bit in range(5))
-_BATCH_ROWS, _BATCH_BYTES = 128, 2**20
+_UP, _DOWN, _PROMPT_CUT, _COMPLETION_CUT, _TRAILING_CUT = (1 << bit for bit in range(5))
+_CUTS = {
+    "prompts cut": _PROMPT_CUT,
+    "completions cut": _COMPLETION_CUT,
+    "messages after the rated turn left out": _TRAILING_CUT,
+}
+_BATCH_ROWS, _BATCH_TOKENS = 128, 2**18
 # Opening a file touches each of its batches, and every touch makes some pages of it resident.
 _FINAL_BATCH_BYTES = 2**23
 _COLUMNS = {
@@ -30,9 +37,17 @@ _COLUMNS = {
     "thumbs_up": pa.bool_(),
     "prompt": pa.string(),
     "place": pa.string(),
+    "source": pa.int16(),
+    "prompt_length": pa.int32(),
+    "completion_length": pa.int32(),
 }
-_DRAFT = pa.schema({**_COLUMNS, "content": pa.binary()})
+# The digest is of what was said, and not of the tokens that were made of it.
+_LISTS = ("input_ids", "completion_mask")
+_DRAFT = pa.schema({**_COLUMNS, "digest": pa.binary(32)})
 _FINAL = pa.schema({"row_id": pa.int64(), **_COLUMNS})
+_NO_TOKENS = TokenizedSample([], [])
+# An encoder for each call would take half of the time.
+_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 @dataclass
@@ -72,7 +87,7 @@ class RowSet:
                 "that the first one has read.",
                 "Start the processes of a node in one container, or each as a node of its own.",
             ) from error
-        return cls(RowCounts(**told["counts"]), dataset, told["digest"])
+        return cls(RowCounts.from_values(told["counts"]), dataset, told["digest"])
 
 
 class RowTable:
@@ -80,15 +95,19 @@ class RowTable:
 
     Args:
         seed: Seed of the keys by which prompts are held out.
+        sources: Names of the sources.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, sources: Sequence[str]) -> None:
         self._seed, self._file = seed, ScratchFile()
         self._sink = pa.OSFile(self._file.path, "wb")
-        self._writer = pa.ipc.new_stream(self._sink, _DRAFT)
-        self._pending: list[dict[str, Any]] = []
-        self._pending_bytes = 0
-        self._prompt_keys, self._answer_keys, self._flags = array("Q"), array("Q"), array("B")
+        # It is written once and read once, so the disk's time counts for more than that of packing.
+        self._writer = pa.ipc.new_stream(self._sink, _DRAFT, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+        self._pending: dict[str, list[Any]] = {name: [] for name in _DRAFT.names}
+        self._pending_tokens = 0
+        self._prompt_keys, self._answer_keys = array("Q"), array("Q")
+        self._flags, self._reasons, self._source_numbers = array("B"), array("B"), array("H")
+        self._sources, self._reason_names = list(sources), [""]
 
     def __enter__(self) -> RowTable:
         return self
@@ -115,37 +134,59 @@ class RowTable:
         """Whether each row has thumbs-up."""
         return self._has(_UP)
 
-    def append(self, row: FeedbackRow, sample: TokenizedSample | None) -> None:
-        """Adds a row, without a sample if it is dropped."""
-        content = json.dumps([row.prompt, row.completion, row.thumbs_up], default=str).encode()
+    def append(self, row: FeedbackRow, outcome: TokenizedSample | LeftOut, source: int = 0) -> None:
+        """Adds a row of the source with that number, with its tokens, or why it is left out."""
+        prompt = _json(row.prompt)
+        said = hashlib.sha256(f"{prompt}\n{_json(row.completion)}".encode())
+        if row.tools or row.template_options:
+            said.update(_json([row.tools, dict(row.template_options)]).encode())
         self._prompt_keys.append(prompt_key(row, self._seed))
-        self._answer_keys.append(_first_bytes(hashlib.sha256(content[: content.rindex(b",")])))
+        self._answer_keys.append(_first_bytes(said))
+        said.update(str(row.thumbs_up).encode())
+        sample = outcome if isinstance(outcome, TokenizedSample) else _NO_TOKENS
         self._flags.append(_flags_of(row, sample))
-        self._pending.append(
-            {
-                "input_ids": sample and sample.input_ids,
-                "completion_mask": sample and sample.completion_mask,
-                "thumbs_up": row.thumbs_up,
-                "prompt": json.dumps(row.prompt, ensure_ascii=False, default=str),
-                "place": row.place,
-                "content": content,
-            }
-        )
-        self._pending_bytes += len(content)
-        if len(self._pending) >= _BATCH_ROWS or self._pending_bytes >= _BATCH_BYTES:
+        self._reasons.append(self._reason_number(outcome.reason) if isinstance(outcome, LeftOut) else 0)
+        self._source_numbers.append(source)
+        pending = self._pending
+        pending["input_ids"].append(sample.input_ids)
+        pending["completion_mask"].append(sample.completion_mask)
+        pending["thumbs_up"].append(row.thumbs_up)
+        pending["prompt"].append(prompt)
+        pending["place"].append(row.place)
+        pending["source"].append(source)
+        pending["prompt_length"].append(sample.prompt_length)
+        pending["completion_length"].append(sample.completion_length)
+        pending["digest"].append(said.digest())
+        self._pending_tokens += len(sample.input_ids)
+        if len(pending["place"]) >= _BATCH_ROWS or self._pending_tokens >= _BATCH_TOKENS:
             self._flush()
 
-    def divide(self, chosen: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, RowSet]:
-        """Makes a data set of each named choice of rows; the table is complete then."""
+    def leave_out_conflicts(self, rule: Conflicts) -> None:
+        """Leaves out rows whose answer has thumbs of both kinds, as far as the rule says so."""
+        reasons = np.frombuffer(self._reasons, dtype=np.uint8)
+        used = np.flatnonzero(reasons == 0)
+        losing = used[rows_in_conflict(self.answer_keys[used], self.thumbs_up[used], rule)]
+        number = self._reason_number(CONFLICTING) if len(losing) else 0
+        del reasons
+        for row in losing:
+            self._reasons[row] = number
+
+    def divide(self, chosen: Mapping[str, np.ndarray[Any, Any]], folder: Path | None = None) -> dict[str, RowSet]:
+        """Makes a data set of each named choice of rows; the table is complete then.
+
+        Args:
+            chosen: A mask over the rows for each name.
+            folder: Where to leave their files, each under its name; without, they go when their data set goes.
+        """
         self._flush()
         self._writer.close()
         self._sink.close()
-        makers = {name: _RowSetMaker(self._counts(name, rows)) for name, rows in chosen.items()}
+        makers = {name: _RowSetMaker(self._counts(name, rows), folder) for name, rows in chosen.items()}
         start = 0
         for batch in self._batches():
-            dropped = self._has(_DROPPED)[start : start + len(batch)]
+            reasons = self._reasons[start : start + len(batch)]
             for name, maker in makers.items():
-                maker.take(batch, chosen[name][start : start + len(batch)], dropped)
+                maker.take(batch, chosen[name][start : start + len(batch)], np.asarray(reasons), self._reason_names)
             start += len(batch)
         row_sets = {name: maker.finish() for name, maker in makers.items()}
         pa.default_memory_pool().release_unused()
@@ -157,20 +198,33 @@ class RowTable:
             yield from pa.ipc.open_stream(file)
 
     def _flush(self) -> None:
-        if self._pending:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, schema=_DRAFT))
-        self._pending, self._pending_bytes = [], 0
+        if self._pending["place"]:
+            # Arrow takes ten times longer to look at each number by itself.
+            lists = {name: _lists(self._pending[name], _DRAFT.field(name).type) for name in _LISTS}
+            self._writer.write_batch(pa.RecordBatch.from_pydict({**self._pending, **lists}, schema=_DRAFT))
+        for values in self._pending.values():
+            values.clear()
+        self._pending_tokens = 0
+
+    def _reason_number(self, reason: str) -> int:
+        if reason not in self._reason_names:
+            self._reason_names.append(reason)
+        return self._reason_names.index(reason)
 
     def _counts(self, name: str, chosen: np.ndarray[Any, Any]) -> RowCounts:
-        used = chosen & ~self._has(_DROPPED)
+        reasons = np.frombuffer(self._reasons, dtype=np.uint8)
+        sources = np.frombuffer(self._source_numbers, dtype=np.uint16)
+        used = chosen & (reasons == 0)
+        up, down = (np.bincount(sources[used & self._has(flag)], minlength=len(self._sources)) for flag in (_UP, _DOWN))
+        found = {self._reason_names[number]: Counted() for number in np.unique(reasons[chosen]) if number}
         return RowCounts(
             name,
             read=int(chosen.sum()),
-            up=int((used & self._has(_UP)).sum()),
-            down=int((used & self._has(_DOWN)).sum()),
-            dropped=int((chosen & ~used).sum()),
-            prompt_cut=int((used & self._has(_PROMPT_CUT)).sum()),
-            completion_cut=int((used & self._has(_COMPLETION_CUT)).sum()),
+            up=int(up.sum()),
+            down=int(down.sum()),
+            left_out=found,
+            cut={what: int((used & self._has(flag)).sum()) for what, flag in _CUTS.items()},
+            by_source={source: (int(up[n]), int(down[n])) for n, source in enumerate(self._sources)},
         )
 
     def _has(self, flag: int) -> np.ndarray[Any, Any]:
@@ -182,21 +236,28 @@ class _RowSetMaker:
     """Writes the used rows of a choice to a file of their own, batch by batch."""
 
     counts: RowCounts
-    _file: ScratchFile = field(default_factory=lambda: ScratchFile())
+    folder: Path | None
     _digest: Any = field(default_factory=hashlib.sha256)
     _written: int = 0
     _pending: list[pa.RecordBatch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._writer = pa.ipc.new_stream(self._file.path, _FINAL)
+        self._file = None if self.folder else ScratchFile()
+        self._path = self._file.path if self._file else str(self.folder / f"{self.counts.name}.arrow")  # type: ignore[operator]
+        self._writer = pa.ipc.new_stream(self._path, _FINAL)
 
-    def take(self, batch: pa.RecordBatch, chosen: np.ndarray[Any, Any], dropped: np.ndarray[Any, Any]) -> None:
-        for content in batch.column("content").filter(pa.array(chosen)):
-            self._digest.update(content.as_buffer())
-        if (chosen & dropped).any():
-            places = batch.column("place").filter(pa.array(chosen & dropped)).to_pylist()
-            self.counts.dropped_places = [*self.counts.dropped_places, *places][:3]
-        used = batch.filter(pa.array(chosen & ~dropped))
+    def take(
+        self,
+        batch: pa.RecordBatch,
+        chosen: np.ndarray[Any, Any],
+        reasons: np.ndarray[Any, Any],
+        reason_names: Sequence[str],
+    ) -> None:
+        for digest in batch.column("digest").filter(pa.array(chosen)):
+            self._digest.update(digest.as_buffer())
+        for row in np.flatnonzero(chosen & (reasons > 0)):
+            self.counts.left_out[reason_names[reasons[row]]].add(batch.column("place")[int(row)].as_py())
+        used = batch.filter(pa.array(chosen & (reasons == 0)))
         if len(used):
             row_ids = pa.array(np.arange(self._written, self._written + len(used)))
             columns = [row_ids, *(used.column(name) for name in _COLUMNS)]
@@ -213,10 +274,10 @@ class _RowSetMaker:
         self._flush()
         self._writer.close()
         row_set = RowSet(self.counts, digest=self._digest.hexdigest())
-        if not self._written:
+        if self._written:
+            row_set.dataset = _mapped(self._file) if self._file else Dataset.from_file(self._path)
+        elif self._file:
             self._file.remove()
-            return row_set
-        row_set.dataset = _mapped(self._file)
         return row_set
 
 
@@ -229,7 +290,7 @@ def _mapped(file: ScratchFile) -> Dataset:
 
 def prompt_key(row: FeedbackRow, seed: int) -> int:
     """The first eight bytes of a seeded hash of what is said in the prompt."""
-    said = [(message["role"], message["content"]) for message in row.prompt]
+    said = [(message["role"], message.get("content", "")) for message in row.prompt]
     return _first_bytes(hashlib.sha256(f"{seed}\n{json.dumps(said)}".encode()))
 
 
@@ -252,11 +313,16 @@ def held_out_prompts(prompt_keys: np.ndarray[Any, Any], fraction: float) -> np.n
     return prompt_keys < ranked[number] if number > 0 else np.zeros(len(prompt_keys), dtype=bool)
 
 
-def _flags_of(row: FeedbackRow, sample: TokenizedSample | None) -> int:
-    flags = {True: _UP, False: _DOWN, None: 0}[row.thumbs_up]
-    if sample is None:
-        return flags | _DROPPED
+def _flags_of(row: FeedbackRow, sample: TokenizedSample) -> int:
+    flags = {True: _UP, False: _DOWN, None: 0}[row.thumbs_up] | bool(row.num_trailing) * _TRAILING_CUT
     return flags | sample.prompt_cut * _PROMPT_CUT | sample.completion_cut * _COMPLETION_CUT
+
+
+def _lists(values: Sequence[Sequence[Any]], kind: pa.ListType) -> pa.ListArray:
+    lengths = np.fromiter(map(len, values), dtype=np.int32, count=len(values))
+    offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(lengths, dtype=np.int32)])
+    numbers = np.fromiter(chain.from_iterable(values), dtype=kind.value_type.to_pandas_dtype(), count=offsets[-1])
+    return pa.ListArray.from_arrays(offsets, pa.array(numbers), type=kind)
 
 
 def _first_bytes(digest: Any) -> int:

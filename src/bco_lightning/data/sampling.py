@@ -5,61 +5,110 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
 
-class RowOrder:
-    """Which rows each optimizer step trains on.
+class Pool:
+    """Rows to draw from in passes, each a new seeded permutation; sources may be drawn from more often than others.
 
-    Every pool is passed through in a new seeded permutation again and again; a step that reaches the end of one pass
-    goes on with the next, so no step is short and no row is left out or repeated within a pass.
+    Of a source with weight 2, a pass takes every row twice; of one with weight 0.5, half of the rows, and the next pass
+    the other half: after any number of passes the rows of a source were taken as often as each other, or once more.
 
     Args:
-        pools: Row positions to draw from: one pool of all rows, or one for each class.
-        rows_per_step: How many rows a step takes from each pool.
+        rows: Row positions.
         seed: Seed of the permutations.
+        sources: The number of each row's source; one source if left out.
+        weights: Passes over each source in one pass of the pool; 1 if left out.
         groups: A number for each row; in every pass rows with the same number follow each other.
 
     Example:
-        >>> order = RowOrder([[0, 1, 2]], [2], seed=0)
-        >>> sorted(order.rows_of_step(0) + order.rows_of_step(1)[:1])
-        [0, 1, 2]
+        >>> pool = Pool([0, 1, 2], [0])
+        >>> len(pool), sorted(pool.rows_of_pass(0)), sorted(pool.rows_of_pass(1))
+        (3, [0, 1, 2], [0, 1, 2])
     """
 
     def __init__(
         self,
-        pools: Sequence[Sequence[int]],
-        rows_per_step: Sequence[int],
-        seed: int,
+        rows: Sequence[int] | np.ndarray[Any, Any],
+        seed: Sequence[int],
+        sources: np.ndarray[Any, Any] | None = None,
+        weights: Sequence[float] | None = None,
         groups: np.ndarray[Any, Any] | None = None,
     ) -> None:
-        self._groups = groups
-        self._pools = [np.asarray(pool, dtype=np.int64) for pool in pools]
-        self._rows_per_step = list(rows_per_step)
-        self._seed = seed
-        # A step touches one pass of each pool, or two at a border.
-        self._permutation = lru_cache(maxsize=2 * len(self._pools))(self._make_permutation)
+        self._seed, self._groups = list(seed), groups
+        self._rows = np.asarray(rows, dtype=np.int64)
+        self._parts: list[tuple[np.ndarray[Any, Any], int]] = []
+        if sources is not None and weights is not None and any(weight != 1 for weight in weights):
+            members = [self._rows[sources == number] for number in range(len(weights))]
+            taken = [max(1, round(weight * len(rows))) if len(rows) else 0 for rows, weight in zip(members, weights)]  # noqa: B905
+            self._parts = list(zip(members, taken, strict=True))
+        # A step touches one pass, or two at a border.
+        self.rows_of_pass = lru_cache(maxsize=2)(self._make_pass)
+
+    def __len__(self) -> int:
+        return sum(taken for _, taken in self._parts) if self._parts else len(self._rows)
+
+    def _make_pass(self, number: int) -> np.ndarray[Any, Any]:
+        taken = [self._taken(part, number) for part in range(len(self._parts))]
+        rows: np.ndarray[Any, Any] = np.concatenate(taken or [self._rows])
+        permutation = np.random.default_rng([*self._seed, number]).permutation(len(rows))
+        if self._groups is None:
+            return rows[permutation]
+        _, first, member = np.unique(self._groups[rows][permutation], return_index=True, return_inverse=True)
+        # Each row moves up to the place of the first row of its group.
+        return rows[permutation[np.argsort(first[member], kind="stable")]]
+
+    def _taken(self, part: int, number: int) -> np.ndarray[Any, Any]:
+        """What a pass takes of one source: the next rows of an endless row of permutations."""
+        rows, taken = self._parts[part]
+        if not taken:
+            return rows
+        start, stop = number * taken, (number + 1) * taken
+        cycles = range(start // len(rows), (stop - 1) // len(rows) + 1)
+        endless: np.ndarray[Any, Any] = np.concatenate(
+            [np.random.default_rng([*self._seed, part, cycle]).permutation(len(rows)) for cycle in cycles]
+        )
+        offset = cycles.start * len(rows)
+        return np.take(rows, endless[start - offset : stop - offset])
+
+
+class RowOrder:
+    """Which rows each optimizer step trains on.
+
+    Every pool is passed through again and again; a step that reaches the end of one pass goes on with the next, so no
+    step is short and no row is left out or repeated within a pass.
+
+    Args:
+        pools: One pool of all rows, or one for each class.
+        rows_per_step: How many rows a step takes from each pool.
+
+    Example:
+        >>> order = RowOrder([Pool([0, 1, 2], [0])], [2])
+        >>> sorted(order.rows_of_step(0) + order.rows_of_step(1)[:1])
+        [0, 1, 2]
+    """
+
+    def __init__(self, pools: Sequence[Pool], rows_per_step: Sequence[int]) -> None:
+        self._pools, self._rows_per_step = list(pools), list(rows_per_step)
 
     def rows_of_step(self, step: int) -> list[int]:
         """Row positions of optimizer step ``step`` (from 0), the pools evenly interleaved."""
         drawn = []
         for number, (pool, count) in enumerate(zip(self._pools, self._rows_per_step, strict=True)):
             passes, places = np.divmod(np.arange(step * count, (step + 1) * count), len(pool))
-            rows = [int(pool[self._permutation(number, int(p))[i]]) for p, i in zip(passes, places, strict=True)]
+            rows = [int(pool.rows_of_pass(int(p))[place]) for p, place in zip(passes, places, strict=True)]
             drawn += [((position + 0.5) / count, number, row) for position, row in enumerate(rows)]
         return [row for _, _, row in sorted(drawn)]
 
-    def _make_permutation(self, pool: int, pass_number: int) -> np.ndarray:
-        permutation = np.random.default_rng([self._seed, pool, pass_number]).permutation(len(self._pools[pool]))
-        if self._groups is None:
-            return permutation
-        groups = self._groups[self._pools[pool]][permutation]
-        _, first, member = np.unique(groups, return_index=True, return_inverse=True)
-        # Each row moves up to the place of the first row of its group.
-        return permutation[np.argsort(first[member], kind="stable")]
+
+class StepOrder(Protocol):
+    """Says which rows an optimizer step trains on."""
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Row numbers of optimizer step ``step``, from 0."""
 
 
 class StepBatchSampler(Sampler[list[int]]):
@@ -81,7 +130,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        order: RowOrder,
+        order: StepOrder,
         *,
         batch_size: int,
         accumulation: int,

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from bco_lightning.batch import Message
-from bco_lightning.data.feedback_row import texts_in
+from bco_lightning.data.conversation import CLOSE, MARK, OPEN, Conversation, put_behind
 
-# Unicode noncharacters, which no text should hold; where one does, it is itself put behind a mark.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 # Names that stand so near to each other share a mark, so that a row full of them stays cheap.
 _NEAR = 32
-_MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
-
-
-@dataclass(frozen=True)
-class ShieldedMessages:
-    """Messages in which a mark stands for each text that the tokenizer would take for a control token.
-
-    Args:
-        messages: With marks.
-        literals: The texts behind them.
-    """
-
-    messages: list[Message]
-    literals: list[str]
-
-    def restore(self, text: str) -> str:
-        """``text`` with what was typed in the place of the marks."""
-        return _MARK.sub(lambda mark: self.literals[int(mark[1])], text)
+_ESCAPED_MARK = re.compile(r"\\ufdd[01]", re.IGNORECASE)
+# A template may print what is in tools, their calls and their results as JSON; what that escapes is left in sight.
+_UNESCAPED = re.compile(r'[^"\\\x00-\x1f]+')
+_ANYTHING = re.compile(r"[\s\S]+")
 
 
 class SpecialTokens:
@@ -49,9 +31,9 @@ class SpecialTokens:
         self.ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
         self._tokenizer = tokenizer
         self._name = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-        self._typed = re.compile(f"{self._name.pattern}|[{_OPEN}{_CLOSE}]")
+        self._typed = re.compile(f"{self._name.pattern}|[{OPEN}{CLOSE}]")
         # Looking for letters is many times faster than looking for names, and most texts hold none of these.
-        self._initials = "".join({name[0] for name in by_length} | {_OPEN, _CLOSE})
+        self._initials = "".join({name[0] for name in by_length} | {OPEN, CLOSE})
         self._finals = "".join({name[-1] for name in by_length})
         self._heads = {name[:length] for name in names for length in range(1, len(name))}
         self._tails = {name[length:] for name in names for length in range(1, len(name))}
@@ -63,45 +45,48 @@ class SpecialTokens:
             and any(token.normalized for token in added.values())
         )
 
-    def shield(self, messages: list[Message]) -> ShieldedMessages | None:
-        """Marks each name of a special token in the texts of ``messages``; ``None`` if there is none."""
-        if not self._normalized and not any(_holds(text, self._initials) for text in texts_in(messages)):
-            return None
+    def shield(self, conversation: Conversation) -> Conversation:
+        """Marks each name of a special token in the texts; gives the same conversation back if there is none."""
+        if not self._normalized and not any(_holds(text, self._initials) for text in conversation.texts()):
+            return conversation
         literals: list[str] = []
-        marked = _map_texts(messages, lambda text: self._mark(text, literals))
-        return ShieldedMessages(marked, literals) if literals else None
+        marked = conversation.mapped(
+            content=lambda text: self._mark(text, literals, _NEAR),
+            other=lambda text: self._mark(text, literals, 0),
+        )
+        return replace(marked, literals=literals) if literals else conversation
 
-    def shield_whole(self, messages: list[Message]) -> ShieldedMessages:
-        """Marks each content as a whole, from its first letter to its last."""
+    def shield_whole(self, conversation: Conversation) -> Conversation:
+        """Marks each content as a whole, from its first letter to its last, and other texts where they may join."""
         literals: list[str] = []
 
-        def whole(text: str) -> str:
+        def hide(text: str, parts: re.Pattern[str]) -> str:
             spoken = text.strip()
-            literals.append(spoken)
-            return text.replace(spoken, _mark(len(literals) - 1), 1) if spoken else text
+            return text.replace(spoken, parts.sub(lambda part: put_behind(part[0], literals), spoken), 1)
 
-        def mark(message: Message) -> Message:
-            others = _map_texts({**message, "content": ""}, lambda text: self._mark(text, literals))
-            return {**others, "content": whole(message["content"])}
+        def other(text: str) -> str:
+            # Not all of them: a template may ask what a role or the kind of a call is.
+            return hide(text, _UNESCAPED) if self._is_torn(text.strip()) else self._mark(text, literals, 0)
 
-        return ShieldedMessages([mark(message) for message in messages], literals)
+        marked = conversation.mapped(content=lambda text: hide(text, _ANYTHING), other=other)
+        return replace(marked, literals=literals)
 
-    def may_join(self, messages: list[Message]) -> bool:
-        """Whether a content begins or ends with a part of a name, which its surroundings might complete."""
-        return self._normalized or any(self._is_torn(message["content"].strip()) for message in messages)
+    def may_join(self, conversation: Conversation) -> bool:
+        """Whether a text begins or ends with a part of a name, which its surroundings might complete."""
+        return self._normalized or any(self._is_torn(text.strip()) for text in conversation.texts())
 
     def count(self, text: str) -> int:
         """Number of control tokens in a rendered text."""
         return len(self._spans(text, self._name))
 
-    def encode(self, text: str, shielded: ShieldedMessages) -> list[int]:
+    def encode(self, text: str, conversation: Conversation) -> list[int]:
         """Token ids of a rendered text with marks: control tokens for its own, ordinary tokens for what was typed.
 
         Between two control tokens the text is tokenized as a whole, as if there were no special tokens.
 
         Args:
-            text: What the chat template made of ``shielded.messages``, or a part of it.
-            shielded: The literals behind the marks.
+            text: What the chat template made of ``conversation``, or a part of it.
+            conversation: Holds the literals behind the marks.
 
         Returns:
             Token ids.
@@ -109,7 +94,8 @@ class SpecialTokens:
         Raises:
             ValueError: If the tokenizer or the template cannot keep the name of a special token as ordinary text.
         """
-        if _OPEN in (bare := _MARK.sub("", text)) or _CLOSE in bare:
+        bare = MARK.sub("", text)
+        if OPEN in bare or CLOSE in bare or _ESCAPED_MARK.search(bare):
             raise ValueError("found the name of a special token, in a text that the chat template takes apart")
         if not self._tokenizer.is_fast:
             raise ValueError("found the name of a special token, which only a fast tokenizer can read as text")
@@ -119,18 +105,18 @@ class SpecialTokens:
         start = 0
         for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
             if self._is_control(token, text[begin:end]):
-                token_ids += [*self._section(text[start:begin], start, section, shielded), token]
+                token_ids += [*self._section(text[start:begin], start, section, conversation), token]
                 start, section = end, []
             else:
                 section.append(token)
-        return token_ids + self._section(text[start:], start, section, shielded)
+        return token_ids + self._section(text[start:], start, section, conversation)
 
-    def _section(self, text: str, start: int, token_ids: list[int], shielded: ShieldedMessages) -> list[int]:
+    def _section(self, text: str, start: int, token_ids: list[int], conversation: Conversation) -> list[int]:
         """Tokens of the text between two control tokens; ``token_ids`` if nothing in it is marked."""
-        if _OPEN not in text:
+        if OPEN not in text:
             return token_ids
         tokenizer = self._inner_tokenizer if start else self._ordinary_tokenizer
-        typed: list[int] = tokenizer.encode(shielded.restore(text), add_special_tokens=False).ids
+        typed: list[int] = tokenizer.encode(conversation.restore(text), add_special_tokens=False).ids
         if self.ids.difference({self._tokenizer.unk_token_id}).intersection(typed):
             raise ValueError("found the name of a special token, which this tokenizer cannot write in any other way")
         return typed
@@ -155,18 +141,17 @@ class SpecialTokens:
         other.no_padding()
         return other
 
-    def _mark(self, text: str, literals: list[str]) -> str:
+    def _mark(self, text: str, literals: list[str], near: int) -> str:
         spans: list[tuple[int, int]] = []
         for begin, end in self._spans(text, self._typed):
-            if spans and begin - spans[-1][1] <= _NEAR:
+            if spans and begin - spans[-1][1] <= near:
                 spans[-1] = (spans[-1][0], max(spans[-1][1], end))
             else:
                 spans.append((begin, end))
         pieces = []
         start = 0
         for begin, end in spans:
-            pieces += [text[start:begin], _mark(len(literals))]
-            literals.append(text[begin:end])
+            pieces += [text[start:begin], put_behind(text[begin:end], literals)]
             start = end
         return "".join([*pieces, text[start:]])
 
@@ -195,15 +180,3 @@ def _holds(text: str, letters: str) -> bool:
         if letter in text:
             return True
     return False
-
-
-def _mark(number: int) -> str:
-    return f"{_OPEN}{number}{_CLOSE}"
-
-
-def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {_map_texts(key, change): _map_texts(part, change) for key, part in value.items()}
-    return [_map_texts(part, change) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,220 @@
+"""Files of feedback logs: local ones and those that fsspec reaches, packed or not, named one by one or by a glob."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from bco_lightning.data.remote import HTTP, RemoteFile, errors_named, file_system, is_remote, protocol_of, public_name
+from bco_lightning.data.unpacking import COMPRESSIONS, UnpackedFile
+from bco_lightning.errors import FeedbackRowError
+from bco_lightning.packaged import resolve_packaged
+
+HUB = "hub:"
+_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_TABLES = (".parquet", ".arrow")
+_BLOCK = 2**20
+# What file systems say about content, in the spellings of HTTP, S3, Google, Azure, the hub and fsspec's memory.
+_CONTENT_MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "blob_id", "created")
+
+
+def expand(source: str) -> list[str]:
+    """Finds the files that a source stands for.
+
+    Args:
+        source: A file, a glob such as ``logs/**/*.jsonl.gz``, a URL of fsspec (with a glob, except for HTTP),
+            ``package:NAME/path``, a folder written by ``save_to_disk`` (with ``@SPLIT`` if it has several), or
+            ``hub:OWNER/NAME@SPLIT``, which stays as it is.
+
+    Returns:
+        Its files, sorted; each ends in one of the known suffixes, or is such a folder or hub data set.
+
+    Raises:
+        FeedbackRowError: If there is none, one has an unknown suffix, or the URL cannot be used.
+        ConfigError: If a packaged file does not exist.
+
+    Example:
+        >>> [Path(file).name for file in expand("package:bco_lightning/demo/train.jsonl")]
+        ['train.jsonl']
+    """
+    if source.startswith(HUB):
+        return [source]
+    if is_remote(source):
+        return _known(source, _expand_remote(source))
+    path = Path(resolve_packaged(source.removeprefix("file://"))).expanduser()
+    if path.is_file():
+        return _known(source, [str(path)])
+    if arrow_folder(str(path)) is not None:
+        return [str(path)]
+    if path.is_dir():
+        raise FeedbackRowError(
+            source, "expected a file, found a folder.", f"Name its files, for instance {path}/*.jsonl."
+        )
+    if glob.has_magic(str(path)):
+        # Path.glob would also give hidden files, such as the checkpoints of editors.
+        found = glob.iglob(str(path), recursive=True)  # noqa: PTH207
+        return _known(source, (file for file in found if Path(file).is_file()))
+    _known(source, [str(path)])
+    raise FeedbackRowError(source, "expected a feedback log, found no such file.")
+
+
+def suffix_of(path: str) -> str:
+    """The suffix in lower case, without that of a compression and without the query of a URL.
+
+    Example:
+        >>> suffix_of("logs/a.JSONL.gz"), suffix_of("https://host/a.csv?signature=x"), suffix_of("notes")
+        ('.jsonl', '.csv', '')
+    """
+    return _suffixes(path)[0]
+
+
+def arrow_folder(path: str) -> tuple[Path, str] | None:
+    """Folder and split of ``folder@SPLIT``, if ``save_to_disk`` has written it; the split may be empty."""
+    before, _, after = path.rpartition("@")
+    for folder, split in ((path, ""), (before, after)):
+        if folder and any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return Path(folder), split
+    return None
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file as it lies there, packed or not, or of all files of a folder; 0 where a server does not say.
+
+    Raises:
+        FeedbackRowError: If it cannot be reached.
+    """
+    with errors_named(path):
+        if is_remote(path):
+            system, inside = file_system(path)
+            return int(system.info(inside).get("size") or 0)
+        return sum(file.stat().st_size for file in _local_files(path))
+
+
+def content_key(path: str) -> str:
+    """A key that changes with the content of a file or of an Arrow folder.
+
+    Returns:
+        ``sha256:`` and a digest of the bytes of local files; for remote ones ``fsspec:`` and a digest of what their
+        server says about the content; an empty text where that is nothing, as for hub data sets.
+
+    Raises:
+        FeedbackRowError: If it cannot be reached.
+    """
+    if path.startswith(HUB):
+        return ""
+    with errors_named(path):
+        if is_remote(path):
+            return _remote_key(path)
+        folder = arrow_folder(path)
+        if folder is None:
+            return f"sha256:{_digest_of_file(Path(path))}"
+        named = {str(file.relative_to(folder[0])): _digest_of_file(file) for file in _local_files(path)}
+        return f"sha256:{_digest_of([folder[1], named])}"
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a file for reading its bytes as they are.
+
+    Args:
+        path: One that :func:`expand` gave, other than a folder or hub data set.
+
+    Returns:
+        A file; it can seek, except for text over HTTP, which is read as it comes.
+
+    Raises:
+        FeedbackRowError: If it cannot be opened. Reads raise one if the connection breaks.
+    """
+    return _open(path)
+
+
+def open_unpacked(path: str) -> BinaryIO:
+    """Opens a file for reading its content, unpacked if its name ends in ``.gz`` or ``.zst``.
+
+    Returns:
+        A file; unpacked ones are read from the front to the end and cannot seek.
+
+    Raises:
+        FeedbackRowError: If it cannot be opened. Reads raise one if it is truncated or damaged.
+    """
+    compression = _suffixes(path)[1]
+    file = _open(path)
+    return file if not compression else io.BufferedReader(UnpackedFile(file, path, compression), _BLOCK)
+
+
+def _open(path: str) -> io.BufferedReader:
+    if is_remote(path):
+        return io.BufferedReader(RemoteFile(path, whole=suffix_of(path) not in _TABLES), _BLOCK)
+    with errors_named(path):
+        return io.BufferedReader(Path(path).open("rb", buffering=0), _BLOCK)
+
+
+def _suffixes(path: str) -> tuple[str, str]:
+    """The suffix, and that of the compression if there is one."""
+    *before, last = ["", *Path(public_name(path).rsplit("/", 1)[-1].lower()).suffixes]
+    return (before[-1], last) if last in COMPRESSIONS else (last, "")
+
+
+def _known(source: str, files: Iterable[str]) -> list[str]:
+    """The files in order, if there are any and each can be read."""
+    found = sorted(files)
+    if not found:
+        raise FeedbackRowError(public_name(source), "expected at least one file, found none that matches.")
+    for file in found:
+        suffix, compression = _suffixes(file)
+        if suffix not in _TEXTS + _TABLES:
+            raise FeedbackRowError(
+                public_name(file),
+                f"expected a file ending in {', '.join(_TEXTS + _TABLES)}, or hub:OWNER/NAME; "
+                f"found {suffix or 'neither'!r}.",
+            )
+        if compression and suffix in _TABLES:
+            raise FeedbackRowError(
+                public_name(file), f"expected {suffix} as it is, found it packed as {compression}.", "Unpack the file."
+            )
+    return found
+
+
+def _expand_remote(url: str) -> list[str]:
+    system, inside = file_system(url)
+    if not glob.has_magic(inside) or protocol_of(url) in HTTP:
+        return [url]
+    with errors_named(url):
+        found = [path.lstrip("/") for path, info in system.glob(inside, detail=True).items() if info["type"] == "file"]
+    # Of abfs://container@account.host/path, file systems give back container/path, which names no account.
+    scheme, _, rest = url.partition("://")
+    authority = rest.partition("/")[0]
+    if "@" in authority:
+        found = [f"{authority}/{path.partition('/')[2]}" for path in found]
+    return [f"{scheme}://{path}" for path in found]
+
+
+def _remote_key(url: str) -> str:
+    system, inside = file_system(url)
+    info = system.info(inside)
+    marks = {name: str(info[name]) for name in _CONTENT_MARKS if info.get(name)}
+    return f"fsspec:{_digest_of([info.get('size'), marks])}" if marks else ""
+
+
+def _local_files(path: str) -> list[Path]:
+    folder = arrow_folder(path)
+    if folder is None:
+        return [Path(path)]
+    return sorted(file for file in Path(*folder).rglob("*") if file.is_file())
+
+
+def _digest_of(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""Threads of Chainlit with the feedback of its data layer.
+
+A file holds one thread per record, as ``BaseDataLayer.get_thread`` and ``SQLAlchemyDataLayer.get_all_user_threads``
+give it: ``steps`` in the order of their creation, those of type ``user_message`` and ``assistant_message`` being the
+conversation, and ``feedback`` (``value`` 0 or 1, ``comment``, ``forId``) in the rated step, or for the whole thread in
+a list of its own, as the table ``feedbacks`` has it. The interface rates the run around an answer where there is one,
+which means the last message of that run.
+
+Source: the Python package chainlit 2.12.0, ``chainlit/types.py`` (``ThreadDict``, ``FeedbackDict``),
+``chainlit/step.py`` (``StepDict``), ``chainlit/data/sql_alchemy.py``, and the bundled interface (``scorableRun``);
+https://docs.chainlit.io, Data Persistence and Human Feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bco_lightning.batch import FeedbackRow, LeftOut, Message
+from bco_lightning.data.feedback_row import assembled, required, shown
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, Candidate
+from bco_lightning.data.messages import messages_in
+from bco_lightning.data.source import RowFormat
+from bco_lightning.errors import FeedbackRowError
+
+ERROR_ANSWER = "answer is an error message"
+NOT_AN_ANSWER = "feedback on something that is no answer"
+_ROLE_OF = {"user_message": "user", "assistant_message": "assistant"}
+Step = Mapping[str, Any]
+
+
+class Chainlit:
+    """One row for each answer in a thread, or for each time that it was rated."""
+
+    rows_per_record: int | None = None
+
+    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
+        """Whether there are steps of a thread."""
+        return isinstance(record.get("steps"), list) and ("userId" in record or "createdAt" in record)
+
+    def candidates(
+        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
+    ) -> Iterator[Candidate | LeftOut]:
+        """The rows of one thread; see :class:`RecordFormat`."""
+        given = required(record, "steps", place)
+        if not isinstance(given, list):
+            raise FeedbackRowError(place, f"expected a list of steps, found {shown(given)}.")
+        steps = [step for step in given if isinstance(step, Mapping)]
+        thumbs = _thumbs(record, steps)
+        said = [step for step in steps if str(step.get("type")) in _ROLE_OF]
+        answers = [number for number, step in enumerate(said) if step["type"] == "assistant_message"]
+        if not answers:
+            yield LeftOut(place, NO_ANSWER)
+        for number in answers:
+            rated = thumbs.pop(str(said[number].get("id")), []) if labelled else [None]
+            if not rated:
+                yield LeftOut(place, NO_FEEDBACK)
+                continue
+            row = _row(said[: number + 1], place, options)
+            for thumb in rated:
+                yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {options.columns.label: thumb})
+        for others in thumbs.values() if labelled else ():
+            yield from (LeftOut(place, NOT_AN_ANSWER) for _ in others)
+
+
+def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[str, list[Any]]:
+    """What each answer was given, by the step's id."""
+    parents = {str(step.get("id")): str(step.get("parentId")) for step in steps}
+    last_of_run = {}
+    for step in steps:
+        if step.get("type") == "assistant_message":
+            last_of_run.update(dict.fromkeys(_ancestors(str(step.get("id")), parents), str(step.get("id"))))
+    beside = [record.get("feedback"), record.get("feedbacks")]
+    feedback = [step.get("feedback") for step in steps]
+    feedback += [entry for entries in beside if isinstance(entries, list) for entry in entries]
+    thumbs: dict[str, list[Any]] = {}
+    for entry in feedback:
+        if isinstance(entry, Mapping) and entry.get("value") is not None:
+            rated = str(entry.get("forId"))
+            thumbs.setdefault(last_of_run.get(rated, rated), []).append(entry["value"])
+    return thumbs
+
+
+def _ancestors(step: str, parents: Mapping[str, str]) -> list[str]:
+    found: list[str] = []
+    while (step := parents.get(step, "")) in parents and step not in found:
+        found.append(step)
+    return found
+
+
+def _row(said: list[Step], place: str, options: RowFormat) -> FeedbackRow | LeftOut:
+    *before, answer = [_message(step) for step in said]
+    if said[-1].get("isError"):
+        return LeftOut(place, ERROR_ANSWER)
+    if not answer["content"]:
+        return LeftOut(place, NO_ANSWER)
+    prompt = [message for message in before if message["content"]]
+    if not any(message["role"] == "user" for message in prompt):
+        return LeftOut(place, NO_PROMPT)
+    prompt, completion = messages_in(prompt, "steps", place), messages_in([answer], "steps", place)
+    return assembled(prompt, completion, place, options.columns, {}, all_turns=options.loss_on == "all_turns")
+
+
+def _message(step: Step) -> Message:
+    text = step.get("output") or step.get("input")
+    return {"role": _ROLE_OF[step["type"]], "content": "" if isinstance(text, str) and not text.strip() else text}

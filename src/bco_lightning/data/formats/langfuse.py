@@ -1,0 +1,73 @@
+"""Traces and observations of Langfuse with their scores.
+
+Read from two kinds of files: the export of the table of traces or observations in the interface (JSON, JSON Lines or
+CSV), in which each score is a column of its own with a list of values; and what the API and the download of a single
+trace give, in which ``scores`` is a list of objects.
+
+Source: langfuse/langfuse v3, ``worker/src/features/database-read-stream/{trace,observation}-stream.ts`` and
+``getDatabaseReadStream.ts`` (``getChunkWithFlattenedScores``, ``prepareScoresForOutput``); data types of scores from
+the Python package langfuse 5.0.4, ``langfuse/api/commons/types``; https://langfuse.com/docs/api-and-data-platform.
+The scheduled export to blob storage keeps scores in files apart, which have to be joined before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bco_lightning.batch import LeftOut
+from bco_lightning.data.feedback_row import required
+from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.formats.scores import USUAL_NAMES, by_name, rated_by
+from bco_lightning.data.formats.traces import traced_row, unpacked
+from bco_lightning.data.messages import from_json_text
+from bco_lightning.data.source import RowFormat
+
+_OF_LANGFUSE = ("traceId", "observationCount", "bookmarked", "htmlPath", "parentObservationId")
+# Columns that can hold lists and are no scores.
+_NO_SCORES = frozenset({
+    "input", "output", "metadata", "tags", "traceTags", "comments", "observations", "toolCalls", "toolCallNames",
+})  # fmt: skip
+
+
+class Langfuse:
+    """A row for each time that the chosen score was given to a trace or observation."""
+
+    rows_per_record: int | None = None
+
+    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
+        """Whether there are an input, an output, and a column that only Langfuse has."""
+        return "input" in record and "output" in record and any(name in record for name in _OF_LANGFUSE)
+
+    def candidates(
+        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
+    ) -> Iterator[Candidate | LeftOut]:
+        """The rows of one trace or observation; see :class:`RecordFormat`."""
+        yield from rated_by(
+            _scores(record, place),
+            lambda: traced_row(required(record, "input", place), record.get("output"), place, options),
+            place,
+            options,
+            labelled=labelled,
+        )
+
+
+def _scores(record: Mapping[str, Any], place: str) -> dict[str, list[Any]]:
+    given = from_json_text(record.get("scores"), "scores", place)
+    if isinstance(given, list):
+        return by_name(given, "name", _value)
+    # The table has a column for each score of the project, so one that was not given is known all the same.
+    columns = {name: unpacked(value) for name, value in record.items() if name not in _NO_SCORES}
+    scores = {name: value for name, value in columns.items() if isinstance(value, list) and all(map(_is_score, value))}
+    return {**{name: [] for name in USUAL_NAMES if name in record}, **scores}
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, (int, float, str))
+
+
+def _value(score: Mapping[str, Any]) -> Any:
+    if score.get("dataType") == "BOOLEAN" and score.get("value") in (0, 1):
+        return bool(score["value"])
+    text = score.get("stringValue")
+    return text if score.get("dataType") == "CATEGORICAL" and text is not None else score.get("value")

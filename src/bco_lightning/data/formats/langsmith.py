@@ -1,0 +1,76 @@
+"""Runs of LangSmith with their feedback.
+
+A file holds one run per record, as ``Client.list_runs`` and the bulk export give it, with ``inputs``, ``outputs`` and
+``feedback_stats``; or beside it under ``feedback`` the list that ``Client.list_feedback`` gives, which is taken first,
+as it has every user's own word where the statistics only have the mean.
+
+Source: the Python package langsmith 0.15.0, ``langsmith/schemas.py`` (``Run``, ``FeedbackBase``) and
+``langsmith/types/run.py`` (``FeedbackStats``); https://docs.langchain.com/langsmith/feedback-data-format. Messages are
+understood in OpenAI's form and in those of langchain-core 1.8.2 (``dumpd``, ``message_to_dict``, ``model_dump``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bco_lightning.batch import LeftOut
+from bco_lightning.data.feedback_row import required, value_at
+from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.formats.scores import by_name, rated_by
+from bco_lightning.data.formats.traces import traced_row
+from bco_lightning.data.messages import from_json_text
+from bco_lightning.data.source import RowFormat
+
+MIXED = "mean of several users' feedback"
+_OF_LANGSMITH = ("run_type", "feedback_stats", "dotted_order")
+
+
+class LangSmith:
+    """A row for each time that the chosen feedback was given to a run."""
+
+    rows_per_record: int | None = None
+
+    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
+        """Whether there are inputs, outputs, and a field that only runs have."""
+        return "inputs" in record and "outputs" in record and any(name in record for name in _OF_LANGSMITH)
+
+    def candidates(
+        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
+    ) -> Iterator[Candidate | LeftOut]:
+        """The rows of one run; see :class:`RecordFormat`."""
+        extra = from_json_text(record.get("extra"), "extra", place)
+        tools = value_at(extra, "invocation_params.tools") if isinstance(extra, Mapping) else None
+        for item in rated_by(
+            _scores(record, place),
+            lambda: traced_row(required(record, "inputs", place), record.get("outputs"), place, options, tools),
+            place,
+            options,
+            labelled=labelled,
+        ):
+            unclear = isinstance(item, Candidate) and options.rating is None and isinstance(item.label, float)
+            yield LeftOut(place, MIXED) if unclear and "feedback" not in record else item
+
+
+def _scores(record: Mapping[str, Any], place: str) -> dict[str, list[Any]]:
+    feedback = from_json_text(record.get("feedback"), "feedback", place)
+    if isinstance(feedback, list):
+        return by_name(feedback, "key", lambda entry: _first(entry.get("score"), entry.get("value")))
+    stats = from_json_text(record.get("feedback_stats"), "feedback_stats", place)
+    if not isinstance(stats, Mapping):
+        return {}
+    return {key: _means(stat) for key, stat in stats.items() if isinstance(stat, Mapping)}
+
+
+def _means(stat: Mapping[str, Any]) -> list[Any]:
+    """The mean of numbers, or each word as often as it was said."""
+    if stat.get("avg") is not None:
+        return [stat["avg"]]
+    words = stat.get("values")
+    if not isinstance(words, Mapping):
+        return []
+    return [word for word, times in words.items() if isinstance(times, int) for _ in range(times)]
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,134 @@
+"""Feedback of Open WebUI, as an administrator exports it: a JSON array of ratings with a snapshot of each chat.
+
+A rating holds a thumb (``data.rating``, 1 or -1), a reason and a comment, and where the user gave one a rating from 1
+to 10 (``data.details.rating``), which a rule finds as ``details.rating``. The snapshot holds the tree of messages; the
+prompt is the branch that leads to the rated message. What a model thought stands in its message as HTML for the
+interface; it becomes ``reasoning_content``, for the chat template to show or not.
+
+Source: open-webui/open-webui 0.6 to 0.8, ``backend/open_webui/models/feedbacks.py`` (``FeedbackModel``, version 0 of
+its data) and ``routers/evaluations.py`` (``/api/v1/evaluations/feedbacks/all/export``),
+``src/lib/components/chat/Messages/ResponseMessage.svelte`` (``feedbackHandler``), ``src/lib/utils/index.ts``
+(``createMessagesList``, ``processDetails``); https://docs.openwebui.com, Evaluation.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bco_lightning.batch import FeedbackRow, LeftOut, Message
+from bco_lightning.data.feedback_row import assembled, keys_of, value_at
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, Candidate
+from bco_lightning.data.messages import messages_in
+from bco_lightning.data.source import RowFormat
+from bco_lightning.errors import FeedbackRowError
+
+NO_SNAPSHOT = "no snapshot of the chat"
+NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
+WITH_IMAGE = "conversation with an image"
+WITH_TOOLS = "answer with tool calls that the export keeps no messages of"
+
+_DETAILS = re.compile(r'<details\s+type="(\w+)"[^>]*>(.*?)</details>\s*', re.DOTALL | re.IGNORECASE)
+_SUMMARY = re.compile(r"\s*<summary>.*?</summary>\s*", re.DOTALL | re.IGNORECASE)
+_QUOTE = re.compile(r"^> ?", re.MULTILINE)
+_THUMBS = {1: 1, -1: -1, "1": 1, "-1": -1}
+
+
+class OpenWebUI:
+    """One row of each rating."""
+
+    rows_per_record: int | None = 1
+
+    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
+        """Whether there are the data of a rating and what it refers to."""
+        return isinstance(record.get("data"), Mapping) and isinstance(record.get("meta"), Mapping) and "type" in record
+
+    def candidates(
+        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
+    ) -> Iterator[Candidate | LeftOut]:
+        """The row of one rating; see :class:`RecordFormat`."""
+        ratings = _ratings(record, options)
+        wanted = options.columns.label if options.rating is None else options.rating.column or options.columns.label
+        if labelled and wanted not in ratings:
+            raise FeedbackRowError(place, f"expected a rating {wanted!r}, found {keys_of(ratings)}.")
+        if labelled and ratings[wanted] is None:
+            yield LeftOut(place, NO_FEEDBACK)
+            return
+        row = _row(record, place, options)
+        yield row if isinstance(row, LeftOut) else Candidate(row, ratings.get(options.columns.label), ratings)
+
+
+def _ratings(record: Mapping[str, Any], options: RowFormat) -> dict[str, Any]:
+    """The thumb, ``None`` for a draw in the arena, and the rating from 1 to 10."""
+    given = value_at(record, "data.rating")
+    thumb = _THUMBS.get(given) if isinstance(given, (int, str)) and not isinstance(given, bool) else None
+    thumb = thumb if record.get("type") == "rating" else None
+    return {"rating": thumb, "details.rating": value_at(record, "data.details.rating"), options.columns.label: thumb}
+
+
+def _row(record: Mapping[str, Any], place: str, options: RowFormat) -> FeedbackRow | LeftOut:
+    messages = value_at(record, "snapshot.chat.chat.history.messages")
+    if not isinstance(messages, Mapping):
+        return LeftOut(place, NO_SNAPSHOT)
+    branch = _branch(messages, value_at(record, "meta.message_id"))
+    if not branch or branch[-1].get("role") != "assistant":
+        return LeftOut(place, NOT_IN_SNAPSHOT)
+    if any(_has_image(message) for message in branch):
+        return LeftOut(place, WITH_IMAGE)
+    answer, calls = _message(branch[-1])
+    if calls:
+        return LeftOut(place, WITH_TOOLS)
+    if not answer["content"]:
+        return LeftOut(place, NO_ANSWER)
+    before = [message for message in (_message(node)[0] for node in branch[:-1]) if message["content"]]
+    if not any(message["role"] == "user" for message in before):
+        return LeftOut(place, NO_PROMPT)
+    system = value_at(record, "snapshot.chat.chat.params.system")
+    prompt = [{"role": "system", "content": system}, *before] if isinstance(system, str) and system.strip() else before
+    return assembled(
+        messages_in(prompt, "snapshot", place),
+        messages_in([answer], "snapshot", place),
+        place,
+        options.columns,
+        {},
+        all_turns=options.loss_on == "all_turns",
+    )
+
+
+def _branch(messages: Mapping[str, Any], message_id: Any) -> list[Mapping[str, Any]]:
+    """The messages from the root of the tree to the rated one; none if the way is broken."""
+    branch: list[Mapping[str, Any]] = []
+    while message_id is not None:
+        message = messages.get(message_id) if isinstance(message_id, str) else None
+        if not isinstance(message, Mapping) or len(branch) > len(messages):
+            return []
+        branch.append(message)
+        message_id = message.get("parentId")
+    return branch[::-1]
+
+
+def _has_image(message: Mapping[str, Any]) -> bool:
+    files = message.get("files")
+    return isinstance(files, list) and any(isinstance(file, Mapping) and file.get("type") == "image" for file in files)
+
+
+def _message(node: Mapping[str, Any]) -> tuple[Message, bool]:
+    """A message as the model saw or said it, and whether it held anything but text and thoughts."""
+    content: Any = node.get("content")
+    if isinstance(content, str) and not content.strip():
+        content = ""
+    blocks = _DETAILS.findall(content) if isinstance(content, str) and node.get("role") == "assistant" else []
+    if not blocks:
+        return {"role": node.get("role"), "content": content}, False
+    message: Message = {"role": "assistant", "content": _DETAILS.sub("", content).strip()}
+    thoughts = [_plain(text) for kind, text in blocks if kind.lower() == "reasoning"]
+    if thoughts:
+        message["reasoning_content"] = "\n\n".join(thoughts)
+    return message, len(thoughts) < len(blocks)
+
+
+def _plain(thought: str) -> str:
+    """A thought without the summary, quotation marks and escapes that the interface puts around it."""
+    return _QUOTE.sub("", html.unescape(_SUMMARY.sub("", thought, count=1))).strip()

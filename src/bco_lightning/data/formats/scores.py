@@ -1,0 +1,85 @@
+"""Which of the named scores of an export is the thumb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from bco_lightning.batch import FeedbackRow, LeftOut
+from bco_lightning.data.feedback_row import Columns, shown
+from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate
+from bco_lightning.data.source import RowFormat
+from bco_lightning.errors import FeedbackRowError
+
+# What the documentation of Langfuse and LangSmith call the score of a user's thumb.
+USUAL_NAMES = (Columns.label, "user-feedback", "user_feedback", "user-score", "user_score")
+
+
+def rated_by(
+    scores: Mapping[str, Sequence[Any]],
+    make_row: Callable[[], FeedbackRow | LeftOut],
+    place: str,
+    options: RowFormat,
+    *,
+    labelled: bool,
+) -> Iterator[Candidate | LeftOut]:
+    """The rows of one answer: one for each time that the chosen score was given.
+
+    Args:
+        scores: What was given under each name.
+        make_row: Makes the row; only called if there is feedback, as traces hold much that is no conversation.
+        place: File and line, for messages.
+        options: The score is that of the rule of ratings, else that of ``columns.label``, else one of the usual names.
+        labelled: Whether rows need a label.
+
+    Raises:
+        FeedbackRowError: If there are scores, and none is chosen.
+    """
+    given = scores.get(_chosen(scores, place, options), ()) if labelled else (None,)
+    if not given:
+        yield LeftOut(place, NO_FEEDBACK)
+        return
+    row = make_row()
+    for number, value in enumerate(given):
+        if isinstance(row, LeftOut):
+            yield row
+            continue
+        ratings = {name: values[min(number, len(values) - 1)] for name, values in scores.items() if values}
+        label = plain_number(value)
+        yield Candidate(row, label, {**ratings, options.columns.label: label})
+
+
+def plain_number(value: Any) -> Any:
+    """A whole number as an integer: thumbs that went through a column of floating-point numbers are 1.0 and 0.0.
+
+    Example:
+        >>> plain_number(1.0), plain_number(0.5), plain_number("up")
+        (1, 0.5, 'up')
+    """
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def by_name(entries: Iterable[Any], name: str, value: Callable[[Mapping[str, Any]], Any]) -> dict[str, list[Any]]:
+    """The values of a list of scores by their name; scores without a value are none."""
+    scores: dict[str, list[Any]] = {}
+    for entry in entries:
+        if isinstance(entry, Mapping) and isinstance(entry.get(name), str):
+            found = value(entry)
+            scores.setdefault(entry[name], []).extend([] if found is None else [found])
+    return scores
+
+
+def _chosen(names: Iterable[str], place: str, options: RowFormat) -> str:
+    label = options.columns.label
+    if options.rating is not None and options.rating.column is not None:
+        return options.rating.column
+    known = list(names)
+    if label != Columns.label or not known:
+        return label
+    usual = next((name for name in USUAL_NAMES if name in known), None)
+    if usual is None:
+        found = ", ".join(repr(name) if len(name) <= 32 else shown(name) for name in sorted(known)[:10])
+        raise FeedbackRowError(
+            place, f"expected a score {USUAL_NAMES[1]!r}, found {found}.", "Name the score by data.columns.label."
+        )
+    return usual

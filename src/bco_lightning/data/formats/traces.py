@@ -1,0 +1,163 @@
+"""The messages in what went in and out of a traced call, in the layouts that tracing libraries write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from bco_lightning.batch import FeedbackRow, LeftOut
+from bco_lightning.data.feedback_row import assembled, keys_of, shown, value_at
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_PROMPT
+from bco_lightning.data.messages import at_rated_turn, messages_in
+from bco_lightning.data.source import RowFormat
+from bco_lightning.errors import FeedbackRowError
+
+# LangChain's names of messages, as a class in its serialised form and as a type in its plain form.
+_ROLE_OF = {
+    "HumanMessage": "user", "AIMessage": "assistant", "SystemMessage": "system", "ToolMessage": "tool",
+    "human": "user", "ai": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
+_HISTORY = ("chat_history", "history")
+
+
+def traced_row(given: Any, answer: Any, place: str, options: RowFormat, tools: Any = None) -> FeedbackRow | LeftOut:
+    """The row of one traced call.
+
+    Args:
+        given: What went in: text, messages, or an object that holds one of these; as such, or as JSON text.
+        answer: What came out; if it is a whole conversation, its last assistant turn is rated.
+        place: File and line, for messages.
+        options: Names of columns, for objects that hold several texts.
+        tools: JSON schemas of the functions that could be called, where they do not stand beside the messages.
+
+    Raises:
+        FeedbackRowError: If there are no messages in it.
+    """
+    columns, given, answer = options.columns, unpacked(given), unpacked(answer)
+    said = _found(answer, "assistant", columns.completion, "output", place)
+    if not any(_says_something(message) for message in said):
+        return LeftOut(place, NO_ANSWER)
+    asked = _found(given, "user", columns.prompt, "input", place)
+    num_trailing = 0
+    if any(isinstance(message, Mapping) and message.get("role") == "user" for message in said):
+        prompt, completion, num_trailing = at_rated_turn(messages_in(said, "output", place), "output", place)
+    else:
+        prompt = messages_in(asked, "input", place) if asked else []
+        completion = messages_in(said, "output", place)
+    if not prompt:
+        return LeftOut(place, NO_PROMPT)
+    beside = given.get("tools") if isinstance(given, Mapping) else None
+    return assembled(
+        prompt,
+        completion,
+        place,
+        columns,
+        {columns.tools: tools or beside},
+        all_turns=options.loss_on == "all_turns",
+        num_trailing=num_trailing,
+    )
+
+
+def _found(value: Any, role: str, column: str, where: str, place: str) -> list[Any]:
+    """The messages in a value, not yet checked."""
+    before: list[Any] = []
+    while isinstance(value, Mapping) and value and not _is_message(value):
+        inner = next(iter(_containers(value, column)), None)
+        if inner is None:
+            option = f"data.columns.{'prompt' if role == 'user' else 'completion'}"
+            found = f"expected text or messages as {where!r}, found {keys_of(value)}."
+            raise FeedbackRowError(place, found, f"Name the one that counts by {option}.")
+        before += _before(value, inner)
+        value = unpacked(inner)
+    if isinstance(value, Mapping):
+        return [*before, _in_openai_form(value)] if value else before
+    if isinstance(value, list):
+        nested = len(value) == 1 and isinstance(value[0], list)
+        return before + [_in_openai_form(message) for message in (value[0] if nested else value)]
+    if value is None or isinstance(value, str):
+        return [*before, {"role": role, "content": value}] if value else before
+    raise FeedbackRowError(place, f"expected text or messages as {where!r}, found {shown(value)}.")
+
+
+def _containers(value: Mapping[str, Any], column: str) -> list[Any]:
+    """What holds the messages of an object, the likeliest first."""
+    candidates = [value_at(value, column), value.get("messages")]
+    for key, inner in (("choices", "message"), ("generations", "message")):
+        first = _first_object(value.get(key))
+        candidates += [first.get(inner), first.get("text")]
+    texts = [text for text in value.values() if isinstance(text, str)]
+    candidates += [value.get("output"), value.get("input"), texts[0] if len(texts) == 1 else None]
+    return [candidate for candidate in candidates if candidate]
+
+
+def _first_object(value: Any) -> Mapping[str, Any]:
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, Mapping) else {}
+
+
+def _before(value: Mapping[str, Any], inner: Any) -> list[Any]:
+    """What an object holds beside its messages: a system prompt, or what was said before a text."""
+    system = value.get("system")
+    before: list[Any] = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    histories = [value.get(key) for key in _HISTORY] if isinstance(inner, str) else []
+    said = [message for history in histories if isinstance(history, list) for message in history]
+    return before + [_in_openai_form(message) for message in said]
+
+
+def _is_message(value: Mapping[str, Any]) -> bool:
+    return ("role" in value and ("content" in value or "tool_calls" in value)) or _langchain_kind(value) is not None
+
+
+def _in_openai_form(message: Any) -> Any:
+    kind = _langchain_kind(message) if isinstance(message, Mapping) else None
+    if kind is None:
+        return message
+    body = next(part for part in (message.get("kwargs"), message.get("data"), message) if isinstance(part, Mapping))
+    calls, more = body.get("tool_calls"), body.get("additional_kwargs")
+    content = body.get("content")
+    if isinstance(content, list):  # where the calls stand once more
+        content = [part for part in content if not isinstance(part, Mapping) or part.get("type") != "tool_use"]
+    converted = {
+        "role": _ROLE_OF.get(kind, body.get("role")),
+        "content": content,
+        "tool_calls": [_call_in_openai_form(call) for call in calls] if isinstance(calls, list) else calls,
+        "tool_call_id": body.get("tool_call_id"),
+        "name": body.get("name"),
+        "reasoning_content": more.get("reasoning_content") if isinstance(more, Mapping) else None,
+    }
+    return {key: part for key, part in converted.items() if part is not None}
+
+
+def _langchain_kind(message: Mapping[str, Any]) -> str | None:
+    """The kind of a message of LangChain: serialised, as an object with data, or as the plain model."""
+    if message.get("lc") == 1 and isinstance(message.get("id"), list) and isinstance(message.get("kwargs"), Mapping):
+        return str(message["id"][-1]).removesuffix("Chunk") if message["id"] else None
+    kind = message.get("type")
+    plain = isinstance(kind, str) and kind in _ROLE_OF and "role" not in message
+    return kind if plain and ("content" in message or isinstance(message.get("data"), Mapping)) else None
+
+
+def _call_in_openai_form(call: Any) -> Any:
+    if not isinstance(call, Mapping) or "args" not in call:
+        return call
+    function = {"name": call.get("name"), "arguments": call["args"]}
+    return {"type": "function", "id": call.get("id"), "function": function}
+
+
+def _says_something(message: Any) -> bool:
+    if not isinstance(message, Mapping):
+        return True
+    content = message.get("content")
+    return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
+
+
+def unpacked(value: Any) -> Any:
+    """Objects and lists that were written as JSON text; any other text is itself."""
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value

@@ -1,0 +1,269 @@
+"""Chat messages, checked and brought to one form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bco_lightning.batch import Message
+from bco_lightning.errors import FeedbackRowError
+
+# Limits of a row, so that a single one cannot stall the start: about 250,000 tokens of English, and some 0.2 seconds of
+# chat template, which is rendered once for each message of a completion.
+MAX_ROW_CHARACTERS = 1_000_000
+MAX_ROW_MESSAGES = 500
+MAX_MESSAGE_DEPTH = 32
+
+ROLES = ("system", "user", "assistant", "tool")
+# Beside OpenAI's names, its later one for system, and those of the ShareGPT layout ({"from": "human", "value": ...}).
+_ROLE_OF = {**{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant"}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_MAY_BE_EMPTY = ("system", "tool")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: itself if it is short and label-like, else its kind and size, as it may be private.
+
+    Example:
+        >>> shown("up"), shown(3.5), shown(None), shown("I was born in Bremen."), shown([True])
+        ('"up"', '3.5', 'null', 'a text of 21 characters', 'a list of 1')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        label_like = len(value) <= 12 and len(value.split()) <= 1 and "@" not in value and value.isprintable()
+        return f'"{value}"' if label_like else f"a text of {len(value)} characters"
+    if isinstance(value, (int, float)):
+        # Longer numbers may be those of telephones and accounts.
+        return repr(value) if (-1000 < value < 1000 and len(repr(value)) <= 12) or value != value else "another number"
+    if isinstance(value, (list, dict)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return f"a value of type {type(value).__name__}"
+
+
+def texts_in(value: Any, depth: int = 0) -> Iterator[str]:
+    """Every text in messages or a part of one, keys included.
+
+    Raises:
+        ValueError: If lists and objects are nested too deeply.
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        if depth >= MAX_MESSAGE_DEPTH:
+            raise ValueError(f"at most {MAX_MESSAGE_DEPTH} levels of nesting in a message, found more")
+        if isinstance(value, dict):
+            yield from value.keys()
+            value = value.values()
+        for part in value:
+            if isinstance(part, str):
+                yield part
+            else:
+                yield from texts_in(part, depth + 1)
+
+
+def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Message]:
+    """Reads the messages of a column.
+
+    Args:
+        value: A list of messages in OpenAI's layout (``role``, ``content``) or ShareGPT's (``from``, ``value``); text
+            too, where a role is given.
+        name: Of the column, for messages.
+        place: File and line, for messages.
+        role: Who says a text.
+
+    Returns:
+        Messages with a role out of ``system``, ``user``, ``assistant`` and ``tool`` and a text as content, and with
+        whatever other keys they have, such as ``tool_calls`` and ``reasoning_content``, for the chat template. Keys
+        without a value, with which a Parquet file fills up, are gone; parts of a content are joined; the arguments
+        of a tool call are an object where they were the JSON text of one.
+
+    Raises:
+        FeedbackRowError: If the value is no such list, or a message holds no text.
+
+    Example:
+        >>> messages_in([{"from": "human", "value": "Hi?"}, {"role": "assistant", "content": "Hi!"}], "talk", "log:1")
+        [{'role': 'user', 'content': 'Hi?'}, {'role': 'assistant', 'content': 'Hi!'}]
+    """
+    if role and isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        form = "text or a list of chat messages" if role else "a list of chat messages"
+        raise FeedbackRowError(place, f"{name!r} must be {form}, found {_type_name(value)}.")
+    return [_message(message, f"message {number} of {name!r}", name, place) for number, message in enumerate(value, 1)]
+
+
+def at_rated_turn(messages: list[Message], name: str, place: str) -> tuple[list[Message], list[Message], int]:
+    """Takes a conversation apart at its last assistant turn.
+
+    A turn is all that the assistant does between two messages of others: its tool calls, their results and its answer.
+
+    Args:
+        messages: The conversation, oldest message first.
+        name: Of the column, for messages.
+        place: File and line, for messages.
+
+    Returns:
+        What was said before the turn, the turn, and the number of messages after it.
+
+    Raises:
+        FeedbackRowError: If the assistant says nothing.
+
+    Example:
+        >>> talk = [{"role": role, "content": "..."} for role in ("user", "assistant", "tool", "assistant", "user")]
+        >>> [len(part) for part in at_rated_turn(talk, "messages", "log.jsonl:1")[:2]]
+        [1, 3]
+    """
+    last = next((index for index in reversed(range(len(messages))) if messages[index]["role"] == "assistant"), None)
+    if last is None:
+        raise FeedbackRowError(place, f"{name!r} must hold a message of the assistant, which is rated, found none.")
+    first = last
+    while first and messages[first - 1]["role"] in ("assistant", "tool"):
+        first -= 1
+    while messages[first]["role"] != "assistant":
+        first += 1
+    return messages[:first], messages[first : last + 1], len(messages) - last - 1
+
+
+def check_size(parts: list[Any], place: str) -> None:
+    """Refuses a row that would stall the start or that is no Unicode text.
+
+    Args:
+        parts: Its messages, and what else of it the chat template reads.
+        place: File and line, for messages.
+
+    Raises:
+        FeedbackRowError: If it is over a limit, nested too deeply, or holds half of a surrogate pair or a NUL.
+    """
+    if len(parts) > MAX_ROW_MESSAGES:
+        raise FeedbackRowError(
+            place, f"expected at most {MAX_ROW_MESSAGES} messages in a row, found {len(parts)}.", "Shorten the row."
+        )
+    try:
+        characters = _characters_in(parts)
+    except UnicodeEncodeError as error:
+        raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from error
+    except ValueError as error:
+        raise FeedbackRowError(place, f"expected {error}.", "Remove or mend the row.") from error
+    if characters > MAX_ROW_CHARACTERS:
+        raise FeedbackRowError(
+            place,
+            f"expected at most {MAX_ROW_CHARACTERS:,} characters in a row, found {characters:,}.",
+            "Shorten or remove the row.",
+        )
+
+
+def without_nulls(value: Any, depth: int = 0) -> Any:
+    """The same value without the keys that have none; what is nested too deeply for a message is left as it is."""
+    if depth > MAX_MESSAGE_DEPTH:
+        return value
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part, depth + 1) for key, part in value.items() if part is not None}
+    return [without_nulls(part, depth + 1) for part in value] if isinstance(value, list) else value
+
+
+def from_json_text(value: Any, name: str, place: str) -> Any:
+    """What a text says in JSON, for columns of files that know no other types; anything but text as it is.
+
+    Raises:
+        FeedbackRowError: If the text is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise FeedbackRowError(
+            place, f"{name!r} must hold JSON, found {shown(value)} that is none.", "Correct or remove the row."
+        ) from error
+
+
+def _message(message: Any, where: str, name: str, place: str) -> Message:
+    said, role = message, None
+    if isinstance(message, Mapping):
+        if "role" not in message and "from" in message:
+            message = {"role": message["from"], "content": message.get("value")}
+        said = message if _is_plain(message) else _with_text(without_nulls(message), where, place)
+        role = _ROLE_OF.get(role) if isinstance(role := said.get("role"), str) else None
+    if role is None or not isinstance(said.get("content"), str):
+        raise FeedbackRowError(place, f"{where} must have a text 'content' and a 'role' out of {', '.join(ROLES)}.")
+    if not said["content"].strip() and role not in _MAY_BE_EMPTY and not said.get("tool_calls"):
+        raise FeedbackRowError(
+            place, f"{name!r} must hold text, found nothing but white space.", "Remove or complete the row."
+        )
+    return {**said, "role": role}
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    return len(message) == 2 and isinstance(message.get("content"), str)
+
+
+def _with_text(message: Message, where: str, place: str) -> Message:
+    """The message with one text as its content, and with checked tool calls."""
+    if isinstance(message.get("content"), list):
+        message["content"] = "".join(_text_of(part, where, place) for part in message["content"])
+    if "tool_calls" in message:
+        calls = message.pop("tool_calls")
+        if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
+            raise FeedbackRowError(place, f"{where} must have a list of function calls as 'tool_calls'.")
+        if calls and message.get("role") != "assistant":
+            raise FeedbackRowError(place, f"{where} must be the assistant's, as it has 'tool_calls'.")
+        if calls:
+            message.setdefault("content", "")
+            message["tool_calls"] = [_with_object(call) for call in calls]
+    return message
+
+
+def _text_of(part: Any, where: str, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    found = f"one of type {shown(kind)}" if isinstance(kind, str) else shown(part)
+    raise FeedbackRowError(place, f"{where} must have text parts as its content, found {found}.", "Remove the row.")
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, Mapping) and isinstance(_function_of(call).get("name"), str)
+
+
+def _function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function", call)
+    return function if isinstance(function, Mapping) else {}
+
+
+def _with_object(call: Message) -> Message:
+    """The call with its arguments as an object, as chat templates want them; logs of the API have them as JSON text."""
+    function = dict(_function_of(call))
+    if isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except (ValueError, RecursionError):  # the model's own mistake, which is shown as it was
+            arguments = None
+        if isinstance(arguments, dict):
+            function["arguments"] = arguments
+    return {**call, "function": function} if "function" in call else function
+
+
+def _characters_in(parts: list[Any]) -> int:
+    """The number of characters in all texts, each of which is looked at; plain messages take the short way."""
+    characters = 0
+    for part in parts:
+        plain = len(part) == 2 and "role" in part and isinstance(part.get("content"), str)
+        for text in (part["content"],) if plain else texts_in(part, 1):
+            characters += len(text)
+            if not text.isascii():
+                text.encode()
+            if "\x00" in text:
+                raise ValueError("text, found a NUL character")
+    return characters
+
+
+def _type_name(value: Any) -> str:
+    return (
+        "nothing (null)" if value is None else f"a value of type {type(value).__name__}" if value else "an empty list"
+    )

@@ -1,0 +1,152 @@
+"""Files that fsspec reaches: which protocols, by what names they may be shown, and their failures as one error."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+from bco_lightning.errors import FeedbackRowError
+
+# Protocols and the package each needs. fsspec knows many more, among them archives and chains of protocols.
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "adl": "adlfs",
+    "hf": "huggingface_hub",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "memory": "fsspec",
+    "file": "fsspec",
+}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::.*://)")
+HTTP = ("http", "https")
+
+
+def protocol_of(path: str) -> str:
+    """The protocol of a URL in lower case; an empty text for a plain path."""
+    url = _URL.match(path)
+    return url[1].lower() if url else ""
+
+
+def is_remote(path: str) -> bool:
+    """Whether fsspec is to reach it; a plain path and a ``file://`` URL are local."""
+    return protocol_of(path) not in ("", "file") or (protocol_of(path) == "file" and "::" in path)
+
+
+def public_name(path: str) -> str:
+    """How a path may be shown and stored: a URL without its query and password, which may grant access.
+
+    Example:
+        >>> public_name("https://me:word@host/a.jsonl?signature=x"), public_name("logs/a?.jsonl")
+        ('https://host/a.jsonl', 'logs/a?.jsonl')
+    """
+    protocol = protocol_of(path)
+    if not protocol:
+        return path
+    if protocol not in HTTP:
+        return re.sub(r"\?.*=.*", "", path)  # other question marks are those of a glob
+    return re.sub(r"^([^/]*//)[^/]*@", r"\1", re.sub(r"[?#].*", "", path))
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it.
+
+    Raises:
+        FeedbackRowError: If the protocol is not one of those allowed, or its package is not installed.
+    """
+    from fsspec.core import url_to_fs
+
+    protocol = protocol_of(url)
+    if protocol not in _PACKAGES or "::" in url:
+        found = "a chain of URLs" if "::" in url else f"{protocol}://"
+        raise FeedbackRowError(
+            public_name(url),
+            f"expected a path or a URL of {', '.join(_PACKAGES)}, found {found}.",
+            "Copy the file to one of these.",
+        )
+    package = _PACKAGES[protocol]
+    if importlib.util.find_spec(package) is None:
+        raise FeedbackRowError(
+            public_name(url),
+            f"expected the package {package} for {protocol}:// URLs, found it not installed.",
+            f"Install it: pip install {package}",
+        )
+    with errors_named(url):
+        return cast("tuple[Any, str]", url_to_fs(url))
+
+
+@contextmanager
+def errors_named(path: str) -> Iterator[None]:
+    """Makes a FeedbackRowError of any failure to reach a file, without its text and cause: they hold the whole URL."""
+    try:
+        yield
+    except FeedbackRowError:
+        raise
+    except FileNotFoundError:
+        # fsspec also raises it where a server cannot be reached at all.
+        remedy = "Check address, connection and credentials." if is_remote(path) else ""
+        raise FeedbackRowError(public_name(path), "expected a feedback log, found no such file.", remedy) from None
+    except Exception as error:
+        if not is_remote(path) and not isinstance(error, OSError):
+            raise
+        status = getattr(error, "status", None)
+        found = type(error).__name__ + (f" {status}" if isinstance(status, int) else "")
+        raise FeedbackRowError(
+            public_name(path),
+            f"expected a file that can be read, found {found}.",
+            "Check address, connection and credentials." if is_remote(path) else "Check its permissions.",
+        ) from None
+
+
+class RemoteFile(io.RawIOBase):
+    """A file of fsspec whose every failure is a FeedbackRowError, as each protocol has errors of its own.
+
+    Args:
+        path: Its URL.
+        whole: Whether it is read from the front to the end, which saves HTTP a request per block.
+    """
+
+    def __init__(self, path: str, whole: bool) -> None:
+        with errors_named(path):
+            system, inside = file_system(path)
+            # What a block of no bytes means to HTTP only: one request, whose answer is read as it comes.
+            options = {"block_size": 0} if whole and protocol_of(path) in HTTP else {}
+            self._path, self._file = path, cast("BinaryIO", system.open(inside, "rb", **options))
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Whether it can seek."""
+        return self._file.seekable()
+
+    def tell(self) -> int:
+        """Bytes from the front."""
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Moves to a byte."""
+        with errors_named(self._path):
+            return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Reads as many bytes as fit, or fewer at the end."""
+        with errors_named(self._path):
+            content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        if not self.closed:
+            super().close()
+            self._file.close()

@@ -1,0 +1,146 @@
+"""What a user says about a feedback log: where it is, its format, and what its ratings mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bco_lightning.batch import LeftOut
+from bco_lightning.data.feedback_row import Columns, shown, value_at
+from bco_lightning.data.remote import public_name
+from bco_lightning.errors import ConfigError, FeedbackRowError
+
+FormatName = Literal[
+    "auto", "unpaired", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit", "chitchat"
+]
+LossOn = Literal["rated_turn", "all_turns"]
+BETWEEN = "rating between thumbs-up and thumbs-down"
+UNTOUCHED = "rating left at its default"
+_MISSING = object()
+
+
+@dataclass
+class Rating:
+    """The rule that makes thumbs of numbers.
+
+    Args:
+        column: Name of the rating, such as ``helpfulness``; if left out, the label's own column is rated.
+        up: Least rating that is thumbs-up.
+        down: Largest rating that is thumbs-down; rows between the two are left out and counted.
+        untouched: Ratings as they are before anyone has touched them; a row in which all of these stand is left out
+            and counted.
+
+    Raises:
+        ConfigError: If ``down`` is not below ``up``.
+    """
+
+    column: str | None = None
+    up: float = 4.0
+    down: float = 3.0
+    untouched: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.down < self.up:
+            raise ConfigError("data.rating", f"expected down below up, found {self.down:g} and {self.up:g}.")
+
+    def thumbs_up(self, ratings: Mapping[str, Any], column: str, place: str) -> bool | LeftOut:
+        """Applies the rule.
+
+        Args:
+            ratings: Every rating of the row, by name.
+            column: The one to go by if the rule names none.
+            place: File and line.
+
+        Returns:
+            Whether it is thumbs-up, or that the row is left out.
+
+        Raises:
+            FeedbackRowError: If there is no such rating, or it is no finite number.
+
+        Example:
+            >>> rule = Rating("helpfulness", up=4, down=2)
+            >>> [rule.thumbs_up({"helpfulness": value}, "label", "log.jsonl:1") for value in (4, 1.5)]
+            [True, False]
+            >>> rule.thumbs_up({"helpfulness": 3}, "label", "log.jsonl:1")
+            LeftOut(place='log.jsonl:1', reason='rating between thumbs-up and thumbs-down')
+        """
+        if self.untouched and all(value_at(ratings, name) == value for name, value in self.untouched.items()):
+            return LeftOut(place, UNTOUCHED)
+        name = self.column or column
+        value = value_at(ratings, name, _MISSING)
+        if value is _MISSING:
+            raise FeedbackRowError(
+                place, f"expected a rating {name!r}, found none.", "Name the column by data.rating.column."
+            )
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise FeedbackRowError(place, f"expected a number as rating {name!r}, found {shown(value)}.")
+        if self.down < value < self.up:
+            return LeftOut(place, BETWEEN)
+        return value >= self.up
+
+
+# HelpSteer2 as the paper uses it: of 0 to 4, only a helpfulness of 4 is thumbs-up (arXiv 2404.04656, section 4).
+RATING_PRESETS = {"helpsteer2": Rating("helpfulness", up=4, down=3)}
+
+
+@dataclass
+class Source:
+    """One feedback log of several.
+
+    Args:
+        path: A file, a glob, a URL of fsspec such as ``s3://bucket/*.jsonl``, ``package:NAME/path`` or
+            ``hub:OWNER/NAME@SPLIT``.
+        name: Under which its rows are counted and measured; the path if left out, of a URL without its query.
+        weight: Passes over its rows in one epoch: 2 shows each row twice, 0.5 half of the rows, the other half next.
+        format: What its records are; that of ``data.format`` if left out.
+        columns: Names of its columns; those of ``data.columns`` if left out.
+        rating: The rule for its ratings, or a preset's name; that of ``data.rating`` if left out.
+    """
+
+    path: str
+    name: str | None = None
+    weight: float = 1.0
+    format: FormatName | None = None
+    columns: Columns | None = None
+    rating: Rating | str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ConfigError("data.train_files", f"expected a weight above 0 for {self.path!r}, found {self.weight}.")
+
+    @property
+    def label(self) -> str:
+        """The name that its rows go by."""
+        return self.name or public_name(self.path)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the records of a source become rows.
+
+    Args:
+        format: What they are; ``auto`` goes by the first record.
+        columns: Names of the columns.
+        rating: The rule for ratings; ``None`` where labels are thumbs.
+        loss_on: The rated assistant turn alone, or all assistant turns of the conversation.
+    """
+
+    format: FormatName = "auto"
+    columns: Columns = field(default_factory=Columns)
+    rating: Rating | None = None
+    loss_on: LossOn = "rated_turn"
+
+
+def chosen_rating(rating: Rating | str | None) -> Rating | None:
+    """The rule itself, or the preset of that name.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    if not isinstance(rating, str):
+        return rating
+    if rating not in RATING_PRESETS:
+        raise ConfigError("data.rating", f"expected a rule or one of {', '.join(RATING_PRESETS)}, found {rating!r}.")
+    return RATING_PRESETS[rating]

@@ -1,0 +1,246 @@
+"""A data set that is read while it is trained on, as the data module uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from bco_lightning.batch import LeftOut
+from bco_lightning.data.loading import BadRows
+from bco_lightning.data.reading import ReadingOptions
+from bco_lightning.data.remote import public_name
+from bco_lightning.data.row_counts import Counted, RowCounts
+from bco_lightning.data.source import Source
+from bco_lightning.data.streaming.blocks import BLOCK_BYTES, BLOCK_ROWS
+from bco_lightning.data.streaming.dataset import Outcome, StreamDataset, TokenizedRow
+from bco_lightning.data.streaming.index import StreamIndex
+from bco_lightning.data.streaming.order import StreamOrder
+from bco_lightning.data.streaming.scanning import Dialect
+from bco_lightning.errors import ConfigError, FeedbackRowError
+
+_SAMPLED_BLOCKS, _BATCH_ROWS = 2048, 128
+_LEAST_CACHE_BYTES = 2**23
+
+
+@dataclass
+class StreamedRows:
+    """Training rows that stay in their files.
+
+    Args:
+        index: Where they are.
+        counts: What became of the rows that were read in advance: all, or a sample.
+        options: What rows depend on.
+    """
+
+    index: StreamIndex
+    counts: RowCounts
+    options: ReadingOptions
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        sources: Sequence[Source],
+        options: ReadingOptions,
+        tokenizer: Any,
+        sample: int | None = None,
+        processes: int | None = None,
+    ) -> StreamedRows:
+        """Finds the rows.
+
+        Args:
+            name: Of the data set.
+            sources: Their files are JSON lines, Parquet or Arrow folders.
+            options: What rows depend on.
+            tokenizer: A transformers tokenizer.
+            sample: How many rows to read in advance, drawn evenly; all of them if left out.
+            processes: How many read; if left out, as many as there are processors for.
+
+        Raises:
+            FeedbackRowError: On a file that cannot be streamed, or a malformed row among those read.
+            ConfigError: On options that need all rows at once.
+        """
+        if options.conflicts != "keep":
+            raise ConfigError(
+                "data.conflicts",
+                f"expected keep with data.streaming, which does not compare rows, found {options.conflicts}.",
+            )
+        if sample is not None and sample < 1:
+            raise ConfigError("data.streaming_sample", f"expected at least 1 row, found {sample}.")
+        if sample is None:
+            rank_zero_info(f"{name}: all rows are read once before the first step, unless data.streaming_sample is set")
+        bad_rows = BadRows(options.bad_rows, options.max_bad_rows)
+        index = StreamIndex.build(
+            sources,
+            [options.format_of(source) for source in sources],
+            name=name,
+            bad_rows=bad_rows,
+            read_rows=sample is None,
+            processes=processes,
+        )
+        if sample is None:
+            return cls(index, index.counts, options)
+        return cls(index, _read_sample(index, sample, tokenizer, options, bad_rows), options)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the files' content and all that decides which rows they hold."""
+        return self.index.digest
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether only a sample was read in advance, so that ``counts`` and ``class_counts`` are estimates."""
+        return self.index.flags is None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are drawn from: the usable ones where all were read, else all."""
+        return self.index.num_rows if self.is_sampled else self.counts.used
+
+    @property
+    def class_counts(self) -> tuple[float, float]:
+        """Thumbs-up and thumbs-down rows of an epoch, weights of sources included; of a sample, its own."""
+        total = sum(self.counts.by_source.values(), ())
+        overall = sum(total[::2]) / sum(total)
+        up = down = 0.0
+        for source, size in zip(self.index.sources, self._sizes(), strict=True):
+            known = self.counts.by_source[source.label]
+            share = known[0] / sum(known) if sum(known) else overall
+            up, down = up + source.weight * size * share, down + source.weight * size * (1 - share)
+        return up, down
+
+    def _sizes(self) -> list[int]:
+        return [len(rows) for rows in self.index.pools(by_class=False)[0]]
+
+    def order(self, rows_per_step: int, balanced: bool, shuffle_buffer: int) -> StreamOrder:
+        """Which rows each optimizer step trains on; it also says how many steps an epoch has.
+
+        Raises:
+            ConfigError: If steps are to be balanced, and the class of each row is not known.
+        """
+        counts = [rows_per_step // 2] * 2 if balanced else [rows_per_step]
+        return StreamOrder(self.index.pools(balanced), counts, self.options.seed, shuffle_buffer)
+
+    def dataset(
+        self, tokenizer: Any, rows_per_step: int, rows_of_rank: int, balanced: bool, shuffle_buffer: int
+    ) -> StreamDataset:
+        """The rows by number.
+
+        Args:
+            tokenizer: A transformers tokenizer.
+            rows_per_step: Of all processes.
+            rows_of_rank: Rows of a step in this process.
+            balanced: Whether classes are drawn apart.
+            shuffle_buffer: As the order has it.
+        """
+        in_memory = (shuffle_buffer / rows_per_step + 2 * BLOCK_ROWS) * rows_of_rank
+        cache_bytes = max(_LEAST_CACHE_BYTES, int(2 * in_memory * self._bytes_per_row()))
+        return StreamDataset(self.index, tokenizer, self.options, by_class=balanced, cache_bytes=cache_bytes)
+
+    def sample(self, tokenizer: Any, count: int) -> Iterator[TokenizedRow]:
+        """About so many rows, drawn evenly from all over, as far as they are usable.
+
+        Raises:
+            FeedbackRowError: If a file cannot be read any more.
+        """
+        dataset = StreamDataset(self.index, tokenizer, self.options, cache_bytes=_LEAST_CACHE_BYTES)
+        outcomes = _outcomes_of_sample(dataset, count)
+        return (outcome for outcome in outcomes if isinstance(outcome, TokenizedRow))
+
+    def told(self) -> dict[str, Any]:
+        """Plain values by which another process of this node has the same rows."""
+        return {"counts": asdict(self.counts), "digest": self.digest, "index": self.index.told()}
+
+    @classmethod
+    def shared(cls, told: dict[str, Any], sources: Sequence[Source], options: ReadingOptions) -> StreamedRows:
+        """The rows that another process of this node has found.
+
+        Raises:
+            FaultError: If its index cannot be seen from here.
+        """
+        formats = [options.format_of(source) for source in sources]
+        index = StreamIndex.shared(told["index"], sources, formats)
+        return cls(index, RowCounts.from_values(told["counts"]), options)
+
+    def _bytes_per_row(self) -> float:
+        """At most so many in the mean, as blocks are limited in bytes and rows."""
+        return BLOCK_BYTES * len(self.index.blocks) / self.index.num_rows
+
+    def __str__(self) -> str:
+        if not self.is_sampled:
+            return str(self.counts)
+        return (
+            f"{self.counts}\n  estimates from {self.counts.read} of {self.index.num_rows} rows, drawn evenly "
+            "(data.streaming_sample)"
+        )
+
+
+def draw_evenly(index: StreamIndex, count: int, seed: int) -> list[int]:
+    """Numbers of rows from all over an index, a few of each block that is drawn from, in order.
+
+    Args:
+        index: Where the rows are.
+        count: About how many; each source gives at least one.
+        seed: Of the choice.
+    """
+    blocks = index.blocks
+    random = np.random.default_rng([seed, count])
+    num_blocks = min(len(blocks), count, _SAMPLED_BLOCKS)
+    # One block of each of as many runs of blocks, and of it as many rows as are due to the run.
+    runs = np.linspace(0, len(blocks), num_blocks + 1).astype(np.int64)
+    due = np.append(blocks["first_row"], index.num_rows)[runs] * count // index.num_rows
+    drawn: set[int] = set()
+    for (start, stop), wanted in zip(pairwise(runs.tolist()), np.diff(due).tolist(), strict=True):
+        block = blocks[random.integers(start, stop)]
+        drawn.update((int(block["first_row"]) + random.permutation(int(block["rows"]))[:wanted]).tolist())
+    firsts = blocks["first_row"][np.unique(blocks["source"], return_index=True)[1]]
+    found = np.searchsorted(sorted(drawn), np.append(firsts, index.num_rows))
+    return sorted(drawn.union(firsts[np.diff(found) == 0].tolist()))
+
+
+def _read_sample(
+    index: StreamIndex, count: int, tokenizer: Any, options: ReadingOptions, bad_rows: BadRows
+) -> RowCounts:
+    """What becomes of some rows; afterwards the index knows the vocabulary that they speak."""
+    dataset = StreamDataset(index, tokenizer, options, cache_bytes=_LEAST_CACHE_BYTES)
+    counts = RowCounts(index.counts.name, by_source={source.label: (0, 0) for source in index.sources})
+    for outcome in _outcomes_of_sample(dataset, count):
+        _count(outcome, counts, index, bad_rows)
+    bad_rows.check([public_name(source.path) for source in index.sources], counts.read)
+    index.dialects = [Dialect.of(parser) for parser in dataset.parsers]
+    return counts
+
+
+def _outcomes_of_sample(dataset: StreamDataset, count: int) -> Iterator[Outcome]:
+    numbers = draw_evenly(dataset.index, count, dataset.options.seed)
+    for start in range(0, len(numbers), _BATCH_ROWS):
+        yield from dataset.outcomes(numbers[start : start + _BATCH_ROWS])
+
+
+def _count(outcome: Outcome, counts: RowCounts, index: StreamIndex, bad_rows: BadRows) -> None:
+    if isinstance(outcome, FeedbackRowError):
+        bad_rows.take(outcome)
+        counts.skip(Counted(1, [outcome.where]))
+    elif isinstance(outcome, LeftOut):
+        counts.leave_out(outcome.reason, Counted(1, [outcome.place]))
+    else:
+        up = bool(outcome.row.thumbs_up)
+        counts.read, counts.up, counts.down = counts.read + 1, counts.up + up, counts.down + (not up)
+        label = index.sources[outcome.source].label
+        before = counts.by_source[label]
+        counts.by_source[label] = before[0] + up, before[1] + (not up)
+        for what, is_cut in _cuts_of(outcome).items():
+            counts.cut[what] = counts.cut.get(what, 0) + is_cut
+
+
+def _cuts_of(found: TokenizedRow) -> dict[str, bool]:
+    return {
+        "prompts cut": found.sample.prompt_cut,
+        "completions cut": found.sample.completion_cut,
+        "messages after the rated turn left out": bool(found.row.num_trailing),
+    }

@@ -1,0 +1,221 @@
+"""What an epoch takes: tokens, optimizer steps, and a rough range of hours on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bco_lightning.callbacks.throughput_monitor import matmul_ceiling
+from bco_lightning.errors import UserError
+from bco_lightning.inspection.auc import Array
+from bco_lightning.models.language_model import LoraSettings, resolve_dtype
+from bco_lightning.models.useful_flops import UsefulFlops
+from bco_lightning.planning.model_shape import ModelShape, Weight, shape_of
+
+# Shares of the speed of a large matrix product that training reaches: small models and short rows are near the lower
+# end. The reference's pass is not in the useful operations and is paid out of this share too.
+EFFICIENCY = (0.15, 0.6)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would take place.
+
+    Args:
+        device: One device.
+        name: For people.
+        num_devices: Processes of the run, over all nodes.
+        dtype: What matrices are multiplied in.
+    """
+
+    device: torch.device
+    name: str
+    num_devices: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to compute in one epoch.
+
+    Args:
+        rows: Rows that an epoch draws, those drawn again included.
+        tokens: Tokens of these rows, prompt and completion, after cutting.
+        completion_tokens: Those of them that carry loss.
+        squared_lengths: Sum of the squared lengths of these rows, which attention grows with.
+    """
+
+    rows: int
+    tokens: float
+    completion_tokens: float
+    squared_lengths: float
+
+    def flops(self, useful: UsefulFlops) -> float:
+        """Floating-point operations that an epoch cannot do without."""
+        return (
+            useful.per_token * self.tokens
+            + useful.per_completion_token * self.completion_tokens
+            + useful.per_squared_length * self.squared_lengths
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run takes.
+
+    Args:
+        work: Of one epoch.
+        rows_per_step: Rows of an optimizer step, over all devices and accumulated micro-batches.
+        steps_per_epoch: Optimizer steps of an epoch.
+        steps: Optimizer steps of the run; ``None`` where the config sets no end.
+        flops: Useful operations of an epoch; ``None`` where the model's shape is not known.
+        seconds: Least and most seconds of the run, or of one epoch where it has no end; ``None`` where not known.
+        machine: Where, in words.
+        why_not: Why there is no time.
+    """
+
+    work: Work
+    rows_per_step: int
+    steps_per_epoch: int
+    steps: int | None
+    flops: float | None = None
+    seconds: tuple[float, float] | None = None
+    machine: str = ""
+    why_not: str = ""
+
+
+def work_of_epoch(lengths: Array, loss_tokens: Array, thumbs_up: Array, share_up: float, rows: int) -> Work:
+    """Expected work of an epoch.
+
+    Args:
+        lengths: Tokens of each row of the data set, after cutting.
+        loss_tokens: Those of them that carry loss.
+        thumbs_up: The thumb of each row.
+        share_up: Share of thumbs-up among the rows that are drawn, 0 to 1.
+        rows: Rows that are drawn in an epoch.
+
+    Returns:
+        The work; where all rows are drawn once it is their sum.
+
+    Example:
+        >>> import numpy as np
+        >>> up = np.array([True, False])
+        >>> work_of_epoch(np.array([4, 6]), np.array([1, 2]), up, share_up=0.5, rows=2)
+        Work(rows=2, tokens=10.0, completion_tokens=3.0, squared_lengths=52.0)
+    """
+    shares = ((thumbs_up, share_up), (~thumbs_up, 1 - share_up))
+    sizes = (lengths.astype(float), loss_tokens.astype(float), lengths.astype(float) ** 2)
+    means = [sum(share * float(size[chosen].mean()) for chosen, share in shares if chosen.any()) for size in sizes]
+    return Work(rows, *(rows * mean for mean in means))
+
+
+def useful_flops_of(shape: ModelShape, lora: LoraSettings | None) -> UsefulFlops:
+    """The operations of a training step, from the shapes of a model's weights alone.
+
+    Args:
+        shape: The model's.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+
+    Returns:
+        What :meth:`UsefulFlops.of` counts on the policy itself.
+    """
+    num_layers = len(shape.layers)
+    lowest = max(0, num_layers - lora.top_layers) if lora and lora.top_layers else 0
+    per_token = 0
+    for number, layer in enumerate(shape.layers):
+        has_gradient = number >= lowest
+        matrices = sum(math.prod(weight.shape) for weight in layer if len(weight.shape) >= 2)
+        per_token += 2 * (1 + has_gradient + (lora is None)) * matrices
+        if lora is not None and has_gradient:
+            per_token += 6 * lora.r * sum(sum(weight.shape) for weight in layer if _is_adapted(weight, lora))
+    return UsefulFlops(
+        per_token=per_token,
+        per_completion_token=(4 if lora else 6) * shape.hidden * shape.vocabulary,
+        per_squared_length=2 * shape.attention * (num_layers + 2 * (num_layers - lowest)),
+    )
+
+
+def _is_adapted(weight: Weight, lora: LoraSettings) -> bool:
+    names = [name.strip() for name in lora.target_modules.split(",")]
+    return weight.is_linear and (names == ["all-linear"] or weight.name in names)
+
+
+def machine_of(trainer: Mapping[str, Any], dtype: str, lora: LoraSettings | None) -> Machine:
+    """The devices that a config asks for, as far as plain numbers and this machine say.
+
+    Args:
+        trainer: The options ``accelerator``, ``devices``, ``num_nodes`` and ``precision``.
+        dtype: ``model.dtype``.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+
+    Returns:
+        A CUDA device if there is one and it is not declined, else the CPU.
+    """
+    on_cuda = torch.cuda.is_available() and trainer.get("accelerator") in ("auto", "gpu", "cuda", None)
+    device = torch.device("cuda:0" if on_cuda else "cpu")
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.get("precision")))
+    nodes = trainer.get("num_nodes")
+    return Machine(
+        device,
+        torch.cuda.get_device_name(device) if on_cuda else f"this CPU ({torch.get_num_threads()} threads)",
+        _num_devices(trainer.get("devices"), on_cuda) * (nodes if isinstance(nodes, int) else 1),
+        mixed or resolve_dtype(dtype, lora, device),  # type: ignore[arg-type]
+    )
+
+
+def _num_devices(devices: Any, on_cuda: bool) -> int:
+    if isinstance(devices, (list, tuple)):
+        return max(1, len(devices))
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    return torch.cuda.device_count() if on_cuda else 1
+
+
+def cost_of(
+    work: Work, model: str, lora: LoraSettings | None, machine: Machine, *, rows_per_step: int, steps_per_epoch: int,
+    steps: int | None,
+) -> Cost:  # fmt: skip
+    """What a run takes, with a rough time by the speed that matrix products have here.
+
+    Args:
+        work: Of one epoch.
+        model: ``model.name_or_path``.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+        machine: Where.
+        rows_per_step: Rows of an optimizer step.
+        steps_per_epoch: Optimizer steps of an epoch.
+        steps: Optimizer steps of the run, if it has an end.
+
+    Returns:
+        The cost, with the reason where there is no time.
+    """
+    cost = Cost(work, rows_per_step, steps_per_epoch, steps)
+    try:
+        flops = work.flops(useful_flops_of(shape_of(model), lora))
+    except UserError as error:
+        return replace(cost, why_not=f"the model's operations cannot be counted ({error.problem.rstrip('.')})")
+    rate = matmul_ceiling(machine.device, machine.dtype) * machine.num_devices
+    epochs = steps / steps_per_epoch if steps is not None else 1.0
+    least, most = (epochs * flops / rate / share for share in reversed(EFFICIENCY))
+    times = f"{machine.num_devices} × " if machine.num_devices > 1 else ""
+    return replace(cost, flops=flops, seconds=(least, most), machine=f"{times}{machine.name}")
+
+
+def num_steps(trainer: Mapping[str, Any], steps_per_epoch: int) -> int | None:
+    """Optimizer steps of a run by ``trainer.max_epochs`` and ``trainer.max_steps``; ``None`` if it has no end.
+
+    Example:
+        >>> num_steps({"max_epochs": 3, "max_steps": -1}, 10), num_steps({"max_epochs": 3, "max_steps": 7}, 10)
+        (30, 7)
+    """
+    epochs, limit = trainer.get("max_epochs"), trainer.get("max_steps")
+    ends = [limit] if isinstance(limit, int) and limit >= 0 else []
+    if isinstance(epochs, int) and epochs >= 0:
+        ends.append(epochs * steps_per_epoch)
+    return min(ends, default=None)

@@ -1,0 +1,148 @@
+"""``python -m bco_lightning inspect``: what a config's data looks like, before GPU hours are spent on it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bco_lightning.data import FeedbackDataModule
+from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.inspection.cost import Cost, cost_of, machine_of, num_steps, work_of_epoch
+from bco_lightning.inspection.data_report import DataReport, Finding, make_report
+from bco_lightning.inspection.page import write_page
+from bco_lightning.inspection.rows import RowArrays
+from bco_lightning.inspection.terminal import print_report
+from bco_lightning.models.language_model import LoraSettings, load_tokenizer
+
+_NOT_STREAMED = (
+    "data.streaming is set; the rows were read whole for this report, which takes room on the disk for all of them."
+)
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What ``inspect`` takes beside the options of ``fit``.
+
+    Args:
+        report: The page to write.
+        num_examples: Rows of either class to show; 0 shows none.
+    """
+
+    report: Path
+    num_examples: int
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[InspectOptions, list[str]]:
+    """Takes what is for ``inspect`` out of a command line.
+
+    Args:
+        arguments: What comes after ``inspect``.
+
+    Returns:
+        Its own options, and those of ``fit``.
+
+    Raises:
+        ConfigError: If an option is out of range, or the page cannot be a file.
+    """
+    options, rest = _parser().parse_known_args(list(arguments))
+    if options.examples < 0:
+        raise ConfigError("--examples", f"expected a number from 0 on, found {options.examples}.")
+    if options.report.is_dir() or not options.report.parent.is_dir():
+        found = "a folder" if options.report.is_dir() else "no such folder"
+        raise ConfigError("--report", f"expected a file to write in a folder that exists, found {found}.")
+    return InspectOptions(options.report, 0 if options.hide_examples else options.examples), rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bco_lightning inspect",
+        description="Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left "
+        "out and cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. "
+        "No weight is loaded.",
+        epilog="It also takes --config FILE and every other option of `fit`: see `fit --help`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--report", type=Path, default=Path("inspect.html"), metavar="FILE.html",
+        help="the page to write, which needs no other file (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--examples", type=int, default=3, metavar="N", help="rows of either class to show (default: %(default)s)"
+    )
+    parser.add_argument("--hide_examples", action="store_true", help="show no row's text, neither here nor on the page")
+    return parser
+
+
+def inspect_command(options: InspectOptions, config: Any, data_options: Mapping[str, Any]) -> None:
+    """Reads, reports to the terminal, and writes the page.
+
+    Args:
+        options: Those of ``inspect``.
+        config: The resolved options of ``fit``.
+        data_options: Arguments of :class:`FeedbackDataModule`.
+
+    Raises:
+        UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
+    """
+    streamed = bool(data_options.get("streaming"))
+    notes = [Finding("note", _NOT_STREAMED)] if streamed else []
+    values = {**data_options, "streaming": False} if streamed else dict(data_options)
+    data = FeedbackDataModule(**values, tokenizer=load_tokenizer(config.model.name_or_path))
+    problem = _read(data)
+    if problem is not None:
+        notes.append(Finding("problem", f"fit would not start: {problem.problem}"))
+    report = _report(data, config, options, tuple(notes))
+    print_report(report, Console())
+    write_page(report, options.report)
+    print(f"\nPage   {options.report}")
+    if problem is not None:
+        raise problem
+
+
+def _read(data: FeedbackDataModule) -> FeedbackRowError | None:
+    """Reads the rows; an error that comes after they are there is handed back."""
+    try:
+        data.setup("fit")
+    except FeedbackRowError as error:
+        if data.train_dataset is None:
+            raise
+        return error
+    return None
+
+
+def _report(data: FeedbackDataModule, config: Any, options: InspectOptions, notes: tuple[Finding, ...]) -> DataReport:
+    arrays = RowArrays.of(data.train_dataset)
+    limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
+    return make_report(
+        data,
+        model=config.model.name_or_path,
+        limits={name: limit for name, limit in limits.items() if limit is not None},
+        arrays=arrays,
+        cost=_cost(data, config, arrays),
+        num_examples=options.num_examples,
+        notes=notes,
+    )
+
+
+def _cost(data: FeedbackDataModule, config: Any, arrays: RowArrays) -> Cost:
+    lora = LoraSettings(**dict(vars(config.model.lora))) if config.model.lora is not None else None
+    trainer = vars(config.trainer)
+    machine = machine_of(trainer, config.model.dtype, lora)
+    accumulation = trainer.get("accumulate_grad_batches")
+    micro_batches = machine.num_devices * (accumulation if isinstance(accumulation, int) else 1)
+    # The data module knows of no trainer here: its steps are micro-batches of one device.
+    steps_per_epoch = -(-data.steps_per_epoch // micro_batches)
+    rows_per_step = data.batch_size * micro_batches
+    return cost_of(
+        work_of_epoch(
+            arrays.lengths, arrays.loss_tokens, arrays.thumbs_up, data.class_frequencies[0],
+            steps_per_epoch * rows_per_step,
+        ),
+        config.model.name_or_path, lora, machine,
+        rows_per_step=rows_per_step, steps_per_epoch=steps_per_epoch, steps=num_steps(trainer, steps_per_epoch),
+    )  # fmt: skip

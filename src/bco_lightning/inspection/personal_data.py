@@ -1,0 +1,157 @@
+"""Count what looks like personal data in texts; what it says is neither kept nor shown.
+
+These are patterns, and checksums where there are any. They find what is written the usual way, take some other numbers
+for phone numbers, and know no names: a count of none is no promise.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+_MAY_HOLD = re.compile(r"[\d@]")  # most texts hold neither
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
+_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
+_CARD = re.compile(r"(?<![\w.,+-])\d(?:[ -]?\d){12,18}(?![\w]|[.,-]\d)")
+_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}(?!\w)")
+# With a country code, with the area code in brackets, or in groups as people write them: not every long number.
+_PHONE = re.compile(
+    r"(?<![\w.,:/+-])(?:"
+    r"(?:\+|00)[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}"
+    r"|\(\d{2,5}\)[ -]?\d{2,4}(?:[ .-]?\d{2,4}){1,3}"
+    r"|\d{3}([-.])\d{3}\1\d{4}"
+    r"|0\d{2,4}[ /-]\d{3,8}(?:[ -]\d{2,6})?"
+    r")(?!\w|[.,:-]\d)"
+)
+_IBAN_LENGTHS = {
+    "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28,
+    "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18,
+    "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23, "GL": 18, "GR": 27, "GT": 28, "HR": 21, "HU": 28, "IE": 22,
+    "IL": 23, "IQ": 23, "IS": 26, "IT": 27, "JO": 30, "KW": 30, "KZ": 20, "LB": 28, "LC": 32, "LI": 21, "LT": 20,
+    "LU": 20, "LV": 21, "LY": 25, "MC": 27, "MD": 24, "ME": 22, "MK": 19, "MR": 27, "MT": 31, "MU": 30, "NL": 18,
+    "NO": 15, "PK": 24, "PL": 28, "PS": 29, "PT": 25, "QA": 29, "RO": 24, "RS": 22, "SA": 24, "SC": 31, "SE": 24,
+    "SI": 19, "SK": 24, "SM": 27, "ST": 25, "SV": 28, "TL": 23, "TN": 24, "TR": 26, "UA": 29, "VA": 22, "VG": 24,
+    "XK": 20,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hits:
+    """How often one kind of personal data was found.
+
+    Args:
+        rows: Rows in which it was found.
+        hits: Times that it was found.
+    """
+
+    rows: int
+    hits: int
+
+
+def passes_luhn(number: str) -> bool:
+    """Whether the digits of a card number fit its last one.
+
+    Example:
+        >>> passes_luhn("4111 1111 1111 1111"), passes_luhn("4111 1111 1111 1112")
+        (True, False)
+    """
+    digits = [int(character) for character in number if character.isdigit()]
+    doubled = [2 * digit - 9 * (digit > 4) for digit in digits[-2::-2]]
+    return len(digits) > 1 and len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def is_iban(text: str) -> bool:
+    """Whether a text is an international bank account number: its country's length, and checksum 1 modulo 97.
+
+    Example:
+        >>> is_iban("GB82 WEST 1234 5698 7654 32"), is_iban("GB82 WEST 1234 5698 7654 33")
+        (True, False)
+    """
+    plain = text.replace(" ", "")
+    if _IBAN_LENGTHS.get(plain[:2]) != len(plain):
+        return False
+    return int("".join(str(int(character, 36)) for character in plain[4:] + plain[:4])) % 97 == 1
+
+
+def _begins_with_iban(text: str) -> bool:
+    """Words in capitals may follow an account number."""
+    plain = text.replace(" ", "")
+    return is_iban(plain[: _IBAN_LENGTHS.get(plain[:2], 0)])
+
+
+def _is_address(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return not (address.is_unspecified or address.is_loopback)
+
+
+# In this order: what one kind has claimed is not looked at for the next.
+_KINDS: dict[str, tuple[tuple[re.Pattern[str], ...], Callable[[str], bool]]] = {
+    "e-mail addresses": ((_EMAIL,), bool),
+    "IBANs": ((_IBAN,), _begins_with_iban),
+    "credit-card numbers": ((_CARD,), passes_luhn),
+    "IP addresses": ((_IPV4, _IPV6), _is_address),
+    "phone numbers": ((_PHONE,), lambda text: 7 <= sum(map(str.isdigit, text)) <= 15),
+}
+
+
+def find_personal_data(text: str) -> dict[str, int]:
+    """Counts what a text holds.
+
+    Args:
+        text: What somebody wrote.
+
+    Returns:
+        Number of finds by kind; kinds that were not found are left out.
+
+    Example:
+        >>> find_personal_data("Write to ann@example.org or call +1 202-555-0143.")
+        {'e-mail addresses': 1, 'phone numbers': 1}
+    """
+    found: dict[str, int] = {}
+    if not _MAY_HOLD.search(text):
+        return found
+    for kind, (patterns, is_meant) in _KINDS.items():
+        for pattern in patterns:
+            text, hits = _taken_out(text, pattern, is_meant)
+            if hits:
+                found[kind] = found.get(kind, 0) + hits
+    return found
+
+
+def _taken_out(text: str, pattern: re.Pattern[str], is_meant: Callable[[str], bool]) -> tuple[str, int]:
+    hits = 0
+
+    def blank(match: re.Match[str]) -> str:
+        nonlocal hits
+        meant = is_meant(match[0])
+        hits += meant
+        return "\n" if meant else match[0]
+
+    return pattern.sub(blank, text), hits
+
+
+def count_personal_data(rows: Iterable[Iterable[str]]) -> dict[str, Hits]:
+    """Counts rows and finds of every kind.
+
+    Args:
+        rows: The texts of each row.
+
+    Returns:
+        Counts by kind, with zeros for what was not found.
+    """
+    in_rows: Counter[str] = Counter()
+    hits: Counter[str] = Counter()
+    for texts in rows:
+        of_row: Counter[str] = Counter()
+        for text in texts:
+            of_row.update(find_personal_data(text))
+        in_rows.update(of_row.keys())
+        hits.update(of_row)
+    return {kind: Hits(in_rows[kind], hits[kind]) for kind in _KINDS}

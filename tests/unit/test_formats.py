@@ -1,0 +1,433 @@
+"""Every layout of a feedback log is told from the others, and every record of it is accounted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bco_lightning.batch import FeedbackRow, LeftOut
+from bco_lightning.data.feedback_row import Columns
+from bco_lightning.data.formats import FORMATS, format_of
+from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.parsing import RecordParser
+from bco_lightning.data.readers import read_records
+from bco_lightning.data.source import Rating, RowFormat, chosen_rating
+from bco_lightning.errors import ConfigError, FeedbackRowError
+
+LOGS = Path(__file__).parent.parent / "data" / "feedback_logs"
+NOT_TOUCHED = {"witty": 5.0, "interesting": 5.0, "upbeat": 5.0}
+CHITCHAT = RowFormat(rating=Rating("interesting", up=8, down=4, untouched=NOT_TOUCHED))
+
+Outcome = FeedbackRow | LeftOut | FeedbackRowError
+
+
+def records(file: str) -> list[tuple[str, Any]]:
+    return list(read_records(str(LOGS / file), "label"))
+
+
+def parsed(file: str, options: RowFormat | None = None, labelled: bool = True) -> list[Outcome]:
+    """What becomes of each row of a file."""
+    parser = RecordParser(options or RowFormat(), labelled)
+    outcomes: list[Outcome] = []
+    for place, record in records(file):
+        for item in parser.candidates(record, place):
+            outcomes.append(item if isinstance(item, (LeftOut, FeedbackRowError)) else parser.rated(item))
+    return outcomes
+
+
+def rows(file: str, options: RowFormat | None = None) -> list[FeedbackRow]:
+    return [outcome for outcome in parsed(file, options) if isinstance(outcome, FeedbackRow)]
+
+
+def said(row: FeedbackRow) -> list[tuple[str, str]]:
+    """Who said what in the prompt, and the completion as the last."""
+    return [(message["role"], message["content"]) for message in row.prompt + row.completion]
+
+
+def reasons(file: str, options: RowFormat | None = None) -> Counter[str]:
+    return Counter(outcome.reason for outcome in parsed(file, options) if isinstance(outcome, LeftOut))
+
+
+FORMAT_OF_FILE = {
+    "unpaired.jsonl": "unpaired",
+    "conversations.jsonl": "unpaired",
+    "helpsteer2.jsonl": "unpaired",
+    "pairs.jsonl": "paired",
+    "pairs_of_conversations.jsonl": "paired",
+    "open_webui.json": "open_webui",
+    "langfuse_observations.jsonl": "langfuse",
+    "langfuse_traces.json": "langfuse",
+    "langsmith_runs.jsonl": "langsmith",
+    "argilla.json": "argilla",
+    "argilla_flat.jsonl": "argilla",
+    "chainlit.json": "chainlit",
+    "chitchat.json": "chitchat",
+}
+
+
+def test_every_file_here_and_every_format_is_tested() -> None:
+    assert set(FORMAT_OF_FILE) == {path.name for path in LOGS.iterdir()}
+    assert set(FORMAT_OF_FILE.values()) == set(FORMATS)
+
+
+@pytest.mark.parametrize(("file", "name"), FORMAT_OF_FILE.items())
+def test_every_record_is_known_for_what_it_is(file: str, name: str) -> None:
+    for _, record in records(file):
+        assert format_of(record, RowFormat()) is FORMATS[name]
+
+
+@pytest.mark.parametrize(("file", "name"), FORMAT_OF_FILE.items())
+def test_no_other_export_claims_a_record(file: str, name: str) -> None:
+    _, first = records(file)[0]
+    claims = {known for known, layout in FORMATS.items() if layout.matches(first, RowFormat())}
+    # Flat records of Argilla have the columns of plain rows beside those of the responses.
+    assert claims - {name} <= ({"unpaired"} if file == "argilla_flat.jsonl" else set())
+
+
+def test_a_format_that_is_named_is_taken() -> None:
+    assert format_of({"chosen": "a", "rejected": "b"}, RowFormat("unpaired")) is FORMATS["unpaired"]
+
+
+def test_a_record_like_no_other_is_refused_by_the_names_of_its_columns() -> None:
+    [error] = RecordParser(RowFormat()).candidates({"question": "a", "reply": "b"}, "x:1")
+    assert isinstance(error, FeedbackRowError)
+    assert str(error).startswith("x:1: expected a column 'prompt', found 'question', 'reply'.")
+
+
+def test_a_malformed_first_record_does_not_decide_the_format() -> None:
+    parser = RecordParser(RowFormat())
+    [first] = parser.candidates({}, "x:1")
+    assert isinstance(first, FeedbackRowError)
+    assert len(list(parser.candidates({"prompt": "a", "chosen": "b", "rejected": "c"}, "x:2"))) == 2
+
+
+# Rows, thumbs-up among them, and what is left out for which reason.
+ACCOUNTS: dict[str, tuple[int, int, dict[str, int], int]] = {
+    "unpaired.jsonl": (2, 1, {}, 0),
+    "conversations.jsonl": (1, 1, {}, 0),
+    "helpsteer2.jsonl": (3, 1, {}, 0),
+    "pairs.jsonl": (2, 1, {"chosen and rejected are the same": 2}, 0),
+    "pairs_of_conversations.jsonl": (2, 1, {}, 0),
+    "open_webui.json": (
+        2,
+        1,
+        {
+            "no feedback": 1,
+            "conversation with an image": 1,
+            "answer with tool calls that the export keeps no messages of": 1,
+            "rated message is not in the snapshot": 1,
+            "no snapshot of the chat": 1,
+        },
+        0,
+    ),
+    "langfuse_observations.jsonl": (4, 2, {"no feedback": 1, "no answer that holds text": 1}, 0),
+    "langfuse_traces.json": (2, 1, {"no feedback": 1}, 1),
+    "langsmith_runs.jsonl": (
+        5,
+        3,
+        {"mean of several users' feedback": 1, "no feedback": 1, "no answer that holds text": 1},
+        0,
+    ),
+    "argilla.json": (3, 2, {"no feedback": 1}, 0),
+    "argilla_flat.jsonl": (2, 1, {"no feedback": 1}, 0),
+    "chainlit.json": (2, 1, {"no feedback": 2, "answer is an error message": 1, "no answer that holds text": 1}, 0),
+    "chitchat.json": (
+        2,
+        1,
+        {
+            "rating left at its default": 1,
+            "no feedback": 1,
+            "conversation of other than two speakers": 2,
+            "rating between thumbs-up and thumbs-down": 1,
+        },
+        0,
+    ),
+}
+OPTIONS = {"chitchat.json": CHITCHAT, "helpsteer2.jsonl": RowFormat(rating=chosen_rating("helpsteer2"))}
+
+
+@pytest.mark.parametrize("file", FORMAT_OF_FILE)
+def test_every_record_is_accounted_for(file: str) -> None:
+    outcomes = parsed(file, OPTIONS.get(file))
+    num_rows, num_up, left_out, malformed = ACCOUNTS[file]
+    used = [outcome for outcome in outcomes if isinstance(outcome, FeedbackRow)]
+    assert (len(used), sum(bool(row.thumbs_up) for row in used)) == (num_rows, num_up)
+    assert reasons(file, OPTIONS.get(file)) == left_out
+    assert len(outcomes) == num_rows + sum(left_out.values()) + malformed
+    assert len({outcome.where if isinstance(outcome, FeedbackRowError) else outcome.place for outcome in outcomes}) == (
+        len(records(file))
+    )
+
+
+@pytest.mark.parametrize("file", FORMAT_OF_FILE)
+def test_a_format_says_how_many_rows_a_record_has(file: str) -> None:
+    layout = FORMATS[FORMAT_OF_FILE[file]]
+    options = OPTIONS.get(file, RowFormat())
+    if layout.rows_per_record is not None:
+        for place, record in records(file):
+            assert len(list(layout.candidates(record, place, options, labelled=True))) == layout.rows_per_record
+
+
+@pytest.mark.parametrize("file", ["unpaired.jsonl", "argilla.json", "chainlit.json", "open_webui.json"])
+def test_without_labels_rows_without_feedback_are_used_too(file: str) -> None:
+    outcomes = parsed(file, labelled=False)
+    assert "no feedback" not in {outcome.reason for outcome in outcomes if isinstance(outcome, LeftOut)}
+    used = [outcome for outcome in outcomes if isinstance(outcome, FeedbackRow)]
+    assert used
+    assert all(row.thumbs_up is None for row in used)
+
+
+def test_helpsteer2_is_read_by_its_preset_alone() -> None:
+    assert [row.thumbs_up for row in rows("helpsteer2.jsonl", OPTIONS["helpsteer2.jsonl"])] == [True, False, False]
+    assert rows("helpsteer2.jsonl", OPTIONS["helpsteer2.jsonl"])[0].completion[0]["content"] == "An oak."
+
+
+# --- Open WebUI
+
+
+def test_open_webui_gives_the_branch_that_leads_to_the_rated_message() -> None:
+    later, earlier = rows("open_webui.json")
+    assert said(later) == [
+        ("system", "You know all about tea."),
+        ("user", "How long does green tea draw?"),
+        ("assistant", "Two to three minutes."),
+        ("user", "And black tea?"),
+        ("assistant", "About four minutes."),
+    ]
+    assert said(earlier) == [("user", "How long does green tea draw?"), ("assistant", "Ten minutes.")]
+    assert (later.thumbs_up, earlier.thumbs_up) == (True, False)
+
+
+def test_open_webui_thoughts_are_left_to_the_template() -> None:
+    assert rows("open_webui.json")[0].completion[0]["reasoning_content"] == (
+        "Black tea needs longer.\nI'd say four minutes."
+    )
+
+
+def test_open_webui_ratings_from_1_to_10_follow_a_rule() -> None:
+    options = RowFormat(rating=Rating("details.rating", up=7, down=3))
+    assert [row.thumbs_up for row in rows("open_webui.json", options)] == [True, False]
+
+
+def test_a_tree_of_messages_that_runs_in_a_circle_is_left_out() -> None:
+    _, record = records("open_webui.json")[2]
+    record["data"]["rating"] = 1
+    history = record["snapshot"]["chat"]["chat"]["history"]["messages"]
+    first, second = history
+    history[first]["parentId"] = second
+    [outcome] = RecordParser(RowFormat()).candidates(record, "x:1")
+    assert outcome == LeftOut("x:1", "rated message is not in the snapshot")
+
+
+# --- Langfuse
+
+
+def test_langfuse_gives_a_row_for_every_time_that_the_score_was_given() -> None:
+    first, disliked, liked, last = rows("langfuse_observations.jsonl")
+    assert said(disliked) == said(liked) == [("user", "Name a tree."), ("assistant", "An oak.")]
+    assert [row.thumbs_up for row in (first, disliked, liked, last)] == [True, False, True, False]
+
+
+def test_langfuse_tools_and_tool_calls_reach_the_template() -> None:
+    row = rows("langfuse_observations.jsonl")[0]
+    assert row.tools is not None
+    assert row.tools[0]["function"]["name"] == "get_weather"
+    assert row.prompt[2]["tool_calls"][0]["function"]["arguments"] == {"city": "Bremen"}
+    assert row.prompt[3] == {"role": "tool", "tool_call_id": "call_1", "content": "rain"}
+
+
+def test_langfuse_booleans_and_json_text_are_understood() -> None:
+    up, down = rows("langfuse_traces.json")
+    assert said(up) == [("user", "Name a colour."), ("assistant", "Blue.")]
+    assert (up.thumbs_up, down.thumbs_up) == (True, False)
+
+
+def test_another_score_is_chosen_by_name() -> None:
+    numeric = RowFormat(rating=Rating("tone", up=4, down=2))
+    assert [row.thumbs_up for row in rows("langfuse_observations.jsonl", numeric)] == [True, False]
+    categorical = RowFormat(columns=Columns(label="verdict", thumbs={"good": "up", "bad": "down"}))
+    assert [row.thumbs_up for row in rows("langfuse_observations.jsonl", categorical)] == [True]
+    assert [row.thumbs_up for row in rows("langfuse_traces.json", categorical)] == [False]
+
+
+def test_a_score_that_is_not_chosen_is_named_in_the_error() -> None:
+    [error] = [outcome for outcome in parsed("langfuse_traces.json") if isinstance(outcome, FeedbackRowError)]
+    assert "expected a score 'user-feedback', found 'quality'. Name the score by data.columns.label." in str(error)
+
+
+# --- LangSmith
+
+
+def test_langsmith_messages_of_every_form_are_understood() -> None:
+    serialised, openai, _, plain, graph = rows("langsmith_runs.jsonl")
+    assert said(serialised) == [
+        ("system", "Be brief."),
+        ("user", "Weather in Bremen?"),
+        ("assistant", ""),
+        ("tool", "rain"),
+        ("assistant", "It rains."),
+    ]
+    assert serialised.prompt[2]["tool_calls"] == [
+        {"type": "function", "id": "call_1", "function": {"name": "get_weather", "arguments": {"city": "Bremen"}}}
+    ]
+    assert serialised.tools is not None
+    assert serialised.tools[0]["function"]["name"] == "get_weather"
+    assert said(openai) == [("user", "Name a tree."), ("assistant", "An oak.")]
+    assert said(plain) == [
+        ("user", "Hello!"),
+        ("assistant", "Hello."),
+        ("user", "Name a bird."),
+        ("assistant", "A wren."),
+    ]
+    assert said(graph) == [("user", "Name a fish."), ("assistant", "A carp.")]
+
+
+def test_langsmith_feedback_of_each_user_is_a_row() -> None:
+    assert [row.thumbs_up for row in rows("langsmith_runs.jsonl")] == [True, True, False, False, True]
+
+
+def test_langsmith_means_follow_a_rule() -> None:
+    options = RowFormat(rating=Rating("user-score", up=0.75, down=0.25))
+    assert reasons("langsmith_runs.jsonl", options)["rating between thumbs-up and thumbs-down"] == 1
+    assert [row.thumbs_up for row in rows("langsmith_runs.jsonl", options)] == [True, True, False, False, True]
+
+
+# --- Argilla
+
+
+def test_argilla_gives_a_row_for_each_annotator() -> None:
+    up, down, chat = rows("argilla.json")
+    assert said(up) == said(down) == [("user", "Name a tree."), ("assistant", "An oak.")]
+    assert said(chat) == [("user", "Name a bird."), ("assistant", "A wren.")]
+    assert [row.thumbs_up for row in (up, down, chat)] == [True, False, True]
+
+
+def test_argilla_ratings_follow_a_rule_per_annotator() -> None:
+    options = RowFormat(rating=Rating("quality", up=4, down=2))
+    assert [row.thumbs_up for row in rows("argilla.json", options)] == [True, False]
+    assert reasons("argilla.json", options) == {"rating between thumbs-up and thumbs-down": 1, "no feedback": 1}
+
+
+def test_argilla_drafts_and_discarded_responses_are_no_feedback() -> None:
+    assert [(said(row)[-1][1], row.thumbs_up) for row in rows("argilla_flat.jsonl")] == [
+        ("An oak.", True),
+        ("A wren.", False),
+    ]
+
+
+# --- Chainlit
+
+
+def test_chainlit_feedback_on_a_run_is_for_its_last_answer() -> None:
+    by_run, by_message = rows("chainlit.json")
+    assert said(by_run) == [
+        ("assistant", "Ask me about tea."),
+        ("user", "How long does green tea draw?"),
+        ("assistant", "Two to three minutes."),
+    ]
+    assert said(by_message)[-2:] == [("user", "And black tea?"), ("assistant", "Ten hours.")]
+    assert (by_run.thumbs_up, by_message.thumbs_up) == (True, False)
+
+
+def test_chainlit_feedback_can_stand_beside_the_steps() -> None:
+    _, thread = records("chainlit.json")[0]
+    beside = [step.pop("feedback") for step in thread["steps"]]
+    thread["feedbacks"] = [entry for entry in beside if entry]
+    parser = RecordParser(RowFormat())
+    assert [
+        parser.rated(item).thumbs_up for item in parser.candidates(thread, "x:1") if not isinstance(item, LeftOut)
+    ] == [
+        True,
+        False,
+    ]
+
+
+def test_chainlit_feedback_on_what_is_no_answer_is_counted() -> None:
+    _, thread = records("chainlit.json")[2]
+    thread["steps"][0]["feedback"] = {"forId": thread["steps"][0]["id"], "value": 1}
+    assert list(RecordParser(RowFormat()).candidates(thread, "x:1")) == [
+        LeftOut("x:1", "no answer that holds text"),
+        LeftOut("x:1", "feedback on something that is no answer"),
+    ]
+
+
+@pytest.mark.parametrize("text", [" Rooibos?\n", "\tindented"])
+def test_white_space_of_a_message_stays(text: str) -> None:
+    _, thread = records("chainlit.json")[0]
+    thread["steps"][2]["output"] = text
+    _, chat = records("open_webui.json")[1]
+    chat["data"]["rating"], root = 1, next(iter(chat["snapshot"]["chat"]["chat"]["history"]["messages"].values()))
+    root["content"] = text
+    for given in (thread, chat):
+        asked = [
+            item.row.prompt
+            for item in RecordParser(RowFormat()).candidates(given, "x:1")
+            if isinstance(item, Candidate)
+        ]
+        assert {"role": "user", "content": text} in asked[0]
+
+
+def test_chainlit_thumbs_that_contradict_each_other_are_rows_of_their_own() -> None:
+    _, thread = records("chainlit.json")[0]
+    thread["feedbacks"] = [{"forId": thread["steps"][5]["id"], "value": 0}]
+    parser = RecordParser(RowFormat())
+    outcomes = [item if isinstance(item, LeftOut) else parser.rated(item) for item in parser.candidates(thread, "x:1")]
+    found = [outcome for outcome in outcomes if isinstance(outcome, FeedbackRow)]
+    assert [(said(row)[-1][1], row.thumbs_up) for row in found[:2]] == [
+        ("Two to three minutes.", True),
+        ("Two to three minutes.", False),
+    ]
+
+
+# --- chitchat
+
+
+def test_utterances_of_one_speaker_are_one_turn_and_the_last_speaker_is_the_assistant() -> None:
+    first, second = rows("chitchat.json", CHITCHAT)
+    assert said(first) == [
+        ("user", "Hi\nHow are you?"),
+        ("assistant", "Fine.\nAnd you?"),
+        ("user", "Great!"),
+        ("assistant", "Bye"),
+    ]
+    assert said(second) == [("assistant", "Hi"), ("user", "Yes?"), ("assistant", "Nothing.")]
+    assert (first.thumbs_up, second.thumbs_up) == (True, False)
+
+
+def test_conversations_without_a_rule_for_their_ratings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data\.rating: expected a rule for one of the ratings interesting, upbeat"):
+        parsed("chitchat.json")
+
+
+def test_a_conversation_that_is_too_long_is_left_out() -> None:
+    turns = [[{"text": "Hm?", "timestamp": "", "sender": "ab"[number % 2]}] for number in range(501)]
+    record = {"messages": turns, "ratings": {"interesting": 9}, "start": ""}
+    [outcome] = RecordParser(CHITCHAT).candidates(record, "x:1")
+    assert outcome == LeftOut("x:1", "conversation of more than 500 turns")
+
+
+@pytest.mark.skipif(find_spec("chitchat_dataset") is None, reason="chitchat-dataset 0.9.0 is not installed")
+def test_the_real_ratings_are_counted_one_by_one() -> None:
+    parser = RecordParser(CHITCHAT)
+    outcomes: Counter[str] = Counter()
+    for place, record in read_records("package:chitchat_dataset/dataset.json", None):
+        assert not isinstance(record, FeedbackRowError)
+        for item in parser.candidates(record, place):
+            outcomes[item.reason if isinstance(item, LeftOut) else type(item).__name__] += 1
+    assert outcomes["no feedback"] == 7168 - 5988
+    assert outcomes["rating left at its default"] == 2920
+    assert sum(outcomes.values()) == 7168
+    assert "FeedbackRowError" not in outcomes
+
+
+# --- all turns
+
+
+@pytest.mark.parametrize(("file", "answers"), [("open_webui.json", [2, 1]), ("chainlit.json", [1, 2])])
+def test_all_turns_of_an_exported_conversation_can_carry_loss(file: str, answers: list[int]) -> None:
+    found = rows(file, RowFormat(loss_on="all_turns"))
+    assert [sum(message["role"] == "assistant" for message in row.completion) for row in found] == answers

@@ -1,0 +1,427 @@
+"""What `inspect` measures: areas under curves, lengths, prompts, personal data, work and time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from bco_lightning import LoraSettings
+from bco_lightning.inspection import cost as cost_module
+from bco_lightning.inspection.auc import Auc, auc, clustered_auc
+from bco_lightning.inspection.cost import (
+    EFFICIENCY,
+    Machine,
+    Work,
+    cost_of,
+    machine_of,
+    num_steps,
+    useful_flops_of,
+    work_of_epoch,
+)
+from bco_lightning.inspection.lengths import Histogram, Lengths, LengthSummary, length_bias
+from bco_lightning.inspection.personal_data import Hits, count_personal_data, find_personal_data, is_iban, passes_luhn
+from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
+from bco_lightning.inspection.rows import RowArrays, prompts_of, said_in, texts_of
+from bco_lightning.models.language_model import load_policy
+from bco_lightning.models.useful_flops import UsefulFlops
+from bco_lightning.planning.model_shape import shape_of
+
+WORDS = ["river", "stone", "cloud", "ember", "lantern", "meadow", "harbor", "violet", "copper", "willow"]
+
+
+def area_by_pairs(scores: Any, positive: Any) -> float:
+    pairs = list(product(scores[positive], scores[~positive]))
+    return sum(1.0 if up > down else 0.5 if up == down else 0.0 for up, down in pairs) / len(pairs)
+
+
+# --- areas
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_area_is_that_of_counting_all_pairs_ties_half(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    scores, positive = generator.integers(0, 6, 40).astype(float), generator.random(40) < 0.4
+    assert clustered_auc(scores, positive, np.arange(40))[0] == pytest.approx(
+        area_by_pairs(scores, positive), abs=1e-12
+    )
+
+
+def test_without_clusters_the_variance_is_that_of_delong_spelled_out() -> None:
+    generator = np.random.default_rng(1)
+    scores, positive = generator.normal(size=30), np.arange(30) < 12
+    wins = np.array([[float(up > down) for down in scores[~positive]] for up in scores[positive]])
+    expected = np.var(wins.mean(1), ddof=1) / 12 + np.var(wins.mean(0), ddof=1) / 18
+    assert clustered_auc(scores, positive, np.arange(30))[1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_rows_of_one_prompt_count_as_little_as_one_of_them() -> None:
+    """Each row ten times over has the variance of the rows once, up to the small factor of clusters."""
+    generator = np.random.default_rng(2)
+    scores, positive = generator.normal(size=60), np.arange(60) % 3 == 0
+    once = clustered_auc(scores, positive, np.arange(60))
+    tenfold = clustered_auc(np.repeat(scores, 10), np.repeat(positive, 10), np.repeat(np.arange(60), 10))
+    assert tenfold == pytest.approx(once, rel=1e-9)
+
+
+def test_the_interval_covers_the_true_area_about_19_times_in_20() -> None:
+    generator, covered = np.random.default_rng(3), 0
+    for _ in range(300):
+        of_prompt = generator.normal(size=40)
+        prompts = generator.integers(0, 40, 160)
+        up = generator.random(160) < 0.5
+        found = auc(of_prompt[prompts] + generator.normal(size=160), up, prompts)
+        assert found is not None
+        covered += found.low <= 0.5 <= found.high
+    assert 0.9 <= covered / 300 <= 0.98
+
+
+def test_there_is_no_area_of_one_class_and_no_interval_of_one_prompt() -> None:
+    scores = np.array([1.0, 2.0, 3.0])
+    assert auc(scores, np.array([True, True, True]), np.arange(3)) is None
+    found = auc(scores, np.array([True, False, False]), np.zeros(3))
+    assert found is not None
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
+# --- lengths
+
+
+def test_a_summary_of_lengths_has_the_numbers_of_the_sorted_list() -> None:
+    summary = LengthSummary.of(np.arange(101))
+    assert summary == LengthSummary(101, 0, 50.0, 50.0, (90.0, 95.0, 99.0), 100)
+    assert LengthSummary.of(np.array([], dtype=int)) is None
+
+
+@pytest.mark.parametrize("lengths", [[5], [0, 0], [1, 2, 3, 4000], list(range(500))])
+def test_every_row_is_in_one_bin_of_the_histogram(lengths: list[int]) -> None:
+    up = np.arange(len(lengths)) % 2 == 0
+    histogram = Histogram.of(np.array(lengths), up)
+    assert sum(histogram.up) == pytest.approx(1.0)
+    assert sum(histogram.down) == pytest.approx(float((~up).any()))
+    assert len(histogram.edges) == len(histogram.up) + 1
+    assert histogram.has_overflow == (max(lengths) >= histogram.edges[-1])
+
+
+def test_a_bin_holds_the_lengths_between_its_borders() -> None:
+    lengths, up = np.array([0, 9, 10, 10, 77, 120]), np.array([True, True, True, False, True, True])
+    histogram = Histogram.of(lengths, up)
+    for left, right, share in zip(histogram.edges[:-2], histogram.edges[1:-1], histogram.up[:-1], strict=True):
+        assert share == pytest.approx(sum(left <= length < right for length in lengths[up]) / 5)
+
+
+def test_lengths_by_class_leave_out_a_class_without_rows() -> None:
+    lengths = Lengths.of(np.array([3, 5]), np.array([True, True]))
+    assert (lengths.up, lengths.down) == (lengths.every, None)
+
+
+def test_thumbs_that_follow_length_are_warned_of() -> None:
+    lengths, up = np.concatenate([np.arange(100, 200), np.arange(50, 150)]), np.arange(200) < 100
+    bias = length_bias(lengths, up, np.arange(200))
+    assert bias.auc is not None
+    assert bias.auc.value == pytest.approx(area_by_pairs(lengths, up))
+    assert (bias.mean_up, bias.mean_down) == (149.5, 99.5)
+    assert bias.is_clear
+    assert "thumbs follow length. A model may learn to write longer" in bias.verdict
+    assert "write shorter" in length_bias(lengths, ~up, np.arange(200)).verdict
+
+
+def test_thumbs_that_do_not_follow_length_are_not_warned_of() -> None:
+    bias = length_bias(np.tile(np.arange(50), 4), np.arange(200) % 2 == 0, np.arange(200))
+    assert not bias.is_clear
+    assert "do not clearly follow length" in bias.verdict
+
+
+def test_a_few_rows_are_too_few_to_tell_whether_thumbs_follow_length() -> None:
+    bias = length_bias(np.array([9, 8, 7, 1, 2, 3]), np.arange(6) < 3, np.arange(6))
+    assert not bias.is_clear
+    assert "3 rows of the rarer class: too few" in bias.verdict
+
+
+def test_length_bias_of_one_class_is_not_known() -> None:
+    bias = length_bias(np.array([1, 2]), np.array([True, True]), np.arange(2))
+    assert bias.auc is None
+    assert "thumbs of one kind" in bias.verdict
+
+
+# --- prompts
+
+
+def prompts_at_random(number: int, seed: int = 0) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, 8)) for _ in range(number)]
+
+
+def test_prompts_that_say_which_class_they_are_of_are_told_apart() -> None:
+    up = np.arange(400) % 2 == 0
+    prompts = [
+        f"{prompt} {'please' if thumb else 'now'}" for prompt, thumb in zip(prompts_at_random(400), up, strict=True)
+    ]
+    shift = prompt_shift(prompts, up, seed=0)
+    assert shift.auc is not None
+    assert shift.auc.value > 0.95
+    assert shift.log_loss < 0.5
+    assert "importance weights are advised" in shift.verdict
+
+
+@pytest.mark.parametrize("share_up", [0.5, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_prompts_that_say_nothing_of_the_class_advise_no_weights(share_up: float, seed: int) -> None:
+    up = np.random.default_rng(5 + seed).random(1000) < share_up
+    shift = prompt_shift(prompts_at_random(1000, seed), up, seed=0)
+    assert shift.auc is not None
+    assert abs(shift.auc.value - 0.5) < 0.1
+    assert shift.log_loss >= COIN
+    assert "importance weights are not advised" in shift.verdict
+
+
+def test_a_prompt_is_never_on_both_sides() -> None:
+    """Each prompt has a class of its own, drawn by lot: who had seen it would know the class of its other rows."""
+    texts = [f"{prompt} number{number}" for number, prompt in enumerate(prompts_at_random(60))]
+    of_prompt = np.random.default_rng(6).random(60) < 0.5
+    rows = np.repeat(np.arange(60), 20)
+    shift = prompt_shift([texts[row] for row in rows], of_prompt[rows], seed=0)
+    assert shift.auc is not None
+    assert shift.auc.value < 0.7
+    assert not shift.is_shifted
+
+
+@pytest.mark.parametrize(
+    ("prompts", "num_up", "why"),
+    [
+        (["same prompt"] * 100, 50, "at least 10 distinct prompts, found 1"),
+        (prompts_at_random(100), 100, "found 100 up and 0 down"),
+        (prompts_at_random(30), 15, "at least 20 rows of either class"),
+        ([str("!?" * number) for number in range(1, 101)], 50, "no words"),
+    ],
+)
+def test_where_no_classifier_can_be_trained_the_reason_is_said(prompts: list[str], num_up: int, why: str) -> None:
+    shift = prompt_shift(prompts, np.arange(len(prompts)) < num_up, seed=0)
+    assert shift.auc is None
+    assert why in shift.why_not
+    assert shift.verdict.endswith("Importance weights are not advised.")
+
+
+def test_a_rarer_class_of_few_prompts_is_said_and_not_a_crash() -> None:
+    prompts = [*prompts_at_random(100), *["the one that nobody likes"] * 30]
+    assert "too few prompts" in prompt_shift(prompts, np.arange(130) < 100, seed=0).why_not
+
+
+def test_the_roc_curve_has_the_area_that_is_said() -> None:
+    up = np.arange(600) % 2 == 0
+    noisy = np.random.default_rng(7).random(600) < 0.6
+    prompts = [
+        f"{p} {'please' if u == n else 'now'}" for p, u, n in zip(prompts_at_random(600), up, noisy, strict=True)
+    ]
+    shift = prompt_shift(prompts, up, seed=0)
+    assert shift.auc is not None
+    assert np.trapezoid(shift.roc, dx=1 / (len(shift.roc) - 1)) == pytest.approx(shift.auc.value, abs=0.02)
+
+
+def test_rows_are_drawn_by_the_seed_and_not_twice() -> None:
+    drawn = drawn_rows(3 * MOST_ROWS, seed=4)
+    assert len(np.unique(drawn)) == MOST_ROWS
+    assert np.array_equal(drawn, drawn_rows(3 * MOST_ROWS, seed=4))
+    assert not np.array_equal(drawn, drawn_rows(3 * MOST_ROWS, seed=5))
+    assert 1.4 * MOST_ROWS < drawn.mean() < 1.6 * MOST_ROWS
+
+
+# --- personal data
+
+
+# Numbers that card networks, the IBAN registry, RFC 5737, RFC 3849 and the 555-01xx range set aside for examples.
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("mail ann.b+c@mail.example.org.", "e-mail addresses"),
+        ("<ann@example.co.uk>", "e-mail addresses"),
+        ("4012888888881881", "credit-card numbers"),
+        ("card 3782 822463 10005, thanks", "credit-card numbers"),
+        ("5555-5555-5555-4444", "credit-card numbers"),
+        ("GB82WEST12345698765432", "IBANs"),
+        ("to DE89 3704 0044 0532 0130 00 PLEASE", "IBANs"),
+        ("from 192.0.2.17.", "IP addresses"),
+        ("2001:db8::8a2e:370:7334", "IP addresses"),
+        ("call (202) 555-0143", "phone numbers"),
+        ("+44 20 7946 0958", "phone numbers"),
+        ("202.555.0143", "phone numbers"),
+    ],
+)
+def test_personal_data_is_found_once_and_as_one_kind(text: str, kind: str) -> None:
+    assert find_personal_data(text) == {kind: 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user@host, @someone, a@@b.c",
+        "4012888888881882 and 0000000000000000",  # wrong digit; all alike
+        "GB82WEST12345698765433",
+        "version 1.2.3, 1.2.3.4.5, 999.1.1.1, 127.0.0.1",
+        "at 12:30:45 on 2024-05-01, 2018-05-03T01:38:01Z",
+        "3.14159265358979, 1,000,000,000, arXiv:2404.04656",
+        "the words dead::beef in std::vector",
+        "",
+    ],
+)
+def test_other_numbers_are_no_personal_data(text: str) -> None:
+    assert find_personal_data(text) == {}
+
+
+@pytest.mark.parametrize("wrong", range(1, 10))
+def test_luhn_and_iban_notice_every_single_wrong_digit(wrong: int) -> None:
+    card, iban = "4111111111111111", "NL91ABNA0417164300"
+    assert passes_luhn(card)
+    assert is_iban(iban)
+    for place in range(len(card)):
+        changed = str((int(card[place]) + wrong) % 10)
+        assert not passes_luhn(card[:place] + changed + card[place + 1 :])
+    for place in (2, 3, *range(8, 18)):
+        changed = str((int(iban[place]) + wrong) % 10)
+        assert not is_iban(iban[:place] + changed + iban[place + 1 :])
+
+
+def test_rows_and_finds_are_counted_apart() -> None:
+    rows = [("a@example.org b@example.org", "c@example.org"), ("nothing", "192.0.2.1"), ("", "")]
+    counts = count_personal_data(rows)
+    assert counts["e-mail addresses"] == Hits(rows=1, hits=3)
+    assert counts["IP addresses"] == Hits(rows=1, hits=1)
+    assert counts["IBANs"] == Hits(rows=0, hits=0)
+
+
+@pytest.mark.parametrize("piece", ["a", "1", "1 ", "a.", "a@", "A1", ":", "1.", "+1 ", "0-", "(1", "AB12 ", "a@a."])
+def test_hostile_texts_are_looked_through_in_time_that_grows_with_their_length(piece: str) -> None:
+    program = f"from bco_lightning.inspection.personal_data import *; find_personal_data({piece!r} * 200_000 + '@1')"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# --- rows
+
+
+def stored_rows() -> Dataset:
+    masks = [[False, True, True], [False, False, True, True], [False, True]]
+    return Dataset.from_dict(
+        {
+            "input_ids": [[5, 6, 2], [5, 6, 7, 2], [5, 6]],
+            "completion_mask": masks,
+            "thumbs_up": [True, False, True],
+            "prompt": [f'[{{"role": "user", "content": "{text}"}}]' for text in ("one", "two", "one")],
+            "place": ["a:1", "a:2", "a:3"],
+            "prompt_length": [1, 2, 1],
+            "completion_length": [2, 2, 9],
+        }
+    )
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        return ["".join(chr(ord("a") + token) for token in row) for row in ids]
+
+
+def test_arrays_of_rows_are_those_of_the_data_set() -> None:
+    arrays = RowArrays.of(stored_rows())
+    assert arrays.thumbs_up.tolist() == [True, False, True]
+    assert arrays.prompt_lengths.tolist() == [1, 2, 1]
+    assert arrays.completion_lengths.tolist() == [2, 2, 9]
+    assert arrays.lengths.tolist() == [3, 4, 2]
+    assert arrays.loss_tokens.tolist() == [2, 2, 1]
+    assert arrays.prompts[0] == arrays.prompts[2] != arrays.prompts[1]
+
+
+def test_texts_of_rows_are_their_prompts_and_decoded_completions() -> None:
+    rows = list(texts_of(stored_rows(), Letters(), [2, 1]))
+    assert [(row.prompt, row.completion, row.thumbs_up, row.place) for row in rows] == [
+        ("one", "g", True, "a:3"),
+        ("two", "hc", False, "a:2"),
+    ]
+    assert prompts_of(stored_rows(), np.array([1, 0])) == ["two", "one"]
+
+
+def test_tool_calls_and_parts_of_a_message_are_read_too() -> None:
+    stored = '[{"content": [{"type": "text", "text": "see"}]}, {"content": null, "tool_calls": [{"name": "f"}]}]'
+    assert said_in(stored) == 'see\n[{"name": "f"}]'
+
+
+# --- cost
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4), LoraSettings(r=4, top_layers=1)])
+def test_operations_by_shapes_are_those_counted_on_the_policy(lora: LoraSettings | None, tiny_model: str) -> None:
+    policy = load_policy(tiny_model, torch.float32, lora, seed=0)
+    expected = UsefulFlops.of(policy)
+    found = useful_flops_of(shape_of(tiny_model), lora)
+    assert found.per_token == expected.per_token
+    assert found.per_completion_token == expected.per_completion_token
+    assert found.per_squared_length == expected.per_squared_length
+
+
+def test_adapters_of_named_modules_alone_are_counted(tiny_model: str) -> None:
+    lora = LoraSettings(r=4, target_modules="q_proj,v_proj")
+    expected = UsefulFlops.of(load_policy(tiny_model, torch.float32, lora, seed=0))
+    assert useful_flops_of(shape_of(tiny_model), lora).per_token == expected.per_token
+
+
+def test_balanced_sampling_draws_the_rarer_class_again() -> None:
+    up = np.array([True, True, True, False])
+    work = work_of_epoch(np.array([10, 20, 30, 100]), np.array([1, 1, 1, 5]), up, share_up=0.5, rows=6)
+    assert work == Work(6, tokens=3 * 20 + 3 * 100, completion_tokens=3 + 15, squared_lengths=1400 + 3 * 10_000)
+
+
+def test_time_is_operations_over_the_speed_of_products_and_devices(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost_module, "matmul_ceiling", lambda device, dtype: 1e6)
+    machine = Machine(torch.device("cpu"), "this CPU", num_devices=2, dtype=torch.float32)
+    work = Work(rows=8, tokens=100, completion_tokens=40, squared_lengths=1500)
+    cost = cost_of(work, tiny_model, None, machine, rows_per_step=4, steps_per_epoch=2, steps=6)
+    useful = useful_flops_of(shape_of(tiny_model), None)
+    flops = 100 * useful.per_token + 40 * useful.per_completion_token + 1500 * useful.per_squared_length
+    assert cost.flops == pytest.approx(flops)
+    seconds = 3 * flops / 2e6  # three epochs, two devices
+    assert cost.seconds == pytest.approx((seconds / EFFICIENCY[1], seconds / EFFICIENCY[0]))
+    assert cost.machine == "2 × this CPU"
+
+
+def test_a_model_whose_operations_are_not_known_leaves_the_time_out_and_says_why() -> None:
+    machine = Machine(torch.device("cpu"), "this CPU", 1, torch.float32)
+    cost = cost_of(Work(1, 1, 1, 1), "./gone", None, machine, rows_per_step=1, steps_per_epoch=1, steps=None)
+    assert cost.seconds is None
+    assert "found nothing there" in cost.why_not
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({"max_epochs": 2, "max_steps": -1}, 20),
+        ({"max_epochs": -1, "max_steps": 7}, 7),
+        ({"max_epochs": 1, "max_steps": 50}, 10),
+        ({"max_epochs": -1, "max_steps": -1}, None),
+        ({"max_epochs": None, "max_steps": -1}, None),
+    ],
+)
+def test_a_run_ends_with_its_epochs_or_its_steps(trainer: dict[str, Any], steps: int | None) -> None:
+    assert num_steps(trainer, 10) == steps
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [({"devices": 4}, 4), ({"devices": "2", "num_nodes": 3}, 6), ({"devices": [0, 2]}, 2), ({"devices": "auto"}, 1)],
+)
+def test_devices_are_those_of_the_config(options: dict[str, Any], number: int) -> None:
+    machine = machine_of({"accelerator": "cpu", "num_nodes": 1, **options}, "auto", None)
+    assert machine.num_devices == number
+    assert machine.device.type == "cpu"
+    assert "this CPU" in machine.name
+
+
+def test_an_interval_stays_within_0_and_1() -> None:
+    assert Auc.with_variance(0.98, 0.01) == Auc(0.98, pytest.approx(0.784, abs=1e-3), 1.0)
