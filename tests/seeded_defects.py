@@ -73,8 +73,8 @@ DEFECTS = [
     ),
     Defect(
         "R3", "the order depends on the number of workers", "data/datamodule.py",
-        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed, groups)",
-        "return RowOrder([range(len(thumbs))], [self.rows_per_step], self.seed + self.num_workers, groups)",
+        "return Pool(rows, [self.seed, number], sources, weights, groups)",
+        "return Pool(rows, [self.seed + self.num_workers, number], sources, weights, groups)",
         (f"{RESUME}::test_the_rows_of_a_step_do_not_depend_on_plumbing",),
     ),
     Defect(
@@ -148,7 +148,7 @@ DEFECTS = [
     ),
     Defect(
         "R15", "an unseeded shuffle", "data/sampling.py",
-        "np.random.default_rng([self._seed, pool, pass_number])", "np.random.default_rng()",
+        "np.random.default_rng([*self._seed, number])", "np.random.default_rng()",
         (f"{SAME}::test_the_same_seed_gives_the_same_run",),
     ),
     Defect(
@@ -236,8 +236,8 @@ DEFECTS = [
     ),
     Defect(
         'S11', 'a traceback shows the environment', 'cli.py',
-        '        if fault is None or os.environ.get("BCO_DEBUG"):\n            raise\n',
-        '        if fault is None or os.environ.get("BCO_DEBUG"):\n            print(dict(os.environ), file=sys.stderr)\n            raise\n',
+        '        fault = in_words(error)\n        print(f"error:',
+        '        fault = in_words(error)\n        print(dict(os.environ), file=sys.stderr)\n        print(f"error:',
         ('tests/security/test_secrets.py::test_secrets_of_the_environment_are_written_nowhere',),
     ),
     Defect(
@@ -283,45 +283,45 @@ DEFECTS = [
         ('tests/security/test_supply_chain.py::test_bad_releases_are_refused',),
     ),
     Defect(
-        'S6', 'a line is read whole, however long', 'data/readers.py',
+        'S6', 'a line is read whole, however long', 'data/strict_json.py',
         '    while line := file.readline(MAX_LINE_BYTES + 1):\n',
         '    while line := file.readline():\n',
         ('tests/security/test_data_bombs.py::test_a_malformed_line_is_refused_quickly_and_in_little_memory',),
     ),
     Defect(
-        'S6', '1e999 is a number', 'data/readers.py',
+        'S6', '1e999 is a number', 'data/strict_json.py',
         '    "parse_float": _finite,\n',
         '',
         ('tests/security/test_data_bombs.py::test_a_malformed_line_is_refused_quickly_and_in_little_memory',),
     ),
     Defect(
-        'S7', 'errors of the parser escape', 'data/readers.py',
+        'S7', 'errors of the parser escape', 'data/strict_json.py',
         '    except ValueError as error:\n        raise FeedbackRowError(place, f"expected {error}.") from error\n    if not isinstance(record, dict):',
         '    if not isinstance(record, dict):',
         ('tests/security/test_data_fuzzing.py::test_any_line_gives_a_row_or_a_clear_error',),
     ),
     Defect(
         'S7', 'texts are stripped', 'data/feedback_row.py',
-        '    return [dict(message) for message in value]\n',
-        '    return [{**message, "content": message["content"].strip()} for message in value]\n',
+        '        return [{"role": role, "content": value}]\n',
+        '        return [{"role": role, "content": value.strip()}]\n',
         ('tests/security/test_data_fuzzing.py::test_a_written_row_is_read_back_the_same',),
     ),
     Defect(
-        'S8', 'labels are compared by truth', 'data/feedback_row.py',
+        'S8', 'labels are compared by truth', 'data/labels.py',
         '    return type(value) is type(word) and bool(value == word)\n',
         '    return bool(value == word)\n',
         ('tests/security/test_data_labels.py::test_a_look_alike_is_no_label',),
     ),
     Defect(
-        'S8', 'vocabularies may be mixed', 'data/feedback_row.py',
+        'S8', 'vocabularies may be mixed', 'data/labels.py',
         '        self.candidates = matching\n',
         '',
         ('tests/security/test_data_labels.py::test_a_mixture_of_vocabularies_is_refused',),
     ),
     Defect(
-        'S9', 'the template is put on raw text', 'data/tokenization.py',
-        '        shielded = self._special.shield(messages)\n',
-        '        shielded = None\n',
+        'S9', 'the template is put on raw text', 'data/chat_script.py',
+        '        shielded = self._special.shield(given)\n',
+        '        shielded = given\n',
         ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_are_text',),
     ),
     Defect(
@@ -332,12 +332,12 @@ DEFECTS = [
     ),
     Defect(
         'S14', 'a sample may have no completion token', 'data/tokenization.py',
-        '        return sample if sample is not None and any(sample.completion_mask[1:]) else None\n',
-        '        return sample\n',
+        '        is_whole = num_completion <= room and not first\n',
+        '        is_whole = True\n',
         ('tests/security/test_data_bombs.py::test_no_sample_is_without_completion_tokens',),
     ),
     Defect(
-        'S14', "no limit on a row's characters", 'data/feedback_row.py',
+        'S14', "no limit on a row's characters", 'data/messages.py',
         'MAX_ROW_CHARACTERS = 1_000_000\n',
         'MAX_ROW_CHARACTERS = 10**9\n',
         ('tests/security/test_data_bombs.py::test_a_costly_row_is_decided_quickly',),
@@ -356,20 +356,20 @@ DEFECTS = [
     ),
     Defect(
         'R17', 'no limit on the share of malformed rows', 'data/loading.py',
-        '        self._bad_rows.check(sources, len(table) + self._bad_rows.count)\n',
+        '        self._bad_rows.check([public_name(source.path) for source in sources], rows_read)\n',
         '',
         ('tests/reliability/test_bad_rows.py::test_skip_stops_above_the_share',),
     ),
     Defect(
         'R17', 'reading ends at the first malformed row', 'data/loading.py',
-        '            yield outcome\n            if isinstance(outcome, FeedbackRowError) and self._bad_rows.policy == "strict":\n',
-        '            yield outcome\n            if isinstance(outcome, FeedbackRowError):\n',
+        '                if isinstance(item, FeedbackRowError) and self._bad_rows.policy == "strict":\n',
+        '                if isinstance(item, FeedbackRowError):\n',
         ('tests/reliability/test_bad_rows.py::test_skip_leaves_out_exactly_the_malformed_rows',),
     ),
     Defect(
         'R22', 'all rows are held in memory', 'data/loading.py',
-        '        for outcome in _one_ahead(self._tokenized, _batches(self._rows(source))):\n',
-        '        for outcome in list(_one_ahead(self._tokenized, _batches(self._rows(source)))):\n',
+        '        for item in _one_ahead(self._tokenized, _batches(self._parsed(source, parser))):\n',
+        '        for item in list(_one_ahead(self._tokenized, _batches(self._parsed(source, parser)))):\n',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from bco_lightning.metrics import ImplicitRewardMetrics
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FEEDBACK_LOGS = (ROOT / "docs" / "feedback_logs.md").read_text(encoding="utf-8")
 
 
 def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,12 +23,14 @@ def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> Non
     import yaml
 
     config = yaml.safe_load(capsys.readouterr().out)
-    for group, name in re.findall(r"(?<![\w/])(model|data|trainer|checkpoint|guard)\.([a-z_]+)", README):
+    for group, name in re.findall(
+        r"(?<![\w/])(model|data|trainer|checkpoint|guard)\.([a-z_]+)", README + FEEDBACK_LOGS
+    ):
         assert name in config[group], f"{group}.{name}"
 
 
 def test_every_config_and_file_it_names_exists() -> None:
-    for name in re.findall(r"(?:configs|notebooks|tests|src)/[\w./]+", README):
+    for name in re.findall(r"(?<!ai/)(?:configs|docs|notebooks|tests|src)/[\w./]+", README + FEEDBACK_LOGS):
         assert (ROOT / name.rstrip("./")).exists(), name
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"metrics", "report", "reference_store", "optimizers", "trunk_cache", "strategies", "planning"},
     {"reference_cache"},
     {"module", "callbacks"},
-    {"export"},
+    {"export", "inspection"},
     {"cli"},
     {"help_texts"},
     {"__main__", "__init__"},

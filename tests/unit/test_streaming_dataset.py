@@ -139,6 +139,12 @@ def test_the_other_row_is_of_the_same_source(tmp_path: Path) -> None:
     assert all(sample["source"] == 1 for sample in data.__getitems__(range(300, 600)))
 
 
+def test_where_a_whole_block_is_unusable_the_other_row_is_of_another(tmp_path: Path) -> None:
+    rows = [{**row, "completion": "long " * 40} if n < 256 else row for n, row in enumerate(records(600))]
+    data = dataset(streamed(write_jsonl(tmp_path / "log.jsonl", rows), limits=DROP))
+    assert all(sample["row_id"] >= 256 for sample in data.__getitems__(range(0, 256, 32)))
+
+
 def test_where_no_row_is_usable_it_ends_with_words(tmp_path: Path) -> None:
     rows = streamed(long_log(tmp_path, every=1), limits=DROP)
     with pytest.raises(FeedbackRowError, match=r"log\.jsonl:8: expected a usable row .* found 100 others"):
@@ -203,9 +209,11 @@ def test_loader_workers_that_are_started_afresh_give_and_count_the_same(tmp_path
 
 
 def test_loader_workers_open_a_parquet_file_of_their_own(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(records(600)), tmp_path / "log.parquet", row_group_size=100)
+    # Larger than what a reader has in its own memory of a file.
+    large = [{**row, "completion": np.random.default_rng(n).bytes(4000).hex()} for n, row in enumerate(records(600))]
+    pq.write_table(pa.Table.from_pylist(large), tmp_path / "log.parquet", row_group_size=100)
     rows = streamed(str(tmp_path / "log.parquet"))
-    data = dataset(rows)
+    data = StreamDataset(rows.index, byte_tokenizer(), rows.options, cache_bytes=1)
     alone = loaded(data, rows, 0)  # leaves the file open, somewhere in its middle
     assert sorted(row for batch in alone for row in batch) == list(range(600))
     assert loaded(data, rows, 2) == alone
