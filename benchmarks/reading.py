@@ -102,7 +102,7 @@ def _run(python: str, worker: str, log: Path, options: dict[str, Any]) -> dict[s
 
 def _table(count: int, runs: dict[str, list[dict[str, float]]]) -> Table:
     table = Table(
-        "", "seconds", "rows/s", "rows/s against TRL", "first batch after, s", "written, MiB", "anonymous memory, MiB",
+        "", "seconds", "rows/s", "against TRL", "first batch after, s", "written, MiB", "anonymous memory, MiB",
         title=f"{count:,} rows; medians of {len(next(iter(runs.values())))}",
     )  # fmt: skip
     middle = {

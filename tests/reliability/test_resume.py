@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from bco_lightning import BCOModule
+from bco_lightning import BCOModule, Source
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpointing import resolve_checkpoint, saved_steps, step_folder
 from bco_lightning.errors import CheckpointError
@@ -95,8 +95,10 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
         assert_same(next(iter(runs.values()))["weights"], shorter["weights"])
 
 
-@pytest.mark.promise("R1", "The same with adapters, with balanced sampling, and validating within the epoch")
-@pytest.mark.parametrize("kind", ["lora", "balanced", "validation within the epoch", "random numbers"])
+@pytest.mark.promise(
+    "R1", "The same with adapters, balanced sampling, weighted sources, and validating within the epoch"
+)
+@pytest.mark.parametrize("kind", ["lora", "balanced", "sources", "validation within the epoch", "random numbers"])
 def test_other_kinds_of_runs_resume_too(
     kind: str, byte_model: str, feedback: str, validation_log: str, tmp_path: Path, trials: Trials
 ) -> None:
@@ -108,6 +110,9 @@ def test_other_kinds_of_runs_resume_too(
         more["module_options"] = {"lora": LoraSettings(r=4, alpha=8), "learning_rate": 1e-2}
     elif kind == "balanced":
         options["data_options"]["balanced_sampling"] = True
+    elif kind == "sources":
+        # Metrics of each source are gathered over steps, too.
+        options["data_options"]["train_files"] = [Source(feedback, "one", 0.75), Source(validation_log, "other", 2.0)]
     elif kind == "random numbers":
         more["module"] = noisy_module(byte_model)
     else:
@@ -119,6 +124,58 @@ def test_other_kinds_of_runs_resume_too(
                 more["module"] = noisy_module(byte_model)
             resumed = resuming(byte_model, feedback, str(tmp_path), step, options, **more)
             assert_goes_on(whole, resumed, step)
+
+
+@pytest.mark.promise("R1", "A streamed run goes on exactly, read whole or by a sample, on any number of processes")
+def test_a_streamed_run_resumes_too(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
+    runs: dict[Any, list[dict[str, Any]]] = {}
+    cases = [
+        (sample, ranks, after, workers, step)
+        for sample in (None, 20)
+        for ranks, after in ((1, 1), (2, 2), (2, 1), (1, 2))
+        for workers in (0, 2)
+        for step in (5, 12, 17)
+    ]
+    for trial in trials(cases, quick=5):
+        with trial as (sample, ranks, after, workers, step):
+            folder = tmp_path / f"{sample} {ranks}"
+            if (sample, ranks) not in runs:
+                whole = partial(saving, byte_model, feedback, str(folder), [5, 12, 17], streamed(sample, ranks))
+                runs[sample, ranks] = finish(start(whole, ranks=ranks, folder=folder), folder)
+            options = streamed(sample, after, workers)
+            resumed = partial(resuming, byte_model, feedback, str(folder), step, options)
+            again = finish(start(resumed, ranks=after, folder=folder), folder)
+            for number in range(step, STEPS):
+                rows = sorted(row for run in again for row in run["rows"][number])
+                assert rows == sorted(row for run in runs[sample, ranks] for row in run["rows"][number])
+            for name, value in runs[sample, ranks][0]["weights"].items():
+                assert float((value - again[0]["weights"][name]).abs().max()) <= (0 if ranks == after else 1e-6), name
+
+
+def streamed(sample: int | None, ranks: int, workers: int = 0) -> dict[str, Any]:
+    options = cut(accumulation=2, ranks=ranks, workers=workers)
+    options["data_options"] |= {"streaming": True, "streaming_sample": sample, "shuffle_buffer": 40}
+    return options
+
+
+@pytest.mark.promise("R3", "The rows of a streamed step do not depend on workers, micro-batches or processes either")
+def test_the_rows_of_a_streamed_step_do_not_depend_on_plumbing(
+    byte_model: str, feedback: str, tmp_path: Path, trials: Trials
+) -> None:
+    cases = [(workers, rows, ranks) for workers in (0, 2) for rows in (1, 4) for ranks in (1, 2)]
+    expected = {
+        step: sorted(rows) for step, rows in tiny_fit(byte_model, feedback, **streamed(None, 1))["rows"].items()
+    }
+    assert sorted(row for step in range(STEPS_PER_EPOCH) for row in expected[step]) == list(range(ROWS))
+    for trial in trials(cases, quick=3):
+        with trial as (workers, rows, ranks):
+            options = streamed(None, ranks, workers)
+            options["data_options"]["batch_size"] = rows
+            options["trainer_options"]["accumulate_grad_batches"] = ROWS_PER_STEP // rows // ranks
+            run = partial(tiny_fit, byte_model, feedback, **options)
+            results = finish(start(run, ranks=ranks, folder=tmp_path), tmp_path)
+            seen = {step: sorted(row for result in results for row in result["rows"][step]) for step in range(STEPS)}
+            assert seen == expected
 
 
 def noisy_module(model: str) -> Any:

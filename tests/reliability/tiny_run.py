@@ -113,9 +113,8 @@ def tiny_fit(
     seed_everything(0, verbose=False)
     recorder, logger = Recorder(), None
     module = module or BCOModule(model, **{"learning_rate": 1e-2, "dtype": "float32", **(module_options or {})})
-    data = FeedbackDataModule(
-        log, **{"batch_size": ROWS_PER_STEP, "max_length": 96, "validation_fraction": 0.0, **(data_options or {})}
-    )
+    own = {"train_files": log, "batch_size": ROWS_PER_STEP, "max_length": 96, "validation_fraction": 0.0}
+    data = FeedbackDataModule(**{**own, **(data_options or {})})
     options: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
