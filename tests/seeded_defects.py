@@ -73,8 +73,7 @@ DEFECTS = [
     ),
     Defect(
         "R3", "the order depends on the number of workers", "data/datamodule.py",
-        "return Pool(rows, [self.seed, number], sources, weights, groups)",
-        "return Pool(rows, [self.seed + self.num_workers, number], sources, weights, groups)",
+        "row_set.digest, self.train_files, self.seed)", "row_set.digest, self.train_files, self.seed + self.num_workers)",
         (f"{RESUME}::test_the_rows_of_a_step_do_not_depend_on_plumbing",),
     ),
     Defect(

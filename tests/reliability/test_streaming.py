@@ -50,7 +50,6 @@ def stream(
                 accumulation=1,
                 rank=rank,
                 world_size=ranks,
-                steps_per_epoch=order.steps_per_epoch,
                 current_step=lambda now=step + done: now,
             )
             for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=pack_rows, num_workers=workers):

@@ -16,9 +16,9 @@ import torch
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.datamodule import _prompt_numbers
 from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.row_table import held_out_prompts, prompt_key
+from bco_lightning.data.table_rows import prompt_numbers
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer
@@ -217,7 +217,7 @@ def grouped(log: str) -> str:
     """The seed of this process's hashes, as it were, and the order of the rows."""
     module = data(byte_tokenizer(), log, validation_fraction=0.0, group_by_prompt=True)
     order = [batch.row_ids_B.tolist() for batch in module.train_dataloader()]
-    return json.dumps([hash("a"), _prompt_numbers(module.train_dataset).tolist(), order])
+    return json.dumps([hash("a"), prompt_numbers(module.train_dataset).tolist(), order])
 
 
 def test_grouping_by_prompt_gives_one_order_in_all_processes(rows: list, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def order(seed: int = 0) -> RowOrder:
     return RowOrder([Pool(range(NUM_ROWS), [seed, 0])], [ROWS_PER_STEP])
 
 
-def batches(batch_size: int, accumulation: int, world_size: int, start: int = 0, steps_per_epoch: int = 3) -> list:
+def batches(batch_size: int, accumulation: int, world_size: int, start: int = 0) -> list:
     """Micro-batches of every rank, from ``start`` to the end of the epoch."""
     return [
         list(
@@ -28,7 +28,6 @@ def batches(batch_size: int, accumulation: int, world_size: int, start: int = 0,
                 accumulation=accumulation,
                 rank=rank,
                 world_size=world_size,
-                steps_per_epoch=steps_per_epoch,
                 current_step=lambda: start,
             )
         )
@@ -139,7 +138,7 @@ def test_groups_come_in_another_order_in_every_pass() -> None:
 
 def test_sorting_by_length_keeps_the_rows_of_a_step_and_puts_like_lengths_together() -> None:
     lengths = np.random.default_rng(0).permutation(NUM_ROWS)
-    options = {"batch_size": 2, "accumulation": 2, "steps_per_epoch": 3, "current_step": lambda: 0}
+    options = {"batch_size": 2, "accumulation": 2, "current_step": lambda: 0}
     cut = [list(StepBatchSampler(order(), rank=r, world_size=2, lengths=lengths, **options)) for r in (0, 1)]
     for step in range(3):
         mine = [batch for rank in (0, 1) for batch in cut[rank][2 * step : 2 * step + 2]]

@@ -37,7 +37,7 @@ def data(sources: list[Any], **options: Any) -> FeedbackDataModule:
 def drawn(module: FeedbackDataModule, epochs: int = 1) -> list[str]:
     """Places of the rows of some epochs, in order."""
     places = module.train_dataset["place"]
-    order = module._row_order()
+    order = module._order
     steps = range(epochs * module.steps_per_epoch)
     return [places[row] for step in steps for row in order.rows_of_step(step)]
 
@@ -88,6 +88,11 @@ def test_each_source_has_a_format_columns_and_a_rule_of_its_own(tmp_path: Path, 
 def test_two_sources_of_one_name_are_refused(logs: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"expected a name for each source, found 'x' twice"):
         FeedbackDataModule([Source(logs[0], name="x"), Source(logs[1], name="x")])
+
+
+def test_weights_of_sources_to_evaluate_are_refused(logs: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"data\.test_files: expected no weights"):
+        FeedbackDataModule(test_files=[Source(logs[0], weight=2)])
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])

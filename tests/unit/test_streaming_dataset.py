@@ -181,7 +181,6 @@ def loaded(data: StreamDataset, rows: StreamedRows, num_workers: int, step: int 
         accumulation=2,
         rank=0,
         world_size=1,
-        steps_per_epoch=order.steps_per_epoch,
         current_step=lambda: step,
     )
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=pack_rows, num_workers=num_workers, **options)

@@ -368,3 +368,11 @@ def test_a_remote_file_is_read_by_ranges(tmp_path: Path) -> None:
     index = build("memory://logs/a.jsonl")
     assert [record["prompt"] for _, record in places(index)] == ["p0", "p1", "p2"]
     assert JsonLines("memory://logs/a.jsonl").content(5, 5 + len(line(0))).record(0, "")["prompt"] == "p0"
+
+
+def test_a_file_that_became_shorter_is_read_as_it_is_now(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "log.jsonl", [{"prompt": f"q{n}", "completion": "a", "label": n > 2} for n in range(6)])
+    assert build(path).num_rows == 6
+    Path(path).write_text(Path(path).read_text()[:-30])
+    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:6: expected one JSON object per line"):
+        build(path)

@@ -142,7 +142,6 @@ def test_steps_hold_the_same_rows_however_they_are_cut(batch_size: int, accumula
                 accumulation=accumulation,
                 rank=rank,
                 world_size=world_size,
-                steps_per_epoch=order.steps_per_epoch,
                 current_step=lambda: 3,
             )
         )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -31,14 +28,17 @@ from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_cache import ReadRows, RowCache
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet
-from bco_lightning.data.sampling import EvenBatchSampler, Pool, RowOrder, StepBatchSampler
+from bco_lightning.data.sampling import EvenBatchSampler, StepBatchSampler, StepOrder
 from bco_lightning.data.source import FormatName, LossOn, Rating, RowFormat, Source, chosen_rating
-from bco_lightning.data.streaming import StreamDataset, StreamedRows, StreamOrder
+from bco_lightning.data.streaming import StreamDataset, StreamedRows
+from bco_lightning.data.table_rows import TableRows
 from bco_lightning.data.tokenization import RowTokenizer, chosen_template
 from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
 
+# Among row sets that are told, the rows of a stream.
+_STREAM = "stream"
 _log = logging.getLogger("lightning.pytorch")
 
 
@@ -140,6 +140,10 @@ class FeedbackDataModule(LightningDataModule):
             raise ConfigError(
                 "data.group_by_prompt", "expected false with data.streaming, which compares no prompts; found true."
             )
+        if streaming_sample is not None and not streaming:
+            raise ConfigError(
+                "data.streaming_sample", f"expected none without data.streaming, found {streaming_sample}."
+            )
         if shuffle_buffer < 1:
             raise ConfigError("data.shuffle_buffer", f"expected at least 1 row, found {shuffle_buffer}.")
         if balanced_sampling and batch_size % 2:
@@ -150,14 +154,16 @@ class FeedbackDataModule(LightningDataModule):
         self.reading = ReadingOptions(
             row_format, self.limits, chat_template, conflicts, bad_rows, max_bad_rows, self.seed
         )
-        self.train_files, self.validation_files = _sources(train_files), _sources(validation_files)
-        self.test_files, self.predict_files = _sources(test_files), _sources(predict_files)
+        self.train_files = _sources(train_files, "train_files")
+        self.validation_files = _sources(validation_files, "validation_files")
+        self.test_files = _sources(test_files, "test_files")
+        self.predict_files = _sources(predict_files, "predict_files")
         self.chat_template, self.validation_fraction = chat_template, validation_fraction
         self.balanced_sampling, self.group_by_prompt = balanced_sampling, group_by_prompt
         self.streaming, self.streaming_sample, self.shuffle_buffer = streaming, streaming_sample, shuffle_buffer
-        self._streamed: StreamedRows | None = None
+        self._training: TableRows | StreamedRows | None = None
         self._stream: StreamDataset | None = None
-        self._known_order: tuple[int, StreamOrder] | None = None
+        self._known_order: tuple[int, StepOrder] | None = None
         self._cache = RowCache(cache_root(cache_folder) / "rows") if cache_rows else None
         self._tokenizer = tokenizer
         self._row_sets: dict[str, RowSet] = {}  # in the order in which they were read
@@ -188,7 +194,7 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def counts(self) -> list[RowCounts]:
         """What became of the rows of each data set, in the order in which they were read."""
-        streamed = [self._streamed.counts] if self._streamed else []
+        streamed = [self._training.counts] if isinstance(self._training, StreamedRows) else []
         return [*streamed, *(row_set.counts for row_set in self._row_sets.values())]
 
     @property
@@ -218,7 +224,7 @@ class FeedbackDataModule(LightningDataModule):
         """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
         if self.balanced_sampling:
             return 0.5, 0.5
-        num_up, num_down = self._rows_per_epoch
+        num_up, num_down = self._trained_on.class_counts
         return num_up / (num_up + num_down), num_down / (num_up + num_down)
 
     @property
@@ -233,11 +239,7 @@ class FeedbackDataModule(LightningDataModule):
 
         With balanced sampling, the rarer class is seen more often.
         """
-        if self._streamed is not None:
-            return self._stream_order(self._streamed).steps_per_epoch
-        num_up, num_down = self._rows_per_epoch
-        rows = 2 * max(num_up, num_down) if self.balanced_sampling else num_up + num_down
-        return math.ceil(rows / self.rows_per_step)
+        return self._order.steps_per_epoch
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str | None = None) -> None:
         """Reads and tokenizes what ``stage`` needs, and prints what became of the rows.
@@ -258,9 +260,13 @@ class FeedbackDataModule(LightningDataModule):
         if self.trainer.local_rank > 0:
             self.feedback_summary = told["feedback"] and FeedbackSummary(**told["feedback"])
             try:
-                if told["streamed"]:
-                    self._streamed = StreamedRows.shared(told["streamed"], self.train_files, self.reading)
-                self._row_sets = {name: RowSet.shared(row_set) for name, row_set in told["row_sets"].items()}
+                self._row_sets = {
+                    name: RowSet.shared(row_set) for name, row_set in told["row_sets"].items() if name != _STREAM
+                }
+                if _STREAM in told["row_sets"]:
+                    self._training = StreamedRows.shared(told["row_sets"][_STREAM], self.train_files, self.reading)
+                elif "train" in self._row_sets:
+                    self._training = self._table_rows()
             except FaultError as fault:
                 faults.append(fault)
         for error in errors_of_all(faults, self.trainer):
@@ -271,21 +277,20 @@ class FeedbackDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is not None:
             _refuse_shortened_epochs(trainer)
+        training = self._trained_on
         sampler = StepBatchSampler(
-            self._stream_order(self._streamed) if self._streamed else self._row_order(),
+            self._order,
             batch_size=self.batch_size,
             accumulation=self._accumulation,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
-            steps_per_epoch=self.steps_per_epoch,
             current_step=lambda: trainer.global_step if trainer else 0,
-            # Rows sorted by length would leave some micro-batches with one class.
-            lengths=self.train_lengths if self._is_padded and not (self.balanced_sampling or self.streaming) else None,
+            lengths=self._lengths_to_sort_by(training),
         )
-        if self._streamed is None:
-            return self._loader(self._trained_on, batch_sampler=sampler)
+        if isinstance(training, TableRows):
+            return self._loader(training.dataset, batch_sampler=sampler)
         rows_of_rank = self.batch_size * self._accumulation
-        self._stream = self._streamed.dataset(
+        self._stream = training.dataset(
             self.tokenizer, self.rows_per_step, rows_of_rank, self.balanced_sampling, self.shuffle_buffer
         )
         return self._loader(self._stream, batch_sampler=sampler)
@@ -321,9 +326,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def place_of(self, row_id: int) -> str:
         """File and line of a training row."""
-        if self._stream is not None:
-            return self._stream.place_of(row_id)
-        return str(self._trained_on[row_id]["place"])
+        return (self._stream or self._trained_on).place_of(row_id)  # type: ignore[union-attr]
 
     def teardown(self, stage: str) -> None:
         """Says which rows of a stream turned out to be unusable when their turn came, and were replaced by others."""
@@ -337,19 +340,17 @@ class FeedbackDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """How a step is cut into micro-batches; the position itself is the trainer's step."""
-        return {} if not self._trains else {"accumulation": self._accumulation}
+        return {} if self._training is None else {"accumulation": self._accumulation}
 
     def fingerprints(self) -> dict[str, Any]:
         """What the rows and their order depend on; the module compares it before a run goes on."""
-        if not self._trains:
+        if self._training is None:
             return {}
-        if self._streamed is None:
-            rows = {"rows": len(self._trained_on), "row_digest": self._row_sets["train"].digest}
-        else:
-            rows = {"rows": self._streamed.num_rows, "row_digest": self._streamed.digest}
-            rows |= {"streaming_sample": self.streaming_sample, "shuffle_buffer": self.shuffle_buffer}
+        streaming = {"streaming_sample": self.streaming_sample, "shuffle_buffer": self.shuffle_buffer}
         return {
-            **rows,
+            "rows": self._training.num_rows,
+            "row_digest": self._training.digest,
+            **(streaming if self.streaming else {}),
             "seed": self.seed,
             "rows_per_step": self.rows_per_step,
             "balanced_sampling": self.balanced_sampling,
@@ -364,14 +365,12 @@ class FeedbackDataModule(LightningDataModule):
         """Reads, and says in plain values what the other processes of this node have to know."""
         self._read(stage)
         row_sets = {name: row_set.told() for name, row_set in self._row_sets.items()}
-        return {
-            "row_sets": row_sets,
-            "feedback": self.feedback_summary and asdict(self.feedback_summary),
-            "streamed": self._streamed and self._streamed.told(),
-        }
+        if isinstance(self._training, StreamedRows):
+            row_sets[_STREAM] = self._training.told()
+        return {"row_sets": row_sets, "feedback": self.feedback_summary and asdict(self.feedback_summary)}
 
     def _read(self, stage: str | None) -> None:
-        if stage in ("fit", None) and not self._trains:
+        if stage in ("fit", None) and self._training is None:
             self._setup_training()
         if stage == "test" and self.test_files:
             if self.test_dataset is None:
@@ -397,40 +396,41 @@ class FeedbackDataModule(LightningDataModule):
 
     @property
     def train_lengths(self) -> np.ndarray[Any, Any]:
-        """Tokens of each training row."""
-        return np.asarray(pc.list_value_length(self._trained_on.data.column("input_ids")))
+        """Tokens of each training row, where they are not streamed."""
+        training = self._trained_on
+        if isinstance(training, StreamedRows):
+            raise ConfigError("data.streaming", "expected false where lengths of all rows are needed, found true.")
+        return training.lengths
+
+    def _lengths_to_sort_by(self, training: TableRows | StreamedRows) -> np.ndarray[Any, Any] | None:
+        """Lengths, where micro-batches are padded; sorted rows would leave some of them with one class alone."""
+        sorts = self._is_padded and not self.balanced_sampling
+        return training.lengths if sorts and isinstance(training, TableRows) else None
+
+    @property
+    def _order(self) -> StepOrder:
+        """Which rows each step trains on; the number of rows of a step is known when there is a trainer."""
+        if self._known_order is None or self._known_order[0] != self.rows_per_step:
+            training, rows, balanced = self._trained_on, self.rows_per_step, self.balanced_sampling
+            if isinstance(training, TableRows):
+                order: StepOrder = training.order(rows, balanced, self.group_by_prompt)
+            else:
+                order = training.order(rows, balanced, self.shuffle_buffer)
+            self._known_order = (rows, order)
+        return self._known_order[1]
 
     def _dataset(self, name: str) -> Dataset | None:
         return self._row_sets[name].dataset if name in self._row_sets else None
 
     @property
-    def _trains(self) -> bool:
-        """Whether rows to train on are known."""
-        return self.train_dataset is not None or self._streamed is not None
-
-    @property
-    def _rows_per_epoch(self) -> tuple[float, float]:
-        """Thumbs-up and thumbs-down that an epoch would draw without balancing: all, or by the weights of sources."""
-        if self._streamed is not None:
-            return self._streamed.class_counts
-        up, down = self._pools_by_class
-        return len(up), len(down)
-
-    @property
-    def _pools_by_class(self) -> list[Pool]:
-        thumbs = np.asarray(self._trained_on.data.column("thumbs_up"))
-        return [self._pool(np.flatnonzero(thumbs == up), number) for number, up in enumerate((True, False))]
-
-    def _pool(self, rows: np.ndarray[Any, Any], number: int, groups: np.ndarray[Any, Any] | None = None) -> Pool:
-        sources = np.asarray(self._trained_on.data.column("source"))[rows]
-        weights = [source.weight for source in self.train_files]
-        return Pool(rows, [self.seed, number], sources, weights, groups)
-
-    @property
-    def _trained_on(self) -> Dataset:
-        if self.train_dataset is None:
+    def _trained_on(self) -> TableRows | StreamedRows:
+        if self._training is None:
             raise _no_training_files()
-        return self.train_dataset
+        return self._training
+
+    def _table_rows(self) -> TableRows:
+        row_set = self._row_sets["train"]
+        return TableRows(row_set.dataset, row_set.counts, row_set.digest, self.train_files, self.seed)
 
     def _setup_validation(self) -> None:
         if self.validation_files:
@@ -450,27 +450,22 @@ class FeedbackDataModule(LightningDataModule):
         self.feedback_summary = rows.summary
         rank_zero_info(str(rows.summary))
         self._keep(rows)
+        self._training = self._table_rows()
         self._check_classes()
 
     def _setup_stream(self) -> None:
-        self._streamed = StreamedRows.read(
+        self._training = StreamedRows.read(
             "train", self.train_files, self.reading, self.tokenizer, self.streaming_sample
         )
-        rank_zero_info(str(self._streamed))
+        rank_zero_info(str(self._training))
         self._check_classes()
         if self.validation_files:
             self._keep(self._reader.read_all("validation", self.validation_files))
         elif self.validation_fraction:
             rank_zero_info("validation: nothing is held out of a stream; give data.validation_files to measure it")
 
-    def _stream_order(self, streamed: StreamedRows) -> StreamOrder:
-        if self._known_order is None or self._known_order[0] != self.rows_per_step:
-            order = streamed.order(self.rows_per_step, self.balanced_sampling, self.shuffle_buffer)
-            self._known_order = (self.rows_per_step, order)
-        return self._known_order[1]
-
     def _check_classes(self) -> None:
-        num_up, num_down = self._rows_per_epoch
+        num_up, num_down = self._trained_on.class_counts
         _require_both_classes(num_up, num_down, self.train_files)
         if self.balanced_sampling:
             rank_zero_info(_balance_in_words(num_up, num_down))
@@ -487,12 +482,6 @@ class FeedbackDataModule(LightningDataModule):
                     f"{counts.malformed.count} malformed).",
                     "; ".join(f"{reason}: {counted.count}" for reason, counted in counts.left_out.items()),
                 )
-
-    def _row_order(self) -> RowOrder:
-        if self.balanced_sampling:
-            return RowOrder(self._pools_by_class, [self.rows_per_step // 2] * 2)
-        groups = _prompt_numbers(self._trained_on) if self.group_by_prompt else None
-        return RowOrder([self._pool(np.arange(len(self._trained_on)), 0, groups)], [self.rows_per_step])
 
     def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:
@@ -518,20 +507,17 @@ def _no_training_files() -> ConfigError:
     return ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
 
 
-def _sources(files: list[str | Source] | str | None) -> list[Source]:
+def _sources(files: list[str | Source] | str | None, option: str) -> list[Source]:
     given = [files] if isinstance(files, (str, Source)) else list(files or [])
     sources = [file if isinstance(file, Source) else Source(file) for file in given]
     twice = [name for name, count in Counter(source.label for source in sources).items() if count > 1]
     if twice:
-        raise ConfigError("data", f"expected a name for each source, found {twice[0]!r} twice.", "Give them names.")
+        raise ConfigError(
+            f"data.{option}", f"expected a name for each source, found {twice[0]!r} twice.", "Give them names."
+        )
+    if option != "train_files" and any(source.weight != 1 for source in sources):
+        raise ConfigError(f"data.{option}", "expected no weights, which are for sources to train on, found some.")
     return sources
-
-
-def _prompt_numbers(dataset: Dataset) -> np.ndarray[Any, Any]:
-    """A number for each row's prompt, the same in every process, as ``hash`` would not be."""
-    digests = (hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in dataset["prompt"])
-    numbers = (int.from_bytes(digest, "big") for digest in digests)
-    return np.fromiter(numbers, dtype=np.uint64, count=len(dataset))
 
 
 def _require_rows_for_all(dataset: Dataset | None, trainer: Any, option: str = "data.validation_files") -> None:

@@ -94,6 +94,11 @@ class RowOrder:
     def __init__(self, pools: Sequence[Pool], rows_per_step: Sequence[int]) -> None:
         self._pools, self._rows_per_step = list(pools), list(rows_per_step)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that take what one pass takes of every pool, and at least so much."""
+        return max(math.ceil(len(pool) / count) for pool, count in zip(self._pools, self._rows_per_step, strict=True))
+
     def rows_of_step(self, step: int) -> list[int]:
         """Row positions of optimizer step ``step`` (from 0), the pools evenly interleaved."""
         drawn = []
@@ -107,6 +112,10 @@ class RowOrder:
 class StepOrder(Protocol):
     """Says which rows an optimizer step trains on."""
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+
     def rows_of_step(self, step: int) -> list[int]:
         """Row numbers of optimizer step ``step``, from 0."""
 
@@ -117,12 +126,11 @@ class StepBatchSampler(Sampler[list[int]]):
     The position is asked for, never stored: after a resume the loader begins where the restored step says.
 
     Args:
-        order: The rows of each step.
+        order: The rows of each step, and how many steps an epoch has.
         batch_size: Rows of a micro-batch.
         accumulation: Micro-batches of a step on each rank.
         rank: This process.
         world_size: Number of processes.
-        steps_per_epoch: Optimizer steps of an epoch.
         current_step: Gives the number of optimizer steps done so far.
         lengths: Tokens of each row; a step's rows are then cut into micro-batches of like lengths. The gradient does
             not depend on how a step is cut, and padded micro-batches have less padding so.
@@ -136,14 +144,13 @@ class StepBatchSampler(Sampler[list[int]]):
         accumulation: int,
         rank: int,
         world_size: int,
-        steps_per_epoch: int,
         current_step: Callable[[], int],
         lengths: np.ndarray[Any, Any] | None = None,
     ) -> None:
         self._lengths = lengths
         self._order, self._batch_size, self._accumulation = order, batch_size, accumulation
         self._rank, self._world_size = rank, world_size
-        self._steps_per_epoch, self._current_step = steps_per_epoch, current_step
+        self._steps_per_epoch, self._current_step = order.steps_per_epoch, current_step
 
     def __len__(self) -> int:
         return self._steps_per_epoch * self._accumulation

@@ -117,6 +117,8 @@ class JsonLines:
         end = min(self._size, place + MAX_LINE_BYTES + 1 - length)
         while length and place < end:
             more = read_range(self.path, place, min(place + _MORE_BYTES, end))
+            if not more:  # the file has become shorter
+                break
             line_end = more.find(b"\n") + 1
             if line_end:
                 return rest + more[:line_end]

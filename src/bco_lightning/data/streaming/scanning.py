@@ -208,6 +208,7 @@ def scan_all(jobs: Iterable[Job], processes: int | None = None) -> Iterator[tupl
         FaultError: If a process is killed.
     """
     processes = _free_processors() if processes is None else processes
+    _record_file.cache_clear()  # files may be others than when they were last read
     remaining = iter(jobs)
     # A small log is read before processes have begun.
     alone = None if processes < 2 or sys.platform != "linux" else _PIECES_ALONE
