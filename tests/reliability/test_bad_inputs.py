@@ -827,7 +827,8 @@ LOGS: dict[str, Case] = {
 OPTIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "no files": (lambda: start([]), "data.train_files", "expected files to train on, found none."),
     "a source twice": (
-        lambda: start(["log.jsonl", "log.jsonl"]), "data", "expected a name for each source, found 'log.jsonl' twice."
+        lambda: start(["log.jsonl", "log.jsonl"]), "data.train_files",
+        "expected a name for each source, found 'log.jsonl' twice.",
     ),
     "a source of no weight": (
         lambda: start([Source("log.jsonl", weight=0)]), "data.train_files",

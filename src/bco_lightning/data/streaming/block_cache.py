@@ -83,8 +83,8 @@ class BlockCache:
     def _read(self, known: Any, flag: int) -> Content:
         content = self._file(int(known["file"])).content(int(known["start"]), int(known["stop"]))
         per_record, rows = self._rows_per_record[int(known["source"])], int(known["rows"])
-        if len(content) != rows // per_record:
-            raise changed(self._name(known), rows // per_record, len(content))
+        if len(content) != rows // per_record or content.check != int(known["check"]):
+            raise changed(self._name(known))
         if self._flags is None:
             return content
         flags = self._flags[int(known["first_row"]) : int(known["first_row"]) + rows]

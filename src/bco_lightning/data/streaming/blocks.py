@@ -13,9 +13,10 @@ from bco_lightning.errors import FeedbackRowError
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 2**18
 # Of each block: its source and file; where it begins and ends there (bytes or rows); the lines of the file before it;
-# the rows of all sources before it, and its own; those of each thumb; whether it may be read apart from the one before.
+# the rows of all sources before it, and its own; those of each thumb; whether it may be read apart from the one before;
+# a checksum of its bytes, where it has bytes of its own.
 _WIDE, _NARROW = ("start", "stop", "line", "first_row"), ("source", "file", "rows", "up", "down", "apart")
-BLOCK = np.dtype([*((name, "i8") for name in _WIDE), *((name, "i4") for name in _NARROW)])
+BLOCK = np.dtype([*((name, "i8") for name in _WIDE), *((name, "i4") for name in _NARROW), ("check", "u4")])
 Blocks = np.ndarray[Any, Any]
 
 
@@ -25,6 +26,10 @@ class Content(Protocol):
     @property
     def num_bytes(self) -> int:
         """About what it takes in memory."""
+
+    @property
+    def check(self) -> int:
+        """Checksum of the bytes of the block; 0 where it has none of its own."""
 
     def __len__(self) -> int: ...
 
@@ -94,10 +99,10 @@ def cut_evenly(start: int, stop: int, rows: int, unit_rows: int) -> Blocks:
     return blocks
 
 
-def changed(path: str, expected: int, found: int) -> FeedbackRowError:
+def changed(path: str) -> FeedbackRowError:
     """A file that has other records than it was indexed with."""
     return FeedbackRowError(
         path,
-        f"expected the {expected} records that a block had when the run began, found {found}.",
+        "expected the records that it had when the run began, found others.",
         "Leave the files of a run as they are, and start it anew.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,10 +29,11 @@ class Lines:
 
     Args:
         lines: By their number: the line, from 0 at the first of the block, and its bytes.
+        check: CRC-32 of the whole block.
     """
 
-    def __init__(self, lines: dict[int, tuple[int, bytes]]) -> None:
-        self._lines = lines
+    def __init__(self, lines: dict[int, tuple[int, bytes]], check: int) -> None:
+        self._lines, self.check = lines, check
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -55,7 +57,7 @@ class Lines:
 
     def only(self, numbers: list[int]) -> Lines:
         """Some of the lines, under the numbers that they had."""
-        return Lines({number: self._lines[number] for number in numbers})
+        return Lines({number: self._lines[number] for number in numbers}, self.check)
 
 
 class JsonLines:
@@ -82,6 +84,7 @@ class JsonLines:
         lines = _Lines(data)
         blocks = lines.blocks()
         spans = list(zip(blocks["start"].tolist(), blocks["stop"].tolist(), strict=True))
+        blocks["check"] = [zlib.crc32(memoryview(data)[first:last]) for first, last in spans]
         blocks["start"] += begin
         blocks["stop"] += begin
 
@@ -201,7 +204,7 @@ def _read_all(file: io.FileIO, size: int) -> bytes:
 
 def _content(data: bytes) -> Lines:
     lines = ((number, line) for number, line in enumerate(io.BytesIO(data)) if line[0] == _BRACE or not is_blank(line))
-    return Lines(dict(enumerate(lines)))
+    return Lines(dict(enumerate(lines)), zlib.crc32(data))
 
 
 def _parsed(line: bytes, place: str) -> Record:

@@ -26,7 +26,7 @@ _KEPT_CURSORS, _KEPT_BLOCKS = 16, 64
 _ARROW_PIECE_ROWS = 2**14
 
 
-class TableRows:
+class ArrowRows:
     """Rows of a block as an Arrow batch.
 
     Args:
@@ -34,11 +34,13 @@ class TableRows:
         numbers: The place of each in the block; all of them in order if left out.
     """
 
+    check = 0
+
     def __init__(self, batch: pa.RecordBatch, numbers: list[int] | None = None) -> None:
         self._batch, self._places = batch, None if numbers is None else {n: place for place, n in enumerate(numbers)}
 
     @classmethod
-    def of(cls, table: pa.Table) -> TableRows:
+    def of(cls, table: pa.Table) -> ArrowRows:
         """The rows of a table."""
         [batch] = table.combine_chunks().to_batches()
         return cls(batch)
@@ -67,9 +69,9 @@ class TableRows:
             else:
                 yield number, partial(_given, record)
 
-    def only(self, numbers: list[int]) -> TableRows:
+    def only(self, numbers: list[int]) -> ArrowRows:
         """Some of the rows, under the numbers that they had."""
-        return TableRows(self._batch.take(pa.array(numbers, pa.int64())), numbers)
+        return ArrowRows(self._batch.take(pa.array(numbers, pa.int64())), numbers)
 
 
 class ParquetRows:
@@ -103,7 +105,7 @@ class ParquetRows:
         group = bisect_right(self._borders, start) - 1
         cursor = self._cursor(group, start)
         try:
-            return TableRows.of(cursor.block(start))
+            return ArrowRows.of(cursor.block(start))
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise _unreadable(self.path, "a Parquet file", error) from error
 
@@ -215,7 +217,7 @@ class ArrowFolder:
         try:
             table = self._rows[start:stop]
             table.validate(full=True)  # damaged offsets would end the process
-            return TableRows.of(table)
+            return ArrowRows.of(table)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(self.path, "an Arrow folder", error) from error
 
