@@ -367,8 +367,8 @@ DEFECTS = [
     ),
     Defect(
         'R22', 'all rows are held in memory', 'data/loading.py',
-        '        for item in _one_ahead(self._tokenized, _batches(self._parsed(source, parser))):\n',
-        '        for item in list(_one_ahead(self._tokenized, _batches(self._parsed(source, parser)))):\n',
+        '        for item in _ahead(self._tokenized, _batches(self._parsed(source, parser))):\n',
+        '        for item in list(_ahead(self._tokenized, _batches(self._parsed(source, parser)))):\n',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
 ]  # fmt: skip

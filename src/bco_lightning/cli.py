@@ -17,11 +17,13 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -42,8 +44,10 @@ from bco_lightning.callbacks import (
 )
 from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, resolve_checkpoint
 from bco_lightning.data import FeedbackDataModule
+from bco_lightning.data.feedback_row import Columns
+from bco_lightning.data.source import Rating, Source
 from bco_lightning.distributed import is_in_a_group
-from bco_lightning.errors import CheckpointError, PreemptedError, UserError
+from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.faults import in_words, watch_processes
 from bco_lightning.fingerprints import git_revision, versions
@@ -72,6 +76,11 @@ class BCOArgumentParser(LightningArgumentParser):
         return super().add_class_arguments(theclass, *args, **kwargs)  # type: ignore[no-any-return]
 
     @override
+    def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **options: Any) -> Namespace:
+        options["instantiators"] = [(_made, kind, False) for kind in (Source, Rating, Columns)]
+        return super().instantiate(namespace, instantiate_groups, **options)
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         config_safety.refuse_import_named_in(message)
         unknown = re.search(r"(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)", message)
@@ -79,6 +88,58 @@ class BCOArgumentParser(LightningArgumentParser):
             close = difflib.get_close_matches(unknown[1], _options_of(self), n=1, cutoff=0.7)
             message += f"\nDid you mean --{close[0]}?" if close else ""
         super().error(message, ex)
+
+
+def _made(kind: type, **values: Any) -> Any:
+    """Makes what is part of an option; jsonargparse would hide an error, and try what else the option could hold."""
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise config_safety.Refusal(error.where, error.problem, error.remedy) from None
+
+
+def _refuse_misread_sources(options: Namespace) -> None:
+    """Refuses a list of sources with a mistake in it, which jsonargparse takes for the name of a file.
+
+    Raises:
+        ConfigError: Naming the mistake.
+    """
+    for name in ("train_files", "validation_files", "test_files", "predict_files"):
+        given = options.get(name)
+        for text in given if isinstance(given, list) else [given]:
+            misread = _yaml_in(text)
+            if misread is not None:
+                known = ", ".join(field.name for field in fields(Source))
+                raise ConfigError(
+                    f"data.{name}",
+                    f"expected a list of files and of mappings with {known}; found {_mistake_in(misread)}.",
+                )
+
+
+def _yaml_in(text: Any) -> Any:
+    """The list or mapping that a text is in YAML; a file may be called like one, but hardly with these beginnings."""
+    if not isinstance(text, str) or not text.lstrip().startswith(("[", "{", "- ")):
+        return None
+    with contextlib.suppress(yaml.YAMLError):
+        value = config_safety.load_yaml(text)
+        return value if isinstance(value, (list, dict)) else None
+    return None
+
+
+def _mistake_in(given: Any) -> str:
+    """What keeps a value from being a list of sources."""
+    if isinstance(given, dict):
+        return "a mapping in no list"
+    parser = BCOArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Source)
+    for number, source in enumerate(given, 1):
+        for part in [{key: source[key]} for key in source] if isinstance(source, dict) else [source]:
+            try:
+                if not isinstance(part, str):
+                    parser.parse_object({"path": "-", **part})
+            except (ArgumentError, TypeError):
+                return f"{part} in number {number}"
+    return "all of it as one text"
 
 
 def _options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -141,6 +202,7 @@ class BCOCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with config_safety.safe_parsing():
             super().parse_arguments(parser, args)
+            _refuse_misread_sources(self.config[self.config.subcommand].data)
         config_safety.check_resolved(self.config[self.config.subcommand], args)
 
     @override
@@ -359,24 +421,25 @@ def _dispatch(given: list[str]) -> None:
 
 
 def _lightning_cli(kind: type[_CLI], arguments: list[str]) -> _CLI:
-    return kind(
-        BCOModule,
-        FeedbackDataModule,
-        save_config_callback=RunConfig,
-        save_config_kwargs={"overwrite": True},
-        parser_class=BCOArgumentParser,
-        parser_kwargs={"prog": "python -m bco_lightning", "description": _DESCRIPTION},
-        trainer_defaults={
-            "use_distributed_sampler": False,
-            "enable_model_summary": False,
-            "max_epochs": 1,
-            "num_sanity_val_steps": 0,  # seconds, for a forward pass that is the training step's own
-        },
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        seed_everything_default=0,
-        args=arguments,
-    )
+    with config_safety.refusals_as_errors():
+        return kind(
+            BCOModule,
+            FeedbackDataModule,
+            save_config_callback=RunConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_class=BCOArgumentParser,
+            parser_kwargs={"prog": "python -m bco_lightning", "description": _DESCRIPTION},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "max_epochs": 1,
+                "num_sanity_val_steps": 0,  # seconds, for a forward pass that is the training step's own
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            args=arguments,
+        )
 
 
 def _export(arguments: list[str]) -> None:

@@ -58,6 +58,7 @@ _SECRET_VALUE = re.compile(
 _MAY_NAME_CLASSES = ("strategy", "accelerator", "profiler")
 _READ_FROM = ("config", "ckpt_path", "data", "model")
 _WRITTEN_TO = {("model", "cache_folder"), ("data", "cache_folder")}
+_FROM_USER_ALONE = {("data", "cache_folder")}
 _STRUCTURE = re.compile(r"(?:^|(?<=\.))(?:init_args|dict_kwargs|\d+)(?:\.|$)")
 
 _load_plain_yaml = get_loader("yaml")
@@ -80,13 +81,21 @@ def safe_parsing() -> Iterator[None]:
         ConfigError: If something is refused.
     """
     try:
-        _restrict_imports()
-        set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+        with refusals_as_errors():
+            _restrict_imports()
+            set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
+            yield
+    finally:
+        set_loader("yaml", _load_unmeasured, exceptions=(yaml.YAMLError,))
+
+
+@contextlib.contextmanager
+def refusals_as_errors() -> Iterator[None]:
+    """Ends the way of a refusal, which comes out as the ConfigError that it is."""
+    try:
         yield
     except Refusal as refusal:
         raise refusal.user_error from None
-    finally:
-        set_loader("yaml", _load_unmeasured, exceptions=(yaml.YAMLError,))
 
 
 # --- imports
@@ -237,11 +246,9 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: Naming the option.
     """
-    try:
+    with refusals_as_errors():
         for option, text in _options(arguments):
             _refuse_secret_option(option, text)
-    except Refusal as refusal:
-        raise refusal.user_error from None
 
 
 def _refuse_secret_option(option: str, text: str) -> None:
@@ -327,13 +334,11 @@ def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
         ConfigError: Naming the option.
     """
     trainer = options.get("trainer") or {}
-    try:
+    with refusals_as_errors():
         for name in _MAY_NAME_CLASSES:
             if re.fullmatch(r"\w+(\.\w+)+", str(trainer.get(name))):
                 _refuse_import(f"trainer.{name}", str(trainer.get(name)))
         _refuse_places_outside(options, arguments)
-    except Refusal as refusal:
-        raise refusal.user_error from None
 
 
 def _refuse_places_outside(options: Namespace, arguments: Sequence[str]) -> None:
@@ -344,6 +349,12 @@ def _refuse_places_outside(options: Namespace, arguments: Sequence[str]) -> None
             continue
         option, text = _STRUCTURE.sub("", ".".join(path)).rstrip("."), str(leaf)
         by_user = any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
+        if not by_user and path in _FROM_USER_ALONE:
+            raise Refusal(
+                option,
+                f"expected it on the command line alone, found {text!r} in a config file.",
+                "What lies there is taken for rows of the log; whoever wrote the config could have put it there.",
+            )
         if not by_user and _leads_out(text, Path.cwd().resolve()):
             raise Refusal(
                 option,

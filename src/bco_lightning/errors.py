@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """An error that the user can mend; the command line prints it as one message, without a traceback.
@@ -31,6 +33,28 @@ class FeedbackRowError(UserError):
 
 class ConfigError(UserError):
     """Options that do not fit together, or with what they name."""
+
+
+def check_choice(option: str, value: object, choices: Sequence[object]) -> None:
+    """Refuses a word that an option does not know; the command line does so by itself, Python does not.
+
+    Args:
+        option: Its full name.
+        value: What was given.
+        choices: What it knows.
+
+    Raises:
+        ConfigError: Naming the choices.
+
+    Example:
+        >>> check_choice("data.format", "auto", ["auto", "paired"])
+        >>> check_choice("data.format", "pairs", ["auto", "paired"])
+        Traceback (most recent call last):
+        ...
+        bco_lightning.errors.ConfigError: data.format: expected auto or paired, found 'pairs'.
+    """
+    if value not in choices:
+        raise ConfigError(option, f"expected {' or '.join(map(str, choices))}, found {value!r}.")
 
 
 class LanguageModelError(UserError):

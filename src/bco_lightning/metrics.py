@@ -125,11 +125,8 @@ class MetricsBySource:
 
     def __init__(self, sources: Sequence[str] = ()) -> None:
         self._all = ImplicitRewardMetrics()
-        names = [re.sub(r"[^\w.-]+", "_", source).strip("_") for source in sources] if len(sources) > 1 else []
-        self._of_source = {
-            name if names.count(name) == 1 else f"{name}_{number}": ImplicitRewardMetrics()
-            for number, name in enumerate(names)
-        }
+        names = _keys_of(sources) if len(sources) > 1 else []
+        self._of_source = {name: ImplicitRewardMetrics() for name in names}
 
     def to(self, device: torch.device | str) -> None:
         """Moves every sum to ``device``."""
@@ -156,16 +153,17 @@ class MetricsBySource:
     def counts(self) -> dict[str, Tensor]:
         """As that of the metrics, of each of them."""
         return {
-            f"{number}/{name}": value
-            for number, metrics in enumerate(self._each())
-            for name, value in metrics.counts().items()
+            f"{name}/{part}": value
+            for name, metrics in self._named().items()
+            for part, value in metrics.counts().items()
         }
 
     def set_counts(self, counts: dict[str, Tensor]) -> None:
-        """Takes over what :meth:`counts` gave."""
-        for number, metrics in enumerate(self._each()):
-            start = f"{number}/"
-            metrics.set_counts({key.removeprefix(start): counts[key] for key in counts if key.startswith(start)})
+        """Takes over what :meth:`counts` gave, of the sources that are still there."""
+        for name, metrics in self._named().items():
+            known = {key.removeprefix(f"{name}/"): counts[key] for key in counts if key.startswith(f"{name}/")}
+            if known:
+                metrics.set_counts(known)
 
     def reset(self) -> None:
         """Forgets all rows."""
@@ -174,6 +172,20 @@ class MetricsBySource:
 
     def _each(self) -> list[ImplicitRewardMetrics]:
         return [self._all, *self._of_source.values()]
+
+    def _named(self) -> dict[str, ImplicitRewardMetrics]:
+        return {"": self._all, **self._of_source}
+
+
+def _keys_of(sources: Sequence[str]) -> list[str]:
+    """A name for each source that can stand in that of a metric, different for each."""
+    keys: list[str] = []
+    for number, source in enumerate(sources):
+        key = re.sub(r"[^\w.-]+", "_", source).strip("_") or "source"
+        keys.append(key if key not in keys else f"{key}_{number}")
+        while keys.count(keys[-1]) > 1:
+            keys[-1] += "_"
+    return keys
 
 
 @contextmanager

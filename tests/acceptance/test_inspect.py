@@ -72,6 +72,16 @@ def test_counts_and_lengths_are_those_of_fit(tiny_model: str, marked: str, capsy
     assert f"tokens of an epoch {tokens:,.0f}" in said
 
 
+@pytest.mark.parametrize("sample", [[], ["--data.streaming_sample=20"]], ids=["first pass", "sample"])
+def test_a_stream_is_reported_from_rows_drawn_from_it(
+    sample: list[str], tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect(tiny_model, log, "--data.streaming=true", *sample) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"A stream: all but the counts is about (?:2\d|1\d) rows drawn evenly from it", told)
+    assert Path("inspect.html").exists()
+
+
 def test_examples_are_a_few_of_either_class_the_same_again(tiny_model: str, marked: str) -> None:
     pages = []
     for _ in range(2):

@@ -56,6 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "reference log-probs, absolute": ({"model": {"cache_folder": "OUTSIDE/cache"}}, "model.cache_folder"),
     "reference log-probs, climbing": ({"model": {"cache_folder": "../outside"}}, "model.cache_folder"),
+    "tokenized rows": ({"data": {"cache_folder": "here"}}, "data.cache_folder"),
     "predictions, absolute": ({"predictions": {"path": "OUTSIDE/scores.jsonl"}}, "predictions.path"),
     "predictions, climbing": ({"predictions": {"path": "../outside/keep.txt"}}, "predictions.path"),
     "a URL": ({"trainer": {"default_root_dir": "memory://runs"}}, "trainer.default_root_dir"),

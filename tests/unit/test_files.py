@@ -20,6 +20,7 @@ from bco_lightning.data.files import content_key, expand, open_file, open_unpack
 from bco_lightning.data.readers import read_records
 from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
+from tests.reliability.test_bounded_memory import open_files_in
 
 SECRET = "c0ffee"
 # What `zstd --check` makes of {"a": 1}; pyarrow writes no checksum.
@@ -147,7 +148,8 @@ def test_the_home_folder_and_file_urls_are_understood(tmp_path: Path, monkeypatc
         ("logs/*.txt", r"logs/notes\.txt: expected a file ending in \.jsonl.*found '\.txt'"),
         ("logs/nope.jsonl", r"nope\.jsonl: expected a feedback log, found no such file"),
         ("logs/a.parquet.gz", r"a\.parquet\.gz: expected \.parquet as it is, found it packed as \.gz"),
-        ("logs/a.gz", r"found 'neither'"),
+        ("logs/a.gz", r"found '\.gz'\."),
+        ("logs/a", r"found one without a suffix\."),
         ("ftp://host/a.jsonl", r"expected a path or a URL of s3, .*, found ftp://"),
         ("zip://a.jsonl::s3://bucket/a.zip", r"found a chain of URLs"),
         ("simplecache::https://host/a.jsonl", r"found a chain of URLs"),
@@ -239,6 +241,24 @@ def test_a_packed_file_with_a_changed_byte_is_refused(tmp_path: Path, suffix: st
     assert [record for _, record in read_records(good, None)] == [{"a": 1}]
     with pytest.raises(FeedbackRowError, match=r"bad\.jsonl.*found damaged bytes"):
         list(read_records(bad, None))
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_an_empty_packed_file_is_not_left_open(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a.jsonl.{suffix}", b"")
+    with pytest.raises(FeedbackRowError) as caught:
+        open_unpacked(path)
+    assert caught.value.where == path
+    assert not open_files_in(tmp_path)  # though the error holds on to what had opened it
+
+
+def test_a_folder_that_may_not_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(FeedbackRowError, match=r"a\.jsonl: .* found PermissionError\. Check its permissions"):
+        expand(str(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

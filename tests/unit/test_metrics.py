@@ -9,6 +9,7 @@ import torch
 
 from bco_lightning import ImplicitRewardMetrics, bco_loss
 from bco_lightning.batch import RewardedRows
+from bco_lightning.metrics import MetricsBySource
 
 SHIFT = 0.05
 
@@ -140,3 +141,31 @@ def test_reset_forgets_all_rows() -> None:
     for metric in (metrics, fresh):
         metric.update(make_rows(5, 5, seed=2), SHIFT)
     assert metrics.compute() == fresh.compute()
+
+
+@pytest.mark.parametrize(
+    "names", [["a!", "a?", "a_1"], ["???", "!"], ["x", "x_1", "x"], ["logs/a.jsonl", "logs_a.jsonl"]]
+)
+def test_each_source_has_metrics_of_its_own_whatever_its_name(names: list[str]) -> None:
+    metrics = MetricsBySource(names)
+    rows = make_rows(6, 6)
+    rows = RewardedRows(**{**vars(rows), "sources_B": torch.arange(12) % len(names)})
+    metrics.update(rows, SHIFT)
+    values = metrics.compute()
+    losses = [key for key in values if key.startswith("by_source/") and key.endswith("/loss")]
+    assert len(losses) == len(names)
+    for number, key in enumerate(losses):
+        alone = ImplicitRewardMetrics()
+        alone.update(RewardedRows(**{k: v[rows.sources_B == number] for k, v in vars(rows).items()}), SHIFT)
+        assert float(values[key]) == pytest.approx(float(alone.compute()["loss"]))
+
+
+def test_what_was_gathered_of_a_source_is_taken_over_by_its_name() -> None:
+    one, other = MetricsBySource(["a", "b"]), MetricsBySource(["b", "c"])
+    rows = RewardedRows(**{**vars(make_rows(3, 3)), "sources_B": torch.tensor([0, 1, 1, 0, 1, 1])})
+    one.update(rows, SHIFT)
+    other.set_counts(one.counts())
+    before, after = one.compute(), other.compute()
+    assert after["loss"] == before["loss"]
+    assert after["by_source/b/loss"] == before["by_source/b/loss"]
+    assert after["by_source/c/loss"].isnan()

@@ -153,7 +153,7 @@ def test_a_malformed_record_of_a_json_document_leaves_the_others(tmp_path: Path)
     found = [record for _, record in read_records(str(path), None)]
     assert (found[0], found[-1]) == ({"a": 1}, {})
     for number, (error, reason) in enumerate(
-        zip(found[1:-1], ["NaN", "JSON object, found a int", "each key once", "finite", "surrogate"], strict=True), 2
+        zip(found[1:-1], ["NaN", "JSON object, found 3.", "each key once", "finite", "surrogate"], strict=True), 2
     ):
         assert isinstance(error, FeedbackRowError)
         assert error.where == f"{path}:{number}"

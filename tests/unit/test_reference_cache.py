@@ -116,7 +116,7 @@ def test_online_reads_and_writes_nothing(tiny_model: str, log: str, passes: Pass
     fit(tiny_model, log, reference_log_probs="online", **FULL)
     assert passes.models == 1
     assert passes.rows == 2 * 27
-    assert [kept.name for kept in Path(os.environ["BCO_CACHE"]).iterdir()] == ["rows"]
+    assert [kept.name for kept in Path(os.environ["BCO_CACHE"]).iterdir()] == ["tokenized_rows"]
 
 
 def test_a_run_of_less_than_an_epoch_computes_only_what_it_sees(tiny_model: str, log: str, passes: Passes) -> None:

@@ -43,7 +43,7 @@ def test_only_rows_in_which_nothing_was_touched_are_left_out() -> None:
     assert thumb(rule, a=5) is True
 
 
-@pytest.mark.parametrize("value", [True, None, "5", [5], {}, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [True, None, "5", [5], {}, float("nan"), float("inf"), 10**309, -(10**309)])
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     with pytest.raises(FeedbackRowError, match=r"^x:1: expected a number as rating 'label', found "):
         thumb(Rating(), label=value)

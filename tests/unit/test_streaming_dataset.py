@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackRow, TokenizedSample
 from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.feedback_row import Columns
+from bco_lightning.data.labels import DROPPED_LABEL
 from bco_lightning.data.length_limits import COMPLETION_TOO_LONG, LengthLimits
 from bco_lightning.data.loading import BadRows, RowLoader
 from bco_lightning.data.reading import ReadingOptions
@@ -307,6 +309,34 @@ def test_a_sample_counts_what_the_limits_cut_and_leave_out(tmp_path: Path) -> No
     cut, dropped = (streamed(path, sample=300, limits=limits).counts for limits in ({}, DROP))
     assert cut.cut["completions cut"] == dropped.left_out[COMPLETION_TOO_LONG].count == 150
     assert dropped.read == dropped.used + 150 == 300
+
+
+@pytest.mark.parametrize("sample", [None, 10, 1000])
+def test_a_log_of_which_no_row_can_be_used_is_refused_with_the_reasons(sample: int | None, tmp_path: Path) -> None:
+    rows = [{**row, "label": ("meh", "unsure")[n % 2]} for n, row in enumerate(records(100))]
+    path = write_jsonl(tmp_path / "log.jsonl", rows)
+    columns = Columns(thumbs={"meh": "drop", "good": "up", "bad": "down"})
+    options = {"row_format": RowFormat(columns=columns), "bad_rows": "skip", "max_bad_rows": 1.0}
+    with pytest.raises(FeedbackRowError) as caught:
+        streamed(path, sample=sample, **options)
+    assert caught.value.where == "train"
+    assert f"{DROPPED_LABEL}: " in caught.value.remedy
+    assert ("Raise data.streaming_sample" in caught.value.remedy) is (sample == 10)
+    if sample != 10:
+        assert caught.value.problem == "expected rows to use, found none (50 left out, 50 malformed)."
+        assert caught.value.remedy == f"{DROPPED_LABEL}: 50"
+
+
+def test_a_sample_of_one_class_alone_says_that_it_is_one(tmp_path: Path) -> None:
+    rows = [{**row, "label": n > 0} for n, row in enumerate(records(1000))]
+    path = write_jsonl(tmp_path / "log.jsonl", rows)
+    with pytest.raises(FeedbackRowError) as caught:
+        streamed(path, sample=5)
+    assert str(caught.value) == (
+        f"{path}: expected thumbs of both kinds in a sample of 5 of 1000 rows, found 5 that are all thumbs-up. "
+        "Raise data.streaming_sample, or leave it out to read all rows."
+    )
+    assert streamed(path).counts.down == 1
 
 
 def test_weights_count_in_the_classes_of_an_epoch(tmp_path: Path) -> None:

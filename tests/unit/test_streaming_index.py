@@ -270,10 +270,67 @@ def test_a_source_without_rows_is_refused(content: bytes, tmp_path: Path) -> Non
         build(write_jsonl(tmp_path / "log.jsonl", RECORDS), tmp_path / "empty.jsonl")
 
 
-def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "log.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(FeedbackRowError, match=r"log\.parquet: expected a Parquet file, found"):
+@pytest.mark.parametrize("row_groups", [0, 1])
+@pytest.mark.parametrize("read_rows", [True, False])
+def test_a_parquet_file_without_rows_is_refused(row_groups: int, read_rows: bool, tmp_path: Path) -> None:
+    write_groups(tmp_path / "log.parquet", *[[]] * row_groups)
+    with pytest.raises(FeedbackRowError, match=r"log\.parquet: expected at least one row, found none"):
+        build(tmp_path / "log.parquet", read_rows=read_rows)
+
+
+def test_row_groups_and_files_without_rows_are_passed_over(tmp_path: Path) -> None:
+    write_groups(tmp_path / "a.parquet", [], RECORDS[:3], [], RECORDS[3:300], [])
+    write_groups(tmp_path / "b.parquet", [])
+    write_groups(tmp_path / "c.parquet", RECORDS[300:310])
+    index = build(tmp_path / "*.parquet")
+    assert [record for _, record in places(index)] == RECORDS[:310]
+    assert index.num_rows == index.counts.used == 310
+
+
+def write_groups(path: Path, *groups: list[Any]) -> None:
+    schema = pa.Table.from_pylist(RECORDS).schema
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in groups:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def damaged_parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(RECORDS), sink)
+    content = bytes(sink.getvalue())
+    return content[:4] + b"\xff" * 40 + content[44:]
+
+
+@pytest.mark.parametrize("content", [b"PAR1 and nothing else", damaged_parquet()], ids=["no footer", "a damaged page"])
+def test_a_damaged_parquet_file_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log.parquet").write_bytes(content)
+    with pytest.raises(FeedbackRowError, match=r"log\.parquet: expected a Parquet file, found") as caught:
         build(tmp_path / "log.parquet")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("dataset_info.json", b"[]", "could not be loaded"),
+        ("data-00000-of-00001.arrow", None, r"could not be loaded \(No such file or directory\)"),
+        ("data-00000-of-00001.arrow", b"ARROW", "it may have been cut off"),
+    ],
+)
+def test_a_damaged_arrow_folder_is_refused_as_without_streaming(
+    name: str, content: bytes | None, found: str, tmp_path: Path
+) -> None:
+    Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "rows"))
+    if content is None:
+        (tmp_path / "rows" / name).unlink()
+    else:
+        (tmp_path / "rows" / name).write_bytes(content)
+    with pytest.raises(FeedbackRowError, match=rf"rows: expected a data set.*{found}") as caught:
+        build(tmp_path / "rows")
+    with pytest.raises(FeedbackRowError) as plain:
+        list(read_records(str(tmp_path / "rows"), None))
+    assert str(caught.value) == str(plain.value)
+    assert str(caught.value).isprintable()
 
 
 def test_a_format_whose_records_have_any_number_of_rows_is_refused(
@@ -371,7 +428,9 @@ def test_a_remote_file_is_read_by_ranges(tmp_path: Path) -> None:
 
 
 def test_a_file_that_became_shorter_is_read_as_it_is_now(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "log.jsonl", [{"prompt": f"q{n}", "completion": "a", "label": n > 2} for n in range(6)])
+    path = write_jsonl(
+        tmp_path / "log.jsonl", [{"prompt": f"q{n}", "completion": "a", "label": n > 2} for n in range(6)]
+    )
     assert build(path).num_rows == 6
     Path(path).write_text(Path(path).read_text()[:-30])
     with pytest.raises(FeedbackRowError, match=r"log\.jsonl:6: expected one JSON object per line"):

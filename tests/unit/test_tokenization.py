@@ -136,6 +136,32 @@ def test_a_template_that_refuses_the_messages_names_the_row(tokenizer: Any, tmp_
         tokenize(tokenizer, row("a", "b"), chat_template=str(path))
 
 
+@pytest.mark.parametrize(
+    ("says", "found"),
+    [
+        ("raise_exception('no questions')", "no questions"),
+        ("raise_exception(m['content'])", "TemplateError in line 3 of the template"),
+        ("raise_exception('no questions such as ' ~ m['content'])", "TemplateError in line 3 of the template"),
+        ("raise_exception('')", "TemplateError in line 3 of the template"),
+        ("m['content'] + 1", "TypeError in line 3 of the template"),
+        ("1 / 0", "ZeroDivisionError in line 3 of the template"),
+        ("range(999999999)", "OverflowError in line 3 of the template"),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {"name": "Ada"}], ids=["plain messages", "messages with more"])
+def test_of_what_a_template_says_only_its_own_words_are_shown(
+    tokenizer: Any, tmp_path: Path, says: str, found: str, more: dict[str, Any]
+) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text(f"{{% for m in messages %}}\n{{% if 'Bremen?' in m['content'] %}}\n{{{{ {says} }}}}\n"
+                    "{% endif %}{{ m['content'] }}{% endfor %}", encoding="utf-8")  # fmt: skip
+    asked = row([{"role": "user", "content": "Born in Bremen?", **more}], "b")
+    with pytest.raises(FeedbackRowError) as caught:
+        tokenize(tokenizer, asked, chat_template=str(path))
+    assert caught.value.problem.endswith(f"found that it refuses them ({found}).")
+    assert "Bremen" not in str(caught.value)
+
+
 def test_a_tokenizer_without_chat_template_is_refused_with_the_remedy() -> None:
     with pytest.raises(LanguageModelError, match=r"chat template.*Set data\.chat_template"):
         RowTokenizer(SimpleNamespace(chat_template=None), LengthLimits(10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,7 +21,10 @@ from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelErr
 # What a prompt and a completion look like without any markup: for base models that have no chat format.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 # A template is a small program, and a row can hold what it does not expect.
-TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, AttributeError, LookupError, RecursionError)
+TEMPLATE_FAILURES = (
+    TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
+)  # fmt: skip
+_TEMPLATE = "<template>"  # as Jinja calls its code in tracebacks
 # Stands for the last message while what the template writes after it is looked for.
 _STAND_IN = OPEN + CLOSE
 
@@ -75,7 +79,8 @@ class ChatTemplate:
             raise
         except TEMPLATE_FAILURES as error:
             raise FeedbackRowError(
-                row.place, f"expected messages that the chat template takes, found that it refuses them ({error})."
+                row.place,
+                f"expected messages that the chat template takes, found that it refuses them ({self._words(error)}).",
             ) from error
 
     def render(self, conversation: Conversation, stop: int | None = None, *, asks_next: bool) -> str:
@@ -119,6 +124,15 @@ class ChatTemplate:
             return prompt[len(unasked) :] if prompt.startswith(unasked) else ""
         return ""
 
+    def _words(self, error: Exception) -> str:
+        """What a template says of its own accord; other words may be those of the row, and are not shown."""
+        words = str(error)
+        if words and (words in self._text or words in self._text_with_tools):
+            return words
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in reversed(frames) if frame.filename == _TEMPLATE), None)
+        return type(error).__name__ + (f" in line {line} of the template" if line else "")
+
     def _check_options(self, row: FeedbackRow) -> None:
         for name in row.template_options:
             if name in self._reserved:
@@ -155,9 +169,10 @@ class ChatTemplate:
     def _prompt(self, conversation: Conversation, num_prompt: int) -> str:
         # Rows of one prompt often stand together.
         told = (conversation.messages[:num_prompt], conversation.tools, conversation.options)
-        if told != self._last_prompt[0]:
-            self._last_prompt = (told, self.render(conversation, num_prompt, asks_next=True))
-        return self._last_prompt[1]
+        known = self._last_prompt  # taken once, as another thread may put its own there
+        if told != known[0]:
+            known = self._last_prompt = (told, self.render(conversation, num_prompt, asks_next=True))
+        return known[1]
 
 
 def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
@@ -170,17 +185,17 @@ def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
 
     Raises:
         LanguageModelError: If the tokenizer has no chat template and none is given.
-        ConfigError: If the template file does not exist.
+        ConfigError: If the template file cannot be read.
     """
     if chat_template == "plain":
         return PLAIN_TEMPLATE
     if chat_template is not None:
-        path = Path(chat_template).expanduser()
-        if not path.is_file():
+        try:
+            return Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError):  # no file, no text, nobody's home
             raise ConfigError(
                 "data.chat_template", f"expected 'plain' or the path of a Jinja file, found {chat_template!r}."
-            )
-        return path.read_text(encoding="utf-8")
+            ) from None
     templates = tokenizer.chat_template
     own = templates.get("default") if isinstance(templates, dict) else templates
     if not own:
@@ -233,7 +248,10 @@ def _plain_renderer(tokenizer: Any, text: str) -> Callable[[list[Message], bool]
 
         def render(messages: list[Message], asks_next: bool) -> str:
             told = {**known, "messages": messages, "add_generation_prompt": asks_next}
-            return "".join(template.root_render_func(template.new_context(told, shared=True)))
+            try:
+                return "".join(template.root_render_func(template.new_context(told, shared=True)))
+            except Exception:
+                raise template.environment.handle_exception()  # noqa: B904 - it raises the same with lines of the template
 
         options = {"chat_template": text, "tokenize": False}
         same = all(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+from bco_lightning.errors import check_choice
 
 Conflicts = Literal["keep", "drop", "majority", "last"]
 CONFLICTING = "conflicting thumbs on one answer (data.conflicts)"
@@ -24,11 +26,15 @@ def rows_in_conflict(
     Returns:
         A mask over the rows.
 
+    Raises:
+        ConfigError: If there is no such rule.
+
     Example:
         >>> keys, thumbs = np.array([7, 7, 7, 8]), np.array([True, False, True, False])
         >>> [rows_in_conflict(keys, thumbs, rule).tolist() for rule in ("drop", "majority")]
         [[True, True, True, False], [False, True, False, False]]
     """
+    check_choice("data.conflicts", rule, get_args(Conflicts))
     if rule == "keep" or not len(answer_keys):
         return np.zeros(len(answer_keys), dtype=bool)
     _, answers = np.unique(answer_keys, return_inverse=True)

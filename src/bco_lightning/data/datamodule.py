@@ -27,7 +27,7 @@ from bco_lightning.data.reading import ReadingOptions, RowReader
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_cache import ReadRows, RowCache
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
-from bco_lightning.data.row_table import RowSet
+from bco_lightning.data.row_table import RowSet, RowTable
 from bco_lightning.data.sampling import EvenBatchSampler, StepBatchSampler, StepOrder
 from bco_lightning.data.source import FormatName, LossOn, Rating, RowFormat, Source, chosen_rating
 from bco_lightning.data.streaming import StreamDataset, StreamedRows
@@ -123,32 +123,10 @@ class FeedbackDataModule(LightningDataModule):
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError("data.batch_size", f"expected at least 1 row, found {batch_size}.")
-        if not 0 <= validation_fraction < 1:
-            raise ConfigError(
-                "data.validation_fraction", f"expected a share from 0 to below 1, found {validation_fraction}."
-            )
-        if not 0 <= max_bad_rows <= 1:
-            raise ConfigError("data.max_bad_rows", f"expected a share from 0 to 1, found {max_bad_rows}.")
-        if balanced_sampling and group_by_prompt:
-            raise ConfigError(
-                "data.group_by_prompt",
-                "expected false with balanced_sampling, which draws the classes apart from each other; found true.",
-            )
-        if streaming and group_by_prompt:
-            raise ConfigError(
-                "data.group_by_prompt", "expected false with data.streaming, which compares no prompts; found true."
-            )
-        if streaming_sample is not None and not streaming:
-            raise ConfigError(
-                "data.streaming_sample", f"expected none without data.streaming, found {streaming_sample}."
-            )
-        if shuffle_buffer < 1:
-            raise ConfigError("data.shuffle_buffer", f"expected at least 1 row, found {shuffle_buffer}.")
-        if balanced_sampling and batch_size % 2:
-            raise ConfigError("data.batch_size", f"expected an even number with balanced_sampling, found {batch_size}.")
+        self.balanced_sampling, self.group_by_prompt = balanced_sampling, group_by_prompt
+        self.streaming, self.streaming_sample, self.shuffle_buffer = streaming, streaming_sample, shuffle_buffer
         self.seed, self.batch_size, self.num_workers = chosen_seed(seed), batch_size, num_workers
+        self.chat_template, self.validation_fraction = chat_template, validation_fraction
         self.limits = LengthLimits(max_length, max_prompt_length, long_prompts, long_completions)
         row_format = RowFormat(format, columns or Columns(), chosen_rating(rating), loss_on)
         self.reading = ReadingOptions(
@@ -158,18 +136,57 @@ class FeedbackDataModule(LightningDataModule):
         self.validation_files = _sources(validation_files, "validation_files")
         self.test_files = _sources(test_files, "test_files")
         self.predict_files = _sources(predict_files, "predict_files")
-        self.chat_template, self.validation_fraction = chat_template, validation_fraction
-        self.balanced_sampling, self.group_by_prompt = balanced_sampling, group_by_prompt
-        self.streaming, self.streaming_sample, self.shuffle_buffer = streaming, streaming_sample, shuffle_buffer
+        self._refuse_what_does_not_fit()
         self._training: TableRows | StreamedRows | None = None
         self._stream: StreamDataset | None = None
         self._known_order: tuple[int, StepOrder] | None = None
-        self._cache = RowCache(cache_root(cache_folder) / "rows") if cache_rows else None
+        self._cache = RowCache(cache_root(cache_folder) / "tokenized_rows") if cache_rows else None
         self._tokenizer = tokenizer
         self._row_sets: dict[str, RowSet] = {}  # in the order in which they were read
         self.feedback_summary: FeedbackSummary | None = None
         # A process may have no row of a small evaluation set.
         self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def _refuse_what_does_not_fit(self) -> None:
+        """Looks at every option before anything is read.
+
+        Raises:
+            ConfigError: If one is out of range, or two do not go together.
+        """
+        sample = self.streaming_sample
+        limits: list[tuple[str, bool, str]] = [
+            ("batch_size", self.batch_size >= 1, f"at least 1 row, found {self.batch_size}"),
+            (
+                "validation_fraction", 0 <= self.validation_fraction < 1,
+                f"a share from 0 to below 1, found {self.validation_fraction}",
+            ),
+            (
+                "max_bad_rows", 0 <= self.reading.max_bad_rows <= 1,
+                f"a share from 0 to 1, found {self.reading.max_bad_rows}",
+            ),
+            ("shuffle_buffer", self.shuffle_buffer >= 1, f"at least 1 row, found {self.shuffle_buffer}"),
+            (
+                "group_by_prompt", not (self.group_by_prompt and (self.balanced_sampling or self.streaming)),
+                "false with balanced_sampling or streaming, which draw rows apart from each other, found true",
+            ),
+            (
+                "batch_size", not (self.balanced_sampling and self.batch_size % 2),
+                f"an even number with balanced_sampling, found {self.batch_size}",
+            ),
+            ("streaming_sample", sample is None or self.streaming, f"none without data.streaming, found {sample}"),
+            ("streaming_sample", sample is None or sample >= 1, f"at least 1 row, found {sample}"),
+            (
+                "streaming_sample", sample is None or not self.balanced_sampling,
+                f"none with balanced_sampling, which needs the class of every row, found {sample}",
+            ),
+            (
+                "conflicts", self.reading.conflicts == "keep" or not self.streaming,
+                f"keep with data.streaming, which does not compare rows, found {self.reading.conflicts}",
+            ),
+        ]  # fmt: skip
+        for option, fits, expected in limits:
+            if not fits:
+                raise ConfigError(f"data.{option}", f"expected {expected}.")
 
     @property
     def train_dataset(self) -> Dataset | None:
@@ -324,6 +341,19 @@ class FeedbackDataModule(LightningDataModule):
         }[stage]
         return {name: dataset for name, dataset in found.items() if dataset is not None}
 
+    def training_rows(self, most: int) -> Dataset:
+        """The training rows as a table; of a stream about ``most`` of them, drawn evenly from all over."""
+        training = self._trained_on
+        if isinstance(training, TableRows):
+            return training.dataset
+        with RowTable(self.seed, self.source_names("train")) as table:
+            for found in training.sample(self.tokenizer, most):
+                table.append(found.row, found.sample, found.source)
+            row_set = table.divide({"sample": np.ones(len(table), dtype=bool)})["sample"]
+        if row_set.dataset is None:
+            raise FeedbackRowError("train", f"expected usable rows in a sample of {most}, found none.")
+        return row_set.dataset
+
     def place_of(self, row_id: int) -> str:
         """File and line of a training row."""
         return (self._stream or self._trained_on).place_of(row_id)  # type: ignore[union-attr]
@@ -435,7 +465,7 @@ class FeedbackDataModule(LightningDataModule):
     def _setup_validation(self) -> None:
         if self.validation_files:
             self._keep(self._reader.read_all("validation", self.validation_files))
-        elif self.train_files:
+        elif self.train_files and not self.streaming:
             self._setup_training()
         if self.validation_dataset is None:
             raise ConfigError("data.validation_files", "expected files to evaluate on, found none.")

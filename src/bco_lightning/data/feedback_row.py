@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -220,13 +220,13 @@ def _template_options(record: Mapping[str, Any], column: str, place: str) -> dic
     for name in options:
         if name in _RESERVED_OPTIONS or name.endswith("_token"):
             raise FeedbackRowError(
-                place, f"{column!r} must hold options of the template, found {name!r}, which is none."
+                place, f"{column!r} must hold options of the template, found {keys_of([name])}, which is none."
             )
     return options
 
 
-def keys_of(record: Mapping[str, Any]) -> str:
-    """The names of a record's columns, for a message."""
+def keys_of(record: Iterable[str]) -> str:
+    """The names of a record's columns, or other keys of it, for a message."""
     # A name of a column is an identifier; what is none may be a text that stands in the wrong place.
     keys = [repr(key) if str(key).isidentifier() and len(str(key)) <= 32 else shown(key) for key in record]
     return ", ".join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "") or "none"

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -35,7 +36,7 @@ def expand(source: str) -> list[str]:
         Its files, sorted; each ends in one of the known suffixes, or is such a folder or hub data set.
 
     Raises:
-        FeedbackRowError: If there is none, one has an unknown suffix, or the URL cannot be used.
+        FeedbackRowError: If there is none, one has an unknown suffix or no name in Unicode, or the URL cannot be used.
         ConfigError: If a packaged file does not exist.
 
     Example:
@@ -43,10 +44,22 @@ def expand(source: str) -> list[str]:
         ['train.jsonl']
     """
     if source.startswith(HUB):
+        if not source.removeprefix(HUB).partition("@")[0]:
+            raise FeedbackRowError(source, "expected a data set as hub:OWNER/NAME@SPLIT, found no name.")
         return [source]
     if is_remote(source):
-        return _known(source, _expand_remote(source))
-    path = Path(resolve_packaged(source.removeprefix("file://"))).expanduser()
+        files = _known(source, _expand_remote(source))
+    else:
+        with errors_named(source):
+            files = _expand_local(source)
+    for file in files:
+        _check_name(file)
+    return files
+
+
+def _expand_local(source: str) -> list[str]:
+    # Path.expanduser fails where there is no such user.
+    path = Path(os.path.expanduser(resolve_packaged(source.removeprefix("file://"))))  # noqa: PTH111
     if path.is_file():
         return _known(source, [str(path)])
     if arrow_folder(str(path)) is not None:
@@ -170,13 +183,22 @@ def _known(source: str, files: Iterable[str]) -> list[str]:
             raise FeedbackRowError(
                 public_name(file),
                 f"expected a file ending in {', '.join(_TEXTS + _TABLES)}, or hub:OWNER/NAME; "
-                f"found {suffix or 'neither'!r}.",
+                f"found {repr(suffix or compression) if suffix or compression else 'one without a suffix'}.",
             )
         if compression and suffix in _TABLES:
             raise FeedbackRowError(
                 public_name(file), f"expected {suffix} as it is, found it packed as {compression}.", "Unpack the file."
             )
     return found
+
+
+def _check_name(file: str) -> None:
+    """Refuses a name that cannot be written down as the place of a row."""
+    try:
+        file.encode()
+    except UnicodeEncodeError:
+        name = file.encode(errors="backslashreplace").decode()
+        raise FeedbackRowError(name, "expected a name in UTF-8, found other bytes.", "Rename the file.") from None
 
 
 def _expand_remote(url: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from bco_lightning.errors import ConfigError
+from bco_lightning.errors import ConfigError, check_choice
 
 LongPrompts = Literal["keep_end", "keep_start", "drop"]
 LongCompletions = Literal["cut", "drop"]
@@ -50,9 +50,8 @@ class LengthLimits:
                 f"expected at least 1 token and fewer than data.max_length ({self.max_length}), "
                 f"found {self.max_prompt_length}.",
             )
-        for name, policies in (("long_prompts", LongPrompts), ("long_completions", LongCompletions)):
-            if (policy := getattr(self, name)) not in get_args(policies):
-                raise ConfigError(f"data.{name}", f"expected {' or '.join(get_args(policies))}, found {policy!r}.")
+        check_choice("data.long_prompts", self.long_prompts, get_args(LongPrompts))
+        check_choice("data.long_completions", self.long_completions, get_args(LongCompletions))
 
     def prompt_room(self, completion_length: int) -> int:
         """Tokens that a prompt may have beside a completion of so many.

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast, get_args
 
 from bco_lightning.batch import LeftOut, TokenizedSample
 from bco_lightning.data.formats.record_format import Candidate
@@ -17,10 +17,11 @@ from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.row_table import RowTable
 from bco_lightning.data.source import RowFormat, Source
 from bco_lightning.data.tokenization import RowTokenizer
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.errors import FeedbackRowError, check_choice
 
 BadRowPolicy = Literal["strict", "skip"]
-_BATCH_ROWS, _BATCH_CHARACTERS = 128, 2**20
+# The tokenizer shares out the texts of a batch among processors; one thread prepares a batch while it has another.
+_BATCH_ROWS, _BATCH_CHARACTERS, _THREADS = 512, 2**20, 2
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
@@ -32,12 +33,18 @@ class BadRows:
     Args:
         policy: ``strict`` raises at the first one; ``skip`` leaves them out.
         max_share: Share of the rows read above which ``skip`` raises too.
+
+    Raises:
+        ConfigError: If there is no such policy.
     """
 
     policy: BadRowPolicy = "strict"
     max_share: float = 0.001
     count: int = 0
     first: list[FeedbackRowError] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_choice("data.bad_rows", self.policy, get_args(BadRowPolicy))
 
     @property
     def places(self) -> list[str]:
@@ -137,7 +144,7 @@ class RowLoader:
     def _load_source(self, source: Source, number: int, table: RowTable, loaded: Loaded) -> None:
         parser = RecordParser(self._format_of(source), self._labelled)
         # Tokenizing leaves the interpreter free, so the next rows are read meanwhile.
-        for item in _one_ahead(self._tokenized, _batches(self._parsed(source, parser))):
+        for item in _ahead(self._tokenized, _batches(self._parsed(source, parser))):
             try:
                 if isinstance(item, FeedbackRowError):
                     raise item
@@ -185,13 +192,13 @@ def _batches(items: Iterable[Parsed]) -> Iterator[list[Parsed]]:
         yield batch
 
 
-def _one_ahead(function: Callable[[_Item], list[_Made]], items: Iterable[_Item]) -> Iterator[_Made]:
-    """What ``function`` makes of each item, made in a thread while the next item is fetched."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
+def _ahead(function: Callable[[_Item], list[_Made]], items: Iterable[_Item]) -> Iterator[_Made]:
+    """What ``function`` makes of each item, in order, made in two threads while the next items are fetched."""
+    with ThreadPoolExecutor(max_workers=_THREADS) as threads:
         waiting: deque[Future[list[_Made]]] = deque()
         for item in items:
-            waiting.append(worker.submit(function, item))
-            if len(waiting) > 1:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) > _THREADS:
                 yield from waiting.popleft().result()
-        if waiting:
+        while waiting:
             yield from waiting.popleft().result()

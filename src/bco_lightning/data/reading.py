@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,9 @@ from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowTable, held_out_prompts
 from bco_lightning.data.source import RowFormat, Source, chosen_rating
 from bco_lightning.data.tokenization import RowTokenizer, chosen_template
-from bco_lightning.fingerprints import digest_of_tokenizer, digest_of_values, versions
+from bco_lightning.fingerprints import digest_of_tokenizer, digest_of_values
 
-# To be raised when the same log comes to be read as other rows.
-_READING_VERSION = 1
+_VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ class RowReader:
             return read(None)  # type: ignore[no-any-return]
         key = digest_of_values(
             {
-                "version": _READING_VERSION,
-                "versions": {name: versions()[name] for name in ("bco-lightning", "transformers")},
+                "code": _digest_of_code(),
+                "versions": {name: version(name) for name in _VERSIONS},
                 "kind": kind,
                 "contents": contents,
                 "sources": {name: [asdict(source) for source in named] for name, named in sources.items()},
@@ -151,10 +153,20 @@ class RowReader:
                     "chat_template": chosen_template(self._tokenizer, self._options.chat_template),
                 },
                 "tokenizer": digest_of_tokenizer(self._tokenizer),
+                "templates": str(self._tokenizer.chat_template),
                 **others,
             }
         )
         return self._cache.get(key, read)
+
+
+@cache
+def _digest_of_code() -> str:
+    """A digest of all that makes rows of records: a mended fault must not leave the rows that it made."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _contents_of(source: str) -> dict[str, str] | None:

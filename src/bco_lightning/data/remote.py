@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import re
@@ -90,11 +91,11 @@ def errors_named(path: str) -> Iterator[None]:
         yield
     except FeedbackRowError:
         raise
-    except FileNotFoundError:
-        # fsspec also raises it where a server cannot be reached at all.
-        remedy = "Check address, connection and credentials." if is_remote(path) else ""
-        raise FeedbackRowError(public_name(path), "expected a feedback log, found no such file.", remedy) from None
     except Exception as error:
+        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            # fsspec also raises the first where a server cannot be reached at all.
+            remedy = "Check address, connection and credentials." if is_remote(path) else ""
+            raise FeedbackRowError(public_name(path), "expected a feedback log, found no such file.", remedy) from None
         if not is_remote(path) and not isinstance(error, OSError):
             raise
         status = getattr(error, "status", None)

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,8 +22,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet
 
-_DAYS_UNUSED = 30
-_MANIFEST = "manifest.json"
+_DAYS_UNUSED, _DAYS_UNFINISHED = 30, 1
+_MANIFEST, _DRAFT = "manifest.json", ".draft-"
 
 
 @dataclass
@@ -53,53 +55,76 @@ class RowCache:
         """The rows of that key, read now if they are not there.
 
         Args:
-            key: Digest of all that the rows depend on.
+            key: Digest of all that the rows depend on, in hexadecimal digits.
             read: Reads them, and leaves the file of each row set in the folder that it is given.
         """
         entry = self._root / key
-        found = self._find(entry)
+        found = _find(entry)
         if found is not None:
             rank_zero_info(f"rows: found as they were tokenized before, in {entry} (data.cache_rows)")
-            os.utime(entry)
+            with contextlib.suppress(OSError):
+                os.utime(entry)
             return found
+        draft = None
         try:
             self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._root))  # for its owner alone
-        except OSError as error:
-            rank_zero_info(f"rows: not kept for the next start ({error.strerror}: {self._root})")
-            return read(None)
-        try:
+            draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=self._root))  # for its owner alone
             rows = read(draft)
             _write_manifest(draft, rows)
-            self._put(draft, entry)
+            _put(draft, entry)
             self._remove_unused()
-            return self._find(entry) or rows
+            return _find(entry) or rows
+        except OSError as error:
+            rank_zero_info(
+                f"rows: not kept for the next start ({error.strerror or type(error).__name__}: {self._root})"
+            )
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-    def _put(self, draft: Path, entry: Path) -> None:
-        try:
-            draft.rename(entry)
-        except OSError:  # another process was faster, or there is a damaged one
-            if self._find(entry) is None:
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(entry, ignore_errors=True)
-                    draft.rename(entry)
-
-    def _find(self, entry: Path) -> ReadRows | None:
-        try:
-            manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
-            row_sets = {name: _row_set(entry, values) for name, values in manifest["row_sets"].items()}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        summary = manifest["summary"]
-        return ReadRows(row_sets, FeedbackSummary(**summary) if summary else None)
+            if draft is not None:
+                shutil.rmtree(draft, ignore_errors=True)
+        return read(None)
 
     def _remove_unused(self) -> None:
-        for entry in self._root.iterdir():
+        """Removes what this class has made, and nothing else that may lie there."""
+        for path in self._root.iterdir():
+            is_entry = re.fullmatch(r"[0-9a-f]{64}", path.name) is not None and (path / _MANIFEST).is_file()
+            if not is_entry and not path.name.startswith(_DRAFT):
+                continue
+            days = _DAYS_UNUSED if is_entry else _DAYS_UNFINISHED
             with contextlib.suppress(OSError):
-                if time.time() - entry.stat().st_mtime > _DAYS_UNUSED * 24 * 3600:
-                    shutil.rmtree(entry, ignore_errors=True)
+                if not path.is_symlink() and time.time() - path.stat().st_mtime > days * 24 * 3600:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _put(draft: Path, entry: Path) -> None:
+    try:
+        draft.rename(entry)
+    except OSError:  # another process was faster, or there is a damaged one
+        if _find(entry) is None:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(entry, ignore_errors=True)
+                draft.rename(entry)
+
+
+def _find(entry: Path) -> ReadRows | None:
+    try:
+        if not _is_private(entry):
+            return None
+        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        row_sets = {
+            name: _row_set(_file_of(entry, name), name, values) for name, values in manifest["row_sets"].items()
+        }
+        summary = FeedbackSummary(**manifest["summary"]) if manifest["summary"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return ReadRows(row_sets, summary)
+
+
+def _is_private(entry: Path) -> bool:
+    """Whether only this user can have put it there; rows of a stranger would be trained on in place of the log's."""
+    status = entry.lstat()
+    return stat.S_ISDIR(status.st_mode) and (
+        not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
+    )
 
 
 def _write_manifest(folder: Path, rows: ReadRows) -> None:
@@ -117,15 +142,16 @@ def _write_manifest(folder: Path, rows: ReadRows) -> None:
     (folder / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _row_set(folder: Path, values: Mapping[str, Any]) -> RowSet:
+def _row_set(file: Path, name: str, values: Mapping[str, Any]) -> RowSet:
     """One of an entry.
 
     Raises:
         ValueError: If its file is not what was written.
     """
     row_set = RowSet(RowCounts.from_values(values["counts"]), digest=values["digest"])
+    if row_set.counts.name != name or not name.isidentifier():
+        raise ValueError(name)
     if values["sha256"] is not None:
-        file = _file_of(folder, row_set.counts.name)
         if _digest_of(file) != values["sha256"]:
             raise ValueError(file)
         row_set.dataset = Dataset.from_file(str(file))

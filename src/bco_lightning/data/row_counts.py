@@ -96,6 +96,8 @@ class RowCounts:
             f"{self.name}: {self.read} rows read, {self.used} used ({self.up} up, {self.down} down), "
             f"{self.num_left_out} left out, {cut}"
         )
+        if len(self.by_source) > 1:
+            text += "".join(f"\n  {name}: {up} up, {down} down" for name, (up, down) in self.by_source.items())
         for reason, counted in self.left_out.items():
             text += f"\n  {counted.count} left out: {reason} ({counted})"
         if self.malformed.count:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.feedback_row import Columns, shown, value_at
 from bco_lightning.data.remote import public_name
-from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.errors import ConfigError, FeedbackRowError, check_choice
 
 FormatName = Literal[
     "auto", "unpaired", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit", "chitchat"
@@ -74,7 +75,8 @@ class Rating:
             raise FeedbackRowError(
                 place, f"expected a rating {name!r}, found none.", "Name the column by data.rating.column."
             )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        # Comparing is exact, where math.isfinite fails on an integer beyond all floats.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise FeedbackRowError(place, f"expected a number as rating {name!r}, found {shown(value)}.")
         if self.down < value < self.up:
             return LeftOut(place, BETWEEN)
@@ -97,6 +99,9 @@ class Source:
         format: What its records are; that of ``data.format`` if left out.
         columns: Names of its columns; those of ``data.columns`` if left out.
         rating: The rule for its ratings, or a preset's name; that of ``data.rating`` if left out.
+
+    Raises:
+        ConfigError: If there is no path, the weight is not above 0, or the format is unknown.
     """
 
     path: str
@@ -107,8 +112,12 @@ class Source:
     rating: Rating | str | None = None
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("data", "expected a path or URL of each feedback log, found an empty one.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ConfigError("data.train_files", f"expected a weight above 0 for {self.path!r}, found {self.weight}.")
+        if self.format is not None:
+            check_choice("data.format", self.format, get_args(FormatName))
 
     @property
     def label(self) -> str:
@@ -125,12 +134,19 @@ class RowFormat:
         columns: Names of the columns.
         rating: The rule for ratings; ``None`` where labels are thumbs.
         loss_on: The rated assistant turn alone, or all assistant turns of the conversation.
+
+    Raises:
+        ConfigError: If there is no such format or choice of turns.
     """
 
     format: FormatName = "auto"
     columns: Columns = field(default_factory=Columns)
     rating: Rating | None = None
     loss_on: LossOn = "rated_turn"
+
+    def __post_init__(self) -> None:
+        check_choice("data.format", self.format, get_args(FormatName))
+        check_choice("data.loss_on", self.loss_on, get_args(LossOn))
 
 
 def chosen_rating(rating: Rating | str | None) -> Rating | None:

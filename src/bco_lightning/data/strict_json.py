@@ -190,7 +190,7 @@ def _parse_strictly(text: str, place: str) -> dict[str, Any]:
     except ValueError as error:
         raise FeedbackRowError(place, f"expected {error}.") from error
     if not isinstance(record, dict):
-        raise FeedbackRowError(place, f"expected a JSON object, found a {type(record).__name__}.")
+        raise FeedbackRowError(place, f"expected a JSON object, found {shown(record)}.")
     return record
 
 

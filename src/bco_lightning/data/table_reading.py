@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +58,15 @@ def read_arrow_folder(path: str) -> Rows:
     Raises:
         FeedbackRowError: If there is no such split, or a file is missing or damaged.
     """
+    return _rows(_batches_of(saved_dataset(path)), path, "a data set")
+
+
+def saved_dataset(path: str) -> Any:
+    """The data set in ``folder@SPLIT`` that ``save_to_disk`` has written; it is mapped, not read.
+
+    Raises:
+        FeedbackRowError: If there is no such split, or a file is missing, cut off or no such description.
+    """
     from datasets import load_from_disk
 
     folder, split = arrow_folder(path) or (Path(path), "")
@@ -70,10 +80,9 @@ def read_arrow_folder(path: str) -> Rows:
         for shard in (folder / split).glob("*.arrow"):
             with open_file(str(shard)) as file:
                 _check_end(file)
-        dataset = load_from_disk(str(folder / split))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        return load_from_disk(str(folder / split))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_loaded(path, error) from None
-    return _rows(_batches_of(dataset), path, "a data set")
 
 
 def read_hub(source: str) -> Rows:
@@ -144,7 +153,7 @@ def _rows(batches: Iterable[Any], name: str, kind: str) -> Rows:
         raise
     except (ArrowException, OSError, ValueError, MemoryError) as error:  # the last one where a length is damaged
         place = f"{name}:{number + 1}" if number else name
-        raise FeedbackRowError(place, f"expected {kind}, found {_first_line(error)}.") from error
+        raise FeedbackRowError(place, f"expected {kind}, found {in_one_line(error)}.") from error
 
 
 def _records(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRowError]:
@@ -178,8 +187,12 @@ def _check_columns(names: list[str], name: str) -> None:
 
 
 def _not_loaded(source: str, error: Exception) -> FeedbackRowError:
-    return FeedbackRowError(source, f"expected a data set, but it could not be loaded ({_first_line(error)}).")
+    return FeedbackRowError(source, f"expected a data set, but it could not be loaded ({in_one_line(error)}).")
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+def in_one_line(error: Exception) -> str:
+    """What a library says of a file; what the operating system says comes without the path, which may be a long one."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -30,6 +30,7 @@ class UnpackedFile(io.RawIOBase):
         self._read = self._stream.read1 if suffix == ".gz" else self._stream.read
         if not file.peek(1):
             # Both libraries take this for a packed file of no bytes.
+            self.close()
             raise self._broken("an empty one")
 
     def readable(self) -> bool:

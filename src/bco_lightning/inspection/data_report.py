@@ -107,6 +107,7 @@ class DataReport:
 
 def make_report(
     data: Any,
+    dataset: Any,
     *,
     model: str,
     limits: dict[str, int],
@@ -119,9 +120,10 @@ def make_report(
 
     Args:
         data: A :class:`FeedbackDataModule` that has read its training rows.
+        dataset: The training rows, or a sample of them.
         model: ``model.name_or_path``.
         limits: ``data.max_length``, and ``data.max_prompt_length`` if there is one.
-        arrays: Numbers of the training rows.
+        arrays: Numbers of the rows of ``dataset``.
         cost: What a run takes.
         num_examples: Examples of either class; 0 shows none.
         notes: What else there is to say.
@@ -129,7 +131,7 @@ def make_report(
     Returns:
         The report.
     """
-    dataset, up = data.train_dataset, arrays.thumbs_up
+    up = arrays.thumbs_up
     drawn = drawn_rows(len(up), data.seed)
     texts = ((row.prompt, row.completion) for row in texts_of(dataset, data.tokenizer))
     return DataReport(

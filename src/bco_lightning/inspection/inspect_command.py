@@ -19,9 +19,7 @@ from bco_lightning.inspection.rows import RowArrays
 from bco_lightning.inspection.terminal import print_report
 from bco_lightning.models.language_model import LoraSettings, load_tokenizer
 
-_NOT_STREAMED = (
-    "data.streaming is set; the rows were read whole for this report, which takes room on the disk for all of them."
-)
+_SAMPLED_ROWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -89,14 +87,17 @@ def inspect_command(options: InspectOptions, config: Any, data_options: Mapping[
     Raises:
         UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
     """
-    streamed = bool(data_options.get("streaming"))
-    notes = [Finding("note", _NOT_STREAMED)] if streamed else []
-    values = {**data_options, "streaming": False} if streamed else dict(data_options)
-    data = FeedbackDataModule(**values, tokenizer=load_tokenizer(config.model.name_or_path))
+    data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
     problem = _read(data)
+    notes = []
     if problem is not None:
         notes.append(Finding("problem", f"fit would not start: {problem.problem}"))
-    report = _report(data, config, options, tuple(notes))
+    dataset = data.training_rows(data.streaming_sample or _SAMPLED_ROWS)
+    if data.streaming:
+        notes.append(
+            Finding("note", f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it.")
+        )
+    report = _report(data, dataset, config, options, tuple(notes))
     print_report(report, Console())
     write_page(report, options.report)
     print(f"\nPage   {options.report}")
@@ -115,11 +116,14 @@ def _read(data: FeedbackDataModule) -> FeedbackRowError | None:
     return None
 
 
-def _report(data: FeedbackDataModule, config: Any, options: InspectOptions, notes: tuple[Finding, ...]) -> DataReport:
-    arrays = RowArrays.of(data.train_dataset)
+def _report(
+    data: FeedbackDataModule, dataset: Any, config: Any, options: InspectOptions, notes: tuple[Finding, ...]
+) -> DataReport:
+    arrays = RowArrays.of(dataset)
     limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
     return make_report(
         data,
+        dataset,
         model=config.model.name_or_path,
         limits={name: limit for name, limit in limits.items() if limit is not None},
         arrays=arrays,

@@ -75,15 +75,18 @@ def _by_ratings(ratings: Mapping[str, Any], place: str, options: RowFormat) -> L
 def _turns(record: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
     """Who spoke and what they said, all that they said in a row as one turn of several lines."""
     try:
-        utterances = [
-            (str(utterance["sender"]), str(utterance["text"]).strip())
-            for turn in record["messages"]
-            for utterance in turn
-        ]
+        utterances = [_utterance(utterance) for turn in record["messages"] for utterance in turn]
     except (TypeError, KeyError) as error:
         raise FeedbackRowError(place, "expected utterances with 'sender' and 'text', found something else.") from error
     spoken = [utterance for utterance in utterances if utterance[1]]
     return [(sender, "\n".join(text for _, text in group)) for sender, group in groupby(spoken, lambda spoke: spoke[0])]
+
+
+def _utterance(utterance: Any) -> tuple[str, str]:
+    sender, text = utterance["sender"], utterance["text"]
+    if not (isinstance(sender, str) and isinstance(text, str)):
+        raise TypeError
+    return sender, text.strip()
 
 
 def _messages(turns: list[tuple[str, str]], place: str) -> list[Message]:

@@ -21,8 +21,10 @@ from bco_lightning.data.formats.scores import by_name, rated_by
 from bco_lightning.data.formats.traces import traced_row
 from bco_lightning.data.messages import from_json_text
 from bco_lightning.data.source import RowFormat
+from bco_lightning.errors import FeedbackRowError
 
 MIXED = "mean of several users' feedback"
+MAX_RATINGS = 10_000
 _OF_LANGSMITH = ("run_type", "feedback_stats", "dotted_order")
 
 
@@ -59,17 +61,20 @@ def _scores(record: Mapping[str, Any], place: str) -> dict[str, list[Any]]:
     stats = from_json_text(record.get("feedback_stats"), "feedback_stats", place)
     if not isinstance(stats, Mapping):
         return {}
-    return {key: _means(stat) for key, stat in stats.items() if isinstance(stat, Mapping)}
+    return {key: _means(stat, place) for key, stat in stats.items() if isinstance(stat, Mapping)}
 
 
-def _means(stat: Mapping[str, Any]) -> list[Any]:
+def _means(stat: Mapping[str, Any], place: str) -> list[Any]:
     """The mean of numbers, or each word as often as it was said."""
     if stat.get("avg") is not None:
         return [stat["avg"]]
     words = stat.get("values")
     if not isinstance(words, Mapping):
         return []
-    return [word for word, times in words.items() if isinstance(times, int) for _ in range(times)]
+    said = {word: times for word, times in words.items() if isinstance(times, int) and times > 0}
+    if sum(said.values()) > MAX_RATINGS:
+        raise FeedbackRowError(place, f"expected at most {MAX_RATINGS:,} ratings of one run, found more.")
+    return [word for word, times in said.items() for _ in range(times)]
 
 
 def _first(*values: Any) -> Any:

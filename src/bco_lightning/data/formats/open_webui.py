@@ -19,8 +19,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.feedback_row import assembled, keys_of, value_at
+from bco_lightning.data.feedback_row import assembled, value_at
 from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, Candidate
+from bco_lightning.data.formats.scores import plain_number
 from bco_lightning.data.messages import messages_in
 from bco_lightning.data.source import RowFormat
 from bco_lightning.errors import FeedbackRowError
@@ -33,7 +34,7 @@ WITH_TOOLS = "answer with tool calls that the export keeps no messages of"
 _DETAILS = re.compile(r'<details\s+type="(\w+)"[^>]*>(.*?)</details>\s*', re.DOTALL | re.IGNORECASE)
 _SUMMARY = re.compile(r"\s*<summary>.*?</summary>\s*", re.DOTALL | re.IGNORECASE)
 _QUOTE = re.compile(r"^> ?", re.MULTILINE)
-_THUMBS = {1: 1, -1: -1, "1": 1, "-1": -1}
+_THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
 
 
 class OpenWebUI:
@@ -52,7 +53,7 @@ class OpenWebUI:
         ratings = _ratings(record, options)
         wanted = options.columns.label if options.rating is None else options.rating.column or options.columns.label
         if labelled and wanted not in ratings:
-            raise FeedbackRowError(place, f"expected a rating {wanted!r}, found {keys_of(ratings)}.")
+            raise FeedbackRowError(place, f"expected a rating {wanted!r}, found {', '.join(map(repr, ratings))}.")
         if labelled and ratings[wanted] is None:
             yield LeftOut(place, NO_FEEDBACK)
             return
@@ -61,9 +62,9 @@ class OpenWebUI:
 
 
 def _ratings(record: Mapping[str, Any], options: RowFormat) -> dict[str, Any]:
-    """The thumb, ``None`` for a draw in the arena, and the rating from 1 to 10."""
-    given = value_at(record, "data.rating")
-    thumb = _THUMBS.get(given) if isinstance(given, (int, str)) and not isinstance(given, bool) else None
+    """The thumb, ``None`` for a draw in the arena, and the rating from 1 to 10; what is no thumb stays as it is."""
+    given = plain_number(value_at(record, "data.rating"))
+    thumb = _THUMBS.get(given, given) if type(given) in (int, str) else given
     thumb = thumb if record.get("type") == "rating" else None
     return {"rating": thumb, "details.rating": value_at(record, "data.details.rating"), options.columns.label: thumb}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.feedback_row import Columns, shown
+from bco_lightning.data.feedback_row import Columns, keys_of
 from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate
 from bco_lightning.data.source import RowFormat
 from bco_lightning.errors import FeedbackRowError
@@ -78,8 +78,9 @@ def _chosen(names: Iterable[str], place: str, options: RowFormat) -> str:
         return label
     usual = next((name for name in USUAL_NAMES if name in known), None)
     if usual is None:
-        found = ", ".join(repr(name) if len(name) <= 32 else shown(name) for name in sorted(known)[:10])
         raise FeedbackRowError(
-            place, f"expected a score {USUAL_NAMES[1]!r}, found {found}.", "Name the score by data.columns.label."
+            place,
+            f"expected a score {USUAL_NAMES[1]!r}, found {keys_of(sorted(known))}.",
+            "Name the score by data.columns.label.",
         )
     return usual

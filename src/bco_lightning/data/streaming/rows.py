@@ -62,7 +62,8 @@ class StreamedRows:
             processes: How many read; if left out, as many as there are processors for.
 
         Raises:
-            FeedbackRowError: On a file that cannot be streamed, or a malformed row among those read.
+            FeedbackRowError: On a file that cannot be streamed, a malformed row among those read, or if none of these
+                can be used, or a sample has one class alone.
             ConfigError: On options that need all rows at once.
         """
         if options.conflicts != "keep":
@@ -83,9 +84,9 @@ class StreamedRows:
             read_rows=sample is None,
             processes=processes,
         )
-        if sample is None:
-            return cls(index, index.counts, options)
-        return cls(index, _read_sample(index, sample, tokenizer, options, bad_rows), options)
+        counts = index.counts if sample is None else _read_sample(index, sample, tokenizer, options, bad_rows)
+        _check_counts(counts, index)
+        return cls(index, counts, options)
 
     @property
     def digest(self) -> str:
@@ -214,6 +215,26 @@ def _read_sample(
     bad_rows.check([public_name(source.path) for source in index.sources], counts.read)
     index.dialects = [Dialect.of(parser) for parser in dataset.parsers]
     return counts
+
+
+def _check_counts(counts: RowCounts, index: StreamIndex) -> None:
+    """Refuses rows of which none can be used, and a sample that cannot tell the shares of the classes."""
+    is_part = index.flags is None and counts.read < index.num_rows
+    remedy = "Raise data.streaming_sample, or leave it out to read all rows." if is_part else ""
+    if not counts.used:
+        reasons = "; ".join(f"{reason}: {counted.count}" for reason, counted in counts.left_out.items())
+        raise FeedbackRowError(
+            counts.name,
+            f"expected rows to use, found none ({counts.num_left_out} left out, {counts.malformed.count} malformed).",
+            ". ".join(filter(None, [reasons, remedy])),
+        )
+    if is_part and not (counts.up and counts.down):
+        raise FeedbackRowError(
+            ", ".join(public_name(source.path) for source in index.sources),
+            f"expected thumbs of both kinds in a sample of {counts.read} of {index.num_rows} rows, found "
+            f"{counts.used} that are all {'thumbs-up' if counts.up else 'thumbs-down'}.",
+            remedy,
+        )
 
 
 def _outcomes_of_sample(dataset: StreamDataset, count: int) -> Iterator[Outcome]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from bco_lightning.data.files import arrow_folder, open_file, size_of
+from bco_lightning.data.files import open_file, size_of
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.streaming.blocks import BLOCK_BYTES, BLOCK_ROWS, Content, Piece, cut_evenly
 from bco_lightning.data.strict_json import Record
-from bco_lightning.data.table_reading import _record, _records
+from bco_lightning.data.table_reading import _record, _records, in_one_line, saved_dataset
 from bco_lightning.errors import FeedbackRowError
 
 # A row group can only be decoded from its beginning. Its rows are therefore shuffled in runs, of at most an eighth of
@@ -86,8 +86,8 @@ class ParquetRows:
         self._cursors: list[_Cursor] = []  # the one used last comes last
 
     def borders(self) -> list[int]:
-        """Where row groups begin, and the number of rows."""
-        return self._borders
+        """Where row groups that hold rows begin, and the number of rows."""
+        return sorted(set(self._borders))
 
     def piece(self, start: int, stop: int) -> Piece:
         """The blocks of one row group."""
@@ -227,14 +227,7 @@ class ArrowFolder:
 
     @cached_property
     def _rows(self) -> Any:
-        import datasets
-
-        folder, split = arrow_folder(self.path) or (self.path, "")
-        try:
-            found = datasets.load_from_disk(str(folder))
-            return (found[split] if split else found).with_format("arrow")
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise _unreadable(self.path, "an Arrow folder", error) from error
+        return saved_dataset(self.path).with_format("arrow")
 
 
 def _raised(record: Record | FeedbackRowError) -> Record:
@@ -248,4 +241,4 @@ def _given(record: Record, _: str) -> Record:
 
 
 def _unreadable(path: str, expected: str, error: Exception) -> FeedbackRowError:
-    return FeedbackRowError(public_name(path), f"expected {expected}, found {error}.")
+    return FeedbackRowError(public_name(path), f"expected {expected}, found {in_one_line(error)}.")
