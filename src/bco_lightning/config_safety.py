@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
+from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError
 
 ALLOWED_IMPORTS_VARIABLE = "BCO_ALLOWED_IMPORTS"
@@ -53,13 +54,18 @@ _SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-(?:[A-Za-z0-9]+-)*[A-Za-z0-9_]{16,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
     r"|\bgh[opsur]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bxox[abeprs]-[\w-]{10,}"
     r"|\bAIza[\w-]{30,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
-    r"|://[^\s/@]+@"  # a user name alone may be a token
+    # A user name alone may be a token; before an account of Azure it is the name of a container.
+    r"|(?<!\b(?i:az))(?<!\b(?i:abfs))(?<!\b(?i:abfss))://[^\s/@]+@|://[^\s/@:]*:[^\s/@]*@"
+    r"|[?&](?i:sig|signature|token|access_token|x-amz-signature|x-amz-security-token|x-goog-signature)=[^\s&]"
 )
 _MAY_NAME_CLASSES = ("strategy", "accelerator", "profiler")
 _READ_FROM = ("config", "ckpt_path", "data", "model")
 _WRITTEN_TO = {("model", "cache_folder"), ("data", "cache_folder")}
 _FROM_USER_ALONE = {("data", "cache_folder")}
+_WEB_ADDRESS = re.compile(r"(?i:\s*https?:)")
 _STRUCTURE = re.compile(r"(?:^|(?<=\.))(?:init_args|dict_kwargs|\d+)(?:\.|$)")
+
+Chosen = list[tuple[str, set[str]]]
 
 _load_plain_yaml = get_loader("yaml")
 _granted_before: set[str] = set()
@@ -324,11 +330,11 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 
 def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
-    """Refuses places to write to that lead out of the working directory, and class names that Lightning would take.
+    """Refuses what only the user may name: places outside the working directory, web addresses, and other classes.
 
     Args:
         options: The resolved options of a command.
-        arguments: The command line; a place that it names itself is the user's own choice.
+        arguments: The command line; a place or an address that it names itself is the user's own choice.
 
     Raises:
         ConfigError: Naming the option.
@@ -338,11 +344,12 @@ def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
         for name in _MAY_NAME_CLASSES:
             if re.fullmatch(r"\w+(\.\w+)+", str(trainer.get(name))):
                 _refuse_import(f"trainer.{name}", str(trainer.get(name)))
-        _refuse_places_outside(options, arguments)
+        chosen = _chosen_by_user(arguments)
+        _refuse_places_outside(options, chosen)
+        _refuse_web_addresses(options, chosen)
 
 
-def _refuse_places_outside(options: Namespace, arguments: Sequence[str]) -> None:
-    chosen = _chosen_by_user(arguments)
+def _refuse_places_outside(options: Namespace, chosen: Chosen) -> None:
     for path, leaf in _leaves(options):
         read_only = path[0] in _READ_FROM and path not in _WRITTEN_TO
         if read_only or path[-1] in ("class_path", "__path__") or not isinstance(leaf, (str, os.PathLike)):
@@ -363,7 +370,25 @@ def _refuse_places_outside(options: Namespace, arguments: Sequence[str]) -> None
             )
 
 
-def _chosen_by_user(arguments: Sequence[str]) -> list[tuple[str, set[str]]]:
+def _refuse_web_addresses(options: Namespace, chosen: Chosen) -> None:
+    """Refuses data files on web servers: the machine may reach some that the config's author does not."""
+    for path, leaf in _leaves(options):
+        if path[0] != "data" or path[-1] == "name" or not isinstance(leaf, str) or not _WEB_ADDRESS.match(leaf):
+            continue
+        option = _STRUCTURE.sub("", ".".join(path[:2]))
+        if not _is_by_user(option, leaf, chosen):
+            raise Refusal(
+                option,
+                f"expected files of this machine or of a storage service, found {public_name(leaf)!r}.",
+                f"A config file may not name web addresses; give this one on the command line: --{option}=ADDRESS",
+            )
+
+
+def _is_by_user(option: str, text: str, chosen: Chosen) -> bool:
+    return any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
+
+
+def _chosen_by_user(arguments: Sequence[str]) -> Chosen:
     """Options of the command line, without what only structures them, and the texts that stand in their values."""
     chosen = []
     for option, text in _options(arguments):

@@ -137,11 +137,10 @@ class MetricsBySource:
         """Takes in the rows of a micro-batch; as that of the metrics."""
         self._all.update(rows, reward_shift)
         for number, metrics in enumerate(self._of_source.values()):
-            chosen_B = rows.sources_B == number
-            if chosen_B.any():
-                metrics.update(
-                    RewardedRows(**{name: values_B[chosen_B] for name, values_B in vars(rows).items()}), reward_shift
-                )
+            chosen_B = rows.sources_B == number  # of none of them, torchmetrics would warn that it has seen nothing
+            metrics.update(
+                RewardedRows(**{name: values_B[chosen_B] for name, values_B in vars(rows).items()}), reward_shift
+            )
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all rows, and of each source as ``by_source/NAME/...``; every process has to ask."""

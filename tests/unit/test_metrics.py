@@ -165,6 +165,7 @@ def test_what_was_gathered_of_a_source_is_taken_over_by_its_name() -> None:
     rows = RewardedRows(**{**vars(make_rows(3, 3)), "sources_B": torch.tensor([0, 1, 1, 0, 1, 1])})
     one.update(rows, SHIFT)
     other.set_counts(one.counts())
+    other.update(RewardedRows(**{name: values[:0] for name, values in vars(rows).items()}), SHIFT)
     before, after = one.compute(), other.compute()
     assert after["loss"] == before["loss"]
     assert after["by_source/b/loss"] == before["by_source/b/loss"]

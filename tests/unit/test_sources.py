@@ -83,6 +83,7 @@ def test_each_source_has_a_format_columns_and_a_rule_of_its_own(tmp_path: Path, 
     assert counts.by_source == {logs[0]: (8, 4), "stars": (1, 2), "pairs": (1, 1)}
     assert counts.left_out["rating between thumbs-up and thumbs-down"].places == [f"{rated}:2"]
     assert counts.read == 12 + 4 + 2 == counts.used + counts.num_left_out
+    assert "pairs: 1 up, 1 down, read as paired" in str(counts)
 
 
 def test_two_sources_of_one_name_are_refused(logs: tuple[str, str]) -> None:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from bco_lightning.data.remote import HTTP, RemoteFile, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.data.unpacking import COMPRESSIONS, UnpackedFile
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.packaged import resolve_packaged
 
 HUB = "hub:"
@@ -37,12 +37,18 @@ def expand(source: str) -> list[str]:
 
     Raises:
         FeedbackRowError: If there is none, one has an unknown suffix or no name in Unicode, or the URL cannot be used.
-        ConfigError: If a packaged file does not exist.
+        ConfigError: If a packaged file does not exist, or the text is YAML of a source and no name.
 
     Example:
         >>> [Path(file).name for file in expand("package:bco_lightning/demo/train.jsonl")]
         ['train.jsonl']
     """
+    if source.strip()[:1] in ("{", "[") and source.strip()[-1:] in ("}", "]"):
+        raise ConfigError(
+            "data files",
+            "expected a file name, found text that looks like YAML.",
+            "Put sources in a list, for instance [{path: log.jsonl, weight: 2}].",
+        )
     if source.startswith(HUB):
         if not source.removeprefix(HUB).partition("@")[0]:
             raise FeedbackRowError(source, "expected a data set as hub:OWNER/NAME@SPLIT, found no name.")

@@ -84,10 +84,12 @@ class Loaded:
     Args:
         rows_of: Valid rows of each source, those included that are too long or were given the rule's no.
         left_out: Rows without tokens that are left out, by reason.
+        formats: The format that the records of each source were read as.
     """
 
     rows_of: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, Counted] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -156,6 +158,7 @@ class RowLoader:
                 loaded.left_out.setdefault(row.reason, Counted()).add(row.place)
             else:
                 table.append(row, cast("_Tokenized", item).outcome, number)
+        loaded.formats[source.label] = parser.format_name
 
     def _parsed(self, source: Source, parser: RecordParser) -> Iterator[Parsed]:
         for place, record in read_records(source.path, parser.label_column, parser.numeric_columns):

@@ -30,6 +30,11 @@ class RecordParser:
         self.format: RecordFormat | None = FORMATS.get(options.format)
 
     @property
+    def format_name(self) -> str:
+        """What the records were taken for; ``auto`` before there was a good one."""
+        return next((name for name, known in FORMATS.items() if known is self.format), "auto")
+
+    @property
     def label_column(self) -> str | None:
         """The column whose cells a CSV means as booleans and numbers, if labels are not mapped as they are written."""
         return None if self.options.columns.thumbs else self.options.columns.label

@@ -178,6 +178,7 @@ def _contents_of(source: str) -> dict[str, str] | None:
 
 
 def _note_others(counts: RowCounts, bad_rows: BadRows, loaded: Loaded) -> None:
+    counts.formats = loaded.formats
     counts.skip(Counted(bad_rows.count, bad_rows.places))
     for reason, counted in loaded.left_out.items():
         counts.leave_out(reason, counted)

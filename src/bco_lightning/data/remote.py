@@ -29,6 +29,7 @@ _PACKAGES = {
 }
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::.*://)")
 HTTP = ("http", "https")
+_WITH_CONTAINER = ("abfs", "abfss", "az")
 
 
 def protocol_of(path: str) -> str:
@@ -52,9 +53,10 @@ def public_name(path: str) -> str:
     protocol = protocol_of(path)
     if not protocol:
         return path
-    if protocol not in HTTP:
-        return re.sub(r"\?.*=.*", "", path)  # other question marks are those of a glob
-    return re.sub(r"^([^/]*//)[^/]*@", r"\1", re.sub(r"[?#].*", "", path))
+    # Where there is no query, question marks are those of a glob.
+    path = re.sub(r"[?#].*" if protocol in HTTP else r"\?.*=.*", "", path)
+    # What stands before the account of Azure is the container, unless a password comes with it.
+    return re.sub(r"://[^/:]*:[^/]*@" if protocol in _WITH_CONTAINER else r"://[^/]*@", "://", path)
 
 
 def file_system(url: str) -> tuple[Any, str]:

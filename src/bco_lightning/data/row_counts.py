@@ -46,6 +46,7 @@ class RowCounts:
         cut: Rows that are used and lost something, by what they lost.
         malformed: Rows that are not as they should be, and were to be skipped.
         by_source: Used rows of each source, thumbs-up and thumbs-down.
+        formats: The format that the records of each source were read as.
     """
 
     name: str
@@ -56,6 +57,7 @@ class RowCounts:
     cut: dict[str, int] = field(default_factory=dict)
     malformed: Counted = field(default_factory=Counted)
     by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RowCounts:
@@ -96,8 +98,9 @@ class RowCounts:
             f"{self.name}: {self.read} rows read, {self.used} used ({self.up} up, {self.down} down), "
             f"{self.num_left_out} left out, {cut}"
         )
-        if len(self.by_source) > 1:
-            text += "".join(f"\n  {name}: {up} up, {down} down" for name, (up, down) in self.by_source.items())
+        if len(self.by_source) > 1 or set(self.formats.values()) - {"unpaired"}:
+            for name, (up, down) in self.by_source.items():
+                text += f"\n  {name}: {up} up, {down} down, read as {self.formats.get(name, 'unknown')}"
         for reason, counted in self.left_out.items():
             text += f"\n  {counted.count} left out: {reason} ({counted})"
         if self.malformed.count:

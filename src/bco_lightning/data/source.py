@@ -17,6 +17,7 @@ FormatName = Literal[
     "auto", "unpaired", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit", "chitchat"
 ]
 LossOn = Literal["rated_turn", "all_turns"]
+NO_FEEDBACK = "no feedback"
 BETWEEN = "rating between thumbs-up and thumbs-down"
 UNTOUCHED = "rating left at its default"
 _MISSING = object()
@@ -28,23 +29,34 @@ class Rating:
 
     Args:
         column: Name of the rating, such as ``helpfulness``; if left out, the label's own column is rated.
-        up: Least rating that is thumbs-up.
-        down: Largest rating that is thumbs-down; rows between the two are left out and counted.
+        up: Least rating that is thumbs-up. Scales differ, so it has to be given.
+        down: Largest rating that is thumbs-down; rows between the two are left out and counted. It has to be given.
         untouched: Ratings as they are before anyone has touched them; a row in which all of these stand is left out
             and counted.
 
     Raises:
-        ConfigError: If ``down`` is not below ``up``.
+        ConfigError: If ``up`` or ``down`` is not given, or ``down`` is not below ``up``.
     """
 
     column: str | None = None
-    up: float = 4.0
-    down: float = 3.0
+    up: float | None = None
+    down: float | None = None
     untouched: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.down < self.up:
-            raise ConfigError("data.rating", f"expected down below up, found {self.down:g} and {self.up:g}.")
+        up, down = self._limits()
+        if not down < up:
+            raise ConfigError("data.rating", f"expected down below up, found {down:g} and {up:g}.")
+
+    def _limits(self) -> tuple[float, float]:
+        if self.up is None or self.down is None:
+            missing = " and ".join(name for name in ("up", "down") if getattr(self, name) is None)
+            raise ConfigError(
+                "data.rating",
+                f"expected both up and down, found no {missing}.",
+                "Say which ratings are thumbs-up and which thumbs-down, for instance {column: stars, up: 4, down: 2}.",
+            )
+        return self.up, self.down
 
     def thumbs_up(self, ratings: Mapping[str, Any], column: str, place: str) -> bool | LeftOut:
         """Applies the rule.
@@ -55,7 +67,7 @@ class Rating:
             place: File and line.
 
         Returns:
-            Whether it is thumbs-up, or that the row is left out.
+            Whether it is thumbs-up, or that the row is left out; a rating that is null or an empty cell is no feedback.
 
         Raises:
             FeedbackRowError: If there is no such rating, or it is no finite number.
@@ -75,12 +87,15 @@ class Rating:
             raise FeedbackRowError(
                 place, f"expected a rating {name!r}, found none.", "Name the column by data.rating.column."
             )
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return LeftOut(place, NO_FEEDBACK)
         # Comparing is exact, where math.isfinite fails on an integer beyond all floats.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise FeedbackRowError(place, f"expected a number as rating {name!r}, found {shown(value)}.")
-        if self.down < value < self.up:
+        up, down = self._limits()
+        if down < value < up:
             return LeftOut(place, BETWEEN)
-        return value >= self.up
+        return value >= up
 
 
 # HelpSteer2 as the paper uses it: of 0 to 4, only a helpfulness of 4 is thumbs-up (arXiv 2404.04656, section 4).
@@ -115,7 +130,7 @@ class Source:
         if not self.path:
             raise ConfigError("data", "expected a path or URL of each feedback log, found an empty one.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ConfigError("data.train_files", f"expected a weight above 0 for {self.path!r}, found {self.weight}.")
+            raise ConfigError("data.train_files", f"expected a weight above 0 for {public_name(self.path)!r}, found {self.weight}.")
         if self.format is not None:
             check_choice("data.format", self.format, get_args(FormatName))
 
@@ -136,7 +151,7 @@ class RowFormat:
         loss_on: The rated assistant turn alone, or all assistant turns of the conversation.
 
     Raises:
-        ConfigError: If there is no such format or choice of turns.
+        ConfigError: If there is no such format or choice of turns, or both a rule and a map say what labels mean.
     """
 
     format: FormatName = "auto"
@@ -147,6 +162,12 @@ class RowFormat:
     def __post_init__(self) -> None:
         check_choice("data.format", self.format, get_args(FormatName))
         check_choice("data.loss_on", self.loss_on, get_args(LossOn))
+        if self.rating is not None and self.columns.thumbs:
+            raise ConfigError(
+                "data.rating",
+                "expected either data.rating or data.columns.thumbs for one source, found both.",
+                "Keep the one that says what its labels mean; of several sources, each can have its own.",
+            )
 
 
 def chosen_rating(rating: Rating | str | None) -> Rating | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bco_lightning.data.feedback_row import value_at
 from bco_lightning.data.formats.argilla import Argilla
 from bco_lightning.data.formats.chainlit import Chainlit
 from bco_lightning.data.formats.chitchat import Chitchat
@@ -15,6 +16,7 @@ from bco_lightning.data.formats.paired import Paired
 from bco_lightning.data.formats.record_format import Candidate, RecordFormat
 from bco_lightning.data.formats.unpaired import Unpaired
 from bco_lightning.data.source import RowFormat
+from bco_lightning.errors import ConfigError
 
 __all__ = ["FORMATS", "Candidate", "RecordFormat", "format_of"]
 
@@ -40,6 +42,9 @@ def format_of(record: Mapping[str, Any], options: RowFormat) -> RecordFormat:
     Returns:
         That of unpaired rows if it looks like none: its error names the columns.
 
+    Raises:
+        ConfigError: If it may be a rated row as well as a pair.
+
     Example:
         >>> format_of({"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}, RowFormat()) is FORMATS["paired"]
         True
@@ -47,5 +52,11 @@ def format_of(record: Mapping[str, Any], options: RowFormat) -> RecordFormat:
     if options.format in FORMATS:
         return FORMATS[options.format]
     found = [known for known in FORMATS.values() if known.matches(record, options)]
+    if found == [FORMATS["unpaired"], FORMATS["paired"]] and value_at(record, options.columns.label) is not None:
+        raise ConfigError(
+            "data.format",
+            "expected rated rows or pairs, found records that have the columns of both.",
+            "Set data.format, or the source's own format, to unpaired or to paired.",
+        )
     # Exports are told by keys that rows do not have, while a row may have keys beside those of its format.
     return found[-1] if found else FORMATS["unpaired"]

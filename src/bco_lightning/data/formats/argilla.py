@@ -20,7 +20,7 @@ from bco_lightning.data.formats.scores import rated_by
 from bco_lightning.data.formats.unpaired import unrated_row
 from bco_lightning.data.source import RowFormat
 
-_FLAT, _STATUS = ".responses", ".responses.status"
+_FLAT, _USERS, _STATUS = ".responses", ".users", ".status"
 
 
 class Argilla:
@@ -43,35 +43,41 @@ class Argilla:
         def row() -> FeedbackRow:
             return unrated_row(columns, place, options)
 
-        yield from rated_by(_responses(record), row, place, options, labelled=labelled)
+        responses = _responses(record)
+        scores = {question: [value for _, value in given] for question, given in responses.items()}
+        users = {question: [user for user, _ in given] for question, given in responses.items()}
+        yield from rated_by(scores, row, place, options, labelled=labelled, users=users)
 
 
-def _responses(record: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _responses(record: Mapping[str, Any]) -> dict[str, list[tuple[Any, Any]]]:
+    """User and value of each response that counts, by question."""
     nested = record.get("responses")
     if isinstance(nested, Mapping):
         return {
-            question: [_value(response) for response in responses if _is_submitted(response)]
+            question: [(response.get("user_id"), response["value"]) for response in responses if _is_submitted(response)]
             for question, responses in nested.items()
             if isinstance(responses, list)
         }
     return {
-        name.removesuffix(_FLAT): _submitted(values, record.get(name.removesuffix(_FLAT) + _STATUS))
+        name.removesuffix(_FLAT): _submitted(values, record.get(name + _USERS), record.get(name + _STATUS))
         for name, values in record.items()
         if name.endswith(_FLAT)
     }
 
 
 def _is_submitted(response: Any) -> bool:
-    return _value(response) is not None and response.get("status", "submitted") == "submitted"
+    given = isinstance(response, Mapping) and response.get("value") is not None
+    return given and response.get("status", "submitted") == "submitted"
 
 
-def _value(response: Any) -> Any:
-    return response.get("value") if isinstance(response, Mapping) else None
-
-
-def _submitted(values: Any, status: Any) -> list[Any]:
+def _submitted(values: Any, users: Any, status: Any) -> list[tuple[Any, Any]]:
     given = values if isinstance(values, list) else []
-    states = status if isinstance(status, list) and len(status) == len(given) else [None] * len(given)
+    givers, states = (
+        column if isinstance(column, list) and len(column) == len(given) else [None] * len(given)
+        for column in (users, status)
+    )
     return [
-        value for value, state in zip(given, states, strict=True) if value is not None and state in (None, "submitted")
+        (user, value)
+        for user, value, state in zip(givers, given, states, strict=True)
+        if value is not None and state in (None, "submitted")
     ]

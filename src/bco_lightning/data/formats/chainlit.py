@@ -47,12 +47,13 @@ class Chainlit:
             raise FeedbackRowError(place, f"expected a list of steps, found {shown(given)}.")
         steps = [step for step in given if isinstance(step, Mapping)]
         thumbs = _thumbs(record, steps)
-        said = [step for step in steps if str(step.get("type")) in _ROLE_OF]
+        numbers = [number for number, step in enumerate(steps) if str(step.get("type")) in _ROLE_OF]
+        said = [steps[number] for number in numbers]
         answers = [number for number, step in enumerate(said) if step["type"] == "assistant_message"]
         if not answers:
             yield LeftOut(place, NO_ANSWER)
         for number in answers:
-            rated = thumbs.pop(str(said[number].get("id")), []) if labelled else [None]
+            rated = thumbs.pop(numbers[number], []) if labelled else [None]
             if not rated:
                 yield LeftOut(place, NO_FEEDBACK)
                 continue
@@ -63,27 +64,40 @@ class Chainlit:
             yield from (LeftOut(place, NOT_AN_ANSWER) for _ in others)
 
 
-def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[str, list[Any]]:
-    """What each answer was given, by the step's id."""
-    parents = {str(step.get("id")): str(step.get("parentId")) for step in steps}
+def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[int, list[Any]]:
+    """What each answer was given, by its number among the steps; under -1 what was given to none of them."""
+    number_of = {str(step["id"]): number for number, step in enumerate(steps) if step.get("id") is not None}
+    parents = [number_of.get(str(step.get("parentId")), -1) for step in steps]
     last_of_run = {}
-    for step in steps:
+    for number, step in enumerate(steps):
         if step.get("type") == "assistant_message":
-            last_of_run.update(dict.fromkeys(_ancestors(str(step.get("id")), parents), str(step.get("id"))))
-    beside = [record.get("feedback"), record.get("feedbacks")]
-    feedback = [step.get("feedback") for step in steps]
-    feedback += [entry for entries in beside if isinstance(entries, list) for entry in entries]
-    thumbs: dict[str, list[Any]] = {}
-    for entry in feedback:
-        if isinstance(entry, Mapping) and entry.get("value") is not None:
-            rated = str(entry.get("forId"))
+            last_of_run.update(dict.fromkeys(_ancestors(number, parents), number))
+    thumbs: dict[int, list[Any]] = {}
+    known: set[str] = set()
+    for rated, entry in _feedback(record, steps, number_of):
+        # The same feedback may stand both in its step and in the table beside the steps.
+        if entry.get("value") is not None and str(entry.get("id")) not in known:
+            known.update({str(entry["id"])} if entry.get("id") is not None else ())
             thumbs.setdefault(last_of_run.get(rated, rated), []).append(entry["value"])
     return thumbs
 
 
-def _ancestors(step: str, parents: Mapping[str, str]) -> list[str]:
-    found: list[str] = []
-    while (step := parents.get(step, "")) in parents and step not in found:
+def _feedback(
+    record: Mapping[str, Any], steps: list[Step], number_of: Mapping[str, int]
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Every feedback with the number of its step: the one that it stands in, else the one that it names."""
+    for number, step in enumerate(steps):
+        if isinstance(step.get("feedback"), Mapping):
+            yield number, step["feedback"]
+    for entries in (record.get("feedback"), record.get("feedbacks")):
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, Mapping):
+                yield number_of.get(str(entry.get("forId")), -1), entry
+
+
+def _ancestors(step: int, parents: list[int]) -> list[int]:
+    found: list[int] = []
+    while (step := parents[step]) >= 0 and step not in found:
         found.append(step)
     return found
 

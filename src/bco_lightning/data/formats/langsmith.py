@@ -25,6 +25,7 @@ from bco_lightning.errors import FeedbackRowError
 
 MIXED = "mean of several users' feedback"
 MAX_RATINGS = 10_000
+_SEVERAL = object()
 _OF_LANGSMITH = ("run_type", "feedback_stats", "dotted_order")
 
 
@@ -44,30 +45,31 @@ class LangSmith:
         extra = from_json_text(record.get("extra"), "extra", place)
         tools = value_at(extra, "invocation_params.tools") if isinstance(extra, Mapping) else None
         for item in rated_by(
-            _scores(record, place),
+            _scores(record, place, means=options.rating is not None),
             lambda: traced_row(required(record, "inputs", place), record.get("outputs"), place, options, tools),
             place,
             options,
             labelled=labelled,
         ):
             unclear = isinstance(item, Candidate) and options.rating is None and isinstance(item.label, float)
-            yield LeftOut(place, MIXED) if unclear and "feedback" not in record else item
+            mixed = isinstance(item, Candidate) and item.label is _SEVERAL
+            yield LeftOut(place, MIXED) if mixed or (unclear and "feedback" not in record) else item
 
 
-def _scores(record: Mapping[str, Any], place: str) -> dict[str, list[Any]]:
+def _scores(record: Mapping[str, Any], place: str, *, means: bool) -> dict[str, list[Any]]:
     feedback = from_json_text(record.get("feedback"), "feedback", place)
     if isinstance(feedback, list):
         return by_name(feedback, "key", lambda entry: _first(entry.get("score"), entry.get("value")))
     stats = from_json_text(record.get("feedback_stats"), "feedback_stats", place)
     if not isinstance(stats, Mapping):
         return {}
-    return {key: _means(stat, place) for key, stat in stats.items() if isinstance(stat, Mapping)}
+    return {key: _means(stat, place, means=means) for key, stat in stats.items() if isinstance(stat, Mapping)}
 
 
-def _means(stat: Mapping[str, Any], place: str) -> list[Any]:
-    """The mean of numbers, or each word as often as it was said."""
+def _means(stat: Mapping[str, Any], place: str, *, means: bool) -> list[Any]:
+    """The mean of numbers, unless it stands for different ones and is to be a thumb; or each word as often as said."""
     if stat.get("avg") is not None:
-        return [stat["avg"]]
+        return [stat["avg"] if means or _all_alike(stat) else _SEVERAL]
     words = stat.get("values")
     if not isinstance(words, Mapping):
         return []
@@ -75,6 +77,14 @@ def _means(stat: Mapping[str, Any], place: str) -> list[Any]:
     if sum(said.values()) > MAX_RATINGS:
         raise FeedbackRowError(place, f"expected at most {MAX_RATINGS:,} ratings of one run, found more.")
     return [word for word, times in said.items() for _ in range(times)]
+
+
+def _all_alike(stat: Mapping[str, Any]) -> bool:
+    """Whether all users gave the number that is the mean: that of +1 and -1 looks like a thumb, too."""
+    least, most = stat.get("min"), stat.get("max")
+    if least is None or most is None:
+        return stat.get("n") in (None, 1)
+    return bool(least == most)
 
 
 def _first(*values: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.feedback_row import assembled, value_at
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, Candidate
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, WITH_IMAGE, Candidate
 from bco_lightning.data.formats.scores import plain_number
 from bco_lightning.data.messages import messages_in
 from bco_lightning.data.source import RowFormat
@@ -28,11 +28,11 @@ from bco_lightning.errors import FeedbackRowError
 
 NO_SNAPSHOT = "no snapshot of the chat"
 NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
-WITH_IMAGE = "conversation with an image"
 WITH_TOOLS = "answer with tool calls that the export keeps no messages of"
 
-_DETAILS = re.compile(r'<details\s+type="(\w+)"[^>]*>(.*?)</details>\s*', re.DOTALL | re.IGNORECASE)
-_SUMMARY = re.compile(r"\s*<summary>.*?</summary>\s*", re.DOTALL | re.IGNORECASE)
+# Openings and closings are looked for one after the other: a pattern of both takes time that grows with the square.
+_DETAILS, _DETAILS_END = re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE), re.compile(r"</details>\s*", re.IGNORECASE)
+_SUMMARY, _SUMMARY_END = re.compile("<summary>", re.IGNORECASE), re.compile("</summary>", re.IGNORECASE)
 _QUOTE = re.compile(r"^> ?", re.MULTILINE)
 _THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
 
@@ -120,16 +120,40 @@ def _message(node: Mapping[str, Any]) -> tuple[Message, bool]:
     content: Any = node.get("content")
     if isinstance(content, str) and not content.strip():
         content = ""
-    blocks = _DETAILS.findall(content) if isinstance(content, str) and node.get("role") == "assistant" else []
+    said = isinstance(content, str) and node.get("role") == "assistant"
+    blocks, rest = _without_details(content) if said else ([], "")
     if not blocks:
         return {"role": node.get("role"), "content": content}, False
-    message: Message = {"role": "assistant", "content": _DETAILS.sub("", content).strip()}
+    message: Message = {"role": "assistant", "content": rest.strip()}
     thoughts = [_plain(text) for kind, text in blocks if kind.lower() == "reasoning"]
     if thoughts:
         message["reasoning_content"] = "\n\n".join(thoughts)
     return message, len(thoughts) < len(blocks)
 
 
+def _without_details(text: str) -> tuple[list[tuple[str, str]], str]:
+    """Kind and content of each block of details, and the text without them."""
+    blocks: list[tuple[str, str]] = []
+    rest, end = [], 0
+    while (
+        (opening := _DETAILS.search(text, end))
+        and (start := text.find(">", opening.end()) + 1)
+        and (closing := _DETAILS_END.search(text, start))
+    ):
+        blocks.append((opening[1], text[start : closing.start()]))
+        rest.append(text[end : opening.start()])
+        end = closing.end()
+    return blocks, "".join([*rest, text[end:]])
+
+
 def _plain(thought: str) -> str:
     """A thought without the summary, quotation marks and escapes that the interface puts around it."""
-    return _QUOTE.sub("", html.unescape(_SUMMARY.sub("", thought, count=1))).strip()
+    opening = _SUMMARY.search(thought)
+    closing = _SUMMARY_END.search(thought, opening.end()) if opening else None
+    if opening and closing:
+        thought = thought[: opening.start()].rstrip() + thought[closing.end() :].lstrip()
+    try:
+        thought = html.unescape(thought)
+    except ValueError:  # the number of a character with more digits than Python reads, which no interface wrote
+        pass
+    return _QUOTE.sub("", thought).strip()

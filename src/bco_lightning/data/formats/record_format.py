@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.source import RowFormat
+from bco_lightning.data.source import NO_FEEDBACK, RowFormat
 
-NO_FEEDBACK = "no feedback"
+__all__ = ["NO_ANSWER", "NO_FEEDBACK", "NO_PROMPT", "WITH_IMAGE", "Candidate", "RecordFormat"]
+
 NO_ANSWER = "no answer that holds text"
 NO_PROMPT = "answer without a prompt"
+WITH_IMAGE = "conversation with an image"
 
 
 @dataclass(frozen=True)

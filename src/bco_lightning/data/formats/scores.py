@@ -22,6 +22,7 @@ def rated_by(
     options: RowFormat,
     *,
     labelled: bool,
+    users: Mapping[str, Sequence[Any]] | None = None,
 ) -> Iterator[Candidate | LeftOut]:
     """The rows of one answer: one for each time that the chosen score was given.
 
@@ -31,20 +32,30 @@ def rated_by(
         place: File and line, for messages.
         options: The score is that of the rule of ratings, else that of ``columns.label``, else one of the usual names.
         labelled: Whether rows need a label.
+        users: Who gave each of the scores, where that is known: the other ratings of a row are then of the same user.
 
     Raises:
         FeedbackRowError: If there are scores, and none is chosen.
     """
-    given = scores.get(_chosen(scores, place, options), ()) if labelled else (None,)
+    chosen = _chosen(scores, place, options) if labelled else ""
+    given = scores.get(chosen, ()) if labelled else (None,)
     if not given:
         yield LeftOut(place, NO_FEEDBACK)
         return
     row = make_row()
+    by_user = {
+        name: {str(user): value for user, value in zip(givers, scores[name], strict=True) if user is not None}
+        for name, givers in (users or {}).items()
+    }
     for number, value in enumerate(given):
         if isinstance(row, LeftOut):
             yield row
             continue
-        ratings = {name: values[min(number, len(values) - 1)] for name, values in scores.items() if values}
+        user = users[chosen][number] if users and chosen in users else None
+        if user is None:
+            ratings = {name: values[min(number, len(values) - 1)] for name, values in scores.items() if values}
+        else:
+            ratings = {name: of[str(user)] for name, of in by_user.items() if str(user) in of}
         label = plain_number(value)
         yield Candidate(row, label, {**ratings, options.columns.label: label})
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.feedback_row import assembled, keys_of, shown, value_at
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_PROMPT
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_PROMPT, WITH_IMAGE
 from bco_lightning.data.messages import at_rated_turn, messages_in
 from bco_lightning.data.source import RowFormat
 from bco_lightning.errors import FeedbackRowError
@@ -19,6 +19,8 @@ _ROLE_OF = {
     "human": "user", "ai": "assistant", "system": "system", "tool": "tool",
 }  # fmt: skip
 _HISTORY = ("chat_history", "history")
+# Parts of a content, by OpenAI's two interfaces, Anthropic and LangChain.
+_IMAGES = ("image", "image_url", "input_image", "image_file")
 
 
 def traced_row(given: Any, answer: Any, place: str, options: RowFormat, tools: Any = None) -> FeedbackRow | LeftOut:
@@ -39,6 +41,8 @@ def traced_row(given: Any, answer: Any, place: str, options: RowFormat, tools: A
     if not any(_says_something(message) for message in said):
         return LeftOut(place, NO_ANSWER)
     asked = _found(given, "user", columns.prompt, "input", place)
+    if any(_has_image(message) for message in [*asked, *said]):
+        return LeftOut(place, WITH_IMAGE)
     num_trailing = 0
     if any(isinstance(message, Mapping) and message.get("role") == "user" for message in said):
         prompt, completion, num_trailing = at_rated_turn(messages_in(said, "output", place), "output", place)
@@ -144,6 +148,13 @@ def _call_in_openai_form(call: Any) -> Any:
         return call
     function = {"name": call.get("name"), "arguments": call["args"]}
     return {"type": "function", "id": call.get("id"), "function": function}
+
+
+def _has_image(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return isinstance(content, list) and any(
+        isinstance(part, Mapping) and part.get("type") in _IMAGES for part in content
+    )
 
 
 def _says_something(message: Any) -> bool:

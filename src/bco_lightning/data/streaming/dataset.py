@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
@@ -15,14 +14,13 @@ from bco_lightning.data.reading import ReadingOptions
 from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.streaming.block_cache import BlockCache
 from bco_lightning.data.streaming.index import StreamIndex
-from bco_lightning.data.streaming.scanning import DOWN, UP, outcomes_of
-from bco_lightning.data.streaming.source_rows import SourceRows
+from bco_lightning.data.streaming.scanning import DOWN, UNUSABLE, UP, outcomes_of
+from bco_lightning.data.streaming.substitutes import TRIES, Substitutes
 from bco_lightning.data.streaming.tally import Tally
 from bco_lightning.data.tokenization import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 
 MALFORMED = "malformed"
-_TRIES_BESIDE, _TRIES = 4, 100
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
     """The rows of an index by their number.
 
     Blocks are kept while they fit, only those rows of them that are drawn from. A row that turns out to be unusable
-    only now, since it is too long for instance, is replaced by another of its source (and class, where classes are
-    drawn apart), chosen by the seed and its number alone. It pickles to loader workers, which count together with it.
+    only now, since it is too long for instance, is replaced by another of its class, and mostly of its source, which the
+    seed and its number alone choose. It pickles to loader workers, which count together with it.
 
     Args:
         index: Where the rows are.
@@ -90,10 +88,10 @@ class StreamDataset(Dataset[dict[str, Any]]):
         self._row_tokenizer = RowTokenizer(self._tokenizer, self.options.limits, self.options.chat_template)
         self.parsers = [dialect.parser() for dialect in self.index.dialects]
         self._blocks = BlockCache(self.index, self._by_class, self._cache_bytes)
-        self._pools: list[list[SourceRows]] | None = None
+        self._substitutes = Substitutes(self.index, self.options.seed, self.flag_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        ours = ("parsers", "_row_tokenizer", "_blocks", "_pools")
+        ours = ("parsers", "_row_tokenizer", "_blocks", "_substitutes")
         return {name: value for name, value in self.__dict__.items() if name not in ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,7 +125,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
     def _usable(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         samples: list[dict[str, Any] | None] = [None] * len(numbers)
         asked = dict(enumerate(numbers))
-        attempt = 0
+        others: dict[int, Iterator[int]] = {}
         while asked:
             for at, outcome in zip(list(asked), self.outcomes(list(asked.values())), strict=True):
                 if isinstance(outcome, TokenizedRow):
@@ -135,8 +133,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
                     del asked[at]
                 else:
                     self._note(outcome)
-            attempt += 1
-            asked = {at: self._other_row(numbers[at], attempt) for at in asked}
+            asked = {at: next(others.setdefault(at, self._others(numbers[at]))) for at in asked}
         return [sample for sample in samples if sample is not None]
 
     def outcomes(self, numbers: Sequence[int]) -> list[Outcome]:
@@ -161,6 +158,17 @@ class StreamDataset(Dataset[dict[str, Any]]):
         """
         return self._blocks.find(number).place
 
+    def flag_of(self, number: int) -> int:
+        """``UP`` or ``DOWN`` by the label of a row; ``UNUSABLE`` if it has none that can be read.
+
+        Raises:
+            FeedbackRowError: If its file cannot be read any more.
+        """
+        if self.index.flags is not None:
+            return int(self.index.flags[number])
+        row = self._row(number)
+        return (UP if row.thumbs_up else DOWN) if isinstance(row, FeedbackRow) else UNUSABLE
+
     def replaced(self) -> dict[str, Counted]:
         """Rows that were unusable only when their turn came, by reason, here and in all loader workers."""
         return self._tally.counts()
@@ -181,26 +189,13 @@ class StreamDataset(Dataset[dict[str, Any]]):
         else:
             self._tally.add(MALFORMED, outcome.where)
 
-    def _other_row(self, number: int, attempt: int) -> int:
-        """Another row in the place of an unusable one: of the same block, which is at hand, or else of any."""
-        if attempt > _TRIES:
-            raise FeedbackRowError(
-                self.place_of(number),
-                f"expected a usable row in the place of this one, found {_TRIES} others that are not.",
-                "See which rows are left out and why: python -m bco_lightning inspect.",
-            )
-        rows = self._rows_like(number)
-        beside = rows.ranks_beside(number)
-        ranks = beside if attempt <= _TRIES_BESIDE and len(beside) > 1 else range(len(rows))
-        drawn = int(np.random.default_rng([self.options.seed, number, attempt]).integers(len(ranks)))
-        return rows.rows_at(np.array([ranks[drawn]]))[0]
-
-    def _rows_like(self, number: int) -> SourceRows:
-        if self._pools is None:
-            self._pools = self.index.pools(self._by_class)
-        flags = self.index.flags
-        pool = {UP: 0, DOWN: 1}[int(flags[number])] if self._by_class and flags is not None else 0
-        return self._pools[pool][self._blocks.find(number).source]
+    def _others(self, number: int) -> Iterator[int]:
+        yield from self._substitutes.of(number)
+        raise FeedbackRowError(
+            self.place_of(number),
+            f"expected a usable row in the place of this one, found {TRIES} others that are not.",
+            "See which rows are left out and why: python -m bco_lightning inspect.",
+        )
 
 
 def _as_sample(found: TokenizedRow) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class StreamIndex:
                 "expected false where only a sample of the rows was read, found true.",
                 "Leave out data.streaming_sample, so that the class of every row is known.",
             )
-        return [[self._source_rows(number, flag) for number in range(len(self.sources))] for flag in _flags(by_class)]
+        return [[self.source_rows(number, flag) for number in range(len(self.sources))] for flag in _flags(by_class)]
 
     def block_of(self, row: int) -> int:
         """Number of the block of a row."""
@@ -116,7 +116,12 @@ class StreamIndex:
             self.__dict__["first_rows"] = np.ascontiguousarray(self.blocks["first_row"])
         return self.__dict__["first_rows"]  # type: ignore[no-any-return]
 
-    def _source_rows(self, number: int, flag: int) -> SourceRows:
+    def source_of(self, row: int) -> int:
+        """Number of the source of a row."""
+        return int(self.blocks[self.block_of(row)]["source"])
+
+    def source_rows(self, number: int, flag: int) -> SourceRows:
+        """The rows of a source that are of a class (``UP``, ``DOWN``) where that is known, else all; 0 for any class."""
         start, stop = np.searchsorted(self.blocks["source"], [number, number + 1])
         blocks = self.blocks[start:stop]
         if self.flags is None:

@@ -75,15 +75,9 @@ class StreamOrder:
         return [row for _, _, row in sorted(drawn)]
 
     def _shares_of(self, pool: int) -> list[int]:
-        """How many rows each source gives to an epoch of a pool: by weight, at least one, and all of them together."""
-        total = self.steps_per_epoch * self._rows_per_step[pool]
-        wanted = np.array([rows.weight * len(rows) for rows in self._pools[pool]])
-        shares = wanted * (total / wanted.sum())
-        whole = np.maximum(np.floor(shares + 1e-9).astype(np.int64), wanted > 0)
-        for number in np.argsort(whole - shares, kind="stable")[: max(0, total - int(whole.sum()))]:
-            whole[number] += 1
-        whole[np.argmax(whole)] -= max(0, whole.sum() - total)
-        return [int(share) for share in whole]
+        """How many rows each source gives to an epoch of a pool, by weight."""
+        wanted = [rows.weight * len(rows) for rows in self._pools[pool]]
+        return shares_of(wanted, self.steps_per_epoch * self._rows_per_step[pool])
 
     def _rows_at(self, pool: int, epoch: int, places: Array) -> list[int]:
         plan = self._epoch(pool, epoch)
@@ -135,6 +129,24 @@ class StreamOrder:
     def _make_permutation(self, pool: int, epoch: int, lane: int, window: int, length: int) -> Array:
         generator = np.random.default_rng([self._seed, _WINDOW, pool, epoch, lane, window])
         return generator.permutation(length).astype(np.int32)
+
+
+def shares_of(wanted: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that add up to a total and are in proportion, by the largest remainders.
+
+    Whoever wants anything gets at least one, unless there are fewer than those who do.
+
+    Example:
+        >>> shares_of([5.0, 2.5, 2.5, 0.1, 0], 11), shares_of([0.1, 0.3, 0.2], 2)
+        ([5, 3, 2, 1, 0], [0, 1, 1])
+    """
+    exact = np.array(wanted) * (total / sum(wanted))
+    least = (exact > 0) & (np.count_nonzero(exact) <= total)
+    shares = np.maximum(np.floor(exact + 1e-9).astype(np.int64), least)
+    shares[np.argsort(shares - exact, kind="stable")[: max(0, total - int(shares.sum()))]] += 1
+    for _ in range(int(shares.sum()) - total):
+        shares[np.argmax(np.where(shares > least, shares - exact, -np.inf))] -= 1
+    return [int(share) for share in shares]
 
 
 def _between(first: Array, length: Array, start: int, stop: int) -> tuple[Array, Array]:
