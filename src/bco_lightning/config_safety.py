@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
-from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError
 
 ALLOWED_IMPORTS_VARIABLE = "BCO_ALLOWED_IMPORTS"
@@ -55,7 +54,7 @@ _SECRET_VALUE = re.compile(
     r"|\bgh[opsur]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bxox[abeprs]-[\w-]{10,}"
     r"|\bAIza[\w-]{30,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
     # A user name alone may be a token; before an account of Azure it is the name of a container.
-    r"|(?<!\b(?i:az))(?<!\b(?i:abfs))(?<!\b(?i:abfss))://[^\s/@]+@|://[^\s/@:]*:[^\s/@]*@"
+    r"|://(?<!\b(?i:az)://)(?<!\b(?i:abfs)://)(?<!\b(?i:abfss)://)[^\s/@]+@|://[^\s/@:]*:[^\s/@]*@"
     r"|[?&](?i:sig|signature|token|access_token|x-amz-signature|x-amz-security-token|x-goog-signature)=[^\s&]"
 )
 _MAY_NAME_CLASSES = ("strategy", "accelerator", "profiler")
@@ -355,7 +354,7 @@ def _refuse_places_outside(options: Namespace, chosen: Chosen) -> None:
         if read_only or path[-1] in ("class_path", "__path__") or not isinstance(leaf, (str, os.PathLike)):
             continue
         option, text = _STRUCTURE.sub("", ".".join(path)).rstrip("."), str(leaf)
-        by_user = any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
+        by_user = _is_by_user(option, text, chosen)
         if not by_user and path in _FROM_USER_ALONE:
             raise Refusal(
                 option,
@@ -372,6 +371,8 @@ def _refuse_places_outside(options: Namespace, chosen: Chosen) -> None:
 
 def _refuse_web_addresses(options: Namespace, chosen: Chosen) -> None:
     """Refuses data files on web servers: the machine may reach some that the config's author does not."""
+    from bco_lightning.data.remote import public_name  # loads what trains, which help texts do without
+
     for path, leaf in _leaves(options):
         if path[0] != "data" or path[-1] == "name" or not isinstance(leaf, str) or not _WEB_ADDRESS.match(leaf):
             continue

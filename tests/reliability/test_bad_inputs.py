@@ -455,14 +455,13 @@ ROWS_OF_RATINGS: dict[str, Case] = {
     "no rating": bad(without(stars(True), "stars"), "expected a rating 'stars', found none.", stars, rating=STARS),
     "rating is a word": unrated("five", '"five"'),
     "rating is a text": unrated(f"{SAID} it", "a text of 22 characters"),
-    "rating is null": unrated(None, "null"),
     "rating is true": unrated(True, "true"),
     "rating is a list": unrated([5], "a list of 1"),
     "rating beyond all floats": unrated(10**309 - 1, "another number"),
     "rating in an object that is none": bad(
         stars(True), "expected a rating 'feedback.score', found none.",
         lambda up: stars(up, feedback={"score": 5 * up}),
-        rating=Rating("feedback.score"),
+        rating=Rating("feedback.score", up=4, down=3),
     ),
     "rating of a CSV is NaN": Case(
         {"log.csv": f"prompt,completion,stars\n{SAID},{SAID},5\n{SAID},{SAID},nan\n{SAID},{SAID},1\n".encode()},
@@ -481,7 +480,7 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
         open_webui(data={"rating": 1, "details": {"rating": SAID}}),
         "expected a number as rating 'details.rating', found a text of 19 characters.",
         lambda up: open_webui(data={"rating": 1, "details": {"rating": 9 if up else 1}}),
-        rating=Rating("details.rating"),
+        rating=Rating("details.rating", up=4, down=3),
     ),
     "Open WebUI: thumb is a word": bad(
         open_webui(data={"rating": "great"}), f'{LABELS}"great".', open_webui
@@ -884,7 +883,7 @@ LOGS: dict[str, Case] = {
     "every pair of equal answers": bad_file(lines(pair(rejected=f"{SAID}!")), "train", NOTHING_LEFT.format(2)),
     "no rating of that name in an export": bad_file(
         array(open_webui()), "log.json:1", "expected a rating 'tone', found 'rating', 'details.rating', 'label'.",
-        "log.json", rating=Rating("tone"),
+        "log.json", rating=Rating("tone", up=4, down=3),
     ),
     "no feedback in an export": bad_file(
         array(open_webui(data={"rating": None})), "train", NOTHING_LEFT.format(1), "log.json"
@@ -910,7 +909,7 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
         "expected down below up, found 4 and 2.",
     ),
     "a rule whose bound is NaN": (
-        lambda: start("log.jsonl", rating=Rating(up=float("nan"))), "data.rating",
+        lambda: start("log.jsonl", rating=Rating(up=float("nan"), down=3)), "data.rating",
         "expected down below up, found 3 and nan.",
     ),
     "a rule of no such name": (
@@ -1047,6 +1046,8 @@ COUNTED: dict[str, Counts] = {
     "a rating in the band between": aside(
         stars(True, stars=3), "rating between thumbs-up and thumbs-down", stars, rating=STARS
     ),
+    "a rating that is null": aside(stars(True, stars=None), NO_FEEDBACK, stars, rating=STARS),
+    "a rating that is an empty cell": aside(stars(True, stars=""), NO_FEEDBACK, stars, rating=STARS),
     "a rating that nobody touched": aside(
         stars(True, stars=3), "rating left at its default", stars, rating=Rating("stars", 4, 2, {"stars": 3})
     ),
@@ -1234,6 +1235,10 @@ TYPED: dict[str, tuple[Case, list[str]]] = {
     "no rating of that name": (
         Case({"log.jsonl": LOG}, "log.jsonl:1", "expected a rating 'tone', found none."),
         ["--data.rating.column=tone", "--data.rating.up=4", "--data.rating.down=2"],
+    ),
+    "a rule without its limits": (
+        Case({"log.jsonl": LOG}, "data.rating", "expected both up and down, found no up and down."),
+        ["--data.rating.column=stars"],
     ),
     "a broken record of an export": (ROWS_OF_EXPORTS["Langfuse: input is a number"], []),
     "a cell less": (ROWS_OF_TABLES["CSV: a cell less"], []),

@@ -10,10 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.readers import read_records
+from bco_lightning.data.table_reading import batch_rows
 from bco_lightning.data.tokenization import LengthLimits, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
@@ -81,6 +85,27 @@ def test_a_malformed_line_is_refused_quickly_and_in_little_memory(trials: Trials
                 start(log)
             assert caught.value.where == f"{log}:{line}"
             log.unlink()
+
+
+def test_one_long_text_that_is_stored_once_does_not_fill_the_memory(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["q"], "completion": ["a"], "label": [True]}), tmp_path / "warm.parquet")
+    list(read_records(str(tmp_path / "warm.parquet"), None))
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array(["x" * 20_000_000]))
+    table, log = pa.table({"prompt": texts, "label": [True] * 256}), tmp_path / "log.parquet"
+    pq.write_table(table, log, compression="zstd", store_schema=False, write_statistics=False)
+    del texts, table
+    pa.default_memory_pool().release_unused()
+    assert log.stat().st_size < 4096
+    with within(seconds=10.0, megabytes=200):
+        found = [str(error) for _, error in read_records(str(log), None) if isinstance(error, FeedbackRowError)]
+    assert found == [f"{log}:{row}: expected a row of at most 4 MiB, found a longer one." for row in range(1, 257)]
+
+
+def test_long_texts_of_which_few_repeat_are_still_read_many_rows_at_a_time(tmp_path: Path) -> None:
+    log = tmp_path / "log.parquet"
+    pq.write_table(pa.table({"prompt": [f"{row} " * 1000 for row in range(2000)]}), log)
+    with log.open("rb") as file:
+        assert batch_rows(file, pq.ParquetFile(log).metadata.row_group(0)) >= 8
 
 
 MANY = [{"role": role, "content": "hm"} for _ in range(5_000) for role in ("user", "assistant")]

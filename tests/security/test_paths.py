@@ -213,3 +213,33 @@ def test_a_config_cannot_say_where_rows_are_found(
     config.write_text(yaml.safe_dump({"data": {"train_files": "log.jsonl", "cache_folder": folder}}))
     assert main(["fit", "--config", str(config), "--model.name_or_path=x"]) == 2
     assert "error: data.cache_folder: expected it on the command line alone" in capsys.readouterr().err
+
+
+ADDRESS = "http://169.254.0.1/a.jsonl"
+
+
+@pytest.mark.parametrize(
+    "files", [ADDRESS, [ADDRESS], [{"path": ADDRESS, "name": "web"}], [{"path": ADDRESS.replace("http", "HTTPS")}]]
+)
+@pytest.mark.parametrize("option", ["train_files", "predict_files"])
+def test_a_config_cannot_name_files_on_a_web_server(
+    outside: Path, capsys: pytest.CaptureFixture[str], option: str, files: Any
+) -> None:
+    write_config({"data": {option: files}}, outside)
+    assert main(["predict", "--config=config.yaml", "--model.name_or_path=x"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"error: data.{option}: expected files of this machine or of a storage service, found 'http"
+        in error.replace("HTTPS", "https")
+    )
+    assert f"give this one on the command line: --data.{option}=ADDRESS" in error
+
+
+@pytest.mark.parametrize("value", [ADDRESS, f"[{ADDRESS}]", f"[{{path: '{ADDRESS}', weight: 2}}]"])
+def test_the_command_line_may_name_files_on_a_web_server(
+    outside: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    write_config({"data": {"train_files": "s3://bucket/a.jsonl", "validation_files": "gs://bucket/a.jsonl"}}, outside)
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config=config.yaml", "--model.name_or_path=x", f"--data.train_files={value}", "--print_config"])
+    assert caught.value.code == 0

@@ -183,6 +183,8 @@ def test_a_secret_that_is_written_down_is_refused_and_not_shown(
         "trainer: {callbacks: {monitor: val/loss, key: x, primary_key: id, keyboard: us, secretary: Ann}}",
         "model: {name_or_path: hf-internal/task-sk-learn-model-of-feedback-2024, revision: akia}",
         "data: {train_files: 'hub:owner/name@train', columns: {label: password}}",
+        "data: {train_files: ['abfs://box@account.host/*.jsonl', 'abfss://box@account.host/a', 'az://box@account/a']}",
+        "data: {train_files: 'https://host/a.jsonl?download=true&page=2'}",
         "ckpt_path: 'https://host.invalid/x.ckpt#sha256=0123456789abcdef0123456789abcdef'",
     ],
 )
@@ -198,6 +200,28 @@ def test_known_kinds_of_tokens_are_recognized_under_any_key(value: str) -> None:
         load_yaml(yaml.safe_dump({"a": {"b": [f"x {value} y"]}}))
     assert caught.value.user_error.where == "a.b.0"
     assert value not in str(caught.value.user_error)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host/a.jsonl?X-Amz-Date=1&X-Amz-Signature=@", "https://host/a.jsonl?sv=2&sig=@",
+        "https://host/a.jsonl?token=@", "https://host/a.jsonl?Signature=@", "https://host/a.jsonl?X-Goog-Signature=@",
+        "s3://KEY:@@bucket/a.jsonl", "abfs://me:@@account.host/a.jsonl",
+    ],
+)  # fmt: skip
+def test_an_address_that_grants_access_is_refused_and_not_shown(
+    url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Two @ stand for a secret before an @.
+    url = url.replace("@", LETTERS[:12], 1)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"train_files": [{"path": url}]}}))
+    for arguments in (["--config=config.yaml"], [f"--data.train_files={url}"], ["--data.train_files", url]):
+        status, said = outcome(["inspect", *arguments, "--model.name_or_path=x"], capfd)
+        assert status == 2
+        assert b"data.train_files" in said["stderr"]
+        assert b"expected no secret in a config file or on the command line" in said["stderr"]
+        assert found_in(said, [LETTERS[:12]]) == []
 
 
 @pytest.mark.promise(

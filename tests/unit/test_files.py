@@ -372,9 +372,25 @@ def test_a_server_that_is_not_there_is_named() -> None:
         (f"https://me:{SECRET}@host/a.jsonl?X-Amz-Signature={SECRET}#x", "https://host/a.jsonl"),
         (f"s3://bucket/a.jsonl?token={SECRET}", "s3://bucket/a.jsonl"),
         ("s3://bucket/a?.jsonl", "s3://bucket/a?.jsonl"),
+        (f"s3://KEY:{SECRET}@bucket/a.jsonl", "s3://bucket/a.jsonl"),
+        (f"gs://{SECRET}@bucket/a.jsonl", "gs://bucket/a.jsonl"),
+        ("abfs://box@account.host/a.jsonl", "abfs://box@account.host/a.jsonl"),
+        (f"abfs://me:{SECRET}@account.host/a.jsonl", "abfs://account.host/a.jsonl"),
         ("hf://datasets/owner/name@main/a.jsonl", "hf://datasets/owner/name@main/a.jsonl"),
         ("logs/a?b=c.jsonl", "logs/a?b=c.jsonl"),
     ],
 )
 def test_a_name_that_may_be_shown_grants_no_access(path: str, name: str) -> None:
     assert public_name(path) == name
+
+
+@pytest.mark.parametrize("text", ['{"path": "a.jsonl", "weight": 2}', "[{path: a.jsonl}]", " {path: a.jsonl}"])
+def test_text_that_is_a_source_in_yaml_is_no_file_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected a file name, found text that looks like YAML\. Put .* in a list"):
+        expand(text)
+
+
+def test_a_glob_may_begin_with_a_bracket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert expand("[ab].jsonl") == ["a.jsonl"]

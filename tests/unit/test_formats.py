@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +91,22 @@ def test_no_other_export_claims_a_record(file: str, name: str) -> None:
 
 def test_a_format_that_is_named_is_taken() -> None:
     assert format_of({"chosen": "a", "rejected": "b"}, RowFormat("unpaired")) is FORMATS["unpaired"]
+
+
+def test_a_record_that_is_a_rated_row_and_a_pair_asks_for_the_format() -> None:
+    both = {"prompt": "a", "completion": "b", "label": True, "chosen": "c", "rejected": "d"}
+    with pytest.raises(ConfigError, match=r"^data\.format: expected rated rows or pairs, found .* columns of both"):
+        list(RecordParser(RowFormat()).candidates(both, "x:1"))
+    assert [len(list(RecordParser(RowFormat(name)).candidates(both, "x:1"))) for name in ("unpaired", "paired")] == [
+        1,
+        2,
+    ]
+
+
+def test_pairs_with_the_chosen_conversation_beside_them_are_pairs() -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    record = {"prompt": "a", "chosen": talk, "rejected": [talk[0], {**talk[1], "content": "c"}], "messages": talk}
+    assert format_of(record, RowFormat()) is FORMATS["paired"]
 
 
 def test_a_record_like_no_other_is_refused_by_the_names_of_its_columns() -> None:
@@ -223,6 +240,29 @@ def test_a_tree_of_messages_that_runs_in_a_circle_is_left_out() -> None:
     assert outcome == LeftOut("x:1", "rated message is not in the snapshot")
 
 
+@pytest.mark.parametrize("text", [
+    '<details type="reasoning">', '<details type="reasoning"', '<details type="reasoning"><summary>', "<summary>",
+])  # fmt: skip
+def test_thoughts_that_do_not_end_take_no_longer_than_others(text: str) -> None:
+    _, record = records("open_webui.json")[0]
+    messages = record["snapshot"]["chat"]["chat"]["history"]["messages"]
+    thought = f'<details type="reasoning">{text * 30_000}</details>' if text == "<summary>" else text * 15_000
+    messages[record["meta"]["message_id"]]["content"] = f"{thought} So it is."
+    started = time.process_time()
+    assert len(list(RecordParser(RowFormat()).candidates(record, "x:1"))) == 1
+    assert time.process_time() - started < 1
+
+
+def test_an_escape_with_too_many_digits_is_left_as_it_is() -> None:
+    _, record = records("open_webui.json")[0]
+    messages, escape = record["snapshot"]["chat"]["chat"]["history"]["messages"], f"&#{'1' * 5000};"
+    content = f'<details type="reasoning">{escape}</details>Yes.'
+    messages[record["meta"]["message_id"]]["content"] = content
+    [item] = RecordParser(RowFormat()).candidates(record, "x:1")
+    assert isinstance(item, Candidate)
+    assert item.row.completion == [{"role": "assistant", "content": "Yes.", "reasoning_content": escape}]
+
+
 # --- Langfuse
 
 
@@ -296,6 +336,42 @@ def test_langsmith_means_follow_a_rule() -> None:
     assert [row.thumbs_up for row in rows("langsmith_runs.jsonl", options)] == [True, True, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("stat", "outcome"),
+    [
+        ({"n": 2, "avg": 0.0, "min": -1.0, "max": 1.0}, "mean of several users' feedback"),
+        ({"n": 2, "avg": 0.0}, "mean of several users' feedback"),
+        ({"n": 2, "avg": 0.0, "min": 0.0, "max": 0.0}, False),
+        ({"n": 1, "avg": 1.0}, True),
+    ],
+)
+def test_a_mean_of_different_thumbs_is_none(stat: dict[str, Any], outcome: bool | str) -> None:
+    _, run = records("langsmith_runs.jsonl")[4]
+    run["feedback_stats"] = {"user-score": stat}
+    parser = RecordParser(RowFormat())
+    [item] = parser.candidates(run, "x:1")
+    if isinstance(item, Candidate):
+        row = parser.rated(item)
+        assert isinstance(row, FeedbackRow)
+        assert row.thumbs_up is outcome
+    else:
+        assert item == LeftOut("x:1", str(outcome))
+
+
+IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png,x"}}]
+
+
+@pytest.mark.parametrize("message", [{"role": "user", "content": IMAGE}, {"type": "human", "content": IMAGE}])
+def test_traces_of_conversations_with_an_image_are_left_out(message: dict[str, Any]) -> None:
+    run = {"inputs": {"messages": [message]}, "outputs": {"output": "A cat."}, "run_type": "llm", "feedback": [
+        {"key": "user-score", "score": 1}]}  # fmt: skip
+    trace = {"input": [message], "output": "A cat.", "traceId": "t", "scores": [{"name": "user-feedback", "value": 1}]}
+    for record in (run, trace):
+        assert list(RecordParser(RowFormat()).candidates(record, "x:1")) == [
+            LeftOut("x:1", "conversation with an image")
+        ]
+
+
 # --- Argilla
 
 
@@ -310,6 +386,21 @@ def test_argilla_ratings_follow_a_rule_per_annotator() -> None:
     options = RowFormat(rating=Rating("quality", up=4, down=2))
     assert [row.thumbs_up for row in rows("argilla.json", options)] == [True, False]
     assert reasons("argilla.json", options) == {"rating between thumbs-up and thumbs-down": 1, "no feedback": 1}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_argilla_ratings_of_one_row_are_of_one_annotator(flat: bool) -> None:
+    given = {"tone": {"ann": 5, "bob": 1}, "quality": {"bob": 5, "ann": 5}}
+    fields = {"prompt": "a", "completion": "b"}
+    columns = {f"{name}.responses": list(by.values()) for name, by in given.items()}
+    users = {f"{name}.responses.users": list(by) for name, by in given.items()}
+    responses = {name: [{"value": value, "user_id": user} for user, value in by.items()] for name, by in given.items()}
+    record = {**fields, **columns, **users} if flat else {"fields": fields, "responses": responses}
+    rule = Rating("quality", up=4, down=2, untouched={"tone": 5, "quality": 5})
+    bob, ann = RecordParser(RowFormat("argilla", rating=rule)).candidates(record, "x:1")
+    assert isinstance(bob, Candidate)
+    assert (bob.ratings["tone"], bob.ratings["quality"]) == (1, 5)
+    assert ann == LeftOut("x:1", "rating left at its default")
 
 
 def test_argilla_drafts_and_discarded_responses_are_no_feedback() -> None:
@@ -353,6 +444,40 @@ def test_chainlit_feedback_on_what_is_no_answer_is_counted() -> None:
         LeftOut("x:1", "no answer that holds text"),
         LeftOut("x:1", "feedback on something that is no answer"),
     ]
+
+
+def chainlit_outcomes(thread: dict[str, Any]) -> list[bool | str | None]:
+    parser = RecordParser(RowFormat())
+    outcomes: list[bool | str | None] = []
+    for item in parser.candidates(thread, "x:1"):
+        assert not isinstance(item, FeedbackRowError)
+        row = item if isinstance(item, LeftOut) else parser.rated(item)
+        outcomes.append(row.reason if isinstance(row, LeftOut) else row.thumbs_up)
+    return outcomes
+
+
+def chainlit_thread(**feedback: Any) -> dict[str, Any]:
+    """Two answers whose steps have no ids; ``first`` and ``second`` are their feedback."""
+    kinds = {
+        "ask": "user_message",
+        "first": "assistant_message",
+        "again": "user_message",
+        "second": "assistant_message",
+    }
+    steps = [{"type": kind, "output": name, "feedback": feedback.get(name)} for name, kind in kinds.items()]
+    return {"userId": "u", "steps": steps}
+
+
+def test_chainlit_feedback_in_a_step_without_an_id_is_of_that_step() -> None:
+    assert chainlit_outcomes(chainlit_thread(second={"value": 1})) == ["no feedback", True]
+
+
+def test_chainlit_feedback_that_stands_twice_is_one_row() -> None:
+    thumb = {"id": "f1", "forId": "s1", "value": 1}
+    thread = chainlit_thread(first=thumb)
+    thread["steps"][1]["id"] = "s1"
+    thread["feedbacks"] = [thumb, {**thumb, "id": "f2", "value": 0}]
+    assert chainlit_outcomes(thread) == [True, False, "no feedback"]
 
 
 @pytest.mark.parametrize("text", [" Rooibos?\n", "\tindented"])

@@ -105,7 +105,7 @@ def test_tools_are_for_both() -> None:
 
 def test_a_rule_of_ratings_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^data\.rating: expected no rule of ratings for pairs, found one"):
-        parse({"prompt": "a", "chosen": "b", "rejected": "c"}, RowFormat(rating=Rating("score")))
+        parse({"prompt": "a", "chosen": "b", "rejected": "c"}, RowFormat(rating=Rating("score", up=4, down=3)))
 
 
 @pytest.mark.parametrize(

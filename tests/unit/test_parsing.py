@@ -145,7 +145,7 @@ def check(name: str, options: RowFormat, given_record: dict[str, Any]) -> None:
 
 
 def options_for(name: str) -> RowFormat:
-    return RowFormat(name, rating=Rating("interesting") if name == "chitchat" else None)  # type: ignore[arg-type]
+    return RowFormat(name, rating=Rating("interesting", up=4, down=3) if name == "chitchat" else None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from bco_lightning.batch import LeftOut
-from bco_lightning.data.source import RATING_PRESETS, Rating, Source, chosen_rating
+from bco_lightning.data.feedback_row import Columns
+from bco_lightning.data.source import RATING_PRESETS, Rating, RowFormat, Source, chosen_rating
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 BETWEEN = LeftOut("x:1", "rating between thumbs-up and thumbs-down")
@@ -43,15 +44,31 @@ def test_only_rows_in_which_nothing_was_touched_are_left_out() -> None:
     assert thumb(rule, a=5) is True
 
 
-@pytest.mark.parametrize("value", [True, None, "5", [5], {}, float("nan"), float("inf"), 10**309, -(10**309)])
+@pytest.mark.parametrize("value", [True, "5", [5], {}, float("nan"), float("inf"), 10**309, -(10**309)])
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     with pytest.raises(FeedbackRowError, match=r"^x:1: expected a number as rating 'label', found "):
-        thumb(Rating(), label=value)
+        thumb(Rating(up=4, down=3), label=value)
+
+
+@pytest.mark.parametrize("value", [None, "", " "])
+def test_a_rating_that_was_not_given_is_no_feedback(value: Any) -> None:
+    assert thumb(Rating(up=4, down=2), label=value) == LeftOut("x:1", "no feedback")
+
+
+@pytest.mark.parametrize(("limits", "missing"), [({}, "up and down"), ({"up": 4.0}, "down"), ({"down": 3.0}, "up")])
+def test_no_limit_of_a_rule_is_guessed(limits: dict[str, float], missing: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^data\.rating: expected both up and down, found no {missing}\. "):
+        Rating("stars", **limits)
+
+
+def test_a_rule_and_a_map_of_labels_are_not_both_taken() -> None:
+    with pytest.raises(ConfigError, match=r"expected either data\.rating or data\.columns\.thumbs .*, found both"):
+        RowFormat(columns=Columns(thumbs={"5": "down"}), rating=Rating(up=4, down=2))
 
 
 def test_a_rating_that_is_not_there_is_named() -> None:
     with pytest.raises(FeedbackRowError, match=r"expected a rating 'tone', found none\. Name .* data\.rating\.column"):
-        thumb(Rating("tone"), label=5)
+        thumb(Rating("tone", up=4, down=3), label=5)
 
 
 @pytest.mark.parametrize(("up", "down"), [(3, 3), (2, 4), (float("nan"), 1)])
@@ -66,7 +83,7 @@ def test_helpsteer2_takes_full_helpfulness_alone_for_a_thumb_up(helpfulness: int
 
 
 def test_a_preset_is_chosen_by_name() -> None:
-    rule = Rating("tone")
+    rule = Rating("tone", up=4, down=3)
     assert chosen_rating(rule) is rule
     assert chosen_rating(None) is None
     assert chosen_rating("helpsteer2") is RATING_PRESETS["helpsteer2"]
@@ -83,3 +100,10 @@ def test_a_source_goes_by_its_name_or_its_path() -> None:
 def test_a_weight_is_a_number_above_0(weight: float) -> None:
     with pytest.raises(ConfigError, match=r"expected a weight above 0 for 'a\.jsonl', found"):
         Source("a.jsonl", weight=weight)
+
+
+def test_a_bad_weight_does_not_show_what_grants_access() -> None:
+    with pytest.raises(ConfigError, match=r"for 'https://host/a\.jsonl', found 0") as caught:
+        Source("https://me:word@host/a.jsonl?token=sesame", weight=0)
+    assert "word" not in str(caught.value)
+    assert "sesame" not in str(caught.value)

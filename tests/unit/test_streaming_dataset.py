@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,98 @@ def test_the_other_row_depends_on_the_seed_and_the_number_alone(tmp_path: Path) 
     assert [sample["row_id"] for sample in dataset(other).__getitems__(range(300))] != together
 
 
-def test_with_balanced_sampling_the_other_row_is_of_the_same_class(tmp_path: Path) -> None:
-    data = dataset(streamed(long_log(tmp_path), limits=DROP), balanced=True)
-    for number, sample in enumerate(data.__getitems__(range(300))):
-        assert sample["thumbs_up"] is (number % 3 > 0)
+@pytest.mark.parametrize(("sample", "balanced"), [(None, True), (None, False), (50, False)])
+def test_the_other_row_is_of_the_same_class(sample: int | None, balanced: bool, tmp_path: Path) -> None:
+    data = dataset(streamed(long_log(tmp_path), sample=sample, limits=DROP), balanced=balanced)
+    for number, found in enumerate(data.__getitems__(range(300))):
+        assert found["thumbs_up"] is (number % 3 > 0)
+
+
+@pytest.mark.parametrize("sample", [None, 500])
+def test_the_other_row_is_of_a_rare_class_too_and_of_another_block(sample: int | None, tmp_path: Path) -> None:
+    rows = [{**row, "label": n % 100 == 0} for n, row in enumerate(records(3000))]
+    for n in range(0, 512, 100):
+        rows[n]["completion"] = "long " * 40
+    data = dataset(streamed(write_jsonl(tmp_path / "log.jsonl", rows), sample=sample, limits=DROP))
+    found = data.__getitems__(range(0, 512, 100))
+    assert all(row["thumbs_up"] and row["row_id"] > 512 for row in found)
+
+
+@pytest.mark.parametrize("sample", [None, 1000])
+def test_where_a_source_has_no_usable_row_of_a_class_the_other_row_is_of_another_source(
+    sample: int | None, tmp_path: Path
+) -> None:
+    rows = [{**row, "completion": "long " * 40} if row["label"] else row for row in records(30)]
+    paths = write_jsonl(tmp_path / "long.jsonl", rows), write_jsonl(tmp_path / "other.jsonl", records(30))
+    data = dataset(streamed(*paths, sample=sample, limits=DROP))
+    for number, found in enumerate(data.__getitems__(range(30))):
+        assert found["thumbs_up"] is (number % 3 > 0)
+        assert found["source"] == (number % 3 > 0)
+
+
+def test_of_a_row_without_a_class_the_other_row_is_usable(tmp_path: Path) -> None:
+    rows = [{**row, "label": None} if n == 7 else row for n, row in enumerate(records(300))]
+    path = write_jsonl(tmp_path / "log.jsonl", rows)
+    for sample in (None, 20):
+        found = streamed(path, sample=sample, bad_rows="skip", max_bad_rows=1.0)
+        assert dataset(found)[7]["row_id"] != 7
+
+
+def half_long(folder: Path, every: int) -> str:
+    """Of 1200 rows, half of them thumbs-up, each of these whose number is a multiple is too long."""
+    rows = [{**row, "label": n % 2 == 0} for n, row in enumerate(records(1200))]
+    for row in rows[::every]:
+        row["completion"] = "long " * 40
+    return write_jsonl(folder / "log.jsonl", rows)
+
+
+@pytest.mark.parametrize("sample", [None, 1200])
+def test_the_classes_of_steps_are_those_that_the_class_weights_are_made_of(sample: int | None, tmp_path: Path) -> None:
+    rows = streamed(half_long(tmp_path, 4), sample=sample, limits=DROP)
+    up, down = rows.class_counts
+    assert (up, down) == (600, 600)
+    order, data = rows.order(8, balanced=False, shuffle_buffer=100), dataset(rows)
+    drawn = [row for step in range(order.steps_per_epoch) for row in order.rows_of_step(step)]
+    assert sum(row["thumbs_up"] for row in data.__getitems__(drawn)) == 600
+
+
+def test_rows_are_tokenized_in_advance_to_say_how_many_of_a_class_will_be_replaced(tmp_path: Path) -> None:
+    assert str(streamed(half_long(tmp_path, 4), limits=DROP)).splitlines()[1:] == [
+        f"  of 600 thumbs-up drawn evenly, 50.0% will be replaced by others of their class: {COMPLETION_TOO_LONG}: 300"
+    ]
+    assert len(str(streamed(half_long(tmp_path, 2000))).splitlines()) == 1
+
+
+def test_of_a_rare_class_and_a_long_log_as_many_rows_are_tokenized_in_advance(tmp_path: Path) -> None:
+    rows = [{**row, "label": n % 20 == 0} for n, row in enumerate(records(12_000))]
+    for row in rows[:6000]:
+        row["completion"] = "long " * 40
+    lines = str(streamed(write_jsonl(tmp_path / "log.jsonl", rows), limits=DROP)).splitlines()[1:]
+    assert lines[0].startswith("  of 600 thumbs-up drawn evenly, 50.0% ")
+    assert lines[1].startswith("  of 1024 thumbs-down drawn evenly, 50.0% ")
+
+
+@pytest.mark.parametrize("sample", [None, 600, 1200])
+def test_a_class_without_a_usable_row_is_refused_with_reason_and_remedy(sample: int | None, tmp_path: Path) -> None:
+    path = half_long(tmp_path, 2)
+    with pytest.raises(FeedbackRowError) as caught:
+        streamed(path, sample=sample, limits=DROP)
+    assert caught.value.where == path
+    assert caught.value.problem.startswith("expected usable rows of both classes, found none among ")
+    assert f" thumbs-up drawn evenly ({COMPLETION_TOO_LONG}: " in caught.value.problem
+    assert caught.value.remedy.startswith("Raise data.max_length")
+    assert ("data.streaming_sample" in caught.value.remedy) is (sample == 600)
+
+
+def test_a_row_that_no_template_takes_stops_a_strict_run_before_its_first_step(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{% if m.content == 'p7' %}{{ raise_exception('no') }}{% endif %}"
+                        "{{ m.role }}: {{ m.content }}\n{% endfor %}")  # fmt: skip
+    path = write_jsonl(tmp_path / "log.jsonl", records(20))
+    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:8: "):
+        streamed(path, chat_template=str(template))
+    found = streamed(path, chat_template=str(template), bad_rows="skip")
+    assert "of 13 thumbs-up drawn evenly, 7.7% will be replaced by others of their class: malformed: 1" in str(found)
 
 
 def test_the_other_row_is_of_the_same_source(tmp_path: Path) -> None:
@@ -148,9 +237,10 @@ def test_where_a_whole_block_is_unusable_the_other_row_is_of_another(tmp_path: P
 
 
 def test_where_no_row_is_usable_it_ends_with_words(tmp_path: Path) -> None:
-    rows = streamed(long_log(tmp_path, every=1), limits=DROP)
-    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:8: expected a usable row .* found 100 others"):
-        dataset(rows)[7]
+    rows = streamed(long_log(tmp_path, every=1))
+    data = StreamDataset(rows.index, byte_tokenizer(), reading_options(DROP))
+    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:8: expected a usable row .* found 1000 others"):
+        data[7]
 
 
 def malformed_log(folder: Path) -> str:
@@ -365,10 +455,12 @@ def test_options_that_need_all_rows_at_once_are_refused(tmp_path: Path) -> None:
         streamed(path, sample=0)
 
 
-def test_another_process_of_the_node_has_the_same_rows(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "log.jsonl", records(100))
-    rows = streamed(path)
-    shared = StreamedRows.shared(rows.told(), rows.index.sources, rows.options)
+@pytest.mark.parametrize("sample", [None, 1200])
+def test_another_process_of_the_node_has_the_same_rows(sample: int | None, tmp_path: Path) -> None:
+    path = half_long(tmp_path, 4)
+    rows = streamed(path, sample=sample, limits=DROP)
+    assert rows.class_counts == (600, 600)
+    shared = StreamedRows.shared(json.loads(json.dumps(rows.told())), rows.index.sources, rows.options)
     assert (shared.digest, shared.class_counts, shared.counts) == (rows.digest, rows.class_counts, rows.counts)
     assert dataset(shared).__getitems__(range(100)) == dataset(rows).__getitems__(range(100))
 

@@ -6,8 +6,14 @@ import gc
 import json
 import os
 import pickle
+import resource
 import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ from bco_lightning.data.streaming.record_files import record_file
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from tests.conftest import write_jsonl
 from tests.reliability.test_bounded_memory import open_files_in
+from tests.reliability.tiny_run import finish, start
 
 RECORDS = [{"prompt": f"p{n}", "completion": f"c{n} " * (n % 5 + 1), "label": n % 3 > 0} for n in range(700)]
 
@@ -294,6 +301,35 @@ def write_groups(path: Path, *groups: list[Any]) -> None:
             writer.write_table(pa.Table.from_pylist(group, schema))
 
 
+def test_few_bytes_of_parquet_that_say_a_long_text_again_and_again_take_little_memory(tmp_path: Path) -> None:
+    answer, folder = pa.array(["a" * 20_000_000]), tmp_path / "child"
+    paths = [tmp_path / f"{rows}.parquet" for rows in (256, 30_000)]
+    for path in paths:
+        rows = int(path.stem)
+        columns = {
+            "prompt": pa.array(["p"] * rows),
+            "completion": pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), answer),
+            "label": pa.array([True] * rows),
+        }
+        pq.write_table(pa.table(columns), path, compression="zstd", store_schema=False)
+        assert path.stat().st_size < 3000
+    [[malformed, stopped_at, growth]] = finish(start(_growth, *map(str, paths), folder=folder), folder)
+    assert malformed == 256
+    assert stopped_at == f"{paths[1]}:1"
+    assert growth < 400
+
+
+def _growth(few_rows: str, many_rows: str) -> list[Any]:
+    """Malformed rows of one file, the first one of another, and by how many MB memory peaked."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    formats = [RowFormat("unpaired")]
+    counts = build(few_rows, formats=formats, bad_rows=BadRows("skip", 1.0), processes=1).counts
+    with pytest.raises(FeedbackRowError) as caught:
+        build(many_rows, formats=formats, processes=1)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return [counts.malformed.count, caught.value.where, growth]
+
+
 def damaged_parquet() -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(RECORDS), sink)
@@ -435,3 +471,88 @@ def test_a_file_that_became_shorter_is_read_as_it_is_now(tmp_path: Path) -> None
     Path(path).write_text(Path(path).read_text()[:-30])
     with pytest.raises(FeedbackRowError, match=r"log\.jsonl:6: expected one JSON object per line"):
         build(path)
+
+
+class WholeFiles(SimpleHTTPRequestHandler):
+    """What ``python -m http.server`` is; it takes no notice of byte ranges."""
+
+    sent = 0
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        while part := source.read(2**16):
+            outputfile.write(part)
+            WholeFiles.sent += len(part)
+
+
+class Parts(WholeFiles):
+    """The same with byte ranges."""
+
+    def do_GET(self) -> None:
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        content = Path(self.translate_path(self.path)).read_bytes()
+        part = content[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@contextmanager
+def served(handler: type[SimpleHTTPRequestHandler], folder: Path) -> Iterator[str]:
+    """The address of an HTTP server of a folder."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_file_of_a_web_server_is_read_in_parts(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_lines, "PIECE_BYTES", 5000)
+    write_jsonl(tmp_path / "log.jsonl", RECORDS)
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "log.parquet")
+    with served(Parts, tmp_path) as address:
+        index = build(f"{address}/log.{suffix}", processes=1)
+        assert [record for _, record in places(index)] == RECORDS
+
+
+@pytest.mark.parametrize("read_rows", [True, False])
+def test_a_web_server_that_gives_whole_files_alone_is_refused_before_it_has_sent_one(
+    read_rows: bool, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "log.jsonl", [{"prompt": "p" * 10_000, "completion": "c", "label": True}] * 3000)
+    WholeFiles.sent = 0
+    with served(WholeFiles, tmp_path) as address, pytest.raises(FeedbackRowError) as caught:
+        build(f"{address}/log.jsonl?signature=secret", read_rows=read_rows, processes=1)
+    assert str(caught.value) == (
+        f"{address}/log.jsonl: expected a server that gives parts of files with data.streaming, found one that gives "
+        "whole files. Download the file, or set data.streaming: false."
+    )
+    assert WholeFiles.sent < 20e6
+
+
+def test_a_web_server_that_tells_no_size_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b"")
+    with (
+        served(Parts, tmp_path) as address,
+        pytest.raises(FeedbackRowError, match=r"expected a server that gives parts .* whose size it does not tell"),
+    ):
+        build(f"{address}/log.jsonl")
+
+
+def test_a_remote_file_of_another_length_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/logs/b.jsonl", LOGS["ordinary"])
+    monkeypatch.setattr(
+        "fsspec.implementations.memory.MemoryFileSystem.cat_file", lambda *_, **__: LOGS["ordinary"] * 2
+    )
+    with pytest.raises(FeedbackRowError, match=rf"found {2 * len(LOGS['ordinary'])} bytes instead of"):
+        build("memory://logs/b.jsonl", processes=1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bco_lightning.data.sampling import StepBatchSampler
 from bco_lightning.data.streaming.blocks import BLOCK
-from bco_lightning.data.streaming.order import StreamOrder
+from bco_lightning.data.streaming.order import StreamOrder, shares_of
 from bco_lightning.data.streaming.source_rows import SourceRows
 
 
@@ -71,6 +71,32 @@ def test_weights_are_passes_in_an_epoch_and_each_source_is_shown_evenly(
     expected = 4 * weight * sum(other)
     whole = sum(times.values()) / (4 * (num_one + weight * sum(other)))  # rows that fill up the last step
     assert abs(sum(times[row] for row in range(num_one, num_one + sum(other))) - whole * expected) <= 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.just(0.0) | st.floats(1e-3, 1e6), min_size=1, max_size=80).filter(any), st.integers(1, 300))
+def test_shares_are_whole_add_up_and_give_each_source_a_row_while_there_are_enough(
+    wanted: list[float], total: int
+) -> None:
+    shares, sources = shares_of(wanted, total), sum(size > 0 for size in wanted)
+    assert sum(shares) == total
+    assert all(
+        (share >= (total >= sources)) if size else share == 0 for share, size in zip(shares, wanted, strict=True)
+    )
+    exact = [size * total / sum(wanted) for size in wanted]
+    if all(part >= 1 for part in exact):
+        assert all(abs(share - part) < 1 + 1e-6 for share, part in zip(shares, exact, strict=True))
+    for one, other in zip(np.argsort(wanted, kind="stable"), np.argsort(wanted, kind="stable")[1:], strict=False):
+        assert shares[one] <= shares[other] or wanted[one] == wanted[other]
+
+
+@pytest.mark.parametrize("rows_per_step", [8, 64])
+def test_sources_that_outnumber_the_weighted_rows_leave_none_with_less_than_nothing(rows_per_step: int) -> None:
+    order = StreamOrder([[source([4], first_row=4 * n, weight=0.01) for n in range(60)]], [rows_per_step], 0)
+    assert order.steps_per_epoch == 1
+    times = Counter(row // 4 for row in stream(order))
+    assert sum(times.values()) == rows_per_step
+    assert len(times) == min(60, rows_per_step)
 
 
 def by_class(sizes: list[int], up: np.ndarray) -> list[list[SourceRows]]:

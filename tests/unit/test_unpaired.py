@@ -175,7 +175,8 @@ def test_names_with_dots_reach_into_objects() -> None:
 
 
 def test_with_a_rule_that_names_a_column_no_label_is_needed() -> None:
-    assert parse({"prompt": "a", "completion": "b", "stars": 5}, RowFormat(rating=Rating("stars"))).thumbs_up is True
+    options = RowFormat(rating=Rating("stars", up=4, down=3))
+    assert parse({"prompt": "a", "completion": "b", "stars": 5}, options).thumbs_up is True
     with pytest.raises(FeedbackRowError, match="expected a column 'label', found 'prompt', 'completion', 'stars'"):
         parse({"prompt": "a", "completion": "b", "stars": 5})
 

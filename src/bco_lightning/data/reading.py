@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowTable, held_out_prompts
 from bco_lightning.data.source import RowFormat, Source, chosen_rating
 from bco_lightning.data.tokenization import RowTokenizer, chosen_template
+from bco_lightning.errors import check_choice
 from bco_lightning.fingerprints import digest_of_tokenizer, digest_of_values
 
 _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
@@ -47,6 +48,9 @@ class ReadingOptions:
     bad_rows: BadRowPolicy = "strict"
     max_bad_rows: float = 0.001
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("data.conflicts", self.conflicts, get_args(Conflicts))
 
     def format_of(self, source: Source) -> RowFormat:
         """How the records of one source become rows."""

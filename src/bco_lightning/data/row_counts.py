@@ -96,8 +96,10 @@ class RowCounts:
         cut = ", ".join(f"{count} {what}" for what, count in self.cut.items() if count) or "nothing cut"
         text = (
             f"{self.name}: {self.read} rows read, {self.used} used ({self.up} up, {self.down} down), "
-            f"{self.num_left_out} left out, {cut}"
+            f"{self.num_left_out} left out"
         )
+        if self.cut:  # nobody knows yet, where rows are tokenized later
+            text += f", {cut}"
         if len(self.by_source) > 1 or set(self.formats.values()) - {"unpaired"}:
             for name, (up, down) in self.by_source.items():
                 text += f"\n  {name}: {up} up, {down} down, read as {self.formats.get(name, 'unknown')}"

@@ -130,7 +130,9 @@ class Source:
         if not self.path:
             raise ConfigError("data", "expected a path or URL of each feedback log, found an empty one.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ConfigError("data.train_files", f"expected a weight above 0 for {public_name(self.path)!r}, found {self.weight}.")
+            raise ConfigError(
+                "data.train_files", f"expected a weight above 0 for {public_name(self.path)!r}, found {self.weight}."
+            )
         if self.format is not None:
             check_choice("data.format", self.format, get_args(FormatName))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,11 @@ from bco_lightning.packaged import resolve_packaged
 Rows = Iterator[tuple[str, "Record | FeedbackRowError"]]
 
 _BATCH_ROWS = 256
+# What a batch may take in memory at most, where the encoding lets a value of a few bytes stand for a long text.
+_BATCH_BYTES = 32 * 2**20
+_AS_LONG_AS_STORED = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}
+_OF_DICTIONARY = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
+_USUAL_DICTIONARY = 2**20  # what writers limit it to
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _FILE_MAGIC = b"ARROW1"
 
@@ -29,9 +35,35 @@ def read_parquet(file: BinaryIO, name: str) -> Rows:
 
     # Without a buffer, whole column chunks are read, which may be as large as the file.
     def batches() -> Iterator[Any]:
-        yield from ParquetFile(file, buffer_size=2**20).iter_batches(batch_size=_BATCH_ROWS)
+        table = ParquetFile(file, buffer_size=2**20)
+        for number in range(table.num_row_groups):
+            rows = batch_rows(file, table.metadata.row_group(number))
+            yield from table.iter_batches(batch_size=rows, row_groups=[number])
 
     return _rows(batches(), name, "a Parquet file")
+
+
+def batch_rows(file: BinaryIO, group: Any) -> int:
+    """Rows of a row group that are decoded at a time, so few that their texts cannot fill the memory.
+
+    Args:
+        file: The Parquet file; where it stands does not matter, and changes.
+        group: What the footer says of the row group, a ``pyarrow.parquet.RowGroupMetaData``.
+    """
+    columns = [group.column(number) for number in range(group.num_columns)]
+    longest = sum(_longest_text(file, column) for column in columns if column.physical_type == "BYTE_ARRAY")
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, longest)))
+
+
+def _longest_text(file: BinaryIO, column: Any) -> int:
+    """Bytes that every text of a column may have, although next to none are stored of it; 0 where all are stored."""
+    shared, stored = set(column.encodings) - _AS_LONG_AS_STORED, int(column.total_uncompressed_size)
+    if not shared or stored <= _USUAL_DICTIONARY or not shared <= _OF_DICTIONARY:
+        return stored if shared else 0
+    # The page begins with its kind and its size, each a byte for the field and a number in the varints of Thrift.
+    file.seek(column.dictionary_page_offset or column.data_page_offset)
+    head = re.match(rb"\x15\x04\x15([\x80-\xff]*[\x00-\x7f])", file.read(16))
+    return stored if head is None else sum((byte & 127) << 7 * place for place, byte in enumerate(head[1])) // 2
 
 
 def read_arrow(file: BinaryIO, name: str) -> Rows:
@@ -146,7 +178,7 @@ def _rows(batches: Iterable[Any], name: str, kind: str) -> Rows:
         for batch in batches:
             _check_columns(batch.schema.names, name)
             for start in range(0, len(batch), _BATCH_ROWS):
-                for record in _records(batch.slice(start, _BATCH_ROWS), name, number):
+                for record in records_of(batch.slice(start, _BATCH_ROWS), name, number):
                     number += 1
                     yield f"{name}:{number}", record
     except FeedbackRowError:
@@ -156,7 +188,8 @@ def _rows(batches: Iterable[Any], name: str, kind: str) -> Rows:
         raise FeedbackRowError(place, f"expected {kind}, found {in_one_line(error)}.") from error
 
 
-def _records(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRowError]:
+def records_of(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRowError]:
+    """The rows of an Arrow batch, of which ``before`` others of the file ``name`` come first."""
     if batch.nbytes <= MAX_LINE_BYTES:
         try:
             records: list[Record] = batch.to_pylist()
@@ -164,10 +197,11 @@ def _records(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRo
             pass  # as for single rows below
         else:
             return records
-    return [_record(batch.slice(at, 1), f"{name}:{before + at + 1}") for at in range(len(batch))]
+    return [record_of(batch.slice(at, 1), f"{name}:{before + at + 1}") for at in range(len(batch))]
 
 
-def _record(batch: Any, place: str) -> Record | FeedbackRowError:
+def record_of(batch: Any, place: str) -> Record | FeedbackRowError:
+    """The row of an Arrow batch of one row; it is measured before it becomes Python values."""
     if batch.nbytes > MAX_LINE_BYTES:
         return too_long(place)
     try:

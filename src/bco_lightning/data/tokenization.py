@@ -24,6 +24,7 @@ from bco_lightning.data.length_limits import (
     LengthLimits,
 )
 from bco_lightning.data.special_tokens import SpecialTokens
+from bco_lightning.data.word_tokens import WordTokens
 from bco_lightning.errors import FeedbackRowError
 
 __all__ = ["LengthLimits", "RowTokenizer", "chosen_template"]
@@ -57,6 +58,8 @@ class RowTokenizer:
         self._is_blank = lru_cache(maxsize=64)(lambda token_ids: not tokenizer.decode(token_ids).strip())
         first = self._encode("a", add_special_tokens=True)[:1]
         self._own_bos = first if first == [tokenizer.bos_token_id] else []
+        backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self._words = WordTokens.of(backend, type(tokenizer).__name__) if backend is not None else None
 
     def render_prompt(self, prompt: list[Message]) -> str:
         """The prompt as text, up to where the assistant begins to speak."""
@@ -200,6 +203,8 @@ class RowTokenizer:
         if not texts or backend is None or not self.tokenizer.is_fast:
             return [self._encode(text) for text in texts]
         self._encode("")  # takes back the truncation and padding of an earlier call, which stay with the tokenizer
+        if self._words is not None:
+            return self._words.encode_all(texts)
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_apart(self, text: str, script: ChatScript, place: str) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,7 +16,7 @@ _DOUBTFUL = re.compile(
 # Stand, in what is cut at spaces, for a space behind white space, which is no place to cut, and for the start of a text.
 _SPACE, _START = "\x01", "\x02"
 # What the words kept may amount to, so that a log of endless new words does not fill the memory.
-_MOST_CHARACTERS = 2**20
+_MOST_CHARACTERS = 2**22
 # The parts of which patterns of well-known tokenizers consist. None of them takes a space behind anything but white
 # space, and none looks back or further ahead, so a word means the same wherever it stands; others may be added by that.
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
@@ -65,7 +64,13 @@ class WordTokens:
             return None
         words = cls(backend, name)
         names = [token.content for token in backend.get_added_tokens_decoder().values()]
-        texts = [_PROBE, _PROBE[::-1], " ".join(names), "".join(names), *(f"a{name}b {name} \n {name}" for name in names)]
+        texts = [
+            _PROBE,
+            _PROBE[::-1],
+            " ".join(names),
+            "".join(names),
+            *(f"a{name}b {name} \n {name}" for name in names),
+        ]
         return words if words._looked_up(texts) == words._by_library(texts) else None
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:

@@ -54,7 +54,9 @@ def _responses(record: Mapping[str, Any]) -> dict[str, list[tuple[Any, Any]]]:
     nested = record.get("responses")
     if isinstance(nested, Mapping):
         return {
-            question: [(response.get("user_id"), response["value"]) for response in responses if _is_submitted(response)]
+            question: [
+                (response.get("user_id"), response["value"]) for response in responses if _is_submitted(response)
+            ]
             for question, responses in nested.items()
             if isinstance(responses, list)
         }

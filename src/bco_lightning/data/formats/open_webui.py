@@ -16,6 +16,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
@@ -31,7 +32,10 @@ NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
 WITH_TOOLS = "answer with tool calls that the export keeps no messages of"
 
 # Openings and closings are looked for one after the other: a pattern of both takes time that grows with the square.
-_DETAILS, _DETAILS_END = re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE), re.compile(r"</details>\s*", re.IGNORECASE)
+_DETAILS, _DETAILS_END = (
+    re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE),
+    re.compile(r"</details>\s*", re.IGNORECASE),
+)
 _SUMMARY, _SUMMARY_END = re.compile("<summary>", re.IGNORECASE), re.compile("</summary>", re.IGNORECASE)
 _QUOTE = re.compile(r"^> ?", re.MULTILINE)
 _THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
@@ -152,8 +156,6 @@ def _plain(thought: str) -> str:
     closing = _SUMMARY_END.search(thought, opening.end()) if opening else None
     if opening and closing:
         thought = thought[: opening.start()].rstrip() + thought[closing.end() :].lstrip()
-    try:
+    with suppress(ValueError):  # where the number of a character has more digits than Python reads
         thought = html.unescape(thought)
-    except ValueError:  # the number of a character with more digits than Python reads, which no interface wrote
-        pass
     return _QUOTE.sub("", thought).strip()

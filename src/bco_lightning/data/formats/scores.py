@@ -55,7 +55,7 @@ def rated_by(
         if user is None:
             ratings = {name: values[min(number, len(values) - 1)] for name, values in scores.items() if values}
         else:
-            ratings = {name: of[str(user)] for name, of in by_user.items() if str(user) in of}
+            ratings = {name: of[str(user)] for name, of in by_user.items() if str(user) in of} | {chosen: value}
         label = plain_number(value)
         yield Candidate(row, label, {**ratings, options.columns.label: label})
 

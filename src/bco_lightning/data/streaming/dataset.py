@@ -58,8 +58,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
     """The rows of an index by their number.
 
     Blocks are kept while they fit, only those rows of them that are drawn from. A row that turns out to be unusable
-    only now, since it is too long for instance, is replaced by another of its class, and mostly of its source, which the
-    seed and its number alone choose. It pickles to loader workers, which count together with it.
+    only now, since it is too long for instance, is replaced by another of its class, and mostly of its source, chosen
+    by the seed and its number alone. It pickles to loader workers, which count together with it.
 
     Args:
         index: Where the rows are.

@@ -121,7 +121,7 @@ class StreamIndex:
         return int(self.blocks[self.block_of(row)]["source"])
 
     def source_rows(self, number: int, flag: int) -> SourceRows:
-        """The rows of a source that are of a class (``UP``, ``DOWN``) where that is known, else all; 0 for any class."""
+        """The rows of a source to draw from: those of a class (``UP``, ``DOWN``) where it is known, or of any (0)."""
         start, stop = np.searchsorted(self.blocks["source"], [number, number + 1])
         blocks = self.blocks[start:stop]
         if self.flags is None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bco_lightning.data.files import size_of
-from bco_lightning.data.remote import errors_named, file_system, is_remote, public_name
+from bco_lightning.data.remote import HTTP, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.data.streaming.blocks import BLOCK, BLOCK_BYTES, BLOCK_ROWS, Blocks, Content, Piece
 from bco_lightning.data.strict_json import MAX_LINE_BYTES, Record, parse_line, refuse_binary
 from bco_lightning.errors import FeedbackRowError
@@ -72,7 +72,10 @@ class JsonLines:
 
     @cached_property
     def _size(self) -> int:
-        return size_of(self.path)
+        size = size_of(self.path)
+        if protocol_of(self.path) in HTTP:
+            _require_parts(self.path, size)
+        return size
 
     def borders(self) -> list[int]:
         """Every four MiB, wherever lines end; a piece has the lines that begin in it."""
@@ -179,20 +182,45 @@ def is_blank(line: bytes) -> bool:
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """The bytes of a file between two places; of a remote one in one request.
+    """The bytes of a file between two places, fewer where a local one ends before; of a remote one in one request.
 
     Raises:
-        FeedbackRowError: If they cannot be read.
+        FeedbackRowError: If they cannot be read, or a server gives others than were asked for.
     """
     if start >= stop:
         return b""
     with errors_named(path):
         if is_remote(path):
             system, inside = file_system(path)
-            return bytes(system.cat_file(inside, start=start, end=stop))
+            data = bytes(system.cat_file(inside, start=start, end=stop))
+            if len(data) != stop - start:
+                raise _no_parts(path, f"{len(data)} bytes instead of {stop - start}")
+            return data
         with Path(path).open("rb", buffering=0) as file:
             file.seek(start)
             return _read_all(file, stop - start)
+
+
+def _require_parts(url: str, size: int) -> None:
+    """Refuses a web server that gives whole files alone, before it sends one that may be larger than memory."""
+    if not size:
+        raise _no_parts(url, "an empty file, or one whose size it does not tell")
+    with errors_named(url):
+        system, inside = file_system(url)
+        try:
+            with system.open(inside, "rb", cache_type="none") as file:
+                file.seek(size - 1)
+                file.read(1)
+        except ValueError:  # of fsspec, where a server answers with all of it
+            raise _no_parts(url, "one that gives whole files") from None
+
+
+def _no_parts(path: str, found: str) -> FeedbackRowError:
+    return FeedbackRowError(
+        public_name(path),
+        f"expected a server that gives parts of files with data.streaming, found {found}.",
+        "Download the file, or set data.streaming: false.",
+    )
 
 
 def _read_all(file: io.FileIO, size: int) -> bytes:

@@ -20,10 +20,11 @@ from bco_lightning.data.streaming.blocks import BLOCK_BYTES, BLOCK_ROWS
 from bco_lightning.data.streaming.dataset import Outcome, StreamDataset, TokenizedRow
 from bco_lightning.data.streaming.index import StreamIndex
 from bco_lightning.data.streaming.order import StreamOrder
+from bco_lightning.data.streaming.preview import Preview, outcomes_of_rows, preview
 from bco_lightning.data.streaming.scanning import Dialect
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
-_SAMPLED_BLOCKS, _BATCH_ROWS = 2048, 128
+_SAMPLED_BLOCKS = 2048
 _LEAST_CACHE_BYTES = 2**23
 
 
@@ -35,11 +36,16 @@ class StreamedRows:
         index: Where they are.
         counts: What became of the rows that were read in advance: all, or a sample.
         options: What rows depend on.
+        classes: Thumbs-up and thumbs-down of each source among those rows, also of rows that tokens alone make
+            unusable: each of these is replaced by one of its class.
+        expected: What will become of rows when their turn comes, in words; may be empty.
     """
 
     index: StreamIndex
     counts: RowCounts
     options: ReadingOptions
+    classes: dict[str, tuple[int, int]]
+    expected: str = ""
 
     @classmethod
     def read(
@@ -63,7 +69,7 @@ class StreamedRows:
 
         Raises:
             FeedbackRowError: On a file that cannot be streamed, a malformed row among those read, or if none of these
-                can be used, or a sample has one class alone.
+                can be used, of a class too, or a sample has one class alone.
             ConfigError: On options that need all rows at once.
         """
         if options.conflicts != "keep":
@@ -84,9 +90,16 @@ class StreamedRows:
             read_rows=sample is None,
             processes=processes,
         )
-        counts = index.counts if sample is None else _read_sample(index, sample, tokenizer, options, bad_rows)
-        _check_counts(counts, index)
-        return cls(index, counts, options)
+        dataset = StreamDataset(index, tokenizer, options, cache_bytes=_LEAST_CACHE_BYTES)
+        if sample is None:
+            counts = index.counts
+            _require_used(counts)
+            found = preview(dataset)
+            found.check()
+        else:
+            counts, found = _read_sample(dataset, sample, bad_rows)
+            _check_sample(counts, found, index)
+        return cls(index, counts, options, counts.by_source if sample is None else found.by_source, str(found))
 
     @property
     def digest(self) -> str:
@@ -106,13 +119,13 @@ class StreamedRows:
     @property
     def class_counts(self) -> tuple[float, float]:
         """Thumbs-up and thumbs-down rows of an epoch, weights of sources included; of a sample, its own."""
-        total = sum(self.counts.by_source.values(), ())
-        overall = sum(total[::2]) / sum(total)
+        total = np.sum(list(self.classes.values()), axis=0).tolist()
         up = down = 0.0
         for source, size in zip(self.index.sources, self._sizes(), strict=True):
-            known = self.counts.by_source[source.label]
-            share = known[0] / sum(known) if sum(known) else overall
-            up, down = up + source.weight * size * share, down + source.weight * size * (1 - share)
+            known = self.classes[source.label]
+            of_up, of_down = known if sum(known) else total
+            rows = source.weight * size / (of_up + of_down)
+            up, down = up + rows * of_up, down + rows * of_down
         return up, down
 
     def _sizes(self) -> list[int]:
@@ -150,12 +163,17 @@ class StreamedRows:
             FeedbackRowError: If a file cannot be read any more.
         """
         dataset = StreamDataset(self.index, tokenizer, self.options, cache_bytes=_LEAST_CACHE_BYTES)
-        outcomes = _outcomes_of_sample(dataset, count)
-        return (outcome for outcome in outcomes if isinstance(outcome, TokenizedRow))
+        outcomes = outcomes_of_rows(dataset, draw_evenly(self.index, count, self.options.seed))
+        return (outcome for _, outcome in outcomes if isinstance(outcome, TokenizedRow))
 
     def told(self) -> dict[str, Any]:
         """Plain values by which another process of this node has the same rows."""
-        return {"counts": asdict(self.counts), "digest": self.digest, "index": self.index.told()}
+        return {
+            "counts": asdict(self.counts),
+            "classes": self.classes,
+            "digest": self.digest,
+            "index": self.index.told(),
+        }
 
     @classmethod
     def shared(cls, told: dict[str, Any], sources: Sequence[Source], options: ReadingOptions) -> StreamedRows:
@@ -166,19 +184,18 @@ class StreamedRows:
         """
         formats = [options.format_of(source) for source in sources]
         index = StreamIndex.shared(told["index"], sources, formats)
-        return cls(index, RowCounts.from_values(told["counts"]), options)
+        classes = {label: (up, down) for label, (up, down) in told["classes"].items()}
+        return cls(index, RowCounts.from_values(told["counts"]), options, classes)
 
     def _bytes_per_row(self) -> float:
         """At most so many in the mean, as blocks are limited in bytes and rows."""
         return BLOCK_BYTES * len(self.index.blocks) / self.index.num_rows
 
     def __str__(self) -> str:
-        if not self.is_sampled:
-            return str(self.counts)
-        return (
-            f"{self.counts}\n  estimates from {self.counts.read} of {self.index.num_rows} rows, drawn evenly "
-            "(data.streaming_sample)"
+        sampled = (
+            f"  estimates from {self.counts.read} of {self.index.num_rows} rows, drawn evenly (data.streaming_sample)"
         )
+        return "\n".join(filter(None, [str(self.counts), sampled if self.is_sampled else "", self.expected]))
 
 
 def draw_evenly(index: StreamIndex, count: int, seed: int) -> list[int]:
@@ -204,23 +221,20 @@ def draw_evenly(index: StreamIndex, count: int, seed: int) -> list[int]:
     return sorted(drawn.union(firsts[np.diff(found) == 0].tolist()))
 
 
-def _read_sample(
-    index: StreamIndex, count: int, tokenizer: Any, options: ReadingOptions, bad_rows: BadRows
-) -> RowCounts:
+def _read_sample(dataset: StreamDataset, count: int, bad_rows: BadRows) -> tuple[RowCounts, Preview]:
     """What becomes of some rows; afterwards the index knows the vocabulary that they speak."""
-    dataset = StreamDataset(index, tokenizer, options, cache_bytes=_LEAST_CACHE_BYTES)
+    index, found = dataset.index, Preview(dataset.index)
     counts = RowCounts(index.counts.name, by_source={source.label: (0, 0) for source in index.sources})
-    for outcome in _outcomes_of_sample(dataset, count):
+    for number, outcome in outcomes_of_rows(dataset, draw_evenly(index, count, dataset.options.seed)):
         _count(outcome, counts, index, bad_rows)
+        found.take(number, dataset.flag_of(number), outcome)
     bad_rows.check([public_name(source.path) for source in index.sources], counts.read)
     index.dialects = [Dialect.of(parser) for parser in dataset.parsers]
-    return counts
+    return counts, found
 
 
-def _check_counts(counts: RowCounts, index: StreamIndex) -> None:
-    """Refuses rows of which none can be used, and a sample that cannot tell the shares of the classes."""
-    is_part = index.flags is None and counts.read < index.num_rows
-    remedy = "Raise data.streaming_sample, or leave it out to read all rows." if is_part else ""
+def _require_used(counts: RowCounts, remedy: str = "") -> None:
+    """Refuses rows of which none can be used."""
     if not counts.used:
         reasons = "; ".join(f"{reason}: {counted.count}" for reason, counted in counts.left_out.items())
         raise FeedbackRowError(
@@ -228,6 +242,14 @@ def _check_counts(counts: RowCounts, index: StreamIndex) -> None:
             f"expected rows to use, found none ({counts.num_left_out} left out, {counts.malformed.count} malformed).",
             ". ".join(filter(None, [reasons, remedy])),
         )
+
+
+def _check_sample(counts: RowCounts, found: Preview, index: StreamIndex) -> None:
+    """Refuses a sample without usable rows, at all or of a class, and one that cannot tell the shares of classes."""
+    is_part = counts.read < index.num_rows
+    remedy = "Raise data.streaming_sample, or leave it out to read all rows." if is_part else ""
+    _require_used(counts, remedy)
+    found.check(", or read more rows in advance (data.streaming_sample)" if is_part else "")
     if is_part and not (counts.up and counts.down):
         raise FeedbackRowError(
             ", ".join(public_name(source.path) for source in index.sources),
@@ -235,12 +257,6 @@ def _check_counts(counts: RowCounts, index: StreamIndex) -> None:
             f"{counts.used} that are all {'thumbs-up' if counts.up else 'thumbs-down'}.",
             remedy,
         )
-
-
-def _outcomes_of_sample(dataset: StreamDataset, count: int) -> Iterator[Outcome]:
-    numbers = draw_evenly(dataset.index, count, dataset.options.seed)
-    for start in range(0, len(numbers), _BATCH_ROWS):
-        yield from dataset.outcomes(numbers[start : start + _BATCH_ROWS])
 
 
 def _count(outcome: Outcome, counts: RowCounts, index: StreamIndex, bad_rows: BadRows) -> None:

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -16,13 +16,13 @@ from bco_lightning.data.files import open_file, size_of
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.streaming.blocks import BLOCK_BYTES, BLOCK_ROWS, Content, Piece, cut_evenly
 from bco_lightning.data.strict_json import Record
-from bco_lightning.data.table_reading import _record, _records, in_one_line, saved_dataset
+from bco_lightning.data.table_reading import batch_rows, in_one_line, record_of, records_of, saved_dataset
 from bco_lightning.errors import FeedbackRowError
 
 # A row group can only be decoded from its beginning. Its rows are therefore shuffled in runs, of at most an eighth of
 # it but not less than these; in the mean a pass then decodes each row group about five times.
 _UNIT_ROWS, _UNITS = 4096, 8
-_KEPT_CURSORS, _KEPT_BLOCKS = 16, 64
+_KEPT_CURSORS, _KEPT_BLOCKS, _KEPT_BYTES = 16, 64, 2**24
 _ARROW_PIECE_ROWS = 2**14
 
 
@@ -59,11 +59,11 @@ class ArrowRows:
 
     def record(self, number: int, place: str) -> Record:
         """One record."""
-        return _raised(_record(self._batch.slice(self._places[number] if self._places else number, 1), place))
+        return _raised(record_of(self._batch.slice(self._places[number] if self._places else number, 1), place))
 
     def records(self) -> Iterator[tuple[int, Callable[[str], Record]]]:
         """Every record, as its place and a function that takes the place in the log and gives it."""
-        for number, record in enumerate(_records(self._batch, "", 0)):
+        for number, record in enumerate(records_of(self._batch, "", 0)):
             if isinstance(record, FeedbackRowError):
                 yield number, partial(self.record, number)
             else:
@@ -114,13 +114,17 @@ class ParquetRows:
         return hashlib.sha256(f"{size_of(self.path)} {self._file.metadata.to_dict()}".encode()).hexdigest()
 
     @cached_property
+    def _source(self) -> BinaryIO:
+        file = open_file(self.path)
+        weakref.finalize(self, file.close)
+        return file
+
+    @cached_property
     def _file(self) -> Any:
         from pyarrow.parquet import ParquetFile
 
         try:
-            file = open_file(self.path)
-            weakref.finalize(self, file.close)
-            return ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+            return ParquetFile(self._source, pre_buffer=False, buffer_size=2**20)
         except (pa.ArrowException, OSError) as error:
             raise _unreadable(self.path, "a Parquet file", error) from error
 
@@ -134,7 +138,7 @@ class ParquetRows:
     def _block_rows(self, start: int) -> int:
         group = self._file.metadata.row_group(bisect_right(self._borders, start) - 1)
         fitting = BLOCK_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))
-        return max(1, min(BLOCK_ROWS, fitting))
+        return max(1, min(BLOCK_ROWS, fitting, batch_rows(self._source, group)))
 
     def _cursor(self, group: int, start: int) -> _Cursor:
         """A decoder that stands before a block and not far from it, or a new one."""
@@ -169,9 +173,12 @@ class _Cursor:
         while start not in self._passed:
             first, table = self._advance()
             self._passed[first] = table
-            if len(self._passed) > _KEPT_BLOCKS:
+            while len(self._passed) > _KEPT_BLOCKS or (len(self._passed) > 1 and self._kept_bytes() > _KEPT_BYTES):
                 self._passed.popitem(last=False)
         return self._passed.pop(start)
+
+    def _kept_bytes(self) -> int:
+        return sum(int(table.nbytes) for table in self._passed.values())
 
     def _advance(self) -> tuple[int, pa.Table]:
         """The next block; a batch may have fewer rows than asked for."""
@@ -231,9 +238,12 @@ class ArrowFolder:
 
 
 def _raised(record: Record | FeedbackRowError) -> Record:
-    if isinstance(record, FeedbackRowError):
-        raise record
-    return record
+    try:
+        if isinstance(record, FeedbackRowError):
+            raise record
+        return record
+    finally:
+        del record  # an error that holds itself by its traceback would hold its block until the next collection
 
 
 def _given(record: Record, _: str) -> Record:
