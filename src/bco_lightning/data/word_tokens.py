@@ -13,10 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 _DOUBTFUL = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\ud800-\udfff\ufeff]"
 )
-# Stand, in what is cut at spaces, for a space behind white space, which is no place to cut, and for the start of a text.
+# Stand, in what is cut at spaces, for a space behind white space, where nothing is cut, and for the start of a text.
 _SPACE, _START = "\x01", "\x02"
 # What the words kept may amount to, so that a log of endless new words does not fill the memory.
 _MOST_CHARACTERS = 2**22
+# One text of a batch is tokenized twice, which pays off if there are others.
+_FEWEST_TEXTS = 16
 # The parts of which patterns of well-known tokenizers consist. None of them takes a space behind anything but white
 # space, and none looks back or further ahead, so a word means the same wherever it stands; others may be added by that.
 _LETTERS = r"[^\r\n\p{L}\p{N}]?"
@@ -32,7 +34,8 @@ _PARTS = (
 _KNOWN_PATTERN = re.compile("(?:(?:{})\\|)+{}".format("|".join(map(re.escape, _PARTS)), re.escape(r"\s+")))
 _PROBE = (
     "I'm sure you'LL say we're 12345 or 1,234.56e-7?! don't... 'tis O'Neill's _x_ \n\n  def f(a, b):\n\treturn a  +  b"
-    "\r\n\r\n   end;   \n \n\t \t{}[]<|><||>``` http://a.b/c?d=e&f#g // /* */\n/\n  A1b2 3 C-3PO naïve “Ünï” 你好 🙂 e\u0301 "
+    "\r\n\r\n   end;   \n \n\t \t{}[]<|><||>``` http://a.b/c?d=e&f#g // /* */\n/\n  A1b2 3 C-3PO "
+    "naïve “Ünï” 你好 🙂 e\u0301 "
 )
 
 
@@ -80,7 +83,7 @@ class WordTokens:
         later ones are the library's.
         """
         plain = [text for text in texts if not _DOUBTFUL.search(text)] if self._trusted else []
-        if not plain:
+        if len(plain) < _FEWEST_TEXTS:
             return self._by_library(texts)
         found = dict(zip(plain, self._looked_up(plain), strict=True))
         sample = max(plain, key=len)
