@@ -111,8 +111,8 @@ def _table(count: int, runs: dict[str, list[dict[str, float]]]) -> Table:
     for name, run in middle.items():
         ratio = middle["TRL 1.13"]["read_s"] / run["read_s"] if "TRL 1.13" in middle else float("nan")
         table.add_row(
-            name, f"{run['read_s']:.2f}", f"{count / run['read_s']:,.0f}", f"{ratio:.1f}", f"{run['first_batch_s']:.2f}",
-            f"{run['written_mib']:.0f}", f"{run['anonymous_mib']:.0f}",
+            name, f"{run['read_s']:.2f}", f"{count / run['read_s']:,.0f}", f"{ratio:.1f}",
+            f"{run['first_batch_s']:.2f}", f"{run['written_mib']:.0f}", f"{run['anonymous_mib']:.0f}",
         )  # fmt: skip
     return table
 

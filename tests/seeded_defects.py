@@ -223,8 +223,8 @@ DEFECTS = [
     ),
     Defect(
         'S5', 'nested and inline texts are not measured', 'config_safety.py',
-        '        set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))\n        yield',
-        '        yield',
+        '            set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))\n            yield',
+        '            yield',
         ('tests/security/test_config_yaml.py::test_every_text_is_measured',),
     ),
     Defect(
@@ -265,7 +265,7 @@ DEFECTS = [
     ),
     Defect(
         'S10', 'places in a config are not looked at', 'config_safety.py',
-        '        _refuse_places_outside(options, arguments)\n',
+        '        _refuse_places_outside(options, chosen)\n',
         '',
         ('tests/security/test_paths.py::test_a_config_cannot_write_outside',),
     ),
@@ -282,19 +282,19 @@ DEFECTS = [
         ('tests/security/test_supply_chain.py::test_bad_releases_are_refused',),
     ),
     Defect(
-        'S6', 'a line is read whole, however long', 'data/strict_json.py',
+        'S6', 'a line is read whole, however long', 'data/readers/strict_json.py',
         '    while line := file.readline(MAX_LINE_BYTES + 1):\n',
         '    while line := file.readline():\n',
         ('tests/security/test_data_bombs.py::test_a_malformed_line_is_refused_quickly_and_in_little_memory',),
     ),
     Defect(
-        'S6', '1e999 is a number', 'data/strict_json.py',
+        'S6', '1e999 is a number', 'data/readers/strict_json.py',
         '    "parse_float": _finite,\n',
         '',
         ('tests/security/test_data_bombs.py::test_a_malformed_line_is_refused_quickly_and_in_little_memory',),
     ),
     Defect(
-        'S7', 'errors of the parser escape', 'data/strict_json.py',
+        'S7', 'errors of the parser escape', 'data/readers/strict_json.py',
         '    except ValueError as error:\n        raise FeedbackRowError(place, f"expected {error}.") from error\n    if not isinstance(record, dict):',
         '    if not isinstance(record, dict):',
         ('tests/security/test_data_fuzzing.py::test_any_line_gives_a_row_or_a_clear_error',),
@@ -318,19 +318,19 @@ DEFECTS = [
         ('tests/security/test_data_labels.py::test_a_mixture_of_vocabularies_is_refused',),
     ),
     Defect(
-        'S9', 'the template is put on raw text', 'data/chat_script.py',
+        'S9', 'the template is put on raw text', 'data/tokenization/chat_script.py',
         '        shielded = self._special.shield(given)\n',
         '        shielded = given\n',
         ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_are_text',),
     ),
     Defect(
-        'S9', 'control tokens are parsed in user text', 'data/special_tokens.py',
+        'S9', 'control tokens are parsed in user text', 'data/tokenization/special_tokens.py',
         '        other.encode_special_tokens = True\n',
         '',
         ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_of_the_real_tokenizer_are_text',),
     ),
     Defect(
-        'S14', 'a sample may have no completion token', 'data/tokenization.py',
+        'S14', 'a sample may have no completion token', 'data/tokenization/row_tokenizer.py',
         '        is_whole = num_completion <= room and not first\n',
         '        is_whole = True\n',
         ('tests/security/test_data_bombs.py::test_no_sample_is_without_completion_tokens',),

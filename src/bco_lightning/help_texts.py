@@ -27,8 +27,8 @@ _WITH_OPTIONS = (
     "cli.py", "inspection/inspect_command.py",
     "planning/plan_command.py", "planning/memory_plan.py", "planning/model_shape.py",
     "module.py", "optimizers.py", "models/language_model.py",
-    "data/datamodule.py", "data/conflicts.py", "data/feedback_row.py", "data/length_limits.py", "data/loading.py",
-    "data/source.py", "data/tokenization.py",
+    "data/datamodule.py", "data/conflicts.py", "data/feedback_row.py", "data/loading.py", "data/source.py",
+    "data/tokenization/length_limits.py", "data/tokenization/row_tokenizer.py",
 )  # fmt: skip
 
 

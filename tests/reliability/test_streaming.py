@@ -11,11 +11,11 @@ import pytest
 from torch.utils.data import DataLoader
 
 from bco_lightning.data.collation import pack_rows
-from bco_lightning.data.length_limits import LengthLimits
 from bco_lightning.data.reading import ReadingOptions
 from bco_lightning.data.sampling import StepBatchSampler
 from bco_lightning.data.source import Source
 from bco_lightning.data.streaming import StreamedRows
+from bco_lightning.data.tokenization.length_limits import LengthLimits
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer, finish, start
 from tests.trials import Trials

@@ -17,7 +17,6 @@ from bco_lightning.batch import FeedbackRow, TokenizedSample
 from bco_lightning.data.collation import pack_rows
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.labels import DROPPED_LABEL
-from bco_lightning.data.length_limits import COMPLETION_TOO_LONG, LengthLimits
 from bco_lightning.data.loading import BadRows, RowLoader
 from bco_lightning.data.reading import ReadingOptions
 from bco_lightning.data.row_table import RowTable
@@ -25,6 +24,7 @@ from bco_lightning.data.sampling import StepBatchSampler
 from bco_lightning.data.source import RowFormat, Source
 from bco_lightning.data.streaming import StreamDataset, StreamedRows, tables
 from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.data.tokenization.length_limits import COMPLETION_TOO_LONG, LengthLimits
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
-from bco_lightning.data.chat_script import PLAIN_TEMPLATE
 from bco_lightning.data.tokenization import LengthLimits, RowTokenizer
+from bco_lightning.data.tokenization.chat_script import PLAIN_TEMPLATE
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 from tests.reliability.tiny_run import byte_tokenizer
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from bco_lightning.data import word_tokens
-from bco_lightning.data.length_limits import LengthLimits
 from bco_lightning.data.tokenization import RowTokenizer
-from bco_lightning.data.word_tokens import WordTokens
+from bco_lightning.data.tokenization.length_limits import LengthLimits
+from bco_lightning.data.tokenization.word_tokens import WordTokens
 from bco_lightning.models.language_model import load_tokenizer
 from bco_lightning.packaged import resolve_packaged
 from tests.conftest import REAL_MODEL

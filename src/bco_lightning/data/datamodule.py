@@ -20,11 +20,10 @@ from bco_lightning.cache_folder import cache_root
 from bco_lightning.data.collation import pack_rows
 from bco_lightning.data.conflicts import Conflicts
 from bco_lightning.data.feedback_row import Columns
-from bco_lightning.data.length_limits import LengthLimits, LongCompletions, LongPrompts
 from bco_lightning.data.loading import BadRowPolicy
 from bco_lightning.data.once_per_node import read_once_per_node
+from bco_lightning.data.readers.remote import public_name
 from bco_lightning.data.reading import ReadingOptions, RowReader
-from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_cache import ReadRows, RowCache
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet, RowTable
@@ -33,6 +32,7 @@ from bco_lightning.data.source import FormatName, LossOn, Rating, RowFormat, Sou
 from bco_lightning.data.streaming import StreamDataset, StreamedRows
 from bco_lightning.data.table_rows import TableRows
 from bco_lightning.data.tokenization import RowTokenizer, chosen_template
+from bco_lightning.data.tokenization.length_limits import LengthLimits, LongCompletions, LongPrompts
 from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.feedback_row import Columns, shown, value_at
-from bco_lightning.data.remote import public_name
+from bco_lightning.data.readers.remote import public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError, check_choice
 
 FormatName = Literal[

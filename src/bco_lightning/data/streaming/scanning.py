@@ -19,11 +19,11 @@ from bco_lightning.data.feedback_row import LabelVocabulary
 from bco_lightning.data.formats import FORMATS
 from bco_lightning.data.formats.record_format import Candidate
 from bco_lightning.data.parsing import RecordParser
+from bco_lightning.data.readers.strict_json import Record
 from bco_lightning.data.row_counts import NUM_PLACES, Counted
 from bco_lightning.data.source import RowFormat
 from bco_lightning.data.streaming.blocks import Blocks, Content, RecordFile
 from bco_lightning.data.streaming.record_files import record_file
-from bco_lightning.data.strict_json import Record
 from bco_lightning.errors import FaultError, FeedbackRowError
 
 # What is known of a row: nothing that could be used, or its thumb.

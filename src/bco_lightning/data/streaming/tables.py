@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from bco_lightning.data.files import open_file, size_of
-from bco_lightning.data.remote import public_name
+from bco_lightning.data.readers.files import open_file, size_of
+from bco_lightning.data.readers.remote import public_name
+from bco_lightning.data.readers.strict_json import Record
+from bco_lightning.data.readers.table_reading import batch_rows, in_one_line, record_of, records_of, saved_dataset
 from bco_lightning.data.streaming.blocks import BLOCK_BYTES, BLOCK_ROWS, Content, Piece, cut_evenly
-from bco_lightning.data.strict_json import Record
-from bco_lightning.data.table_reading import batch_rows, in_one_line, record_of, records_of, saved_dataset
 from bco_lightning.errors import FeedbackRowError
 
 # A row group can only be decoded from its beginning. Its rows are therefore shuffled in runs, of at most an eighth of
@@ -78,7 +78,7 @@ class ParquetRows:
     """A ``.parquet`` file, on a disk or wherever fsspec reads.
 
     Args:
-        path: As :func:`~bco_lightning.data.files.expand` gives it.
+        path: As :func:`~bco_lightning.data.readers.files.expand` gives it.
     """
 
     def __init__(self, path: str) -> None:

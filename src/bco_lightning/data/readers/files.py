@@ -11,8 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from bco_lightning.data.remote import HTTP, RemoteFile, errors_named, file_system, is_remote, protocol_of, public_name
-from bco_lightning.data.unpacking import COMPRESSIONS, UnpackedFile
+from bco_lightning.data.readers.remote import (
+    HTTP,
+    RemoteFile,
+    errors_named,
+    file_system,
+    is_remote,
+    protocol_of,
+    public_name,
+)
+from bco_lightning.data.readers.unpacking import COMPRESSIONS, UnpackedFile
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.packaged import resolve_packaged
 

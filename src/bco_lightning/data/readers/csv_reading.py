@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
-from bco_lightning.data.strict_json import (
+from bco_lightning.data.readers.strict_json import (
     MAX_INTEGER_DIGITS,
     MAX_LINE_BYTES,
     Record,

@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from bco_lightning.batch import FeedbackRow, Message
-from bco_lightning.data.conversation import CLOSE, OPEN, Conversation
-from bco_lightning.data.special_tokens import SpecialTokens
+from bco_lightning.data.tokenization.conversation import CLOSE, OPEN, Conversation
+from bco_lightning.data.tokenization.special_tokens import SpecialTokens
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 
 # What a prompt and a completion look like without any markup: for base models that have no chat format.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from bco_lightning.data.conversation import CLOSE, MARK, OPEN, Conversation, put_behind
+from bco_lightning.data.tokenization.conversation import CLOSE, MARK, OPEN, Conversation, put_behind
 
 # Names that stand so near to each other share a mark, so that a row full of them stays cheap.
 _NEAR = 32

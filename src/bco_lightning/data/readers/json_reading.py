@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import BinaryIO
 
-from bco_lightning.data.strict_json import Record, decode, parse_line
+from bco_lightning.data.readers.strict_json import Record, decode, parse_line
 from bco_lightning.errors import FeedbackRowError
 
 # The text of one emoji makes Python hold four bytes per character: 1 GiB for this.

@@ -9,22 +9,22 @@ from itertools import compress
 from typing import Any, TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
-from bco_lightning.data.chat_script import (
+from bco_lightning.data.tokenization.chat_script import (
     PLAIN_TEMPLATE,
     TEMPLATE_FAILURES,
     ChatScript,
     ChatTemplate,
     chosen_template,
 )
-from bco_lightning.data.conversation import Conversation
-from bco_lightning.data.length_limits import (
+from bco_lightning.data.tokenization.conversation import Conversation
+from bco_lightning.data.tokenization.length_limits import (
     COMPLETION_TOO_LONG,
     NO_ROOM_FOR_COMPLETION,
     NO_ROOM_FOR_PROMPT,
     LengthLimits,
 )
-from bco_lightning.data.special_tokens import SpecialTokens
-from bco_lightning.data.word_tokens import WordTokens
+from bco_lightning.data.tokenization.special_tokens import SpecialTokens
+from bco_lightning.data.tokenization.word_tokens import WordTokens
 from bco_lightning.errors import FeedbackRowError
 
 __all__ = ["LengthLimits", "RowTokenizer", "chosen_template"]

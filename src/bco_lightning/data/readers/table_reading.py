@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bco_lightning.data.files import HUB, arrow_folder, open_file
-from bco_lightning.data.strict_json import MAX_LINE_BYTES, Record, not_utf8, too_long
+from bco_lightning.data.readers.files import HUB, arrow_folder, open_file
+from bco_lightning.data.readers.strict_json import MAX_LINE_BYTES, Record, not_utf8, too_long
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.packaged import resolve_packaged
 

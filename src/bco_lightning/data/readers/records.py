@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from bco_lightning.data.csv_reading import read_csv
-from bco_lightning.data.files import HUB, arrow_folder, expand, open_file, open_unpacked, suffix_of
-from bco_lightning.data.json_reading import read_json
-from bco_lightning.data.remote import is_remote, public_name
-from bco_lightning.data.strict_json import MAX_LINE_BYTES, Record, numbered_lines, parse_line, refuse_binary
-from bco_lightning.data.table_reading import read_arrow, read_arrow_folder, read_hub, read_parquet
+from bco_lightning.data.readers.csv_reading import read_csv
+from bco_lightning.data.readers.files import HUB, arrow_folder, expand, open_file, open_unpacked, suffix_of
+from bco_lightning.data.readers.json_reading import read_json
+from bco_lightning.data.readers.remote import is_remote, public_name
+from bco_lightning.data.readers.strict_json import MAX_LINE_BYTES, Record, numbered_lines, parse_line, refuse_binary
+from bco_lightning.data.readers.table_reading import read_arrow, read_arrow_folder, read_hub, read_parquet
 from bco_lightning.errors import FeedbackRowError
 
 __all__ = ["MAX_LINE_BYTES", "Record", "parse_line", "read_file", "read_records"]
@@ -23,7 +23,8 @@ def read_records(
     """Reads one source, lazily.
 
     Args:
-        source: One or more files, a folder or a data set, as :func:`~bco_lightning.data.files.expand` takes them.
+        source: One or more files, a folder or a data set, as
+            :func:`~bco_lightning.data.readers.files.expand` takes them.
         label_column: Name of the column with the thumbs; a CSV's cells there are read as numbers and booleans.
             ``None`` leaves every cell of a CSV the text that it is.
         numeric: Names of further columns of a CSV, such as ratings, whose cells are read as numbers where they are
