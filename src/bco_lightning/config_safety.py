@@ -371,8 +371,6 @@ def _refuse_places_outside(options: Namespace, chosen: Chosen) -> None:
 
 def _refuse_web_addresses(options: Namespace, chosen: Chosen) -> None:
     """Refuses data files on web servers: the machine may reach some that the config's author does not."""
-    from bco_lightning.data.readers.remote import public_name  # loads what trains, which help texts do without
-
     for path, leaf in _leaves(options):
         if path[0] != "data" or path[-1] == "name" or not isinstance(leaf, str) or not _WEB_ADDRESS.match(leaf):
             continue
@@ -380,7 +378,7 @@ def _refuse_web_addresses(options: Namespace, chosen: Chosen) -> None:
         if not _is_by_user(option, leaf, chosen):
             raise Refusal(
                 option,
-                f"expected files of this machine or of a storage service, found {public_name(leaf)!r}.",
+                "expected files of this machine or of a storage service, found a web address.",
                 f"A config file may not name web addresses; give this one on the command line: --{option}=ADDRESS",
             )
 

@@ -100,7 +100,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    module = FeedbackDataModule(make_log(tmp_path / "log.jsonl"), tokenizer=byte_tokenizer())
+    module = FeedbackDataModule(make_log(tmp_path / "log.jsonl"), tokenizer=byte_tokenizer(), cache_rows=False)
     module.setup("fit")
     assert not list(scratch.iterdir())  # so that even a killed process leaves nothing
     assert list(pickle.loads(pickle.dumps(module.train_dataset))) == list(module.train_dataset)  # noqa: S301
@@ -127,7 +127,8 @@ def test_rows_are_those_of_a_data_set_in_memory(tmp_path: Path) -> None:
     module.setup("fit")
     for dataset in (module.train_dataset, module.validation_dataset):
         assert isinstance(dataset, Dataset)
-        assert dataset.column_names == ["row_id", "input_ids", "completion_mask", "thumbs_up", "prompt", "place"]
+        assert dataset.column_names[:6] == ["row_id", "input_ids", "completion_mask", "thumbs_up", "prompt", "place"]
+        assert dataset.column_names[6:] == ["source", "prompt_length", "completion_length"]
         assert list(dataset["row_id"]) == list(range(len(dataset)))
         lines = (tmp_path / "log.jsonl").read_text().splitlines()
         for row in dataset:

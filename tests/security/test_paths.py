@@ -229,7 +229,7 @@ def test_a_config_cannot_name_files_on_a_web_server(
     assert main(["predict", "--config=config.yaml", "--model.name_or_path=x"]) == 2
     error = capsys.readouterr().err
     assert (
-        f"error: data.{option}: expected files of this machine or of a storage service, found 'http"
+        f"error: data.{option}: expected files of this machine or of a storage service, found a web address."
         in error.replace("HTTPS", "https")
     )
     assert f"give this one on the command line: --data.{option}=ADDRESS" in error

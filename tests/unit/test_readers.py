@@ -18,8 +18,14 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bco_lightning.data import json_reading, strict_json, table_reading
-from bco_lightning.data.readers import MAX_LINE_BYTES, parse_line, read_records
+from bco_lightning.data.readers import (
+    MAX_LINE_BYTES,
+    json_reading,
+    parse_line,
+    read_records,
+    strict_json,
+    table_reading,
+)
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 ROWS = [

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from bco_lightning.data import word_tokens
-from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.data.tokenization import RowTokenizer, word_tokens
 from bco_lightning.data.tokenization.length_limits import LengthLimits
 from bco_lightning.data.tokenization.word_tokens import WordTokens
 from bco_lightning.models.language_model import load_tokenizer
@@ -33,6 +32,7 @@ GPT_4O = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 NAMES = ("<|a|>", "<|a|><|b|>", "|>x", "<|im_end|>", "\n\n", "foo")
+WHITE = ("", " ", "\n", "\t", "\r", "\u2028", "\u3000", "\xa0")
 CORPUS = [
     json.loads(line)
     for line in Path(resolve_packaged("package:bco_lightning/demo/train.jsonl")).read_text("utf-8").splitlines()
@@ -57,8 +57,11 @@ def trained(pre_tokenizer: Any, normalizer: Any = None, names: tuple[Any, ...] =
     made.pre_tokenizer = pre_tokenizer
     if normalizer is not None:
         made.normalizer = normalizer
-    options = {"vocab_size": 900, "show_progress": False, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    made.train_from_iterator([row["completion"] for row in CORPUS], trainers.BpeTrainer(**options))
+    options = {"vocab_size": 1200, "show_progress": False, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    answers = [row["completion"] for row in CORPUS]
+    # White space of all kinds becomes tokens too, so that a cut within it shows.
+    white = [f"a{first}{second} {third} b" for first in WHITE for second in WHITE for third in WHITE]
+    made.train_from_iterator([*answers, *white * 5], trainers.BpeTrainer(**options))
     made.add_tokens(list(names))
     return made
 
@@ -75,6 +78,9 @@ PIECES = [*NAMES, "<|im_start|>", "<|", "|>", "'s", "'LL", "don't", " ", "  ", "
 PIECES += ["12345", "1.5", "!?", "...", "/\n", "_x", "A", "é", "e\u0301", " \u0301", "’", "🙂", "你好"]
 PIECES += [
     "\u3000",
+    "\r  \r ",
+    "a\r  b",
+    "a \u2028  b",
     "\xa0",
     "\x0b",
     "\x00",
