@@ -136,7 +136,7 @@ def test_a_streamed_run_resumes_too(byte_model: str, feedback: str, tmp_path: Pa
         for workers in (0, 2)
         for step in (5, 12, 17)
     ]
-    for trial in trials(cases, quick=5):
+    for trial in trials(cases, quick=3):
         with trial as (sample, ranks, after, workers, step):
             folder = tmp_path / f"{sample} {ranks}"
             if (sample, ranks) not in runs:

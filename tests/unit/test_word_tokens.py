@@ -114,14 +114,14 @@ def both(request: pytest.FixtureRequest) -> tuple[Any, WordTokens]:
     return backend, words
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(texts_of_ascii, min_size=1, max_size=4))
 def test_words_of_ascii_have_the_ids_that_the_library_gives(both: tuple[Any, WordTokens], texts: list[str]) -> None:
     backend, words = both
     assert words._looked_up(texts) == by_library(backend, texts)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(texts_of_anything, min_size=1, max_size=4))
 def test_other_letters_and_controls_have_the_ids_that_the_library_gives(
     both: tuple[Any, WordTokens], texts: list[str]

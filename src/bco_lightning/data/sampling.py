@@ -26,7 +26,7 @@ class Pool:
 
     Example:
         >>> pool = Pool([0, 1, 2], [0])
-        >>> len(pool), sorted(pool.rows_of_pass(0)), sorted(pool.rows_of_pass(1))
+        >>> len(pool), sorted(pool.rows_of_pass(0).tolist()), sorted(pool.rows_of_pass(1).tolist())
         (3, [0, 1, 2], [0, 1, 2])
     """
 
