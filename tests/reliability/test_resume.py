@@ -136,7 +136,7 @@ def test_a_streamed_run_resumes_too(byte_model: str, feedback: str, tmp_path: Pa
         for workers in (0, 2)
         for step in (5, 12, 17)
     ]
-    for trial in trials(cases, quick=3):
+    for trial in trials(cases, quick=2):
         with trial as (sample, ranks, after, workers, step):
             folder = tmp_path / f"{sample} {ranks}"
             if (sample, ranks) not in runs:
@@ -167,7 +167,7 @@ def test_the_rows_of_a_streamed_step_do_not_depend_on_plumbing(
         step: sorted(rows) for step, rows in tiny_fit(byte_model, feedback, **streamed(None, 1))["rows"].items()
     }
     assert sorted(row for step in range(STEPS_PER_EPOCH) for row in expected[step]) == list(range(ROWS))
-    for trial in trials(cases, quick=3):
+    for trial in trials(cases, quick=2):
         with trial as (workers, rows, ranks):
             options = streamed(None, ranks, workers)
             options["data_options"]["batch_size"] = rows
