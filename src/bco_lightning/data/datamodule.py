@@ -502,16 +502,9 @@ class FeedbackDataModule(LightningDataModule):
 
     def _keep(self, rows: ReadRows) -> None:
         for name, row_set in rows.row_sets.items():
-            counts = row_set.counts
             self._row_sets[name] = row_set
-            rank_zero_info(str(counts))
-            if row_set.dataset is None:
-                raise FeedbackRowError(
-                    name,
-                    f"expected rows to use, found none ({counts.num_left_out} left out, "
-                    f"{counts.malformed.count} malformed).",
-                    "; ".join(f"{reason}: {counted.count}" for reason, counted in counts.left_out.items()),
-                )
+            rank_zero_info(str(row_set.counts))
+            row_set.counts.require_used()
 
     def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:

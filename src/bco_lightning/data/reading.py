@@ -85,11 +85,7 @@ class RowReader:
         """
 
         def read(folder: Path | None) -> ReadRows:
-            with self._table(sources) as table:
-                bad_rows, loaded = self._load(sources, table, labelled)
-                row_sets = table.divide({name: np.ones(len(table), dtype=bool)}, folder)
-            _note_others(row_sets[name].counts, bad_rows, loaded)
-            return ReadRows(row_sets)
+            return self._read_whole(name, sources, folder, labelled)[0]
 
         return self._read(read, name, {name: sources}, labelled=labelled)
 
@@ -110,9 +106,9 @@ class RowReader:
                 held_out = np.zeros(len(table), dtype=bool)
                 others = ReadRows({})
                 if validation_sources:
-                    others, summary.validation_prompts_in_training = self._read_validation(
-                        validation_sources, table.prompt_keys, folder
-                    )
+                    others, prompt_keys = self._read_whole("validation", validation_sources, folder)
+                    shared = np.isin(prompt_keys, table.prompt_keys)
+                    summary.validation_prompts_in_training = int(shared.sum())
                 elif validation_fraction:
                     held_out = held_out_prompts(table.prompt_keys, validation_fraction)
                 chosen = {"train": ~held_out, **({"validation": held_out} if held_out.any() else {})}
@@ -123,15 +119,16 @@ class RowReader:
         named = {"train": sources, "validation": validation_sources}
         return self._read(read, "training", named, validation_fraction=validation_fraction)
 
-    def _read_validation(
-        self, sources: Sequence[Source], trained_on: np.ndarray[Any, Any], folder: Path | None
-    ) -> tuple[ReadRows, int]:
+    def _read_whole(
+        self, name: str, sources: Sequence[Source], folder: Path | None, labelled: bool = True
+    ) -> tuple[ReadRows, np.ndarray[Any, Any]]:
+        """All rows as one data set, and the keys of their prompts."""
         with self._table(sources) as table:
-            bad_rows, loaded = self._load(sources, table)
-            shared = int(np.isin(table.prompt_keys, trained_on).sum())
-            row_sets = table.divide({"validation": np.ones(len(table), dtype=bool)}, folder)
-        _note_others(row_sets["validation"].counts, bad_rows, loaded)
-        return ReadRows(row_sets), shared
+            bad_rows, loaded = self._load(sources, table, labelled)
+            row_sets = table.divide({name: np.ones(len(table), dtype=bool)}, folder)
+            prompt_keys = table.prompt_keys
+        _note_others(row_sets[name].counts, bad_rows, loaded)
+        return ReadRows(row_sets), prompt_keys
 
     def _table(self, sources: Sequence[Source]) -> RowTable:
         return RowTable(self._options.seed, [source.label for source in sources])

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from bco_lightning.errors import FeedbackRowError
+
 NUM_PLACES = 3
 
 
@@ -80,6 +82,20 @@ class RowCounts:
     def used(self) -> int:
         """Rows that are trained on or scored."""
         return self.read - self.num_left_out - self.malformed.count
+
+    def require_used(self, remedy: str = "") -> None:
+        """Refuses a data set without a row that can be used.
+
+        Raises:
+            FeedbackRowError: With the reasons for which rows were left out.
+        """
+        if not self.used:
+            reasons = "; ".join(f"{reason}: {counted.count}" for reason, counted in self.left_out.items())
+            raise FeedbackRowError(
+                self.name,
+                f"expected rows to use, found none ({self.num_left_out} left out, {self.malformed.count} malformed).",
+                ". ".join(filter(None, [reasons, remedy])),
+            )
 
     def leave_out(self, reason: str, counted: Counted) -> None:
         """Counts rows that were read, and are left out."""

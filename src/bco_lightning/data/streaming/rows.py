@@ -93,7 +93,7 @@ class StreamedRows:
         dataset = StreamDataset(index, tokenizer, options, cache_bytes=_LEAST_CACHE_BYTES)
         if sample is None:
             counts = index.counts
-            _require_used(counts)
+            counts.require_used()
             found = preview(dataset)
             found.check()
         else:
@@ -233,22 +233,11 @@ def _read_sample(dataset: StreamDataset, count: int, bad_rows: BadRows) -> tuple
     return counts, found
 
 
-def _require_used(counts: RowCounts, remedy: str = "") -> None:
-    """Refuses rows of which none can be used."""
-    if not counts.used:
-        reasons = "; ".join(f"{reason}: {counted.count}" for reason, counted in counts.left_out.items())
-        raise FeedbackRowError(
-            counts.name,
-            f"expected rows to use, found none ({counts.num_left_out} left out, {counts.malformed.count} malformed).",
-            ". ".join(filter(None, [reasons, remedy])),
-        )
-
-
 def _check_sample(counts: RowCounts, found: Preview, index: StreamIndex) -> None:
     """Refuses a sample without usable rows, at all or of a class, and one that cannot tell the shares of classes."""
     is_part = counts.read < index.num_rows
     remedy = "Raise data.streaming_sample, or leave it out to read all rows." if is_part else ""
-    _require_used(counts, remedy)
+    counts.require_used(remedy)
     found.check(", or read more rows in advance (data.streaming_sample)" if is_part else "")
     if is_part and not (counts.up and counts.down):
         raise FeedbackRowError(
