@@ -13,8 +13,9 @@ import torch
 from datasets import Dataset
 
 from bco_lightning import LoraSettings
+from bco_lightning.auc import Auc, auc, clustered_auc
+from bco_lightning.data.messages import said_in
 from bco_lightning.inspection import cost as cost_module
-from bco_lightning.inspection.auc import Auc, auc, clustered_auc
 from bco_lightning.inspection.cost import (
     EFFICIENCY,
     Machine,
@@ -28,7 +29,7 @@ from bco_lightning.inspection.cost import (
 from bco_lightning.inspection.lengths import Histogram, Lengths, LengthSummary, length_bias
 from bco_lightning.inspection.personal_data import Hits, count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
-from bco_lightning.inspection.rows import RowArrays, prompts_of, said_in, texts_of
+from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
 from bco_lightning.models.language_model import load_policy
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.planning.model_shape import shape_of

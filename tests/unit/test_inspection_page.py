@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bco_lightning.auc import Auc
 from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.errors import ConfigError
 from bco_lightning.inspection import pictures
-from bco_lightning.inspection.auc import Auc
 from bco_lightning.inspection.cost import Cost, Work
 from bco_lightning.inspection.data_report import DataReport, Example, Finding
 from bco_lightning.inspection.lengths import Histogram, Lengths, length_bias

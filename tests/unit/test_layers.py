@@ -9,11 +9,11 @@ import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
 LAYERS = [
-    {"errors", "batch", "seeding", "fingerprints", "cache_folder"},
+    {"errors", "batch", "seeding", "fingerprints", "cache_folder", "auc"},
     {"packaged", "faults", "config_safety", "gguf_reading", "shards", "distributed"},
     {"objectives", "reward_shift", "data", "models", "demo", "checkpointing"},
     {"metrics", "report", "reference_store", "optimizers", "trunk_cache", "strategies", "planning"},
-    {"reference_cache"},
+    {"reference_cache", "importance"},
     {"module", "callbacks"},
     {"export", "inspection"},
     {"cli"},

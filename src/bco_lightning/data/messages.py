@@ -267,3 +267,23 @@ def _type_name(value: Any) -> str:
     return (
         "nothing (null)" if value is None else f"a value of type {type(value).__name__}" if value else "an empty list"
     )
+
+
+def said_in(prompt: str) -> str:
+    r"""The words of a prompt that is stored as JSON of its messages.
+
+    Example:
+        >>> said_in('[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]')
+        'Be kind.\nHi'
+    """
+    return "\n".join(text for message in json.loads(prompt) for text in _said(message))
+
+
+def _said(message: Any) -> Iterator[str]:
+    content = message.get("content")
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list):
+        yield from (str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)
+    if message.get("tool_calls"):
+        yield json.dumps(message["tool_calls"], ensure_ascii=False)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from bco_lightning.auc import Array
 from bco_lightning.callbacks.throughput_monitor import matmul_ceiling
 from bco_lightning.errors import UserError
-from bco_lightning.inspection.auc import Array
 from bco_lightning.models.language_model import LoraSettings, resolve_dtype
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.planning.model_shape import ModelShape, Weight, shape_of

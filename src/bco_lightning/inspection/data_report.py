@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bco_lightning.auc import Auc, auc
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
-from bco_lightning.inspection.auc import Auc, auc
 from bco_lightning.inspection.cost import Cost
 from bco_lightning.inspection.lengths import LengthBias, Lengths, length_bias, over_limits
 from bco_lightning.inspection.personal_data import Hits, count_personal_data

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from bco_lightning.inspection.auc import Auc
+from bco_lightning.auc import Auc
 from bco_lightning.inspection.data_report import printable
 from bco_lightning.inspection.lengths import Histogram, LengthBias
 

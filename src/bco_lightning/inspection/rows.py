@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from bco_lightning.inspection.auc import Array
+from bco_lightning.auc import Array
+from bco_lightning.data.messages import said_in
+from bco_lightning.data.table_rows import prompt_numbers
 
 _BATCH_ROWS = 512
 
@@ -46,7 +46,7 @@ class RowArrays:
             completion_lengths=_numbers(table, "completion_length").astype(np.int64),
             lengths=np.asarray(pc.list_value_length(table.column("input_ids"))).astype(np.int64),
             loss_tokens=_true_values(table.column("completion_mask")),
-            prompts=_prompt_numbers(table.column("prompt")),
+            prompts=prompt_numbers(dataset),
         )
 
 
@@ -64,11 +64,6 @@ def _true_values(masks: Any) -> Array:
         offsets = np.asarray(chunk.offsets) - chunk.offsets[0].as_py()
         counts.append(ends[offsets[1:]] - ends[offsets[:-1]])
     return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
-
-
-def _prompt_numbers(prompts: Any) -> Array:
-    digests = (hashlib.blake2b(prompt.as_py().encode(), digest_size=8).digest() for prompt in prompts)
-    return np.fromiter((int.from_bytes(digest, "big") for digest in digests), dtype=np.uint64, count=len(prompts))
 
 
 @dataclass(frozen=True)
@@ -113,23 +108,3 @@ def texts_of(dataset: Any, tokenizer: Any, rows: Sequence[int] | Array | None = 
 def prompts_of(dataset: Any, rows: Array) -> list[str]:
     """What is said in the prompts of some rows."""
     return [said_in(prompt) for prompt in dataset.select_columns(["prompt"])[rows.tolist()]["prompt"]]
-
-
-def said_in(prompt: str) -> str:
-    r"""The words of a prompt that is stored as JSON of its messages.
-
-    Example:
-        >>> said_in('[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]')
-        'Be kind.\nHi'
-    """
-    return "\n".join(text for message in json.loads(prompt) for text in _said(message))
-
-
-def _said(message: Any) -> Iterator[str]:
-    content = message.get("content")
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, list):
-        yield from (str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)
-    if message.get("tool_calls"):
-        yield json.dumps(message["tool_calls"], ensure_ascii=False)

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bco_lightning.auc import Auc
 from bco_lightning.data.row_counts import RowCounts
-from bco_lightning.inspection.auc import Auc
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
 from bco_lightning.inspection.data_report import DataReport, Example, printable, short_place
 from bco_lightning.inspection.lengths import Lengths, LengthSummary
