@@ -38,13 +38,14 @@ class Auc:
         return cls(value, max(0.0, value - half), min(1.0, value + half))
 
 
-def clustered_auc(scores: Array, positive: Array, clusters: Array) -> tuple[float, float]:
+def clustered_auc(scores: Array, positive: Array, clusters: Array, weights: Array | None = None) -> tuple[float, float]:
     """The area, and its variance where rows come in clusters that are drawn as wholes.
 
     Args:
         scores: A number for each row.
         positive: Whether each row is positive; there has to be one of either kind.
         clusters: A number for each row; rows with the same number go together.
+        weights: What each row counts for, above 0; 1 if left out. A row of weight 2 is two equal rows of one cluster.
 
     Returns:
         The area and its variance; the variance is NaN where one class comes from a single cluster. With a cluster for
@@ -58,14 +59,16 @@ def clustered_auc(scores: Array, positive: Array, clusters: Array) -> tuple[floa
     Source:
         Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data", Biometrics 53.
     """
-    above = _share_below(scores[positive], scores[~positive])
-    below = 1 - _share_below(scores[~positive], scores[positive])
-    area = float(above.mean())
+    weights = np.ones(len(scores)) if weights is None else weights
+    of_up, of_down = weights[positive], weights[~positive]
+    above = _share_below(scores[positive], scores[~positive], of_down)
+    below = 1 - _share_below(scores[~positive], scores[positive], of_up)
+    area = float(np.average(above, weights=of_up))
     numbers = np.unique(clusters, return_inverse=True)[1]
     size = int(numbers.max()) + 1
-    of_positives = _sums(numbers[positive], above - area, size)
-    of_negatives = _sums(numbers[~positive], below - area, size)
-    num_positive, num_negative = len(above), len(below)
+    of_positives = _sums(numbers[positive], of_up * (above - area), size)
+    of_negatives = _sums(numbers[~positive], of_down * (below - area), size)
+    num_positive, num_negative = float(of_up.sum()), float(of_down.sum())
     with_positives, with_negatives = len(np.unique(numbers[positive])), len(np.unique(numbers[~positive]))
     if min(with_positives, with_negatives) < 2:
         return area, math.nan
@@ -93,10 +96,13 @@ def auc(scores: Array, positive: Array, clusters: Array) -> Auc | None:
     return Auc.with_variance(*clustered_auc(np.asarray(scores, dtype=np.float64), positive, clusters))
 
 
-def _share_below(values: Array, others: Array) -> Array:
-    """For each value the share of ``others`` below it, those that are equal counting half."""
-    ordered = np.sort(others)
-    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(others))
+def _share_below(values: Array, others: Array, weights: Array) -> Array:
+    """For each value the share, by weight, of ``others`` below it, those that are equal counting half."""
+    order = np.argsort(others, kind="stable")
+    up_to = np.concatenate([[0.0], np.cumsum(weights[order])])
+    places = (np.searchsorted(others[order], values, side) for side in ("left", "right"))
+    shares: Array = sum(up_to[place] for place in places) / (2 * up_to[-1])
+    return shares
 
 
 def _sums(numbers: Array, values: Array, size: int) -> Array:

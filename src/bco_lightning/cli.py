@@ -334,11 +334,12 @@ class DataCLI(BCOCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Makes the arguments of the data module alone."""
+        """Makes the arguments of data module and module alone."""
         parser = BCOArgumentParser()
         parser.add_class_arguments(FeedbackDataModule, "data", fail_untyped=False, instantiate=False)
-        options = parser.instantiate(Namespace(data=self.config.fit.data))
-        self.data_options = vars(options.data)
+        parser.add_class_arguments(BCOModule, "model", fail_untyped=False, instantiate=False)
+        options = parser.instantiate(Namespace(data=self.config.fit.data, model=self.config.fit.model))
+        self.data_options, self.model_options = vars(options.data), vars(options.model)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -415,7 +416,7 @@ def _dispatch(given: list[str]) -> None:
     elif command == ["inspect"]:
         options, of_fit = split_arguments(rest)
         cli = _lightning_cli(DataCLI, ["fit", *of_fit])
-        inspect_command(options, cli.config.fit, cli.data_options)
+        inspect_command(options, cli.config.fit, cli.data_options, cli.model_options)
     else:
         _lightning_cli(BCOCLI, given)
 

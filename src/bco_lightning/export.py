@@ -13,6 +13,7 @@ from bco_lightning.checkpointing import read_checkpoint, resolve_checkpoint
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.module import ALIGNMENT_FILE, BCOModule
 
+IMPORTANCE_FILE = "importance.safetensors"
 _CARD = """---
 library_name: {library}
 base_model: {base}
@@ -145,6 +146,8 @@ def _write_alignment(module: BCOModule, folder: Path) -> None:
         "reference": _reference_name(module),
     }
     (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
+    if module.importance is not None:
+        module.importance.save(folder / IMPORTANCE_FILE, prompt_features=module.hparams["prompt_features"])
 
 
 def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:

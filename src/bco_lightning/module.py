@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.cache_folder import cache_root
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
-from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
+from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError, check_choice
 from bco_lightning.fingerprints import (
     differences,
     digest_of_tensor,
@@ -30,6 +30,11 @@ from bco_lightning.fingerprints import (
     digest_of_values,
     versions,
 )
+from bco_lightning.importance.density_ratio import DEFAULT_CLIP, MOST_PROMPTS, check_clip
+from bco_lightning.importance.encoding import PromptEncoder, ReferencePrompts, SentencePrompts
+from bco_lightning.importance.prompt_encoders import REFERENCE, PromptFeatures, ReferenceStates, SentenceEncoder
+from bco_lightning.importance.stream_weights import StreamWeights
+from bco_lightning.importance.weighting import ALONE, ImportanceWeights, WeightingOptions, find_weights
 from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.language_model import (
     Dtype,
@@ -83,6 +88,11 @@ class BCOModule(LightningModule):
         warmup_ratio: Share of all optimizer steps over which the learning rate rises linearly.
         lr_schedule: What follows the warm-up.
         weight_decay: Weight decay of AdamW.
+        importance_weights: ``auto`` weights thumbs-down rows by how much likelier their prompt is among thumbs-up rows,
+            where prompts are shown to tell the classes apart; else all weights are 1. ``on`` refuses data on which that
+            cannot be tested. ``off`` is BCO as published in 2025.
+        prompt_features: What the classifier behind them is told of a prompt.
+        importance_clip: Least and largest weight, before weights are scaled to a mean of 1.
         class_weights: ``auto`` weights the classes by their frequency in the data, so that each carries half of the
             loss (Eq. 8); ``none`` is a mean over rows; two numbers are weights of thumbs-up and thumbs-down rows.
         reward_shift_decay: Decay of the reward shift's sums per optimizer step.
@@ -95,8 +105,8 @@ class BCOModule(LightningModule):
         reference_log_probs: ``cached`` has those of all rows before the first step and keeps them on disk, for later
             epochs and runs; ``online`` computes them in every step; ``auto`` uses what is on disk, computes the rest
             before the first step where that saves a second model and the run sees every row, else as steps need it.
-        cache_folder: Where they are kept: numbers and hashes, nothing that users wrote. ``BCO_CACHE`` in the
-            environment, or ``~/.cache/bco_lightning``, if left out.
+        cache_folder: Where they and importance weights are kept: numbers and hashes, nothing that users wrote.
+            ``BCO_CACHE`` in the environment, or ``~/.cache/bco_lightning``, if left out.
         cache_trunk: Keep what comes out of the layers below ``lora.top_layers`` in the temporary folder, for later
             epochs; the size is printed. A resumed run then agrees to rounding, not to the bit.
         seed: Seed of the adapters' initial values; that of ``seed_everything`` if left out.
@@ -117,6 +127,9 @@ class BCOModule(LightningModule):
         warmup_ratio: float = 0.1,
         lr_schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear",
         weight_decay: float = 0.0,
+        importance_weights: Literal["off", "auto", "on"] = "off",
+        prompt_features: PromptFeatures | None = None,
+        importance_clip: tuple[float, float] = DEFAULT_CLIP,
         class_weights: Literal["auto", "none"] | tuple[float, float] = "auto",
         reward_shift_decay: float = 0.9,
         gradient_checkpointing: bool = False,
@@ -143,6 +156,9 @@ class BCOModule(LightningModule):
                 "warmup_ratio": warmup_ratio,
                 "lr_schedule": lr_schedule,
                 "weight_decay": weight_decay,
+                "importance_weights": importance_weights,
+                "prompt_features": asdict(prompt_features or PromptFeatures()),
+                "importance_clip": list(importance_clip),
                 "class_weights": class_weights if isinstance(class_weights, str) else list(class_weights),
                 "reward_shift_decay": reward_shift_decay,
                 "gradient_checkpointing": gradient_checkpointing,
@@ -164,6 +180,8 @@ class BCOModule(LightningModule):
             raise ConfigError(
                 "model.reference_log_probs", f"expected auto, online or cached, found {reference_log_probs!r}."
             )
+        check_choice("model.importance_weights", importance_weights, ("off", "auto", "on"))
+        check_clip(importance_clip)
         # No hyperparameters: how a number is come by is no part of what a run is.
         self.reference_log_probs: ReferenceLogProbs = reference_log_probs
         self.cache_folder = cache_folder
@@ -173,6 +191,9 @@ class BCOModule(LightningModule):
         self.objective = OBJECTIVES[objective]
         self.reward_shift = RewardShift(reward_shift_decay)
         self.class_weights: tuple[float, float] | None = None
+        self.importance: ImportanceWeights | None = None
+        self._stream_weights: StreamWeights | None = None
+        self._weighs_by: ReferenceStates | SentenceEncoder | None = None
         self.step_rows: list[RewardedRows] = []
         self._step_of_rows = -1
         self._reference_digest = ""
@@ -369,9 +390,13 @@ class BCOModule(LightningModule):
         self._shard()
         if stage == "fit":
             self.class_weights = self._chosen_class_weights()
-            self._fingerprints = self._own_fingerprints()
             self._say_what_is_trained()
         self._follow(plan)
+        if stage == "fit":
+            self._weigh_prompts()
+            if plan in ("known", "before"):
+                self.reference.release()
+            self._fingerprints = self._own_fingerprints()
 
     def _plan_reference(self, stage: str) -> ReferencePlan:
         """Looks up what is known, and has the reference's own model made where steps will need it."""
@@ -440,11 +465,83 @@ class BCOModule(LightningModule):
                 rank_zero_warn(f"{cache.num_unknown:,} reference log-probs are not finite; steps compute them again.")
 
     def _score_by_reference(self, batch: FeedbackBatch) -> Tensor:
-        device = self.trainer.strategy.root_device
+        with self._before_training() as device:
+            return self.reference.log_probs_by_policy(batch.to(device))
+
+    @contextmanager
+    def _before_training(self) -> Iterator[torch.device]:
+        """For passes before the loop has moved the policy: gives the device, with the trainer's precision."""
+        trainer = self._trainer
+        device = trainer.strategy.root_device if trainer is not None else self.device
         if not is_sharded(self.policy):
             self.policy.to(device)  # type: ignore[arg-type]
-        with self.trainer.precision_plugin.forward_context():
-            return self.reference.log_probs_by_policy(batch.to(device))
+        with trainer.precision_plugin.forward_context() if trainer is not None else nullcontext():
+            yield device
+
+    def _weigh_prompts(self) -> None:
+        """Finds the importance weights of the training rows."""
+        self.importance = self._stream_weights = None
+        if self.hparams["importance_weights"] == "off":
+            return
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, FeedbackDataModule):
+            raise ConfigError(
+                "model.importance_weights",
+                f"expected off where no FeedbackDataModule is used, found {self.hparams['importance_weights']}.",
+            )
+        self.take_importance(self.find_importance(data))
+        report = self.importance.report  # type: ignore[attr-defined]
+        if report.why_not and self.hparams["importance_weights"] == "on":
+            raise ConfigError(
+                "model.importance_weights",
+                f"expected rows on which a classifier of prompts can be tested: {report.why_not}.",
+                "Set auto, which then leaves all weights at 1, or off.",
+            )
+
+    def find_importance(self, data: FeedbackDataModule) -> ImportanceWeights:
+        """Finds the importance weights of rows that a data module has read, of a stream those of a sample.
+
+        Args:
+            data: The rows; the policy has to be as it came in, where it is the reference.
+
+        Returns:
+            The weights, and how far they can be trusted.
+
+        Raises:
+            ConfigError: If the encoder of prompts cannot be had.
+        """
+        encoder = self._prompt_encoder()
+        dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
+        return find_weights(
+            dataset,
+            encoder,
+            WeightingOptions(tuple(self.hparams["importance_clip"]), self.hparams["seed"]),
+            folder=cache_root(self.cache_folder) / "importance_weights",
+            row_passes=data.passes_of(dataset),
+            trainer=self._trainer or ALONE,
+        )
+
+    def _prompt_encoder(self) -> PromptEncoder:
+        features = PromptFeatures(**self.hparams["prompt_features"])
+        with self._before_training() as device:
+            if features.encoder != REFERENCE:
+                self._weighs_by = SentenceEncoder(features.encoder, device)
+                return SentencePrompts(self._weighs_by, features.encoder)
+            self._weighs_by = states = ReferenceStates(self.policy, features)
+
+        def encode(batch: FeedbackBatch) -> Tensor:
+            with self._before_training() as device, self.reference.pristine_model() as model:
+                return states.features(batch.to(device), model)
+
+        depends_on = {"weights": self._digest_of_reference(), "dtype": str(self.matmul_dtype)}
+        return ReferencePrompts(states, depends_on, encode)
+
+    def take_importance(self, weights: ImportanceWeights) -> None:
+        """Uses these weights from now on."""
+        self.importance = weights
+        data = getattr(self._trainer, "datamodule", None)
+        if self._weighs_by is not None and data is not None and data.streaming:
+            self._stream_weights = StreamWeights(self._weighs_by, weights.ratio)
 
     def _sees_every_row(self, stage: str) -> bool:
         trainer = self.trainer
@@ -494,11 +591,12 @@ class BCOModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
-        from bco_lightning.callbacks import FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate
+        from bco_lightning.callbacks import FiniteGuard, ImplicitRewardMonitor, ImportanceMonitor, RewardShiftUpdate
 
         guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         # The monitor goes first: a step's rows are measured with the shift that their losses were computed with.
-        return [*([] if guarded else [FiniteGuard()]), ImplicitRewardMonitor(), RewardShiftUpdate()]
+        own = [*([] if guarded else [FiniteGuard()]), ImplicitRewardMonitor(), RewardShiftUpdate()]
+        return own if self.hparams["importance_weights"] == "off" else [*own, ImportanceMonitor()]
 
     def _make_trunk_cache(self) -> TrunkCache:
         data = getattr(self._trainer, "datamodule", None)
@@ -540,11 +638,21 @@ class BCOModule(LightningModule):
         cache, name = self._reference_cache, self._name_of_dataset()
         if self._trunk_cache is not None and isinstance(batch, FeedbackBatch) and self.trainer.training:
             batch = replace(batch, trunk_states_SH=self._trunk_cache.lookup(batch))
+        if isinstance(batch, FeedbackBatch) and self.trainer.training:
+            batch = self._weighed(batch)
         if cache is None or not isinstance(batch, FeedbackBatch):
             return batch
         if is_sharded(self.policy) and not cache.is_complete(name):
             return batch  # a pass through shards takes all processes; one alone cannot leave it out
         return replace(batch, reference_log_probs_B=cache.lookup(name, batch.row_ids_B))
+
+    def _weighed(self, batch: FeedbackBatch) -> FeedbackBatch:
+        """A micro-batch with its importance weights, or with what the step needs to find them."""
+        if self._stream_weights is not None:
+            return self._stream_weights.prepare(batch)
+        if self.importance is not None:
+            return replace(batch, importance_weights_B=self.importance.row_weights[batch.row_ids_B])
+        return batch
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Keeps the reference log-probs of a step, after the guard has found it finite, for the epochs that follow."""
@@ -589,18 +697,23 @@ class BCOModule(LightningModule):
             The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached.
         """
         policy, trunk = self.policy, self._trunk
-        trunk_states_SH = self._trunk_states(batch)
+        # Only rows of a stream come with folds: they are weighed by the states that these passes make anyway.
+        weigher = self._stream_weights if batch.prompt_folds_B is not None else None
+        with weigher.watch(policy) if weigher else nullcontext():
+            trunk_states_SH = self._trunk_states(batch)
         with trunk.left_out() if trunk else nullcontext():
             policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
             reference_log_probs_B = batch.reference_log_probs_B
             if reference_log_probs_B is None:
-                reference_log_probs_B = self.reference.log_probs(batch, trunk_states_SH)
+                reference_log_probs_B = self._reference_log_probs(batch, trunk_states_SH, weigher)
         rewards_B = self.beta * (policy_log_probs_B - reference_log_probs_B)
+        weights_B = weigher.weigh(batch) if weigher else batch.importance_weights_B
+        weights_B = torch.where(batch.thumbs_up_B, 1.0, weights_B)
         losses_B = self.objective(
             rewards_B,
             batch.thumbs_up_B,
             reward_shift=self.decision_threshold,
-            importance_weights=torch.where(batch.thumbs_up_B, 1.0, batch.importance_weights_B),
+            importance_weights=weights_B,
         )
         return losses_B, RewardedRows(
             thumbs_up_B=batch.thumbs_up_B,
@@ -609,9 +722,18 @@ class BCOModule(LightningModule):
             rewards_B=rewards_B.detach(),
             losses_B=losses_B.detach(),
             completion_lengths_B=batch.completion_lengths,
+            importance_weights_B=weights_B,
             row_ids_B=batch.row_ids_B,
             sources_B=batch.sources_B,
         )
+
+    def _reference_log_probs(
+        self, batch: FeedbackBatch, trunk_states_SH: Tensor | None, weigher: StreamWeights | None
+    ) -> Tensor:
+        if weigher is None:
+            return self.reference.log_probs(batch, trunk_states_SH)
+        with self.reference.active_model() as model, weigher.watch(model):
+            return self.reference.log_probs(batch, trunk_states_SH)
 
     def _trunk_states(self, batch: FeedbackBatch) -> Tensor | None:
         if self._trunk is None or batch.trunk_states_SH is not None:
@@ -696,6 +818,8 @@ class BCOModule(LightningModule):
         checkpoint["config_digest"] = digest_of_values({**self.hparams, **checkpoint["fingerprints"]})
         checkpoint["accepted_changes"] = list(self._accepted_changes)
         checkpoint["versions"] = versions()
+        if self.importance is not None:
+            checkpoint["importance"] = self.importance.state_dict()
         if self._reference_cache is not None:
             # On disk for other runs; in the checkpoint so that this one goes on with the same bits whatever others do.
             self._reference_cache.write()
@@ -724,9 +848,17 @@ class BCOModule(LightningModule):
         self._recut_progress(checkpoint)
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
         self.reference.policy_moves()
+        self._load_importance(checkpoint.get("importance"))
         if self._reference_cache is not None and "reference_log_probs" in checkpoint:
             as_lazy = self.reference_log_probs == "auto" and self.trainer.training
             self._reference_cache.load_state_dict(checkpoint["reference_log_probs"], unknown_too=as_lazy)
+
+    def _load_importance(self, state: Mapping[str, Any] | None) -> None:
+        """Goes on with the bits of a run that had the same rows, encoder and options."""
+        if state is None or self.hparams["importance_weights"] == "off":
+            return
+        if self.importance is None or self.importance.key == state["key"]:
+            self.take_importance(ImportanceWeights.from_state_dict(state))
 
     def fingerprints(self) -> dict[str, Any]:
         """What this run is made of: settings that decide its numbers, and digests of reference, tokenizer and rows."""
@@ -797,8 +929,18 @@ class BCOModule(LightningModule):
                 for name in ("objective", "beta", "class_weights", "reward_shift_decay", "lora")
             },
             **({"optimizer": self.hparams["optimizer"]} if self.hparams["optimizer"] != "adamw" else {}),
+            **self._weighting_fingerprints(),
             "reference": self._digest_of_reference(),
             "tokenizer": digest_of_tokenizer(self.tokenizer),
+        }
+
+    def _weighting_fingerprints(self) -> dict[str, Any]:
+        if self.importance is None:
+            return {}
+        return {
+            "importance_weights": self.hparams["importance_weights"],
+            "importance_clip": self.hparams["importance_clip"],
+            "prompt_encoder": self.importance.encoder,
         }
 
     def _data_fingerprints(self) -> dict[str, Any]:
@@ -815,11 +957,14 @@ class BCOModule(LightningModule):
         """Builds the module that a checkpoint's ``hyper_parameters`` describe, without its trained weights."""
         lora = hyper_parameters["lora"]
         weights = hyper_parameters["class_weights"]
+        features = hyper_parameters.get("prompt_features")  # checkpoints of earlier versions have none
         return cls(
             **{
                 **hyper_parameters,
                 "lora": LoraSettings(**lora) if lora else None,
                 "class_weights": weights if isinstance(weights, str) else tuple(weights),
+                "prompt_features": PromptFeatures(**features) if features else None,
+                "importance_clip": tuple(hyper_parameters.get("importance_clip", DEFAULT_CLIP)),
             }
         )
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from bco_lightning.auc import Auc
 from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.errors import ConfigError
+from bco_lightning.importance.trust_report import CalibrationBin
 from bco_lightning.inspection import pictures
 from bco_lightning.inspection.cost import Cost, Work
 from bco_lightning.inspection.data_report import DataReport, Example, Finding
@@ -24,6 +25,7 @@ from bco_lightning.inspection.page import page_of, write_page
 from bco_lightning.inspection.personal_data import Hits
 from bco_lightning.inspection.prompts import PromptShift
 from bco_lightning.inspection.terminal import print_report
+from tests.unit.test_trust_report import trust
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'so' {{ 7 * 7 }} [bold]\x1b[31m"
 VOID = {"meta", "br", "img", "link", "input"}
@@ -185,3 +187,110 @@ def test_a_page_that_cannot_be_written_is_an_error_of_the_option(tmp_path: Path)
 def test_examples_are_shown_with_their_thumb_and_place() -> None:
     page = page_of(report())
     assert re.search(r'class="example up">\s*<div[^>]*>thumbs-up, log.jsonl:1</div>', page)
+
+
+# --- importance weights
+
+
+TEXTS = {3: f"first {HOSTILE}", 8: "second", 5: "third"}
+
+
+def test_without_importance_weights_there_is_no_section_of_them() -> None:
+    assert "<h2>Importance weights</h2>" not in page_of(report())
+    assert "Importance weights of" not in printed(report())
+    assert report().prompts.verdict in [finding.text for finding in report().findings]
+
+
+def test_numbers_of_importance_weights_are_on_the_page_and_in_the_terminal() -> None:
+    weighted = report(trust=trust())
+    for text in (page_of(weighted), printed(weighted)):
+        for said in ("reference, layer 3", "0.710 (0.670 to 0.750)", "0.5123; 0.5623", "61.7%", "75.0%", "12.3 s"):
+            assert said in text
+
+
+def test_findings_have_the_verdict_and_the_warnings_of_the_weights_themselves() -> None:
+    weighted = report(trust=trust(mass=3.0))
+    found = [(finding.level, finding.text) for finding in weighted.findings]
+    assert ("note", trust().verdict) in found
+    assert ("warning", trust(mass=3.0).warnings[0]) in found
+    assert weighted.prompts.verdict not in [text for _, text in found]
+
+
+def test_weights_that_are_all_1_for_want_of_a_difference_are_a_good_finding() -> None:
+    even = trust(has_evidence=False)
+    levels = {finding.text: finding.level for finding in report(trust=even).findings}
+    assert levels[even.verdict] == "good"
+
+
+def test_examples_of_clusters_are_text_on_the_page_and_in_the_terminal_and_nothing_else() -> None:
+    weighted = report(trust=trust(encoder=HOSTILE), trust_texts=TEXTS)
+    page, terminal = page_of(weighted), printed(weighted)
+    elements = Elements(page).found
+    assert {tag for tag, _ in elements} & {"script", "img", "iframe", "object", "link"} == set()
+    assert not any(name.startswith("on") for _, attributes in elements for name in attributes)
+    assert "first &lt;script&gt;alert(1)" in page
+    assert "first <script>" in terminal
+    assert "\x1b" not in page + terminal
+
+
+def test_the_page_with_importance_weights_needs_nothing_but_itself() -> None:
+    page = page_of(report(trust=trust(), trust_texts=TEXTS))
+    for _, attributes in Elements(page).found:
+        assert not {"src", "href", "srcset"} & attributes.keys()
+    assert not re.search(r"https?://|url\(|@import", page)
+    drawn = re.findall(r"<svg [^>]*role=\"img\"[^>]*><title>[^<]+</title>", page)
+    assert len(drawn) == page.count("<svg") == 9
+
+
+def test_hidden_examples_of_clusters_leave_their_shares() -> None:
+    hidden = report(trust=trust())
+    for text in (page_of(hidden), printed(hidden)):
+        assert "80.0%" in text
+        assert "third" not in text
+        assert "nearest to the centre" not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"has_evidence": False},
+        {"has_evidence": False, "why_not": "found 3 rows", "calibration": (), "histogram": (), "clusters": ()},
+        {"auc": None, "matched_auc": None},
+    ],
+)
+def test_a_trust_report_with_less_in_it_is_shown_too(changes: dict[str, Any]) -> None:
+    weighted = report(trust=trust(**changes))
+    for text in (page_of(weighted), " ".join(printed(weighted).split())):
+        assert trust(**changes).verdict in text
+    assert ("Importance weights of thumbs-down rows</title>" in page_of(weighted)) == ("has_evidence" not in changes)
+
+
+def test_points_of_the_calibration_are_where_their_shares_are() -> None:
+    bins = (CalibrationBin(10, 0.42, 0.5), CalibrationBin(20, 0.6, 0.78))
+    picture = str(pictures.calibration_plot(bins))
+    found = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', picture)]
+    left, top, size = 150, 8, 250  # the axes go from 40 % to 80 %
+    expected = [(left + size * (of.predicted - 0.4) / 0.4, top + size * (0.8 - of.observed) / 0.4) for of in bins]
+    assert found == [pytest.approx(point, abs=0.01) for point in expected]
+    assert ">40%<" in picture
+    assert ">80%<" in picture
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_a_calibration_with_a_single_share_can_be_drawn(share: float) -> None:
+    picture = str(pictures.calibration_plot((CalibrationBin(10, share, share),)))
+    x, y = (float(value) for value in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', picture)[0])
+    assert 150 <= x <= 400
+    assert 8 <= y <= 258
+
+
+def test_bars_of_weights_are_as_high_as_their_shares_on_a_logarithmic_axis() -> None:
+    picture = str(pictures.weight_histogram([(0.25, 0.5, 0.1), (0.5, 1.0, 0.4), (1.0, 4.0, 0.2)]))
+    sizes = re.findall(r'width="([\d.]+)" height="([\d.]+)" class="down"', picture)
+    widths, heights = zip(*((float(width) + 0.8, float(height)) for width, height in sizes), strict=True)
+    assert heights[1] / heights[0] == pytest.approx(4, rel=1e-3)
+    assert heights[1] / heights[2] == pytest.approx(2, rel=1e-3)
+    assert widths[2] / widths[0] == pytest.approx(2, rel=1e-3)
+    even = re.search(r'<line x1="([\d.]+)"[^>]*class="limit"', picture)
+    assert even
+    assert float(even[1]) == pytest.approx(44 + (560 - 56) / 2, abs=0.01)  # 1 is halfway from 1/4 to 4

@@ -1,7 +1,8 @@
-"""Callbacks: guard, reward shift, metrics, speed, checkpoints of a run, predictions, the trial on a known reward."""
+"""Callbacks: guard, reward shift, metrics, trust, speed, checkpoints of a run, predictions, trial on a known reward."""
 
 from bco_lightning.callbacks.finite_guard import FiniteGuard
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
+from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
 from bco_lightning.callbacks.known_reward_trial import KnownRewardTrial
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.reward_shift_update import RewardShiftUpdate
@@ -12,6 +13,7 @@ from bco_lightning.callbacks.throughput_monitor import ThroughputMonitor
 __all__ = [
     "FiniteGuard",
     "ImplicitRewardMonitor",
+    "ImportanceMonitor",
     "KnownRewardTrial",
     "PredictionWriter",
     "RewardShiftUpdate",

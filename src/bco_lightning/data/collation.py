@@ -15,7 +15,8 @@ def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = Tru
 
     Args:
         samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``, and ``source`` where there
-            are several. The first token of a row is never scored, whatever its mask: nothing comes before it.
+            are several, and ``prompt`` where its words are wanted. The first token of a row is never scored, whatever
+            its mask: nothing comes before it.
         share_prompts: Whether to lay out a prompt once for all its rows.
 
     Returns:
@@ -66,6 +67,7 @@ def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = Tru
         sources_B=torch.tensor([sample.get("source", 0) for sample in samples]),
         spans=tuple(spans),
         row_spans=tuple(row_spans[number] for number in range(len(samples))),
+        prompts=tuple(sample["prompt"] for sample in samples) if samples and "prompt" in samples[0] else None,
     )
 
 

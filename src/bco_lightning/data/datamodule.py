@@ -354,6 +354,11 @@ class FeedbackDataModule(LightningDataModule):
             raise FeedbackRowError("train", f"expected usable rows in a sample of {most}, found none.")
         return row_set.dataset
 
+    def passes_of(self, dataset: Dataset) -> np.ndarray[Any, Any] | None:
+        """How often an epoch draws each row of a table of training rows, about; ``None`` if all alike."""
+        weights = np.array([source.weight for source in self.train_files], dtype=np.float64)
+        return weights[np.asarray(dataset.data.column("source"))] if (weights != weights[0]).any() else None
+
     def place_of(self, row_id: int) -> str:
         """File and line of a training row."""
         return (self._stream or self._trained_on).place_of(row_id)  # type: ignore[union-attr]

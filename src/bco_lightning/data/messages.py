@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bco_lightning.batch import Message
@@ -42,6 +42,11 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, dict)):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     return f"a value of type {type(value).__name__}"
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, line breaks apart, are replaced."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
 def texts_in(value: Any, depth: int = 0) -> Iterator[str]:
@@ -276,7 +281,12 @@ def said_in(prompt: str) -> str:
         >>> said_in('[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]')
         'Be kind.\nHi'
     """
-    return "\n".join(text for message in json.loads(prompt) for text in _said(message))
+    return words_of(json.loads(prompt))
+
+
+def words_of(messages: Sequence[Message]) -> str:
+    """The words of messages, one message after the other."""
+    return "\n".join(text for message in messages for text in _said(message))
 
 
 def _said(message: Any) -> Iterator[str]:

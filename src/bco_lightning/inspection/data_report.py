@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from bco_lightning.auc import Auc, auc
+from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
+from bco_lightning.importance.trust_report import TrustReport
 from bco_lightning.inspection.cost import Cost
 from bco_lightning.inspection.lengths import LengthBias, Lengths, length_bias, over_limits
 from bco_lightning.inspection.personal_data import Hits, count_personal_data
@@ -16,7 +18,7 @@ from bco_lightning.inspection.prompts import PromptShift, drawn_rows, prompt_shi
 from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
 
 Level = Literal["problem", "warning", "note", "good"]
-_LONGEST_EXAMPLE = 400  # characters
+_LONGEST_EXAMPLE, _LONGEST_OF_CLUSTER = 400, 120  # characters
 _CUT_ADVICE = {
     "completions cut": "The model does not see them end: raise data.max_length, or set data.long_completions: drop.",
     "prompts cut": "The model does not see all that was answered to: raise data.max_length.",
@@ -66,6 +68,8 @@ class DataReport:
         personal_data: Rows and finds by kind, over prompts and completions.
         examples: A few of either class; empty if they are to be hidden.
         notes: What else there is to say.
+        trust: What is known about the importance weights, if there are to be any.
+        trust_texts: The prompts of rows that are examples in ``trust``; empty if examples are to be hidden.
     """
 
     model: str
@@ -82,6 +86,8 @@ class DataReport:
     personal_data: dict[str, Hits]
     examples: tuple[Example, ...] = ()
     notes: tuple[Finding, ...] = ()
+    trust: TrustReport | None = None
+    trust_texts: dict[int, str] = field(default_factory=dict)
 
     @property
     def trained_on(self) -> RowCounts:
@@ -97,7 +103,10 @@ class DataReport:
 
     def _of_content(self) -> list[Finding]:
         found = [Finding("warning" if self.bias.is_clear else "good", self.bias.verdict)]
-        found.append(Finding("warning" if self.prompts.is_shifted else "good", self.prompts.verdict))
+        if self.trust is None:
+            found.append(Finding("warning" if self.prompts.is_shifted else "good", self.prompts.verdict))
+        else:
+            found += _of_trust(self.trust)
         hits = {kind: hits for kind, hits in self.personal_data.items() if hits.hits}
         if hits:
             said = ", ".join(f"{kind} in {hits.rows:,}" for kind, hits in hits.items())
@@ -115,6 +124,7 @@ def make_report(
     cost: Cost,
     num_examples: int,
     notes: tuple[Finding, ...] = (),
+    trust: TrustReport | None = None,
 ) -> DataReport:
     """Looks through the rows that a data module would train on.
 
@@ -127,6 +137,7 @@ def make_report(
         cost: What a run takes.
         num_examples: Examples of either class; 0 shows none.
         notes: What else there is to say.
+        trust: What is known about the importance weights; its examples are rows of ``dataset``.
 
     Returns:
         The report.
@@ -152,6 +163,8 @@ def make_report(
         personal_data=count_personal_data(texts),
         examples=_examples(dataset, data.tokenizer, up, num_examples, data.seed),
         notes=notes,
+        trust=trust,
+        trust_texts=_trust_texts(dataset, trust) if trust is not None and num_examples else {},
     )  # fmt: skip
 
 
@@ -166,16 +179,24 @@ def _examples(dataset: Any, tokenizer: Any, up: Any, number: int, seed: int) -> 
     )
 
 
-def shortened(text: str) -> str:
-    """The first and last 200 characters of a text, without what would steer a terminal.
+def _trust_texts(dataset: Any, trust: TrustReport) -> dict[int, str]:
+    rows = sorted({row for cluster in trust.clusters for row in cluster.examples})
+    prompts = prompts_of(dataset, np.array(rows, dtype=np.int64))
+    return {
+        row: shortened(" ".join(prompt.split()), _LONGEST_OF_CLUSTER) for row, prompt in zip(rows, prompts, strict=True)
+    }
+
+
+def shortened(text: str, longest: int = _LONGEST_EXAMPLE) -> str:
+    """The beginning and the end of a text, as long as each other, without what would steer a terminal.
 
     Example:
         >>> shortened("one" + chr(27) + "[31mtwo")
         'one\ufffd[31mtwo'
     """
-    half = _LONGEST_EXAMPLE // 2
+    half = longest // 2
     text = text.strip()
-    return printable(text if len(text) <= _LONGEST_EXAMPLE else f"{text[:half].rstrip()} […] {text[-half:].lstrip()}")
+    return printable(text if len(text) <= longest else f"{text[:half].rstrip()} […] {text[-half:].lstrip()}")
 
 
 def short_place(place: str) -> str:
@@ -186,11 +207,6 @@ def short_place(place: str) -> str:
         ('day/1.jsonl:7', 'log.jsonl:3')
     """
     return printable("/".join(place.split("/")[-2:]))
-
-
-def printable(text: str) -> str:
-    """A text whose control characters, line breaks apart, are replaced."""
-    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
 def _of_counts(counts: RowCounts) -> list[Finding]:
@@ -212,6 +228,11 @@ def _of_counts(counts: RowCounts) -> list[Finding]:
         advice = "Leave model.class_weights at auto; data.balanced_sampling: true shows every step both classes."
         found.append(Finding("note", f"{text} {advice}"))
     return found
+
+
+def _of_trust(trust: TrustReport) -> list[Finding]:
+    verdict = Finding("note" if trust.has_evidence or trust.why_not else "good", trust.verdict)
+    return [verdict, *(Finding("warning", warning) for warning in trust.warnings)]
 
 
 def _of_feedback(feedback: FeedbackSummary | None) -> list[Finding]:

@@ -12,14 +12,15 @@ from rich.console import Console
 
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.importance.density_ratio import MOST_PROMPTS
+from bco_lightning.importance.trust_report import TrustReport
 from bco_lightning.inspection.cost import Cost, cost_of, machine_of, num_steps, work_of_epoch
 from bco_lightning.inspection.data_report import DataReport, Finding, make_report
 from bco_lightning.inspection.page import write_page
 from bco_lightning.inspection.rows import RowArrays
 from bco_lightning.inspection.terminal import print_report
 from bco_lightning.models.language_model import LoraSettings, load_tokenizer
-
-_SAMPLED_ROWS = 20_000
+from bco_lightning.module import BCOModule
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bco_lightning inspect",
         description="Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left "
         "out and cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. "
-        "No weight is loaded.",
+        "No weight is loaded, except for model.importance_weights.",
         epilog="It also takes --config FILE and every other option of `fit`: see `fit --help`.",
         allow_abbrev=False,
     )
@@ -76,13 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def inspect_command(options: InspectOptions, config: Any, data_options: Mapping[str, Any]) -> None:
+def inspect_command(
+    options: InspectOptions, config: Any, data_options: Mapping[str, Any], model_options: Mapping[str, Any]
+) -> None:
     """Reads, reports to the terminal, and writes the page.
 
     Args:
         options: Those of ``inspect``.
         config: The resolved options of ``fit``.
         data_options: Arguments of :class:`FeedbackDataModule`.
+        model_options: Arguments of :class:`BCOModule`, which is only made where importance weights are wanted.
 
     Raises:
         UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
@@ -92,12 +96,15 @@ def inspect_command(options: InspectOptions, config: Any, data_options: Mapping[
     notes = []
     if problem is not None:
         notes.append(Finding("problem", f"fit would not start: {problem.problem}"))
-    dataset = data.training_rows(data.streaming_sample or _SAMPLED_ROWS)
+    dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
+    trust = None
+    if config.model.importance_weights != "off":
+        trust = BCOModule(**model_options).find_importance(data).report
     if data.streaming:
         notes.append(
             Finding("note", f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it.")
         )
-    report = _report(data, dataset, config, options, tuple(notes))
+    report = _report(data, dataset, config, options, tuple(notes), trust)
     print_report(report, Console())
     write_page(report, options.report)
     print(f"\nPage   {options.report}")
@@ -117,7 +124,12 @@ def _read(data: FeedbackDataModule) -> FeedbackRowError | None:
 
 
 def _report(
-    data: FeedbackDataModule, dataset: Any, config: Any, options: InspectOptions, notes: tuple[Finding, ...]
+    data: FeedbackDataModule,
+    dataset: Any,
+    config: Any,
+    options: InspectOptions,
+    notes: tuple[Finding, ...],
+    trust: TrustReport | None,
 ) -> DataReport:
     arrays = RowArrays.of(dataset)
     limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
@@ -130,6 +142,7 @@ def _report(
         cost=_cost(data, config, arrays),
         num_examples=options.num_examples,
         notes=notes,
+        trust=trust,
     )
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import RowCounts
 from bco_lightning.errors import ConfigError
+from bco_lightning.importance.terminal import CLUSTER_HEADINGS, cluster_rows, trust_rows
 from bco_lightning.inspection import pictures
-from bco_lightning.inspection.data_report import DataReport, printable, short_place
+from bco_lightning.inspection.data_report import DataReport, short_place
 from bco_lightning.inspection.terminal import cost_rows, prompt_rows, short_time, summary_cells
 
 TEMPLATE = "page.html.j2"
@@ -51,6 +53,9 @@ def page_of(report: DataReport) -> str:
         cells=summary_cells,
         cost_rows=cost_rows(report.cost),
         prompt_rows=prompt_rows(report.prompts, report.prompt_bias),
+        trust_rows=trust_rows(report.trust) if report.trust else [],
+        cluster_headings=CLUSTER_HEADINGS,
+        clusters=cluster_rows(report.trust, report.trust_texts) if report.trust else [],
         pictures=_pictures(report),
     )
 
@@ -103,4 +108,8 @@ def _pictures(report: DataReport) -> dict[str, Any]:
         drawn["bias"] = pictures.interval_gauge(
             report.bias.auc, "up is shorter", "up is longer", "Probability that a thumbs-up answer is longer"
         )
+    if report.trust is not None and report.trust.calibration:
+        drawn["calibration"] = pictures.calibration_plot(report.trust.calibration)
+    if report.trust is not None and report.trust.has_evidence and report.trust.histogram:
+        drawn["weights"] = pictures.weight_histogram(report.trust.histogram)
     return drawn

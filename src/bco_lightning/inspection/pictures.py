@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from bco_lightning.auc import Auc
-from bco_lightning.inspection.data_report import printable
+from bco_lightning.data.messages import printable
+from bco_lightning.importance.trust_report import CalibrationBin
 from bco_lightning.inspection.lengths import Histogram, LengthBias
 
 WIDTH = 560
@@ -229,3 +230,61 @@ def roc_curve(shares: Sequence[float]) -> Markup:
     for share in (0, 0.5, 1):
         parts.append(_label(left + size * share, top + size + 15, f"{share:.0%}", anchor="middle", kind="label muted"))
     return _picture(top + size + 40, "ROC curve of the classifier of prompts, on prompts that it has not seen", *parts)
+
+
+# --- importance weights
+
+
+def calibration_plot(bins: Sequence[CalibrationBin]) -> Markup:
+    """Observed against predicted shares of thumbs-up; points on the line say that probabilities are right."""
+    size, left, top = 250, 150.0, 8.0
+    shares = [share for of in bins for share in (of.predicted, of.observed)]
+    # Where one class is rare all points are near 0 or 1, so the axes end at the tenths around them.
+    least = max(0, math.floor(min(shares) * 10 - 1e-9)) / 10
+    most = min(10, math.ceil(max(shares) * 10 + 1e-9)) / 10
+    scale = size / (most - least)
+    parts = [_box(left, top, size, size, "frame"), _line(left, top + size, left + size, top)]
+    for of in bins:
+        said = f"{of.count:,.0f} rows: predicted {of.predicted:.1%}, observed {of.observed:.1%}"
+        x, y = left + (of.predicted - least) * scale, top + size - (of.observed - least) * scale
+        parts.append(tag("circle", tag("title", said), cx=float(x), cy=float(y), r=5.0, class_="up"))
+    for place in (0, 0.5, 1):
+        share = f"{least + (most - least) * place:.0%}"
+        parts += [
+            _label(left + size * place, top + size + 15, share, anchor="middle", kind="label muted"),
+            _label(left - 8, top + size * (1 - place) + 8 * place, share, anchor="end", kind="label muted"),
+        ]
+    parts += [
+        _label(left + size / 2, top + size + 32, "predicted share of thumbs-up", anchor="middle", kind="label muted"),
+        _label(left - 50, top - 4 + size / 2, "observed", anchor="end", kind="label muted"),
+        _label(left - 50, top + 12 + size / 2, "share", anchor="end", kind="label muted"),
+    ]
+    return _picture(
+        top + size + 40, "Calibration of the classifier of prompts, on prompts that it has not seen", *parts
+    )
+
+
+def weight_histogram(histogram: Sequence[tuple[float, float, float]]) -> Markup:
+    """Shares of the thumbs-down rows by weight, on a logarithmic axis; 1 is a row that counts as without weights."""
+    top, bottom = 24, 222
+    first, last = math.log(histogram[0][0]), math.log(histogram[-1][1])
+    across = (WIDTH - _LEFT - _RIGHT) / (last - first)
+    most = max(*(share for _, _, share in histogram), 1e-9)
+    scale = (bottom - top) / most
+    parts = [_grid_line(bottom - share * scale, f"{share:.2%}".replace(".00", "")) for share in ticks(most, 4)[1:]]
+    for low, high, share in histogram:
+        x, width = _LEFT + (math.log(low) - first) * across, math.log(high / low) * across - 0.8
+        said = tag("title", f"weight {low:.3g} to {high:.3g}: {share:.1%} of thumbs-down rows")
+        parts.append(tag("g", said, _box(x, bottom - share * scale, width, share * scale, "down")))
+    for weight in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20):
+        x = _LEFT + (math.log(weight) - first) * across
+        if _LEFT - 1 <= x <= WIDTH - _RIGHT + 1:
+            parts.append(_label(x, bottom + 18, f"{weight:g}", anchor="middle", kind="label muted"))
+    even = _LEFT - first * across
+    parts += [
+        _line(_LEFT, bottom, WIDTH - _RIGHT, bottom),
+        _line(even, top - 14, even, bottom, "limit"),
+        _label(even + 5, top - 8, "1: as without weights", kind="label limit-name"),
+        _label((WIDTH + _LEFT) / 2, bottom + 35, "weight of a thumbs-down row", anchor="middle", kind="label muted"),
+    ]
+    return _picture(bottom + 42, "Importance weights of thumbs-down rows", *parts)

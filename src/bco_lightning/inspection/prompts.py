@@ -51,7 +51,8 @@ class PromptShift:
         if self.is_shifted:
             return (
                 "Prompts of thumbs-up and thumbs-down rows differ, so importance weights are advised: they let the "
-                "thumbs-down rows stand for the prompts of the thumbs-up rows. This version does not compute them."
+                "thumbs-down rows stand for the prompts of the thumbs-up rows. Set model.importance_weights: auto, "
+                "which computes them."
             )
         if self.log_loss >= COIN:
             why = "the probabilities of the classifier are no better than a constant's"

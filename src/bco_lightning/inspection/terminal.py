@@ -9,9 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from bco_lightning.auc import Auc
+from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import RowCounts
+from bco_lightning.importance.terminal import text_table, trust_tables
+from bco_lightning.importance.trust_report import interval
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
-from bco_lightning.inspection.data_report import DataReport, Example, printable, short_place
+from bco_lightning.inspection.data_report import DataReport, Example, short_place
 from bco_lightning.inspection.lengths import Lengths, LengthSummary
 from bco_lightning.inspection.prompts import COIN, PromptShift
 
@@ -35,6 +38,8 @@ def print_report(report: DataReport, console: Console) -> None:
         _personal_data_table(report),
         _examples_table(report.examples),
     ]
+    if report.trust is not None:
+        tables[-1:-1] = trust_tables(report.trust, report.trust_texts, ascii_only=console.options.ascii_only)
     for table in tables:
         if table.row_count:
             console.print(table, highlight=False)
@@ -42,22 +47,12 @@ def print_report(report: DataReport, console: Console) -> None:
         console.print(Text(printable(f"{finding.level}: {finding.text}"), style=_STYLES[finding.level]))
 
 
-def _table(title: str, *headings: str, rows: Iterable[Iterable[str]]) -> Table:
-    """The first column is on the left; nothing in it is markup."""
-    table = Table(title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table
-
-
 def _rows_table(counts: Iterable[RowCounts]) -> Table:
     rows = [
         [c.name, *(f"{value:,}" for value in (c.read, c.used, c.up, c.down, c.num_left_out, c.malformed.count))]
         for c in counts
     ]
-    return _table("Rows", "", "read", "used", "up", "down", "left out", "malformed", rows=rows)
+    return text_table("Rows", "", "read", "used", "up", "down", "left out", "malformed", rows=rows)
 
 
 def _reasons_table(counts: Iterable[RowCounts]) -> Table:
@@ -70,14 +65,14 @@ def _reasons_table(counts: Iterable[RowCounts]) -> Table:
             for what, counted in lost
         ]
         rows += [[f"{c.name}, {what}", f"{count:,}", ""] for what, count in c.cut.items() if count]
-    return _table("What was lost, and why", "", "rows", "first places", rows=rows)
+    return text_table("What was lost, and why", "", "rows", "first places", rows=rows)
 
 
 def _sources_table(counts: RowCounts) -> Table:
     rows = [
         [name, f"{up:,}", f"{down:,}", f"{up / max(1, up + down):.0%}"] for name, (up, down) in counts.by_source.items()
     ]
-    return _table("Thumbs by source", "", "up", "down", "share up", rows=rows)
+    return text_table("Thumbs by source", "", "up", "down", "share up", rows=rows)
 
 
 def _lengths_table(report: DataReport) -> Table:
@@ -89,7 +84,7 @@ def _lengths_table(report: DataReport) -> Table:
         f"{name} {limit:,}: {report.over_limits[name]:,} rows over" for name, limit in report.limits.items()
     )
     title = f"Tokens before cutting ({limits})"
-    return _table(title, "", "rows", "min", "median", "mean", "90 %", "95 %", "99 %", "max", rows=rows)
+    return text_table(title, "", "rows", "min", "median", "mean", "90 %", "95 %", "99 %", "max", rows=rows)
 
 
 def _lengths_rows(what: str, lengths: Lengths) -> Iterable[list[str]]:
@@ -104,7 +99,7 @@ def summary_cells(summary: LengthSummary) -> list[str]:
 
 
 def _cost_table(cost: Cost) -> Table:
-    return _table("An epoch, and the run", "", "", rows=cost_rows(cost))
+    return text_table("An epoch, and the run", "", "", rows=cost_rows(cost))
 
 
 def cost_rows(cost: Cost) -> list[tuple[str, str]]:
@@ -157,29 +152,25 @@ def _duration(seconds: float) -> tuple[str, str]:
 
 def _prompts_table(report: DataReport) -> Table:
     rows = prompt_rows(report.prompts, report.prompt_bias)
-    return _table("Prompts of thumbs-up against thumbs-down rows", "", "", rows=rows)
+    return text_table("Prompts of thumbs-up against thumbs-down rows", "", "", rows=rows)
 
 
 def prompt_rows(prompts: PromptShift, bias: Auc | None) -> list[tuple[str, str]]:
     """Names and values of how the prompts of the classes differ, as they are shown."""
     rows = [("rows looked at", f"{prompts.num_rows:,}"), ("distinct prompts", f"{prompts.num_prompts:,}")]
-    rows += [("AUC of the prompt's length", _interval(bias))] if bias else []
+    rows += [("AUC of the prompt's length", interval(bias))] if bias else []
     if prompts.auc is None:
         return [*rows, ("held-out AUC", f"not known: {prompts.why_not}")]
     return [
         *rows,
-        ("held-out AUC (95 % interval)", _interval(prompts.auc)),
+        ("held-out AUC (95 % interval)", interval(prompts.auc)),
         ("held-out log loss; a constant has", f"{prompts.log_loss:.4f}; {COIN:.4f}"),
     ]
 
 
-def _interval(area: Auc) -> str:
-    return f"{area.value:.3f} ({area.low:.3f} to {area.high:.3f})"
-
-
 def _personal_data_table(report: DataReport) -> Table:
     rows = [[kind, f"{hits.rows:,}", f"{hits.hits:,}"] for kind, hits in report.personal_data.items()]
-    return _table("What looks like personal data", "", "rows", "finds", rows=rows)
+    return text_table("What looks like personal data", "", "rows", "finds", rows=rows)
 
 
 def _examples_table(examples: Iterable[Example]) -> Table:

@@ -95,9 +95,11 @@ class Reference:
     @torch.no_grad()
     def log_probs_by_policy(self, batch: FeedbackBatch) -> Tensor:
         """Like :meth:`log_probs`, by the policy itself as long as it is the reference: no second model is made."""
-        if self.is_policy_without_adapter or self._separate or not self.policy_is_pristine:
-            return self.log_probs(batch)
-        return completion_log_probs(self._policy, batch)
+        return completion_log_probs(self._policy, batch) if self._is_policy else self.log_probs(batch)
+
+    @property
+    def _is_policy(self) -> bool:
+        return not (self.is_policy_without_adapter or self._separate) and self.policy_is_pristine
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         """The frozen weights that make up the reference."""
@@ -117,6 +119,15 @@ class Reference:
         else:
             with _without_trained_adapter(self._policy):
                 yield self._policy
+
+    @contextmanager
+    def pristine_model(self) -> Iterator[PreTrainedModel]:
+        """Like :meth:`active_model`, the policy itself as long as it is the reference: no second model is made."""
+        if self._is_policy:
+            yield self._policy
+        else:
+            with self.active_model() as model:
+                yield model
 
     def _num_changes(self) -> int:
         """PyTorch counts the changes of a tensor in place, whoever makes them; a move to another device is none."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset, get_worker_info
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.messages import words_of
 from bco_lightning.data.reading import ReadingOptions
 from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.streaming.block_cache import BlockCache
@@ -206,4 +207,5 @@ def _as_sample(found: TokenizedRow) -> dict[str, Any]:
         "thumbs_up": found.row.thumbs_up,
         "source": found.source,
         "place": found.row.place,
+        "prompt": words_of(found.row.prompt),
     }

@@ -1,0 +1,82 @@
+"""Show at the start of a run how far its importance weights can be trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from typing_extensions import override
+
+from bco_lightning.importance.terminal import (
+    CALIBRATION_HEADINGS,
+    CLUSTER_HEADINGS,
+    calibration_rows,
+    cluster_rows,
+    print_trust,
+    trust_rows,
+)
+from bco_lightning.importance.trust_report import TrustReport
+from bco_lightning.module import BCOModule
+
+
+class ImportanceMonitor(Callback):
+    """Before the first step: prints the trust report, logs it as ``importance/...``, writes ``importance.json``.
+
+    Numbers go to every logger, the histogram of weights and tables to TensorBoard; what they mean is said at
+    :class:`~bco_lightning.importance.trust_report.TrustReport`. No text of a prompt is shown or written. Nothing
+    happens where importance weights are off.
+    """
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+        log_dir = trainer.log_dir  # a broadcast: every process has to ask
+        importance = pl_module.importance
+        if importance is None or not trainer.is_global_zero:
+            return
+        report = importance.report
+        print_trust(report, Console())
+        for logger in trainer.loggers:
+            logger.log_metrics(_scalars(report), step=trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                _write_details(logger.experiment, report, importance.down_weights, trainer.global_step)
+        if log_dir is not None:
+            _write_file(report, Path(log_dir) / "importance.json")
+
+
+def _scalars(report: TrustReport) -> dict[str, float]:
+    """The numbers that are known."""
+    values = {
+        name: getattr(report, name)
+        for name in ("log_loss", "constant_log_loss", "effective_share", "mass", "at_low", "at_high")
+    }
+    values |= {name: area.value for name in ("auc", "matched_auc") if (area := getattr(report, name)) is not None}
+    return {f"importance/{name}": value for name, value in values.items() if math.isfinite(value)}
+
+
+def _write_details(writer: Any, report: TrustReport, down_weights: Any, step: int) -> None:
+    if len(down_weights):
+        writer.add_histogram("importance/weights", down_weights.detach().cpu(), step)
+    said = "\n\n".join([report.verdict, *(f"Warning: {warning}" for warning in report.warnings)])
+    texts = {
+        "verdict": f"{said}\n\n{_markdown(('', ''), trust_rows(report))}",
+        "calibration": _markdown(CALIBRATION_HEADINGS, calibration_rows(report)),
+        "clusters": _markdown(CLUSTER_HEADINGS, [row.cells for row in cluster_rows(report, {})]),
+    }
+    for name, text in texts.items():
+        writer.add_text(f"importance/{name}", text, step)
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _write_file(report: TrustReport, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report.to_values(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
