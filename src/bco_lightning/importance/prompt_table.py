@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-NUM_FOLDS = 5
+K = 5  # folds
 KEY_BYTES = 8
 _ROWS_AT_A_TIME = 1000
 _COLUMNS = ["input_ids", "completion_mask"]
@@ -107,7 +107,7 @@ class PromptTable:
     @property
     def folds(self) -> Array:
         """The part of the data that each prompt belongs to, by its key alone; int64, shape ``(P,)``."""
-        return np.asarray(self.keys % np.uint64(NUM_FOLDS), dtype=np.int64)
+        return np.asarray(self.keys % np.uint64(K), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -13,7 +13,7 @@ from torch import Tensor
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.importance.density_ratio import DensityRatio
 from bco_lightning.importance.prompt_encoders import ReferenceStates, SentenceEncoder
-from bco_lightning.importance.prompt_table import NUM_FOLDS, prompt_key
+from bco_lightning.importance.prompt_table import K, prompt_key
 
 
 class StreamWeights:
@@ -57,7 +57,8 @@ class StreamWeights:
         if batch.prompt_folds_B is None or not isinstance(self._encoder, ReferenceStates):
             return batch.importance_weights_B
         captured, self._captured = self._captured, None
-        self.ratio = self.ratio.to(batch.input_ids_S.device)
+        if self.ratio.mean_H.device != batch.input_ids_S.device:
+            self.ratio = self.ratio.to(batch.input_ids_S.device)
         features_BH = self._encoder.pooled(batch, captured)
         return self.ratio.weights(self.ratio.log_ratios(features_BH, batch.prompt_folds_B))
 
@@ -74,7 +75,7 @@ def prompt_folds(batch: FeedbackBatch) -> Tensor:
     tokens = batch.input_ids_S.numpy()
     return torch.tensor(
         [
-            prompt_key(tokens[span.places()[:length]].tolist()) % NUM_FOLDS
+            prompt_key(tokens[span.places()[:length]].tolist()) % K
             for span, length in zip(batch.row_spans, lengths.tolist(), strict=True)
         ]
     )

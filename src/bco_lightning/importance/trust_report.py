@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bco_lightning.auc import Auc
+from bco_lightning.importance.density_ratio import ENOUGH_EVIDENCE
 
 _FEWEST_EFFECTIVE = 0.1  # of the thumbs-down rows
 _CLEARLY_UNEVEN = 0.6  # AUC
@@ -111,7 +112,8 @@ class TrustReport:
         if not self.has_evidence:
             return (
                 "All importance weights are 1, because prompts were not shown to tell thumbs-up from thumbs-down rows "
-                f"(held-out log loss {self.log_loss:.4f}, that of a constant {self.constant_log_loss:.4f})."
+                f"(held-out log loss {self.log_loss:.4f}, that of a constant {self.constant_log_loss:.4f}; the gain is "
+                f"{self.evidence:.1f} standard errors, over {ENOUGH_EVIDENCE:g} would be evidence)."
             )
         return (
             "Prompts tell thumbs-up from thumbs-down rows, so thumbs-down rows are weighted to stand for the prompts "
