@@ -77,11 +77,13 @@ def results(files: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactor
     """What all runs ended with: those of one process first, then those of two, then journeys that end at one."""
     folder = tmp_path_factory.mktemp("runs")
     cases = [*ALONE, *ALONE_COARSE]
-    (alone,) = finish(start(partial(run_all, cases, folder, *files), folder=folder / "alone"), folder / "alone")
+    (alone,) = finish(
+        start(partial(run_all, cases, folder, *files), folder=folder / "alone"), folder / "alone", timeout=400
+    )
     together = finish(
         start(partial(_together, folder, *files), ranks=2, folder=folder / "together", environment=TORCHRUN),
         folder / "together",
-        timeout=300,
+        timeout=400,
     )
     (home,) = finish(start(partial(go_on, journeys(1), folder, *files), folder=folder / "home"), folder / "home")
     return {"alone": alone, "together": together, "journeys": {**together[0][1], **home}, "folder": folder}

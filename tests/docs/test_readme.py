@@ -12,7 +12,9 @@ from bco_lightning.metrics import ImplicitRewardMetrics
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FEEDBACK_LOGS = (ROOT / "docs" / "feedback_logs.md").read_text(encoding="utf-8")
+DOCS = "".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("feedback_logs.md", "importance_weights.md")
+)
 
 
 def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,14 +25,12 @@ def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> Non
     import yaml
 
     config = yaml.safe_load(capsys.readouterr().out)
-    for group, name in re.findall(
-        r"(?<![\w/])(model|data|trainer|checkpoint|guard)\.([a-z_]+)", README + FEEDBACK_LOGS
-    ):
+    for group, name in re.findall(r"(?<![\w/])(model|data|trainer|checkpoint|guard)\.([a-z_]+)", README + DOCS):
         assert name in config[group], f"{group}.{name}"
 
 
 def test_every_config_and_file_it_names_exists() -> None:
-    for name in re.findall(r"(?<!ai/)(?:configs|docs|notebooks|tests|src)/[\w./]+", README + FEEDBACK_LOGS):
+    for name in re.findall(r"(?<!ai/)(?:configs|docs|notebooks|tests|src)/[\w./]+", README + DOCS):
         assert (ROOT / name.rstrip("./")).exists(), name
 
 

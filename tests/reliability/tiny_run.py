@@ -216,7 +216,7 @@ def finish(processes: list[BaseProcess], folder: Path, timeout: float = 120) -> 
     """Waits for processes that should end well and returns what each of them returned."""
     codes = wait(processes, timeout)
     said = "\n".join((folder / f"output.{rank}").read_text()[-3000:] for rank in range(len(processes)))
-    assert codes == [0] * len(processes), f"exit codes {codes}\n{said}"
+    assert codes == [0] * len(processes), f"{said}\nexit codes {codes}"
     return [torch.load(folder / f"result.{rank}", weights_only=False) for rank in range(len(processes))]
 
 
@@ -252,7 +252,16 @@ def _child(function: Callable[..., Any], arguments: Any, environment: dict[str, 
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    _wait_for_others(Path(folder), rank, int(environment.get("WORLD_SIZE", 1)))
     os._exit(code)  # what a dead process group's threads still hold must not keep this one
+
+
+def _wait_for_others(folder: Path, rank: int, ranks: int, most_seconds: float = 5.0) -> None:
+    """A process that ends takes its connections along, in which another may still be reading."""
+    (folder / f"ended.{rank}").touch()
+    deadline = time.monotonic() + most_seconds
+    while len(list(folder.glob("ended.*"))) < ranks and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def free_port() -> int:

@@ -50,9 +50,9 @@ class PromptShift:
             return f"Not known: {self.why_not}. Importance weights are not advised."
         if self.is_shifted:
             return (
-                "Prompts of thumbs-up and thumbs-down rows differ, so importance weights are advised: they let the "
-                "thumbs-down rows stand for the prompts of the thumbs-up rows. Set model.importance_weights: auto, "
-                "which computes them."
+                "Prompts of thumbs-up and thumbs-down rows differ. Importance weights are advised where the kind of "
+                "prompt that gets thumbs-up is what matters: model.importance_weights: auto lets the thumbs-down rows "
+                "stand for it, at the cost of what they teach about others."
             )
         if self.log_loss >= COIN:
             why = "the probabilities of the classifier are no better than a constant's"
