@@ -124,7 +124,7 @@ class FeedbackBatch:
         reference_log_probs_B: Log-probability of each completion under the reference, in nats, float32, where it is
             known; else it is computed.
         trunk_states_SH: What comes out of the policy's frozen trunk, in the policy's data type, where it is known.
-        prompts: The words of each row's prompt, of rows that come from a stream.
+        prompts: The words of each row's prompt, where they are wanted.
         prompt_folds_B: Which of the classifiers of prompts weighs each row, where that is done in the step; int64.
     """
 
@@ -197,7 +197,6 @@ class RewardedRows:
         rewards_B: Implicit rewards, beta times the difference, in nats; float32.
         losses_B: Loss of each row before class weights, in nats.
         completion_lengths_B: Number of tokens that carry loss; int64.
-        importance_weights_B: What the loss of the row was multiplied by, 1 for thumbs-up; dimensionless, float32.
         row_ids_B: Position of each row in its data set; int64.
         sources_B: Number of each row's source; int64.
     """
@@ -208,6 +207,5 @@ class RewardedRows:
     rewards_B: Tensor
     losses_B: Tensor
     completion_lengths_B: Tensor
-    importance_weights_B: Tensor
     row_ids_B: Tensor
     sources_B: Tensor

@@ -51,6 +51,7 @@ from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, U
 from bco_lightning.export import export_checkpoint
 from bco_lightning.faults import in_words, watch_processes
 from bco_lightning.fingerprints import git_revision, versions
+from bco_lightning.importance.prompt_encoders import PromptFeatures
 from bco_lightning.inspection.inspect_command import inspect_command, split_arguments
 from bco_lightning.module import BCOModule
 from bco_lightning.planning.plan_command import plan_command
@@ -77,7 +78,7 @@ class BCOArgumentParser(LightningArgumentParser):
 
     @override
     def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **options: Any) -> Namespace:
-        options["instantiators"] = [(_made, kind, False) for kind in (Source, Rating, Columns)]
+        options["instantiators"] = [(_made, kind, False) for kind in (Source, Rating, Columns, PromptFeatures)]
         return super().instantiate(namespace, instantiate_groups, **options)
 
     @override

@@ -30,6 +30,7 @@ ALLOWED_IMPORTS = (
     "bco_lightning.data.Source",
     "bco_lightning.data.feedback_row.Columns",
     "bco_lightning.data.source",
+    "bco_lightning.importance.prompt_encoders.PromptFeatures",
     "bco_lightning.models.language_model.LoraSettings",
     "bco_lightning.strategies",
     "lightning.pytorch.accelerators",

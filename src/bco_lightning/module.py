@@ -34,7 +34,7 @@ from bco_lightning.importance.density_ratio import DEFAULT_CLIP, MOST_PROMPTS, c
 from bco_lightning.importance.encoding import PromptEncoder, ReferencePrompts, SentencePrompts
 from bco_lightning.importance.prompt_encoders import REFERENCE, PromptFeatures, ReferenceStates, SentenceEncoder
 from bco_lightning.importance.stream_weights import StreamWeights
-from bco_lightning.importance.weighting import ALONE, ImportanceWeights, WeightingOptions, find_weights
+from bco_lightning.importance.weighting import ALONE, ImportanceWeights, find_weights
 from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.language_model import (
     Dtype,
@@ -490,13 +490,18 @@ class BCOModule(LightningModule):
                 f"expected off where no FeedbackDataModule is used, found {self.hparams['importance_weights']}.",
             )
         self.take_importance(self.find_importance(data))
-        report = self.importance.report  # type: ignore[attr-defined]
-        if report.why_not and self.hparams["importance_weights"] == "on":
-            raise ConfigError(
-                "model.importance_weights",
-                f"expected rows on which a classifier of prompts can be tested: {report.why_not}.",
-                "Set auto, which then leaves all weights at 1, or off.",
-            )
+        if problem := self.importance_problem(self.importance):
+            raise problem
+
+    def importance_problem(self, weights: ImportanceWeights | None) -> ConfigError | None:
+        """Why a run with these weights is refused, if it is: ``on`` was asked for, and nothing could be tested."""
+        if weights is None or not weights.report.why_not or self.hparams["importance_weights"] != "on":
+            return None
+        return ConfigError(
+            "model.importance_weights",
+            f"expected rows on which a classifier of prompts can be tested: {weights.report.why_not}.",
+            "Set auto, which then leaves all weights at 1, or off.",
+        )
 
     def find_importance(self, data: FeedbackDataModule) -> ImportanceWeights:
         """Finds the importance weights of rows that a data module has read, of a stream those of a sample.
@@ -515,7 +520,7 @@ class BCOModule(LightningModule):
         return find_weights(
             dataset,
             encoder,
-            WeightingOptions(tuple(self.hparams["importance_clip"]), self.hparams["seed"]),
+            tuple(self.hparams["importance_clip"]),
             folder=cache_root(self.cache_folder) / "importance_weights",
             row_passes=data.passes_of(dataset),
             trainer=self._trainer or ALONE,
@@ -527,7 +532,8 @@ class BCOModule(LightningModule):
             if features.encoder != REFERENCE:
                 self._weighs_by = SentenceEncoder(features.encoder, device)
                 return SentencePrompts(self._weighs_by, features.encoder)
-            self._weighs_by = states = ReferenceStates(self.policy, features)
+            with self.reference.pristine_model() as model:
+                self._weighs_by = states = ReferenceStates(model, features)
 
         def encode(batch: FeedbackBatch) -> Tensor:
             with self._before_training() as device, self.reference.pristine_model() as model:
@@ -537,11 +543,14 @@ class BCOModule(LightningModule):
         return ReferencePrompts(states, depends_on, encode)
 
     def take_importance(self, weights: ImportanceWeights) -> None:
-        """Uses these weights from now on."""
+        """Uses these weights from now on; what made them is kept only where rows of a stream still need it."""
         self.importance = weights
         data = getattr(self._trainer, "datamodule", None)
-        if self._weighs_by is not None and data is not None and data.streaming:
-            self._stream_weights = StreamWeights(self._weighs_by, weights.ratio)
+        if self._weighs_by is None or not isinstance(data, FeedbackDataModule) or not data.streaming:
+            self._weighs_by = None
+            return
+        self._stream_weights = StreamWeights(self._weighs_by, weights.ratio)
+        data.with_words = isinstance(self._weighs_by, SentenceEncoder)
 
     def _sees_every_row(self, stage: str) -> bool:
         trainer = self.trainer
@@ -699,7 +708,8 @@ class BCOModule(LightningModule):
         policy, trunk = self.policy, self._trunk
         # Only rows of a stream come with folds: they are weighed by the states that these passes make anyway.
         weigher = self._stream_weights if batch.prompt_folds_B is not None else None
-        with weigher.watch(policy) if weigher else nullcontext():
+        shared = weigher is not None and self.reference.is_policy_without_adapter
+        with weigher.watch(policy) if weigher and shared else nullcontext():
             trunk_states_SH = self._trunk_states(batch)
         with trunk.left_out() if trunk else nullcontext():
             policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
@@ -722,7 +732,6 @@ class BCOModule(LightningModule):
             rewards_B=rewards_B.detach(),
             losses_B=losses_B.detach(),
             completion_lengths_B=batch.completion_lengths,
-            importance_weights_B=weights_B,
             row_ids_B=batch.row_ids_B,
             sources_B=batch.sources_B,
         )
@@ -857,8 +866,16 @@ class BCOModule(LightningModule):
         """Goes on with the bits of a run that had the same rows, encoder and options."""
         if state is None or self.hparams["importance_weights"] == "off":
             return
-        if self.importance is None or self.importance.key == state["key"]:
+        if self.importance is not None and self.importance.key != state["key"]:
+            return
+        try:
             self.take_importance(ImportanceWeights.from_state_dict(state))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "checkpoint",
+                f"expected importance weights as this version writes them, found others ({error}).",
+                "Use the version that wrote it.",
+            ) from error
 
     def fingerprints(self) -> dict[str, Any]:
         """What this run is made of: settings that decide its numbers, and digests of reference, tokenizer and rows."""

@@ -330,3 +330,49 @@ def test_every_recipe_parses(config: Path, capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["name_or_path"]
+
+
+def test_features_of_prompts_are_options_and_come_back_from_the_config_of_a_run(
+    tiny_model: str, log: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(*arguments: str) -> str:
+        with pytest.raises(SystemExit, match="0"):
+            main(["fit", *arguments, "--print_config"])
+        return capsys.readouterr().out
+
+    options = [f"--model.name_or_path={tiny_model}", f"--data.train_files={log}", "--model.importance_weights=auto"]
+    config = printed(*options, "--model.prompt_features.layer=1", "--model.prompt_features.pooling=last")
+    assert yaml.safe_load(config)["model"]["prompt_features"] == {"encoder": "reference", "layer": 1, "pooling": "last"}
+    (tmp_path / "config.yaml").write_text(config)
+    assert printed(f"--config={tmp_path / 'config.yaml'}") == config
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.prompt_features.pooling=max"], "model.prompt_features"),
+        (["--model.prompt_features.layer=9"], "prompt_features.layer: expected a decoder layer from 1 to 2, found 9"),
+        (
+            ["--model.prompt_features.encoder=some/model", "--model.prompt_features.layer=1"],
+            "model.prompt_features.layer: expected none with a sentence-transformers model",
+        ),
+        (["--model.prompt_features.encoder=no_such_folder"], "no_such_folder: expected a sentence-transformers model"),
+        (["--model.importance_clip=[2,10]"], "importance_clip: expected 0 < low <= 1 <= high, not both 1, found 2.0"),
+    ],
+    ids=["pooling", "layer", "layer of an encoder", "encoder", "clip"],
+)  # fmt: skip
+def test_wrong_features_of_prompts_are_named(
+    options: list[str], said: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"Question {number}?", "completion": f"Answer {number}.", "label": number % 2}
+        for number in range(120)
+    ]
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
+    given = [f"--model.name_or_path={tiny_model}", f"--data.train_files={log}", "--trainer.max_steps=1"]
+    try:
+        status = main(["fit", *given, "--model.importance_weights=auto", *options])
+    except SystemExit as left:
+        status = int(left.code or 0)
+    assert status == 2
+    assert said in capsys.readouterr().err

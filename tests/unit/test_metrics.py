@@ -27,7 +27,6 @@ def make_rows(num_up: int, num_down: int, scale: float = 1.0, seed: int = 0) -> 
         reference_log_probs_B=reference,
         rewards_B=rewards,
         losses_B=bco_loss(rewards, up, reward_shift=SHIFT),
-        importance_weights_B=torch.ones(num_rows),
         completion_lengths_B=torch.randint(1, 40, (num_rows,), generator=generator),
         row_ids_B=torch.arange(num_rows),
         sources_B=torch.zeros(num_rows, dtype=torch.int64),

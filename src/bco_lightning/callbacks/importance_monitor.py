@@ -35,7 +35,8 @@ class ImportanceMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        log_dir = trainer.log_dir  # a broadcast: every process has to ask
+        # A broadcast: every process has to ask. Without a logger there is no folder of the run.
+        log_dir = trainer.log_dir if trainer.loggers else None
         importance = pl_module.importance
         if importance is None or not trainer.is_global_zero:
             return

@@ -142,6 +142,7 @@ class FeedbackDataModule(LightningDataModule):
         self._known_order: tuple[int, StepOrder] | None = None
         self._cache = RowCache(cache_root(cache_folder) / "tokenized_rows") if cache_rows else None
         self._tokenizer = tokenizer
+        self.with_words = False  # the module asks for what its encoder of prompts needs of a stream
         self._row_sets: dict[str, RowSet] = {}  # in the order in which they were read
         self.feedback_summary: FeedbackSummary | None = None
         # A process may have no row of a small evaluation set.
@@ -308,7 +309,12 @@ class FeedbackDataModule(LightningDataModule):
             return self._loader(training.dataset, batch_sampler=sampler)
         rows_of_rank = self.batch_size * self._accumulation
         self._stream = training.dataset(
-            self.tokenizer, self.rows_per_step, rows_of_rank, self.balanced_sampling, self.shuffle_buffer
+            self.tokenizer,
+            self.rows_per_step,
+            rows_of_rank,
+            self.balanced_sampling,
+            self.shuffle_buffer,
+            self.with_words,
         )
         return self._loader(self._stream, batch_sampler=sampler)
 

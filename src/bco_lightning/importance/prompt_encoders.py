@@ -42,11 +42,25 @@ class PromptFeatures:
             folder, or ``package:NAME/path``.
         layer: The decoder layer of the reference whose output is taken, 1 being the first; the middle one if left out.
         pooling: ``mean`` is over all tokens of the prompt, ``last`` takes its last token; of the reference only.
+
+    Raises:
+        ConfigError: If one of them is not known, or they do not go together.
     """
 
     encoder: str = REFERENCE
     layer: int | None = None
     pooling: Literal["mean", "last"] = "mean"
+
+    def __post_init__(self) -> None:
+        check_choice(f"{_OPTION}.pooling", self.pooling, ["mean", "last"])
+        if not self.encoder:
+            raise ConfigError(f"{_OPTION}.encoder", f"expected {REFERENCE} or the name of a model, found none.")
+        if self.encoder != REFERENCE and self.layer is not None:
+            raise ConfigError(
+                f"{_OPTION}.layer",
+                f"expected none with a sentence-transformers model, found {self.layer}.",
+                f"It is for encoder: {REFERENCE}.",
+            )
 
 
 @dataclass
@@ -71,11 +85,10 @@ class ReferenceStates:
         features: Which layer, and how its states are pooled.
 
     Raises:
-        ConfigError: If the model has no such layer, or no list of layers, or the pooling is not known.
+        ConfigError: If the model has no such layer, or no list of layers.
     """
 
     def __init__(self, model: Any, features: PromptFeatures) -> None:
-        check_choice(f"{_OPTION}.pooling", features.pooling, ["mean", "last"])
         causal_lm = causal_lm_of(model)
         layers = decoder_layers_of(causal_lm)[1]
         if not len(layers):

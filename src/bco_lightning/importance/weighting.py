@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from bco_lightning.checkpointing import read_checkpoint, write_checkpoint
 from bco_lightning.distributed import gather_over_ranks, sum_tensor_over_ranks
-from bco_lightning.errors import CheckpointError, UserError
+from bco_lightning.errors import CheckpointError, FaultError, UserError
 from bco_lightning.fingerprints import digest_of_values
 from bco_lightning.importance.density_ratio import (
     MOST_PROMPTS,
@@ -29,13 +29,14 @@ from bco_lightning.importance.density_ratio import (
     FittedRatio,
     clipped_ratios,
     fit_density_ratio,
+    too_few,
 )
 from bco_lightning.importance.encoding import PromptEncoder
 from bco_lightning.importance.prompt_table import PromptTable
 from bco_lightning.importance.trust import make_report
 from bco_lightning.importance.trust_report import TrustReport
 
-METHOD_VERSION = 1  # to be raised when the same prompts and thumbs come to give other weights
+METHOD_VERSION = 1  # to be raised when the same prompts and thumbs come to give other weights or another report
 ALONE = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True, progress_bar_callback=None)
 _Array = np.ndarray[Any, Any]
 
@@ -63,7 +64,7 @@ class ImportanceWeights:
 
     @property
     def down_weights(self) -> Tensor:
-        """Weights of the thumbs-down rows."""
+        """Weights of the thumbs-down rows, float32."""
         return self.row_weights[~self.thumbs_up]
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,23 +104,10 @@ class ImportanceWeights:
         save_file(tensors, file, metadata={name: json.dumps(value) for name, value in told.items()})
 
 
-@dataclass(frozen=True)
-class WeightingOptions:
-    """What importance weights depend on, besides prompts, thumbs and features.
-
-    Args:
-        clip: Least and largest weight, before weights are scaled to a mean of 1.
-        seed: Of the folds within which the strength of the penalty is chosen.
-    """
-
-    clip: tuple[float, float]
-    seed: int
-
-
 def find_weights(
     dataset: Any,
     encoder: PromptEncoder,
-    options: WeightingOptions,
+    clip: tuple[float, float],
     *,
     folder: Path,
     row_passes: _Array | None = None,
@@ -132,97 +120,98 @@ def find_weights(
     Args:
         dataset: Training rows, or a sample of a stream; the same in every process.
         encoder: Makes features of prompts.
-        options: What else they depend on.
+        clip: Least and largest density ratio.
         folder: Where results are kept: numbers and digests, no text.
         row_passes: How often an epoch draws each row; once if left out.
         trainer: The Lightning trainer, if there is one.
 
     Returns:
         The weights.
+
+    Raises:
+        FaultError: If the first process cannot fit; in all of them.
     """
     table = PromptTable.of(dataset, row_passes)
-    key = _key(table, encoder, options, np.asarray(dataset.data.column("thumbs_up")))
-    (known, *_) = gather_over_ranks(_read(folder / key) if trainer.is_global_zero else None, trainer)
-    if known is None:
-        known = _compute(dataset, table, encoder, options, key, trainer).state_dict()
-        if trainer.is_global_zero:
-            _write(known, folder / key)
-    return ImportanceWeights.from_state_dict(known)
-
-
-def _compute(
-    dataset: Any, table: PromptTable, encoder: PromptEncoder, options: WeightingOptions, key: str, trainer: Any
-) -> ImportanceWeights:
+    up = torch.from_numpy(np.array(dataset.data.column("thumbs_up"), dtype=bool))
+    key = _key(table, encoder, clip, up.numpy())
+    known = _of_first_process(lambda: _read(folder / key), trainer)
+    if known is not None:
+        return ImportanceWeights.from_state_dict(known)
     began = time.monotonic()
-    fitted_on = np.sort(np.argsort(table.keys, kind="stable")[:MOST_PROMPTS])  # keys are hashes: a random choice
     prompts = _Prompts(dataset, table, encoder, trainer)
-    features = prompts.apply(fitted_on, lambda features, _: features)
-    fitted, report = _of_first_process(lambda: _fitted(features, table, fitted_on, encoder.name, options), trainer)
-    log_ratios = _log_ratios(prompts, fitted, fitted_on, table)
+    ratio, report, log_ratios = _fitted(prompts, clip)
+
+    def finish() -> dict[str, Any]:
+        weights = ImportanceWeights(
+            ratio,
+            replace(
+                report,
+                num_up=float(table.num_up.sum()),
+                num_down=float(table.num_down.sum()),
+                num_prompts=len(table),
+                num_truncated=encoder.num_truncated(dataset, table.first_rows),
+                seconds=time.monotonic() - began,
+            ),
+            torch.where(up, 1.0, ratio.weights(log_ratios)[torch.from_numpy(table.numbers)]),
+            up,
+            encoder.fingerprint,
+            key,
+        )
+        _write(weights.state_dict(), folder / key)
+        return weights.state_dict()
+
+    return ImportanceWeights.from_state_dict(_of_first_process(finish, trainer))
+
+
+def _fitted(prompts: _Prompts, clip: tuple[float, float]) -> tuple[DensityRatio, TrustReport, Tensor]:
+    """The density ratio with its report, and the log ratio of each prompt; the same in every process."""
+    table = prompts.table
+    fitted_on = np.sort(np.argsort(table.keys, kind="stable")[:MOST_PROMPTS])  # keys are hashes: a random choice
+    counts = table.num_up[fitted_on], table.num_down[fitted_on], table.folds[fitted_on]
+    # Features take long, and are not needed to see that there are too few rows.
+    features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else prompts.apply(fitted_on, lambda of, _: of)
+
+    def fit() -> tuple[FittedRatio, TrustReport]:
+        fitted = fit_density_ratio(features, *counts, clip=clip)
+        return fitted, make_report(fitted, features, *counts, table.first_rows[fitted_on], encoder=prompts.encoder.name)
+
+    fitted, report = _of_first_process(fit, prompts.trainer)
     ratio = fitted.ratio
-    if ratio.has_evidence:
-        # Of all prompts now, those that nothing was fitted on too.
-        mean = np.average(clipped_ratios(log_ratios, options.clip).numpy(), weights=table.num_down)
-        ratio = replace(ratio, normaliser=float(mean))
-    weights = ratio.weights(log_ratios)[torch.from_numpy(table.numbers)]
-    thumbs_up = torch.from_numpy(np.array(dataset.data.column("thumbs_up"), dtype=bool))
-    report = replace(
-        report,
-        num_up=float(table.num_up.sum()),
-        num_down=float(table.num_down.sum()),
-        num_prompts=len(table),
-        num_truncated=encoder.num_truncated(dataset, table.first_rows),
-        seconds=time.monotonic() - began,
-    )
-    return ImportanceWeights(ratio, report, torch.where(thumbs_up, 1.0, weights), thumbs_up, encoder.fingerprint, key)
-
-
-def _fitted(
-    features: Tensor, table: PromptTable, chosen: _Array, name: str, options: WeightingOptions
-) -> tuple[FittedRatio, TrustReport]:
-    counts = table.num_up[chosen], table.num_down[chosen], table.folds[chosen]
-    fitted = fit_density_ratio(features, *counts, clip=options.clip, seed=options.seed)
-    report = make_report(fitted, features, *counts, table.first_rows[chosen], encoder=name, seed=options.seed)
-    return fitted, report
-
-
-def _log_ratios(prompts: _Prompts, fitted: FittedRatio, fitted_on: _Array, table: PromptTable) -> Tensor:
-    """Of all prompts; those that nothing was fitted on are encoded for it."""
     log_ratios = torch.zeros(len(table), dtype=torch.float64)
     log_ratios[fitted_on] = fitted.log_ratios_P.double()
     others = np.setdiff1d(np.arange(len(table)), fitted_on)
-    if len(others) and fitted.ratio.has_evidence:
+    if len(others) and ratio.has_evidence:
         folds = torch.from_numpy(table.folds)
-
-        def apply(features: Tensor, numbers: _Array) -> Tensor:
-            return fitted.ratio.log_ratios(features.double(), folds[numbers])[:, None]
-
-        log_ratios[others] = prompts.apply(others, apply)[:, 0]
-    return log_ratios
+        log_ratios[others] = prompts.apply(
+            others, lambda of, numbers: ratio.log_ratios(of.double(), folds[numbers])[:, None]
+        )[:, 0]
+        mean = np.average(clipped_ratios(log_ratios, clip).numpy(), weights=table.num_down)
+        ratio = replace(ratio, normaliser=float(mean))
+    return ratio, report, log_ratios
 
 
 class _Prompts:
     """The distinct prompts of a data set, a share of them for each process."""
 
     def __init__(self, dataset: Any, table: PromptTable, encoder: PromptEncoder, trainer: Any) -> None:
-        self._dataset, self._table, self._encoder, self._trainer = dataset, table, encoder, trainer
+        self._dataset, self.table, self.encoder, self.trainer = dataset, table, encoder, trainer
 
     def apply(self, chosen: _Array, function: Callable[[Tensor, _Array], Tensor]) -> Tensor:
         """Numbers of each chosen prompt, ``(chosen, columns)``, made of its features and its place in the table.
 
         Every process makes as many passes, as sharded models need it: one without a batch of its own repeats another's.
         """
-        table, trainer = self._table, self._trainer
+        table, trainer = self.table, self.trainer
         places = np.full(len(table.keys), -1)
         places[chosen] = np.arange(len(chosen))
-        batches = self._encoder.batches(self._dataset, table.first_rows[chosen])
+        batches = self.encoder.batches(self._dataset, table.first_rows[chosen])
         found: Tensor | None = None
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with tqdm(total=len(chosen), desc="prompt features", unit="prompt", disable=not shown) as bar:
             while group := list(islice(batches, trainer.world_size)):
                 rows, batch = group[trainer.global_rank % len(group)]
                 prompts = table.numbers[rows]
-                values = function(self._encoder.features(batch), prompts)
+                values = function(self.encoder.features(batch), prompts)
                 if found is None:
                     found = values.new_zeros(len(chosen), values.shape[1])
                 if trainer.global_rank < len(group):
@@ -233,45 +222,61 @@ class _Prompts:
 
 def _of_first_process(make: Callable[[], Any], trainer: Any) -> Any:
     """What the first process makes, or raises, in every process."""
-    made = error = None
+    made: Any = None
+    fault: UserError | None = None
     if trainer.is_global_zero:
         try:
             made = make()
-        except UserError as found:
-            error = found
-    ((made, error), *_) = gather_over_ranks((made, error), trainer)
-    if error is not None:
-        raise error
+        except UserError as error:
+            fault = error
+        except Exception as error:  # the others are waiting, whatever it is
+            if trainer.world_size == 1:
+                raise
+            fault = FaultError(
+                "model.importance_weights",
+                f"expected the first process to find them, found that it failed ({type(error).__name__}: {error}).",
+                "Set off to train without them.",
+            )
+    ((made, fault), *_) = gather_over_ranks((made, fault), trainer)
+    if fault is not None:
+        raise fault
     return made
 
 
-def _key(table: PromptTable, encoder: PromptEncoder, options: WeightingOptions, thumbs_up: _Array) -> str:
+def _key(table: PromptTable, encoder: PromptEncoder, clip: tuple[float, float], thumbs_up: _Array) -> str:
     digest = hashlib.sha256(thumbs_up.tobytes())
     for values in (table.keys, table.num_up, table.num_down, table.numbers):
         digest.update(values.tobytes())
-    return digest_of_values(
-        {
-            "version": METHOD_VERSION,
-            "encoder": encoder.fingerprint,
-            "clip": list(options.clip),
-            "seed": options.seed,
-            "rows": digest.hexdigest(),
-        }
-    )[:32]
+    described = {
+        "version": METHOD_VERSION,
+        "encoder": encoder.fingerprint,
+        "clip": list(clip),
+        "rows": digest.hexdigest(),
+    }
+    return digest_of_values(described)[:32]
 
 
 def _read(target: Path) -> dict[str, Any] | None:
-    if not target.is_dir():
-        return None
     try:
-        return read_checkpoint(str(target))
-    except CheckpointError as error:
-        rank_zero_warn(f"{error} The importance weights that it held are computed again.")
+        if not target.is_dir():
+            return None
+        state = read_checkpoint(str(target))
+        ImportanceWeights.from_state_dict(state)
+    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+        rank_zero_warn(
+            f"{target}: expected importance weights of an earlier run, found that they cannot be used "
+            f"({type(error).__name__}); they are computed again."
+        )
         return None
+    return state
 
 
 def _write(state: Mapping[str, Any], target: Path) -> None:
+    """A folder that cannot be written to is worth a warning: the run has its weights, only the next one will not."""
     try:
         write_checkpoint(state, target)
-    except CheckpointError as error:
-        rank_zero_warn(f"{error} This run goes on with its importance weights; a later one will compute them again.")
+    except (CheckpointError, OSError):
+        rank_zero_warn(
+            f"{target}: importance weights could not be written; this run goes on with them, a later one will compute "
+            "them again. model.cache_folder names another place."
+        )

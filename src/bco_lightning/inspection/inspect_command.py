@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from bco_lightning.data import FeedbackDataModule
-from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
 from bco_lightning.importance.density_ratio import MOST_PROMPTS
 from bco_lightning.importance.trust_report import TrustReport
 from bco_lightning.inspection.cost import Cost, cost_of, machine_of, num_steps, work_of_epoch
@@ -92,14 +92,19 @@ def inspect_command(
         UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
     """
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
-    problem = _read(data)
+    problem: UserError | None = _read(data)
     notes = []
     if problem is not None:
         notes.append(Finding("problem", f"fit would not start: {problem.problem}"))
     dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
     trust = None
     if config.model.importance_weights != "off":
-        trust = BCOModule(**model_options).find_importance(data).report
+        module = BCOModule(**model_options)
+        weights = module.find_importance(data)
+        trust, refused = weights.report, module.importance_problem(weights)
+        if refused is not None:
+            problem = problem or refused
+            notes.append(Finding("problem", f"fit would not start: {refused.problem}"))
     if data.streaming:
         notes.append(
             Finding("note", f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it.")

@@ -69,6 +69,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
             ``strict``, and replaced where it is ``skip``.
         by_class: Whether classes are drawn apart.
         cache_bytes: About how much memory blocks may take.
+        with_words: Whether rows come with the words of their prompt.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class StreamDataset(Dataset[dict[str, Any]]):
         *,
         by_class: bool = False,
         cache_bytes: int = 2**26,
+        with_words: bool = False,
     ) -> None:
         self.index, self._tokenizer, self.options = index, tokenizer, options
-        self._by_class, self._cache_bytes = by_class, cache_bytes
+        self._by_class, self._cache_bytes, self._with_words = by_class, cache_bytes, with_words
         self._tally = Tally()
         self._begin()
 
@@ -130,7 +132,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         while asked:
             for at, outcome in zip(list(asked), self.outcomes(list(asked.values())), strict=True):
                 if isinstance(outcome, TokenizedRow):
-                    samples[at] = _as_sample(outcome)
+                    samples[at] = _as_sample(outcome, self._with_words)
                     del asked[at]
                 else:
                     self._note(outcome)
@@ -199,7 +201,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         )
 
 
-def _as_sample(found: TokenizedRow) -> dict[str, Any]:
+def _as_sample(found: TokenizedRow, with_words: bool) -> dict[str, Any]:
     return {
         "row_id": found.number,
         "input_ids": found.sample.input_ids,
@@ -207,5 +209,5 @@ def _as_sample(found: TokenizedRow) -> dict[str, Any]:
         "thumbs_up": found.row.thumbs_up,
         "source": found.source,
         "place": found.row.place,
-        "prompt": words_of(found.row.prompt),
+        **({"prompt": words_of(found.row.prompt)} if with_words else {}),
     }

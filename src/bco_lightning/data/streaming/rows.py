@@ -141,7 +141,13 @@ class StreamedRows:
         return StreamOrder(self.index.pools(balanced), counts, self.options.seed, shuffle_buffer)
 
     def dataset(
-        self, tokenizer: Any, rows_per_step: int, rows_of_rank: int, balanced: bool, shuffle_buffer: int
+        self,
+        tokenizer: Any,
+        rows_per_step: int,
+        rows_of_rank: int,
+        balanced: bool,
+        shuffle_buffer: int,
+        with_words: bool = False,
     ) -> StreamDataset:
         """The rows by number.
 
@@ -151,10 +157,13 @@ class StreamedRows:
             rows_of_rank: Rows of a step in this process.
             balanced: Whether classes are drawn apart.
             shuffle_buffer: As the order has it.
+            with_words: Whether rows come with the words of their prompt.
         """
         in_memory = (shuffle_buffer / rows_per_step + 2 * BLOCK_ROWS) * rows_of_rank
         cache_bytes = max(_LEAST_CACHE_BYTES, int(2 * in_memory * self._bytes_per_row()))
-        return StreamDataset(self.index, tokenizer, self.options, by_class=balanced, cache_bytes=cache_bytes)
+        return StreamDataset(
+            self.index, tokenizer, self.options, by_class=balanced, cache_bytes=cache_bytes, with_words=with_words
+        )
 
     def sample(self, tokenizer: Any, count: int) -> Iterator[TokenizedRow]:
         """About so many rows, drawn evenly from all over, as far as they are usable.
