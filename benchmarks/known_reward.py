@@ -544,7 +544,7 @@ def _draw_curves(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _draw_sweep(axes: Any, knob: str, results: list[dict[str, Any]]) -> None:
-    for name, style in ((TRUE, "o-"), (COMMON, "s--")):
+    for name, style in ((ESTIMATED, "o-"), (COMMON, "s--")):
         for place, color in COLORS.items():
             cells = [next(a for a in r["arms"] if a["name"] == name)["at"][place]["0.5"]["difference"] for r in results]
             shown = [(r["world"][knob], *cell) for r, cell in zip(results, cells, strict=True) if cell]

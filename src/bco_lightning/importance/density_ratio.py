@@ -150,10 +150,10 @@ def check_clip(clip: tuple[float, float]) -> None:
         ConfigError: If they do not.
 
     Example:
-        >>> check_clip((10.0, 0.1))
+        >>> check_clip((10.0, 0.1))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        bco_lightning.errors.ConfigError: model.importance_clip: expected 0 < low <= 1 <= high, not both 1, found 10.0 and 0.1.
+        bco_lightning.errors.ConfigError: model.importance_clip: expected 0 < low <= 1 <= high, not both 1, found 10.0 ...
     """
     low, high = clip
     if not (0 < low <= 1 <= high < math.inf and low < high):
