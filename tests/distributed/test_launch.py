@@ -268,7 +268,9 @@ def test_a_process_that_fails_takes_the_others_along(launcher: str, how: str, ra
         time.sleep(0.1)
     assert group.left() == []
     said = group.said()
-    assert len(re.findall(GONE, said)) == 1, said
+    # torchrun stops the others by a signal, which may come before they can say what they have noticed.
+    stopped_first = launcher == "torchrun" and "exitcode  : -15" in said
+    assert len(re.findall(GONE, said)) == (not stopped_first), said
     assert said.count("internal error: KeyError at") == (how == "raises")
     assert assert_whole(group.folder) == ["step-00000002", "step-00000004"]
 
