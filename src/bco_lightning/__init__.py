@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bco_lightning.data import FeedbackDataModule, Rating, Source
     from bco_lightning.export import export_checkpoint, load_aligned
+    from bco_lightning.importance.prompt_encoders import PromptFeatures
     from bco_lightning.metrics import ImplicitRewardMetrics
     from bco_lightning.models.language_model import LoraSettings
     from bco_lightning.module import BCOModule
@@ -22,6 +23,7 @@ _HOMES = {
     "FeedbackDataModule": "bco_lightning.data",
     "ImplicitRewardMetrics": "bco_lightning.metrics",
     "LoraSettings": "bco_lightning.models.language_model",
+    "PromptFeatures": "bco_lightning.importance.prompt_encoders",
     "Rating": "bco_lightning.data",
     "RewardShift": "bco_lightning.reward_shift",
     "Source": "bco_lightning.data",
@@ -36,6 +38,7 @@ __all__ = [
     "FeedbackDataModule",
     "ImplicitRewardMetrics",
     "LoraSettings",
+    "PromptFeatures",
     "Rating",
     "RewardShift",
     "Source",
