@@ -173,7 +173,9 @@ def test_prompts_that_say_which_class_they_are_of_are_told_apart() -> None:
     assert shift.auc is not None
     assert shift.auc.value > 0.95
     assert shift.log_loss < 0.5
-    assert "Importance weights are advised where the kind of prompt that gets thumbs-up is what matters" in shift.verdict
+    assert (
+        "Importance weights are advised where the kind of prompt that gets thumbs-up is what matters" in shift.verdict
+    )
     assert "model.importance_weights: auto" in shift.verdict
 
 

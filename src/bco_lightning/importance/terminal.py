@@ -100,7 +100,7 @@ def trust_rows(report: TrustReport) -> list[tuple[str, str]]:
             ("mean density ratio; 1 if right", f"{report.mass:.3f}"),
             ("rows at the lower, upper clip", f"{report.at_low:.1%}, {report.at_high:.1%}"),
             ("weight at the upper clip", f"{report.mass_at_high:.1%}"),
-            ("AUC of weighted rows; 0.5 or a little below if they match", interval(report.matched_auc)),
+            ("the same against weighted rows; 0.5 if they match", interval(report.matched_auc)),
         ]
     return [*rows, ("time it took, once", f"{report.seconds:,.1f} s")]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bco_lightning.auc import Auc, clustered_auc
-from bco_lightning.importance.density_ratio import FittedRatio, centre_and_scale, clipped_ratios, fit_density_ratio
+from bco_lightning.importance.density_ratio import FittedRatio, centre_and_scale, clipped_ratios
 from bco_lightning.importance.trust_report import CalibrationBin, PromptCluster, TrustReport
 
 _BINS, _CLUSTERS, _PROMPTS_PER_CLUSTER, _EXAMPLES = 10, 8, 10, 2
@@ -57,41 +57,48 @@ def make_report(
         return TrustReport(**counts, why_not=fitted.why_not)
     weights = fitted.ratio.weights(fitted.log_ratios_P).double().cpu().numpy()
     scores = fitted.log_ratios_P.double().cpu().numpy()
-    of_weights: dict[str, Any] = {"matched_auc": weighted_auc(scores, up, down)}
-    if fitted.ratio.has_evidence:
-        new = fit_density_ratio(features_PH, up, down * weights, folds_P, seed=seed)
-        matched = None if new.why_not else weighted_auc(new.log_ratios_P.cpu().numpy(), up, down * weights)
-        of_weights = {**weight_summary(scores, down, fitted.ratio.clip), "matched_auc": matched}
+    has_evidence = fitted.ratio.has_evidence
+    of_weights: dict[str, Any] = weight_summary(scores, down, fitted.ratio.clip) if has_evidence else {}
     return TrustReport(
         **counts,
-        has_evidence=fitted.ratio.has_evidence,
+        has_evidence=has_evidence,
         evidence=fitted.evidence,
-        auc=weighted_auc(scores, up, down),
+        auc=weighted_auc(scores, up, down, folds_P),
         log_loss=fitted.log_loss,
         constant_log_loss=fitted.constant_log_loss,
         strengths=fitted.strengths,
         calibration=calibration_bins(scores + math.log(up.sum() / down.sum()), up, down),
         histogram=weight_histogram(weights, down),
         **of_weights,
+        matched_auc=weighted_auc(scores, up, down * weights, folds_P),
         clusters=prompt_clusters(features_PH, up, down, down * weights, first_rows_P, seed=seed),
     )
 
 
-def weighted_auc(scores_P: _Array, up_P: _Array, down_P: _Array) -> Auc:
-    """Probability that the prompt of a thumbs-up row scores higher than that of a thumbs-down row.
+def weighted_auc(scores_P: _Array, up_P: _Array, down_P: _Array, folds_P: _Array) -> Auc:
+    """Probability that the prompt of a thumbs-up row scores higher than that of a thumbs-down row of its fold.
+
+    Scores of different classifiers are not compared: where none of them knows anything, what is left of their
+    intercepts would say the opposite of each fold's share of thumbs-up.
 
     Args:
         scores_P: A number for each prompt.
         up_P: Its thumbs-up rows.
         down_P: Its thumbs-down rows, or the sum of their weights.
+        folds_P: Its fold.
 
     Returns:
-        The area, with an interval that takes prompts as wholes.
+        The mean of the folds' areas, with an interval that takes prompts as wholes.
     """
-    prompts = np.concatenate([np.flatnonzero(up_P), np.flatnonzero(down_P)])
-    positive = np.arange(len(prompts)) < np.count_nonzero(up_P)
-    weights = np.where(positive, up_P[prompts], down_P[prompts])
-    return Auc.with_variance(*clustered_auc(scores_P[prompts].astype(np.float64), positive, prompts, weights))
+    areas = []
+    for fold in np.unique(folds_P):
+        prompts = np.concatenate([np.flatnonzero((of > 0) & (folds_P == fold)) for of in (up_P, down_P)])
+        positive = np.arange(len(prompts)) < np.count_nonzero(up_P[folds_P == fold])
+        if 0 < positive.sum() < len(positive):
+            weights = np.where(positive, up_P[prompts], down_P[prompts])
+            areas.append(clustered_auc(scores_P[prompts].astype(np.float64), positive, prompts, weights))
+    values, variances = zip(*areas, strict=True)
+    return Auc.with_variance(float(np.mean(values)), float(np.sum(variances)) / len(areas) ** 2)
 
 
 def calibration_bins(logits_P: _Array, up_P: _Array, down_P: _Array) -> tuple[CalibrationBin, ...]:

@@ -75,7 +75,8 @@ class TrustReport:
         at_low: Share of the thumbs-down rows at the lower clip.
         at_high: Share of them at the upper clip.
         mass_at_high: Share of the summed weights at the upper clip.
-        matched_auc: As ``auc``, of a new classifier against the weighted thumbs-down rows; 0.5 if the weights match.
+        matched_auc: As ``auc``, against the weighted thumbs-down rows; 0.5 if the weights match, above if they do too
+            little, below if too much.
         clusters: Prompts in groups, to see which ones gain and which ones lose.
         seconds: Time it took to compute the features and to fit.
     """
