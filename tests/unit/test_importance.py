@@ -16,7 +16,8 @@ from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.export import export_checkpoint
-from bco_lightning.importance.prompt_encoders import PromptFeatures, ReferenceStates
+from bco_lightning.importance import weighting
+from bco_lightning.importance.prompt_encoders import PromptFeatures, ReferenceStates, prompt_batches
 from bco_lightning.importance.prompt_table import PromptTable
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 
@@ -58,7 +59,8 @@ class Batches(Callback):
 
         def recorded(*arguments: Any, importance_weights: torch.Tensor, **options: Any) -> torch.Tensor:
             self.given.append(importance_weights)
-            return objective(*arguments, importance_weights=importance_weights, **options)
+            losses: torch.Tensor = objective(*arguments, importance_weights=importance_weights, **options)
+            return losses
 
         module.objective = recorded
 
@@ -332,3 +334,24 @@ def test_other_data_than_the_data_modules_cannot_be_weighed(tiny_model: str, div
 def test_a_clip_that_does_not_hold_one_is_refused(tiny_model: str, clip: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match=r"model.importance_clip"):
         tiny_module(tiny_model, importance_clip=clip)
+
+
+def test_prompts_beyond_those_that_are_fitted_on_are_weighed_by_the_classifier_of_their_fold(
+    tiny_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weighting, "MOST_PROMPTS", 150)
+    module, _ = fit(tiny_model, diverging, trainer={"max_steps": 1})
+    found, data = module.importance, module.trainer.datamodule  # type: ignore[attr-defined]
+    assert found is not None
+    assert (found.report.num_fitted, found.report.num_prompts) == (150, 200)
+    table = PromptTable.of(data.train_dataset)
+    fresh = tiny_module(tiny_model)
+    states = ReferenceStates(fresh.policy, PromptFeatures())
+    features = torch.zeros(200, 32)
+    with fresh.reference.active_model() as model:
+        for rows, batch in prompt_batches(data.train_dataset, np.arange(200)):
+            features[rows] = states.features(batch, model)
+    log_ratios = found.ratio.log_ratios(features, torch.from_numpy(table.folds[table.numbers]))
+    ratios = log_ratios.clamp(*np.log((0.1, 10))).exp()
+    down = ~found.thumbs_up
+    assert torch.allclose(found.row_weights[down], ratios[down] / ratios[down].mean(), rtol=1e-4)
