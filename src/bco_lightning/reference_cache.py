@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.distributed import gather_rows_over_ranks, max_tensor_over_ranks
 from bco_lightning.fingerprints import digest_of_values, versions
 from bco_lightning.models.language_model import REFERENCE_ADAPTER, final_dtype
@@ -197,7 +197,7 @@ class ReferenceCache:
         with tqdm(total=self.num_unknown, desc="reference log-probs", unit="row", disable=not shown) as bar:
             for first in range(0, len(micro_batches), trainer.world_size):
                 name, rows = micro_batches[(first + trainer.global_rank) % len(micro_batches)]
-                values = log_probs(pack_rows(self._samples(name, rows), share_prompts=share_prompts))
+                values = log_probs(collate(self._samples(name, rows), share_prompts=share_prompts))
                 self._put(self._slots[name][rows], values.cpu().numpy())
                 bar.update(sum(len(rows) for _, rows in micro_batches[first : first + trainer.world_size]))
                 if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:

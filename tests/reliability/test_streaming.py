@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.data.reading import ReadingOptions
 from bco_lightning.data.sampling import StepBatchSampler
 from bco_lightning.data.source import Source
@@ -52,7 +52,7 @@ def stream(
                 world_size=ranks,
                 current_step=lambda now=step + done: now,
             )
-            for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=pack_rows, num_workers=workers):
+            for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers):
                 if done < steps:
                     found[done] += [batch.row_ids_B.tolist(), batch.input_ids_S.tolist()]
                 done += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,7 +19,6 @@ from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.row_table import held_out_prompts, prompt_key
-from bco_lightning.data.table_rows import prompt_numbers
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer
@@ -48,8 +48,8 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows_but_on_the_seed() ->
     rows = [FeedbackRow([{"role": "user", "content": str(n % 30)}], [], True, str(n)) for n in range(60)]
 
     def held_out(rows: list[FeedbackRow], seed: int) -> set[str]:
-        keys = np.array([prompt_key(row, seed) for row in rows], dtype=np.uint64)
-        return {row.place for row, out in zip(rows, held_out_prompts(keys, 0.2), strict=True) if out}
+        keys = np.array([prompt_key(row) for row in rows])
+        return {row.place for row, out in zip(rows, held_out_prompts(keys, 0.2, seed), strict=True) if out}
 
     chosen = held_out(rows, seed=0)
     assert len(chosen) == 12
@@ -217,7 +217,7 @@ def grouped(log: str) -> str:
     """The seed of this process's hashes, as it were, and the order of the rows."""
     module = data(byte_tokenizer(), log, validation_fraction=0.0, group_by_prompt=True)
     order = [batch.row_ids_B.tolist() for batch in module.train_dataloader()]
-    return json.dumps([hash("a"), prompt_numbers(module.train_dataset).tolist(), order])
+    return json.dumps([hash("a"), list(module.train_dataset["prompt_key"]), order])
 
 
 def test_grouping_by_prompt_gives_one_order_in_all_processes(rows: list, tmp_path: Path) -> None:
@@ -269,3 +269,35 @@ def test_processes_evaluate_as_many_micro_batches_and_every_row_once(
 
 def test_a_process_without_a_row_to_predict_has_no_micro_batch(tokenizer: Any, rows: list, tmp_path: Path) -> None:
     assert evaluated_by_two("predict", 4, tokenizer, rows[:1], tmp_path) == [[[0]], []]
+
+
+def test_a_column_goes_into_the_batches(tokenizer: Any, log: str) -> None:
+    module = data(tokenizer, log)
+    known = {
+        "train": np.arange(len(module.train_dataset)) / -8,
+        "validation": torch.arange(len(module.validation_dataset)) / -4,
+    }
+    for name, values in known.items():
+        module.set_column(name, "reference_log_prob", values)
+    module.set_column("train", "importance_weight", np.ones(len(module.train_dataset)))
+    module.set_column("train", "importance_weight", np.full(len(module.train_dataset), 0.5))
+    for name, loader in (("train", module.train_dataloader()), ("validation", module.val_dataloader())):
+        for batch in loader:
+            assert batch.reference_log_probs_B.dtype == torch.float32
+            assert batch.reference_log_probs_B.tolist() == [known[name][row] for row in batch.row_ids_B]
+            assert batch.importance_weights_B.tolist() == [0.5 if name == "train" else 1.0] * len(batch)
+    module.set_column("train", "reference_log_prob", None)
+    assert next(iter(module.train_dataloader())).reference_log_probs_B is None
+    with pytest.raises(ValueError, match="values for importance_weight"):
+        module.set_column("train", "importance_weight", np.ones(1))
+
+
+def test_the_prompt_key_is_that_of_messages_and_tools() -> None:
+    def key(prompt: str = "a", completion: str = "b", **others: Any) -> int:
+        said = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
+        return prompt_key(FeedbackRow(*said, True, "x:1", **others))
+
+    assert key() == key(completion="c") == key(num_trailing=1)
+    assert len({key(), key(prompt="b"), key(tools=[{"name": "f"}]), key(tools=[{"name": "g"}])}) == 4
+    first = hashlib.sha256(b'[{"content": "a", "role": "user"}]').digest()[:8]
+    assert key() == int.from_bytes(first, "big", signed=True)

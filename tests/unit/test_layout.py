@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.language_model import LoraSettings, load_language_model, load_policy
 from bco_lightning.models.layout import choose_layout, compile_layers, layout_of
@@ -50,7 +50,7 @@ def rows_alone(model: nn.Module, batch: FeedbackBatch) -> torch.Tensor:
         ids = batch.input_ids_S[span.places()].tolist()
         scored = int((batch.rows_N == row).sum())
         mask = [False] * (len(ids) - scored) + [True] * scored
-        alone = pack_rows([{"input_ids": ids, "completion_mask": mask, "thumbs_up": True, "row_id": 0}])
+        alone = collate([{"input_ids": ids, "completion_mask": mask, "thumbs_up": True, "row_id": 0}])
         found.append(completion_log_probs(model, alone))
     return torch.cat(found)
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models import log_probs
 from bco_lightning.models.language_model import load_language_model
@@ -74,7 +74,7 @@ def make_batch(vocab_size: int, lengths: list[tuple[int, int]], same_prompt: boo
             ids[:prompt] = rows[0]["input_ids"][:prompt]
         mask = [False] * prompt + [True] * completion
         rows.append({"input_ids": ids, "completion_mask": mask, "thumbs_up": True, "row_id": row})
-    return pack_rows(rows)
+    return collate(rows)
 
 
 def naive_float64(model: nn.Module, batch: FeedbackBatch) -> Tensor:

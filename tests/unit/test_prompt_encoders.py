@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.importance.prompt_encoders import (
     CapturedStates,
@@ -103,7 +103,7 @@ def test_the_reference_pass_of_whole_rows_leaves_the_states_of_each_prompt_alone
         policy.get_base_model().config._attn_implementation = "sdpa"
     assert layout_of(policy.get_base_model()) == ("padded" if layout == "padded" else "packed")
     samples = samples_of(SHARED if layout == "shared" else LENGTHS, same_prompt=layout == "shared")
-    batch, reference = pack_rows(samples), reference_of(policy)
+    batch, reference = collate(samples), reference_of(policy)
     assert (batch.num_computed < batch.num_tokens) is (layout == "shared")
     states = ReferenceStates(policy, PromptFeatures(layer=depth, pooling=pooling))
     with states.captured(policy) as captured:
@@ -122,7 +122,7 @@ def test_prompts_alone_have_the_states_of_the_same_prompts_in_whole_rows(name: s
     model = base_of(name)
     choose_layout(model, layout)
     samples = samples_of(LENGTHS)
-    states, whole, order = ReferenceStates(model, PromptFeatures()), pack_rows(samples), [1, 3, 0, 2]
+    states, whole, order = ReferenceStates(model, PromptFeatures()), collate(samples), [1, 3, 0, 2]
     prompts = alone(samples)
     assert prompts.lengths == (12, 7, 3, 1)
     assert prompts.num_completion_tokens == 0
@@ -136,7 +136,7 @@ def test_a_prompt_in_turns_ends_where_the_first_loss_begins() -> None:
     choose_layout(model, "packed")
     mask = [False, False, False, True, True, False, False, True]
     sample = {"input_ids": [5, 9, 23, 7, 8, 40, 41, 11], "completion_mask": mask, "thumbs_up": True, "row_id": 0}
-    found = ReferenceStates(model, PromptFeatures(layer=2)).features(pack_rows([sample]))
+    found = ReferenceStates(model, PromptFeatures(layer=2)).features(collate([sample]))
     assert close(found, by_hand(base_of(), [[5, 9, 23]], 2, "mean"))
 
 
@@ -145,15 +145,15 @@ def test_features_of_a_single_row_are_those_it_has_among_others(layout: Any) -> 
     model = base_of()
     choose_layout(model, layout)
     states, samples = ReferenceStates(model, PromptFeatures()), samples_of(LENGTHS)
-    together = states.features(pack_rows(samples))
+    together = states.features(collate(samples))
     for row, sample in enumerate(samples):
-        assert close(states.features(pack_rows([sample]))[0], together[row])
+        assert close(states.features(collate([sample]))[0], together[row])
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_trunk_leaves_the_states_of_a_layer_inside_it(depth: int) -> None:
     policy, samples = adapted(), samples_of(SHARED, same_prompt=True)
-    trunk, batch = find_trunk(policy), pack_rows(samples)
+    trunk, batch = find_trunk(policy), collate(samples)
     assert trunk is not None
     states = ReferenceStates(policy, PromptFeatures(layer=depth))
     with states.captured(policy) as captured:
@@ -166,7 +166,7 @@ def test_the_trunk_leaves_the_states_of_a_layer_inside_it(depth: int) -> None:
 
 def test_the_reference_on_the_trunk_leaves_the_states_of_a_layer_above_it() -> None:
     policy, samples = adapted(), samples_of(SHARED, same_prompt=True)
-    trunk, batch, reference = find_trunk(policy), pack_rows(samples), reference_of(policy)
+    trunk, batch, reference = find_trunk(policy), collate(samples), reference_of(policy)
     assert trunk is not None
     states = ReferenceStates(policy, PromptFeatures(layer=4))
     trunk_states_SH = trunk.states(batch)
@@ -182,7 +182,7 @@ def test_the_reference_on_the_trunk_leaves_the_states_of_a_layer_above_it() -> N
 
 def test_trunk_states_themselves_can_be_pooled_where_the_layer_is_the_last_of_the_trunk() -> None:
     policy, samples = adapted(), samples_of(SHARED, same_prompt=True)
-    trunk, batch = find_trunk(policy), pack_rows(samples)
+    trunk, batch = find_trunk(policy), collate(samples)
     assert trunk is not None
     states = ReferenceStates(policy, PromptFeatures(layer=trunk.depth))
     found = states.pooled(batch, CapturedStates(trunk.states(batch)))
@@ -192,7 +192,7 @@ def test_trunk_states_themselves_can_be_pooled_where_the_layer_is_the_last_of_th
 def test_the_policys_own_pass_outside_leaves_nothing_and_keeps_no_gradient() -> None:
     policy, samples = adapted(top=5), samples_of(LENGTHS)
     batch, reference, states = (
-        pack_rows(samples),
+        collate(samples),
         reference_of(policy),
         ReferenceStates(policy, PromptFeatures(layer=3)),
     )
@@ -212,7 +212,7 @@ def test_another_model_of_the_architecture_leaves_its_own_states() -> None:
     other.model.layers[0].mlp.up_proj.weight.data.mul_(-20)
     for each in (model, other):
         choose_layout(each, "packed")
-    batch, states = pack_rows(samples_of(LENGTHS)), ReferenceStates(model, PromptFeatures(layer=2))
+    batch, states = collate(samples_of(LENGTHS)), ReferenceStates(model, PromptFeatures(layer=2))
     with states.captured(other) as captured, torch.no_grad():
         completion_log_probs(model, batch)
         assert captured.states is None
@@ -224,7 +224,7 @@ def test_another_model_of_the_architecture_leaves_its_own_states() -> None:
 
 
 def test_compiled_layers_leave_their_states_each_time() -> None:
-    model, batch = base_of(layers=2), pack_rows(samples_of(LENGTHS))
+    model, batch = base_of(layers=2), collate(samples_of(LENGTHS))
     choose_layout(model, "packed")
     states = ReferenceStates(model, PromptFeatures(layer=1))
     compile_layers(model)
@@ -239,7 +239,7 @@ def test_only_the_layers_up_to_the_chosen_one_run_for_features() -> None:
     choose_layout(model, "packed")
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    ReferenceStates(model, PromptFeatures(layer=2)).features(pack_rows(samples_of(LENGTHS)))
+    ReferenceStates(model, PromptFeatures(layer=2)).features(collate(samples_of(LENGTHS)))
     assert ran == [0, 1]
     assert len(model.model.layers) == 5
 
@@ -247,7 +247,7 @@ def test_only_the_layers_up_to_the_chosen_one_run_for_features() -> None:
 def test_features_of_bfloat16_states_are_float32_means_of_them() -> None:
     model = base_of().to(torch.bfloat16)
     choose_layout(model, "packed")
-    states, batch = ReferenceStates(model, PromptFeatures(layer=2)), pack_rows(samples_of([(400, 3)]))
+    states, batch = ReferenceStates(model, PromptFeatures(layer=2)), collate(samples_of([(400, 3)]))
     with states.captured(model) as captured:
         found = states.features(batch)
     assert captured.states.dtype == torch.bfloat16
@@ -288,7 +288,7 @@ def test_a_sharded_model_has_the_features_of_a_whole_one(engine: Any, made_befor
     shard(policy, Sharding(engine, make_mesh("cpu", 1)), lambda modules: None)
     if not made_before:
         states = ReferenceStates(policy, PromptFeatures(layer=3))
-    reference, batch = reference_of(policy), pack_rows(samples)
+    reference, batch = reference_of(policy), collate(samples)
     expected = by_hand(base_of(), prompts_of(samples), 3, "mean")
     with states.captured(policy) as captured:
         reference.log_probs(batch)
@@ -305,7 +305,7 @@ def test_the_real_reference_gives_what_transformers_gives() -> None:
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.05)
-    states, batch, reference = ReferenceStates(policy, PromptFeatures()), pack_rows(samples), reference_of(policy)
+    states, batch, reference = ReferenceStates(policy, PromptFeatures()), collate(samples), reference_of(policy)
     assert states.depth == 15
     for layout in ("padded", "packed"):
         choose_layout(policy, layout)  # type: ignore[arg-type]

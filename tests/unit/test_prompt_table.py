@@ -24,7 +24,7 @@ Rows = list[tuple[list[int], list[bool], bool]]
 
 def table_of(rows: Rows) -> Dataset:
     """The data set that reading such rows gives."""
-    with RowTable(0, ["log"]) as table:
+    with RowTable(["log"]) as table:
         for number, (ids, mask, up) in enumerate(rows):
             row = FeedbackRow([{"role": "user", "content": str(number)}], [], up, f"log:{number}")
             table.append(row, TokenizedSample(ids, mask))

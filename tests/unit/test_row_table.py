@@ -15,7 +15,7 @@ from bco_lightning.errors import FaultError
 
 
 def row_set() -> RowSet:
-    with RowTable(seed=0, sources=["x"]) as table:
+    with RowTable(sources=["x"]) as table:
         for number in range(3):
             row = FeedbackRow([{"role": "user", "content": f"q{number}"}], [], bool(number), f"x:{number}")
             table.append(row, TokenizedSample([number, 7], [False, True]))

@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackRow, TokenizedSample
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.labels import DROPPED_LABEL
 from bco_lightning.data.loading import BadRows, RowLoader
@@ -72,7 +72,7 @@ def files_of_every_kind(folder: Path) -> list[str]:
 def test_every_row_is_that_of_the_plain_path(tmp_path: Path) -> None:
     paths = files_of_every_kind(tmp_path)
     sources = [Source(path) for path in paths]
-    with RowTable(0, paths) as table:
+    with RowTable(paths) as table:
         RowLoader(lambda _: RowFormat(), RowTokenizer(byte_tokenizer(), LengthLimits(64)), BadRows()).load(
             sources, table
         )
@@ -275,7 +275,7 @@ def loaded(data: StreamDataset, rows: StreamedRows, num_workers: int, step: int 
         world_size=1,
         current_step=lambda: step,
     )
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=pack_rows, num_workers=num_workers, **options)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, **options)
     return [batch.row_ids_B.tolist() for batch in loader]
 
 
@@ -329,7 +329,7 @@ def test_a_pass_over_a_parquet_file_decodes_it_a_few_times(tmp_path: Path, monke
 
 def test_a_malformed_row_stops_a_run_from_within_a_loader_worker(tmp_path: Path) -> None:
     data = dataset(streamed(malformed_log(tmp_path), sample=20))
-    loader = DataLoader(data, batch_sampler=[[0, 500]], num_workers=1, collate_fn=pack_rows)
+    loader = DataLoader(data, batch_sampler=[[0, 500]], num_workers=1, collate_fn=collate)
     with pytest.raises(FeedbackRowError) as caught:
         list(loader)
     assert caught.value.where == f"{tmp_path / 'log.jsonl'}:501"

@@ -14,7 +14,7 @@ import torch
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.errors import ConfigError
 from bco_lightning.trunk_cache import TrunkCache
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
@@ -23,7 +23,7 @@ ROWS = [([5, 6], [7]), ([8], [9, 9]), ([5, 6], [4, 4]), ([3], [2])]
 
 
 def batch_of(*row_ids: int) -> FeedbackBatch:
-    return pack_rows(
+    return collate(
         [
             {
                 "input_ids": ROWS[row][0] + ROWS[row][1],

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.demo.tone import tone
 from bco_lightning.distributed import sharding_of
 from bco_lightning.errors import ConfigError
@@ -147,7 +147,7 @@ class KnownRewardTrial(Callback):
             )
         device = next(module.policy.parameters()).device
         starts = range(0, len(rows), self.batch_size)
-        return torch.cat([score(pack_rows(rows[start : start + self.batch_size]).to(device)) for start in starts]).cpu()
+        return torch.cat([score(collate(rows[start : start + self.batch_size]).to(device)) for start in starts]).cpu()
 
     def _rewards(self, samples: list[SampledCompletion]) -> Tensor:
         score = KNOWN_REWARDS[self.reward]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.cache_folder import cache_root
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.data.conflicts import Conflicts
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.loading import BadRowPolicy
@@ -37,6 +38,11 @@ from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.seeding import chosen_seed
 
+# Columns that batches are made of; those at the end are there once they are known.
+_OF_BATCHES = (
+    "row_id", "input_ids", "completion_mask", "thumbs_up", "source", "prompt_key",
+    "reference_log_prob", "importance_weight",
+)  # fmt: skip
 # Among row sets that are told, the rows of a stream.
 _STREAM = "stream"
 _log = logging.getLogger("lightning.pytorch")
@@ -209,6 +215,36 @@ class FeedbackDataModule(LightningDataModule):
         """Rows to score."""
         return self._dataset("predict")
 
+    def set_column(self, dataset_name: str, column: str, values: Any) -> None:
+        """Adds what is known of every row before the first step to its table, from where batches take it.
+
+        Loaders that were made before do not see it.
+
+        Args:
+            dataset_name: ``train``, ``validation``, ``test`` or ``predict``; where no test files were given, the rows
+                of ``test`` are those of ``validation``.
+            column: Such as ``reference_log_prob`` or ``importance_weight``; one of that name is replaced.
+            values: One for each row, in order, as an array or a tensor; ``None`` takes the column away.
+
+        Raises:
+            ValueError: If there is no such table, or it has another number of rows.
+        """
+        name = "validation" if dataset_name == "test" and "test" not in self._row_sets else dataset_name
+        dataset = self._dataset(name)
+        if dataset is None:
+            raise ValueError(f"expected a table of rows, found none ({dataset_name})")
+        if column in dataset.column_names:
+            dataset = dataset.remove_columns([column])
+        if values is not None:
+            values = np.asarray(values)
+            if values.shape != (len(dataset),):
+                raise ValueError(f"expected {len(dataset)} values for {column}, found {values.shape}")
+            # Without a name of its own the table would be hashed whole, to make one.
+            dataset = dataset.add_column(column, values, new_fingerprint=secrets.token_hex(8))
+        self._row_sets[name].dataset = dataset
+        if isinstance(self._training, TableRows) and name == "train":
+            self._training.dataset = dataset
+
     @property
     def counts(self) -> list[RowCounts]:
         """What became of the rows of each data set, in the order in which they were read."""
@@ -352,7 +388,7 @@ class FeedbackDataModule(LightningDataModule):
         training = self._trained_on
         if isinstance(training, TableRows):
             return training.dataset
-        with RowTable(self.seed, self.source_names("train")) as table:
+        with RowTable(self.source_names("train")) as table:
             for found in training.sample(self.tokenizer, most):
                 table.append(found.row, found.sample, found.source)
             row_set = table.divide({"sample": np.ones(len(table), dtype=bool)})["sample"]
@@ -525,10 +561,10 @@ class FeedbackDataModule(LightningDataModule):
 
     def _loader(self, dataset: Dataset | StreamDataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
         if isinstance(dataset, Dataset):
-            dataset = dataset.select_columns(["row_id", "input_ids", "completion_mask", "thumbs_up", "source"])
+            dataset = dataset.select_columns([name for name in _OF_BATCHES if name in dataset.column_names])
         return DataLoader(
             dataset,  # type: ignore[arg-type]
-            collate_fn=partial(pack_rows, share_prompts=self.group_by_prompt),
+            collate_fn=partial(collate, share_prompts=self.group_by_prompt),
             num_workers=self.num_workers,
             # Without its own, a loader draws from the global generator whenever it is iterated.
             generator=torch.Generator().manual_seed(self.seed),

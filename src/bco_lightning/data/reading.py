@@ -110,7 +110,7 @@ class RowReader:
                     shared = np.isin(prompt_keys, table.prompt_keys)
                     summary.validation_prompts_in_training = int(shared.sum())
                 elif validation_fraction:
-                    held_out = held_out_prompts(table.prompt_keys, validation_fraction)
+                    held_out = held_out_prompts(table.prompt_keys, validation_fraction, self._options.seed)
                 chosen = {"train": ~held_out, **({"validation": held_out} if held_out.any() else {})}
                 row_sets = table.divide(chosen, folder)
             _note_others(row_sets["train"].counts, bad_rows, loaded)
@@ -131,7 +131,7 @@ class RowReader:
         return ReadRows(row_sets), prompt_keys
 
     def _table(self, sources: Sequence[Source]) -> RowTable:
-        return RowTable(self._options.seed, [source.label for source in sources])
+        return RowTable([source.label for source in sources])
 
     def _load(self, sources: Sequence[Source], table: RowTable, labelled: bool = True) -> tuple[BadRows, Loaded]:
         bad_rows = BadRows(self._options.bad_rows, self._options.max_bad_rows)

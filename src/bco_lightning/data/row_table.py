@@ -38,6 +38,7 @@ _COLUMNS = {
     "prompt": pa.string(),
     "place": pa.string(),
     "source": pa.int16(),
+    "prompt_key": pa.int64(),
     "prompt_length": pa.int32(),
     "completion_length": pa.int32(),
 }
@@ -47,7 +48,7 @@ _DRAFT = pa.schema({**_COLUMNS, "digest": pa.binary(32)})
 _FINAL = pa.schema({"row_id": pa.int64(), **_COLUMNS})
 _NO_TOKENS = TokenizedSample([], [])
 # An encoder for each call would take half of the time.
-_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+_json = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True).encode
 
 
 @dataclass
@@ -94,18 +95,17 @@ class RowTable:
     """Rows in the order of their sources; a context manager that leaves nothing but the data sets made from it.
 
     Args:
-        seed: Seed of the keys by which prompts are held out.
         sources: Names of the sources.
     """
 
-    def __init__(self, seed: int, sources: Sequence[str]) -> None:
-        self._seed, self._file = seed, ScratchFile()
+    def __init__(self, sources: Sequence[str]) -> None:
+        self._file = ScratchFile()
         self._sink = pa.OSFile(self._file.path, "wb")
         # It is written once and read once, so the disk's time counts for more than that of packing.
         self._writer = pa.ipc.new_stream(self._sink, _DRAFT, options=pa.ipc.IpcWriteOptions(compression="lz4"))
         self._pending: dict[str, list[Any]] = {name: [] for name in _DRAFT.names}
         self._pending_tokens = 0
-        self._prompt_keys, self._answer_keys = array("Q"), array("Q")
+        self._prompt_keys, self._answer_keys = array("q"), array("q")
         self._flags, self._reasons, self._source_numbers = array("B"), array("B"), array("H")
         self._sources, self._reason_names = list(sources), [""]
 
@@ -121,13 +121,13 @@ class RowTable:
 
     @property
     def prompt_keys(self) -> np.ndarray[Any, Any]:
-        """A number for each row's prompt, in seeded random order."""
-        return np.frombuffer(self._prompt_keys, dtype=np.uint64)
+        """A number for each row's prompt: :func:`prompt_key`."""
+        return np.frombuffer(self._prompt_keys, dtype=np.int64)
 
     @property
     def answer_keys(self) -> np.ndarray[Any, Any]:
         """A number for each row's prompt and completion."""
-        return np.frombuffer(self._answer_keys, dtype=np.uint64)
+        return np.frombuffer(self._answer_keys, dtype=np.int64)
 
     @property
     def thumbs_up(self) -> np.ndarray[Any, Any]:
@@ -137,10 +137,12 @@ class RowTable:
     def append(self, row: FeedbackRow, outcome: TokenizedSample | LeftOut, source: int = 0) -> None:
         """Adds a row of the source with that number, with its tokens, or why it is left out."""
         prompt = _json(row.prompt)
-        said = hashlib.sha256(f"{prompt}\n{_json(row.completion)}".encode())
-        if row.tools or row.template_options:
-            said.update(_json([row.tools, dict(row.template_options)]).encode())
-        self._prompt_keys.append(prompt_key(row, self._seed))
+        said = _prompt_digest(prompt, row)
+        key = _first_bytes(said)
+        said.update(f"\n{_json(row.completion)}".encode())
+        if row.template_options:
+            said.update(_json(dict(row.template_options)).encode())
+        self._prompt_keys.append(key)
         self._answer_keys.append(_first_bytes(said))
         said.update(str(row.thumbs_up).encode())
         sample = outcome if isinstance(outcome, TokenizedSample) else _NO_TOKENS
@@ -154,6 +156,7 @@ class RowTable:
         pending["prompt"].append(prompt)
         pending["place"].append(row.place)
         pending["source"].append(source)
+        pending["prompt_key"].append(key)
         pending["prompt_length"].append(sample.prompt_length)
         pending["completion_length"].append(sample.completion_length)
         pending["digest"].append(said.digest())
@@ -288,29 +291,43 @@ def _mapped(file: ScratchFile) -> Dataset:
     return dataset
 
 
-def prompt_key(row: FeedbackRow, seed: int) -> int:
-    """The first eight bytes of a seeded hash of what is said in the prompt."""
-    said = [(message["role"], message.get("content", "")) for message in row.prompt]
-    return _first_bytes(hashlib.sha256(f"{seed}\n{json.dumps(said)}".encode()))
+def prompt_key(row: FeedbackRow) -> int:
+    """What the prompt of a row is known by: eight bytes of a digest of its messages and tools, as a signed number.
+
+    Rows are held out, compared, grouped, weighted and counted by it.
+    """
+    return _first_bytes(_prompt_digest(_json(row.prompt), row))
 
 
-def held_out_prompts(prompt_keys: np.ndarray[Any, Any], fraction: float) -> np.ndarray[Any, Any]:
+def held_out_prompts(prompt_keys: np.ndarray[Any, Any], fraction: float, seed: int = 0) -> np.ndarray[Any, Any]:
     """Which rows have one of the prompts to hold out.
 
+    Whether a prompt is held out hangs on its key, and hardly on what other prompts there are.
+
     Args:
-        prompt_keys: The seeded key of each row's prompt.
+        prompt_keys: :func:`prompt_key` of each row.
         fraction: Share of the distinct prompts to hold out, rounded up; one prompt always stays for training.
+        seed: Of the choice.
 
     Returns:
         A mask over the rows.
 
     Example:
         >>> held_out_prompts(np.array([7, 3, 7, 9]), 0.3).tolist()
-        [False, True, False, False]
+        [True, False, True, False]
     """
-    ranked = np.unique(prompt_keys)
+    scattered = _scattered(prompt_keys, seed)
+    ranked = np.unique(scattered)
     number = min(int(np.ceil(fraction * len(ranked) - 1e-9)), len(ranked) - 1)
-    return prompt_keys < ranked[number] if number > 0 else np.zeros(len(prompt_keys), dtype=bool)
+    return scattered < ranked[number] if number > 0 else np.zeros(len(prompt_keys), dtype=bool)
+
+
+def _scattered(keys: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
+    """Another number for each key, by the finalizer of SplitMix64, which no two keys share."""
+    numbers = keys.astype(np.int64).view(np.uint64) ^ np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def _flags_of(row: FeedbackRow, sample: TokenizedSample) -> int:
@@ -325,5 +342,9 @@ def _lists(values: Sequence[Sequence[Any]], kind: pa.ListType) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(numbers), type=kind)
 
 
+def _prompt_digest(prompt: str, row: FeedbackRow) -> Any:
+    return hashlib.sha256((f"{prompt}\n{_json(row.tools)}" if row.tools else prompt).encode())
+
+
 def _first_bytes(digest: Any) -> int:
-    return int.from_bytes(digest.digest()[:8], "big")
+    return int.from_bytes(digest.digest()[:8], "big", signed=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +54,7 @@ class TableRows:
         """Which rows each optimizer step trains on; it also says how many steps an epoch has."""
         if balanced:
             return RowOrder(self._pools_by_class(), [rows_per_step // 2] * 2)
-        groups = prompt_numbers(self.dataset) if group_by_prompt else None
+        groups = np.asarray(self.dataset.data.column("prompt_key")) if group_by_prompt else None
         return RowOrder([self._pool(np.arange(self.num_rows), 0, groups)], [rows_per_step])
 
     def place_of(self, row_id: int) -> str:
@@ -70,10 +69,3 @@ class TableRows:
         sources = np.asarray(self.dataset.data.column("source"))[rows]
         weights = [source.weight for source in self.sources]
         return Pool(rows, [self.seed, number], sources, weights, groups)
-
-
-def prompt_numbers(dataset: Dataset) -> np.ndarray[Any, Any]:
-    """A number for each row's prompt, the same in every process, as ``hash`` would not be."""
-    digests = (hashlib.blake2b(prompt.encode(), digest_size=8).digest() for prompt in dataset["prompt"])
-    numbers = (int.from_bytes(digest, "big") for digest in digests)
-    return np.fromiter(numbers, dtype=np.uint64, count=len(dataset))

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collation import pack_rows
+from bco_lightning.data.collate import collate
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError, check_choice
 from bco_lightning.fingerprints import digest_of_tensors, digest_of_tokenizer, digest_of_values
 from bco_lightning.importance.prompt_table import prompt_lengths
@@ -225,7 +225,7 @@ def prompt_batches(
             )
         ]
         # Prompts that begin alike are not shared: what rows are beside would show in the last bits.
-        yield rows[start:stop], pack_rows(samples, share_prompts=False)
+        yield rows[start:stop], collate(samples, share_prompts=False)
         start = stop
 
 

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from bco_lightning.auc import Array
 from bco_lightning.data.messages import said_in
-from bco_lightning.data.table_rows import prompt_numbers
 
 _BATCH_ROWS = 512
 
@@ -46,7 +45,7 @@ class RowArrays:
             completion_lengths=_numbers(table, "completion_length").astype(np.int64),
             lengths=np.asarray(pc.list_value_length(table.column("input_ids"))).astype(np.int64),
             loss_tokens=_true_values(table.column("completion_mask")),
-            prompts=prompt_numbers(dataset),
+            prompts=_numbers(table, "prompt_key"),
         )
 
 

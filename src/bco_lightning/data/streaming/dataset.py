@@ -13,6 +13,7 @@ from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.messages import words_of
 from bco_lightning.data.reading import ReadingOptions
 from bco_lightning.data.row_counts import Counted
+from bco_lightning.data.row_table import prompt_key
 from bco_lightning.data.streaming.block_cache import BlockCache
 from bco_lightning.data.streaming.index import StreamIndex
 from bco_lightning.data.streaming.scanning import DOWN, UNUSABLE, UP, outcomes_of
@@ -110,7 +111,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows as :func:`pack_rows` takes them, in the order asked for.
+        """Rows as :func:`collate` takes them, in the order asked for.
 
         Raises:
             FeedbackRowError: If one is malformed and none is to be skipped, if a file has changed, or if many rows one
@@ -209,5 +210,6 @@ def _as_sample(found: TokenizedRow, with_words: bool) -> dict[str, Any]:
         "thumbs_up": found.row.thumbs_up,
         "source": found.source,
         "place": found.row.place,
+        "prompt_key": prompt_key(found.row),
         **({"prompt": words_of(found.row.prompt)} if with_words else {}),
     }

@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bco_lightning.batch import FeedbackBatch, Span
 
 
-def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True) -> FeedbackBatch:
+def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True) -> FeedbackBatch:
     """Lays rows out one after the other, without padding; a prompt that several of them share is there once.
 
     Args:
-        samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``, and ``source`` where there
-            are several, and ``prompt`` where its words are wanted. The first token of a row is never scored, whatever
-            its mask: nothing comes before it.
+        samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``; ``source`` where there are
+            several; what is known of them, ``reference_log_prob``, ``importance_weight`` and ``prompt_key``; and
+            ``prompt`` where its words are wanted. The first token of a row is never scored, whatever its mask: nothing
+            comes before it.
         share_prompts: Whether to lay out a prompt once for all its rows.
 
     Returns:
@@ -24,7 +26,7 @@ def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = Tru
 
     Example:
         >>> row = {"input_ids": [5, 6, 7], "completion_mask": [False, False, True], "thumbs_up": True, "row_id": 0}
-        >>> batch = pack_rows([row, {**row, "input_ids": [5, 6, 8]}])
+        >>> batch = collate([row, {**row, "input_ids": [5, 6, 8]}])
         >>> batch.input_ids_S.tolist(), batch.position_ids_S.tolist(), batch.predictors_N.tolist()
         ([5, 6, 7, 8], [0, 1, 2, 2], [1, 1])
     """
@@ -62,13 +64,21 @@ def pack_rows(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = Tru
         targets_N=targets_N.contiguous(),
         rows_N=rows_N.contiguous(),
         thumbs_up_B=torch.tensor([bool(sample["thumbs_up"]) for sample in samples]),
-        importance_weights_B=torch.ones(len(samples)),
+        importance_weights_B=_known(samples, "importance_weight", torch.float32, torch.ones(len(samples))),
         row_ids_B=torch.tensor([sample["row_id"] for sample in samples]),
         sources_B=torch.tensor([sample.get("source", 0) for sample in samples]),
         spans=tuple(spans),
         row_spans=tuple(row_spans[number] for number in range(len(samples))),
+        reference_log_probs_B=_known(samples, "reference_log_prob", torch.float32),
+        prompt_keys_B=_known(samples, "prompt_key", torch.int64),
         prompts=tuple(sample["prompt"] for sample in samples) if samples and "prompt" in samples[0] else None,
     )
+
+
+def _known(
+    samples: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype, otherwise: Tensor | None = None
+) -> Tensor | None:
+    return torch.tensor([sample[name] for sample in samples], dtype=dtype) if name in samples[0] else otherwise
 
 
 def _prompt(sample: Mapping[str, Any]) -> tuple[int, ...]:
