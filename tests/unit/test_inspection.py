@@ -322,6 +322,7 @@ def stored_rows() -> Dataset:
             "thumbs_up": [True, False, True],
             "prompt": [f'[{{"role": "user", "content": "{text}"}}]' for text in ("one", "two", "one")],
             "place": ["a:1", "a:2", "a:3"],
+            "prompt_key": [7, -3, 7],
             "prompt_length": [1, 2, 1],
             "completion_length": [2, 2, 9],
         }
