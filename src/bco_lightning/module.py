@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, RewardedRows
-from bco_lightning.cache_folder import cache_root
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError, check_choice
@@ -55,6 +54,7 @@ from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.objectives import OBJECTIVES
 from bco_lightning.optimizers import OptimizerName, make_optimizer
+from bco_lightning.places import cache_root
 from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
 from bco_lightning.reference_store import ReferenceStore
 from bco_lightning.reward_shift import RewardShift

@@ -27,7 +27,7 @@ class ReferenceStore:
     """The values of one reference, computed in one way.
 
     Args:
-        root: As :func:`~bco_lightning.cache_folder.cache_root` gives it.
+        root: As :func:`~bco_lightning.places.cache_root` gives it.
         key: Digest of everything that the values depend on besides the row.
     """
 

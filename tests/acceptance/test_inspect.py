@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bco_lightning import cli
+from bco_lightning.cli import app as cli
 from bco_lightning.cli import main
 from bco_lightning.errors import PreemptedError
 from tests.conftest import tiny_data, write_jsonl

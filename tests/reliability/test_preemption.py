@@ -15,9 +15,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from bco_lightning import checkpointing, cli
+from bco_lightning import checkpointing
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpointing import newest_verified, read_checkpoint, saved_steps, verify_checkpoint
+from bco_lightning.cli import app as cli
 from bco_lightning.errors import PreemptedError
 from tests.reliability.tiny_run import STEPS, assert_same, make_log, start, tiny_fit, wait
 from tests.trials import Trials

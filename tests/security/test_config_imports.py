@@ -15,7 +15,7 @@ import yaml
 from bco_lightning import BCOModule, FeedbackDataModule
 from bco_lightning.callbacks import FiniteGuard, KnownRewardTrial, PredictionWriter, RunCheckpoint
 from bco_lightning.cli import main
-from bco_lightning.config_safety import ALLOWED_IMPORTS
+from bco_lightning.cli.safety import ALLOWED_IMPORTS
 from tests.trials import Trials
 
 HOSTILE = "hostile_package"

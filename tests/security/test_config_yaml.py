@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from bco_lightning.cli import main
-from bco_lightning.config_safety import LARGEST_TEXT, MOST_NODES, Refusal, load_yaml
+from bco_lightning.cli.safety import LARGEST_TEXT, MOST_NODES, Refusal, load_yaml
 from tests.trials import Trials
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from bco_lightning.cli import main
 from bco_lightning.errors import ConfigError
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 from tests.reliability.tiny_run import make_log, make_model
 from tests.trials import Trials
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from bco_lightning.cli import main
-from bco_lightning.config_safety import Refusal, load_yaml
+from bco_lightning.cli.safety import Refusal, load_yaml
 from tests.reliability.tiny_run import ROOT, make_model
 from tests.trials import Trials
 

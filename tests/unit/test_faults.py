@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from bco_lightning import faults
+from bco_lightning.cli import faults
+from bco_lightning.cli.faults import in_words
 from bco_lightning.errors import ConfigError
-from bco_lightning.faults import in_words
 from tests.reliability.tiny_run import make_log, make_model, start, wait
 
 

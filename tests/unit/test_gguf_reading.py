@@ -13,7 +13,7 @@ from gguf import GGUFReader, GGUFWriter
 from transformers.integrations.ggml import _gguf_parse_value
 
 from bco_lightning.gguf_reading import QuickGGUFReader, quick_gguf
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL
 
 

@@ -23,7 +23,7 @@ from bco_lightning.importance.prompt_encoders import PromptFeatures, ReferenceSt
 from bco_lightning.importance.prompt_table import prompt_key
 from bco_lightning.models.language_model import load_language_model
 from bco_lightning.models.layout import choose_layout
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL, write_jsonl
 from tests.unit.test_importance import MINILM, fit
 

@@ -22,7 +22,7 @@ from bco_lightning.models.language_model import (
     resolve_dtype,
     take_final_dtype,
 )
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL
 
 

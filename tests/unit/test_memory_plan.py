@@ -17,7 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from bco_lightning import BCOModule, cli
+from bco_lightning import BCOModule
+from bco_lightning.cli import app as cli
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models import fused_layers
 from bco_lightning.models.language_model import LoraSettings

@@ -34,7 +34,7 @@ from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.parallel import Sharding, make_mesh, shard
 from bco_lightning.models.reference import Reference
 from bco_lightning.models.trunk import find_trunk
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL
 from tests.unit.test_log_probs import SMALL
 from tests.unit.test_trunk import MODELS, adapted

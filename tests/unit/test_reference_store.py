@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bco_lightning import reference_store
-from bco_lightning.cache_folder import cache_root
+from bco_lightning.places import cache_root
 from bco_lightning.reference_store import RECORD, ReferenceStore
 
 

@@ -17,7 +17,7 @@ from bco_lightning.data.tokenization import RowTokenizer, word_tokens
 from bco_lightning.data.tokenization.length_limits import LengthLimits
 from bco_lightning.data.tokenization.word_tokens import WordTokens
 from bco_lightning.models.language_model import load_tokenizer
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL
 
 # As the tokenizer.json of each model has them.

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.cache_folder import cache_root
 from bco_lightning.data.collate import collate
 from bco_lightning.data.conflicts import Conflicts
 from bco_lightning.data.feedback_row import Columns
@@ -36,6 +35,7 @@ from bco_lightning.data.tokenization import RowTokenizer, chosen_template
 from bco_lightning.data.tokenization.length_limits import LengthLimits, LongCompletions, LongPrompts
 from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
+from bco_lightning.places import cache_root
 from bco_lightning.seeding import chosen_seed
 
 # Columns that batches are made of; those at the end are there once they are known.

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bco_lightning.distributed import made_once_per_node
-from bco_lightning.errors import FeedbackRowError
-from bco_lightning.faults import in_words
+from bco_lightning.errors import FeedbackRowError, UserError, causes_of
 
 
 def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict[str, Any]:
@@ -18,8 +17,8 @@ def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict
         trainer: The Lightning trainer, with several processes.
 
     Raises:
-        UserError: In every process, what one of those that read met. Any other exception leaves the others with a
-            ``RuntimeError`` that says the same.
+        UserError: In every process, what one of those that read met. An exception that is neither this nor one of disk
+            or memory leaves the others with a ``RuntimeError`` that says the same.
         FeedbackRowError: In every process, if the nodes have not read the same rows.
     """
     raised: list[Exception] = []
@@ -29,7 +28,8 @@ def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict
             return {"node": trainer.node_rank, "read": read()}
         except Exception as error:
             raised.append(error)
-            return {"error": in_words(error) or RuntimeError(f"{type(error).__name__}: {error}")}
+            known = (cause for cause in causes_of(error) if isinstance(cause, (UserError, OSError, MemoryError)))
+            return {"error": next(known, None) or RuntimeError(f"{type(error).__name__}: {error}")}
 
     outcomes = made_once_per_node(outcome, trainer)
     if raised:

@@ -24,7 +24,7 @@ from bco_lightning.fingerprints import digest_of_tensors, digest_of_tokenizer, d
 from bco_lightning.importance.prompt_table import prompt_lengths
 from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states, run
 from bco_lightning.models.parallel import is_sharded
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 
 BATCH_TOKENS = 4096
 REFERENCE = "reference"

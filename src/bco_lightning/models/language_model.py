@@ -29,7 +29,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.models.adapters import fuse_adapters
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["none", "nf4"]

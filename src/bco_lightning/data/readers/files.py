@@ -22,7 +22,7 @@ from bco_lightning.data.readers.remote import (
 )
 from bco_lightning.data.readers.unpacking import COMPRESSIONS, UnpackedFile
 from bco_lightning.errors import ConfigError, FeedbackRowError
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 
 HUB = "hub:"
 _TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")

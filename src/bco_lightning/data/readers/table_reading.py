@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from bco_lightning.data.readers.files import HUB, arrow_folder, open_file
 from bco_lightning.data.readers.strict_json import MAX_LINE_BYTES, Record, not_utf8, too_long
 from bco_lightning.errors import FeedbackRowError
-from bco_lightning.packaged import resolve_packaged
+from bco_lightning.places import resolve_packaged
 
 Rows = Iterator[tuple[str, "Record | FeedbackRowError"]]
 

@@ -33,7 +33,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
-from bco_lightning import config_safety
 from bco_lightning.callbacks import (
     FiniteGuard,
     KnownRewardTrial,
@@ -43,13 +42,15 @@ from bco_lightning.callbacks import (
     ThroughputMonitor,
 )
 from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, resolve_checkpoint
+from bco_lightning.cli import safety
+from bco_lightning.cli.faults import in_words, watch_processes
+from bco_lightning.cli.help import keeping_help
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.source import Rating, Source
 from bco_lightning.distributed import is_in_a_group
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
-from bco_lightning.faults import in_words, watch_processes
 from bco_lightning.fingerprints import git_revision, versions
 from bco_lightning.importance.prompt_encoders import PromptFeatures
 from bco_lightning.inspection.inspect_command import inspect_command, split_arguments
@@ -83,7 +84,7 @@ class BCOArgumentParser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
-        config_safety.refuse_import_named_in(message)
+        safety.refuse_import_named_in(message)
         unknown = re.search(r"(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)", message)
         if unknown and "xpected a" not in message:
             close = difflib.get_close_matches(unknown[1], _options_of(self), n=1, cutoff=0.7)
@@ -96,7 +97,7 @@ def _made(kind: type, **values: Any) -> Any:
     try:
         return kind(**values)
     except ConfigError as error:
-        raise config_safety.Refusal(error.where, error.problem, error.remedy) from None
+        raise safety.Refusal(error.where, error.problem, error.remedy) from None
 
 
 def _refuse_misread_sources(options: Namespace) -> None:
@@ -122,7 +123,7 @@ def _yaml_in(text: Any) -> Any:
     if not isinstance(text, str) or not text.lstrip().startswith(("[", "{", "- ")):
         return None
     with contextlib.suppress(yaml.YAMLError):
-        value = config_safety.load_yaml(text)
+        value = safety.load_yaml(text)
         return value if isinstance(value, (list, dict)) else None
     return None
 
@@ -201,10 +202,10 @@ class BCOCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        with config_safety.safe_parsing():
+        with safety.safe_parsing():
             super().parse_arguments(parser, args)
             _refuse_misread_sources(self.config[self.config.subcommand].data)
-        config_safety.check_resolved(self.config[self.config.subcommand], args)
+        safety.check_resolved(self.config[self.config.subcommand], args)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -376,8 +377,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     given = [word for word in words if word != DEBUG]
     try:
-        config_safety.refuse_secrets(given)
-        _dispatch(given)
+        safety.refuse_secrets(given)
+        with keeping_help(given):
+            _dispatch(given)
     except PreemptedError as stopped:
         rank_zero_info(
             f"Stopped by {signal.Signals(stopped.signal_number).name} after optimizer step {stopped.step}; everything "
@@ -399,7 +401,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _internal(error: Exception) -> str:
     """Names an error that is nobody's but ours by its kind and place; what it says may be the text of a user."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parents[1])] or frames
     place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     said = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
     return (
@@ -423,7 +425,7 @@ def _dispatch(given: list[str]) -> None:
 
 
 def _lightning_cli(kind: type[_CLI], arguments: list[str]) -> _CLI:
-    with config_safety.refusals_as_errors():
+    with safety.refusals_as_errors():
         return kind(
             BCOModule,
             FeedbackDataModule,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bco_lightning.errors import FaultError, UserError
+from bco_lightning.errors import FaultError, UserError, causes_of
 
 _MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker .*(?:killed|exited unexpectedly)", re.DOTALL)
@@ -116,15 +116,6 @@ def _fault_of_another_process(text: str) -> FaultError:
         f"expected an answer of every process, found that one is gone or hangs ({first}).",
         f"{where_to_look}; one without any may have been killed for want of memory.",
     )
-
-
-def causes_of(error: BaseException | None) -> list[BaseException]:
-    """An error and what led to it, the nearest first."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
 
 
 def _first_line(text: str) -> str:

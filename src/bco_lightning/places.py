@@ -1,13 +1,23 @@
-"""Names for files that an installed Python package carries: ``package:NAME`` or ``package:NAME/path/inside``."""
+"""Where things are: files of installed packages, and the folder for what can be computed again."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from bco_lightning.errors import ConfigError
 
+CACHE_VARIABLE = "BCO_CACHE"
 _SCHEME = "package:"
+
+
+def cache_root(given: str | None = None) -> Path:
+    """The folder of all caches: the one given, that of ``BCO_CACHE``, or the user's own for such things."""
+    named = given or os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bco_lightning"
 
 
 def resolve_packaged(name: str) -> str:
