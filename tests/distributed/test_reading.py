@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, FeedbackDataModule, cli
 from bco_lightning.data.loading import RowLoader
-from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.data.tokenize import RowTokenizer
 from tests.reliability.tiny_run import finish, make_log, make_model, start, tiny_fit, wait
 
 ROWS, HELD_OUT, ROWS_PER_STEP, STEPS_PER_EPOCH = 51, 13, 8, 7

@@ -15,7 +15,7 @@ from bco_lightning.data.reading import ReadingOptions
 from bco_lightning.data.sampling import StepBatchSampler
 from bco_lightning.data.source import Source
 from bco_lightning.data.streaming import StreamedRows
-from bco_lightning.data.tokenization.length_limits import LengthLimits
+from bco_lightning.data.tokenize import LengthLimits
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer, finish, start
 from tests.trials import Trials

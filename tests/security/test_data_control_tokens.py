@@ -10,9 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bco_lightning.batch import FeedbackRow, TokenizedSample
-from bco_lightning.data.tokenization import LengthLimits, RowTokenizer
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.tokenize import CANNOT_BE_TEXT, LengthLimits, RowTokenizer
 from tests.reliability.tiny_run import CHATML
 from tests.trials import Trials
 
@@ -138,9 +137,13 @@ def conversation(place: str, typed: str) -> list[dict[str, str]]:
     return messages
 
 
-def sample_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample:
+def outcome_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample | LeftOut:
     row = FeedbackRow(messages[:-1], messages[-1:], True, "log.jsonl:1")
-    sample = RowTokenizer(tokenizer, LengthLimits(4096), **options).tokenize(row)
+    return RowTokenizer(tokenizer, LengthLimits(4096), **options).tokenize(row)
+
+
+def sample_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample:
+    sample = outcome_of(tokenizer, messages, **options)
     assert isinstance(sample, TokenizedSample)
     return sample
 
@@ -252,7 +255,7 @@ def test_a_row_that_is_cut_keeps_its_typed_names_as_text() -> None:
     assert sample.input_ids[: len("system\n<|im_end|>") + 2].count(tokenizer.eos_token_id) == 1
 
 
-def test_a_tokenizer_that_cannot_write_a_name_in_any_other_way_refuses_the_row() -> None:
+def test_a_tokenizer_that_cannot_write_a_name_in_any_other_way_leaves_the_row_out() -> None:
     unknown, end = "[UNK]", "[END]"
     words = Tokenizer(models.WordLevel({unknown: 0, end: 1, "a": 2}, unk_token=unknown))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -261,8 +264,8 @@ def test_a_tokenizer_that_cannot_write_a_name_in_any_other_way_refuses_the_row()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=end, unk_token=unknown, pad_token=end, chat_template=template
     )
-    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:1: .*cannot write in any other way"):
-        sample_of(tokenizer, [{"role": "user", "content": "a [END] a"}, {"role": "assistant", "content": "b"}])
+    messages = [{"role": "user", "content": "a [END] a"}, {"role": "assistant", "content": "b"}]
+    assert outcome_of(tokenizer, messages) == LeftOut("log.jsonl:1", CANNOT_BE_TEXT)
 
 
 def test_a_prompt_is_rendered_as_it_was_typed() -> None:
@@ -343,12 +346,11 @@ def test_names_torn_over_a_call_and_what_follows_do_not_join() -> None:
 
 
 @pytest.mark.parametrize("printed", ["{{ m['calls'] }}", "{{ m['calls'] | tojson(ensure_ascii=True) }}"])
-def test_a_template_that_escapes_what_hides_a_name_refuses_the_row(printed: str) -> None:
+def test_a_template_that_escapes_what_hides_a_name_leaves_the_row_out(printed: str) -> None:
     template = "{% for m in messages %}" + printed + "{{ m['content'] }}<|im_end|>{% endfor %}"
     tokenizer = byte_tokenizer(["<|im_end|>"], "<|im_end|>", template)
     messages = [
         {"role": "user", "content": "q", "calls": ["<|im_end|>"]},
         {"role": "assistant", "content": "a", "calls": []},
     ]
-    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:1: .*the chat template takes apart"):
-        sample_of(tokenizer, messages)
+    assert outcome_of(tokenizer, messages) == LeftOut("log.jsonl:1", CANNOT_BE_TEXT)

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
-from bco_lightning.data.tokenization import LengthLimits, RowTokenizer
+from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 

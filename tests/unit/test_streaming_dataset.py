@@ -23,8 +23,7 @@ from bco_lightning.data.row_table import RowTable
 from bco_lightning.data.sampling import StepBatchSampler
 from bco_lightning.data.source import RowFormat, Source
 from bco_lightning.data.streaming import StreamDataset, StreamedRows, tables
-from bco_lightning.data.tokenization import RowTokenizer
-from bco_lightning.data.tokenization.length_limits import COMPLETION_TOO_LONG, LengthLimits
+from bco_lightning.data.tokenize import COMPLETION_TOO_LONG, LengthLimits, RowTokenizer
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer

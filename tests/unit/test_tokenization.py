@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
-from bco_lightning.data.tokenization import LengthLimits, RowTokenizer
-from bco_lightning.data.tokenization.chat_script import PLAIN_TEMPLATE
+from bco_lightning.data.chat import PLAIN_TEMPLATE
+from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 from tests.reliability.tiny_run import byte_tokenizer
 
@@ -451,26 +451,3 @@ def test_a_tokenizer_with_a_template_for_tools_uses_it_for_rows_with_tools(token
     with_tools = replace(row("a", "b"), tools=[{"name": "add"}])
     assert tokenizer.decode(tokenize(other, row("a", "b")).input_ids) == "ab<|im_end|>"
     assert tokenizer.decode(tokenize(other, with_tools).input_ids).startswith('[{"name": "add"}]<|im_start|>')
-
-
-def test_a_template_that_prints_something_else_at_each_call_is_rendered_by_the_tokenizer(tokenizer: Any) -> None:
-    other = copy.deepcopy(tokenizer)
-    calls: list[str] = []
-    own = other.apply_chat_template
-
-    def counted(messages: Any, **options: Any) -> str:
-        calls.append(messages[0]["content"])
-        return f"{own(messages, **options)}"
-
-    other.apply_chat_template = counted
-    fast = RowTokenizer(other, LengthLimits())
-    calls.clear()
-    fast.tokenize(row("Hi?", "Yes."))
-    assert calls == []
-    other.apply_chat_template = lambda messages, **options: f">{counted(messages, **options)}"
-    slow = RowTokenizer(other, LengthLimits())
-    calls.clear()
-    sample = slow.tokenize(row("Hi?", "Yes."))
-    assert calls == ["Hi?", "Hi?"]
-    assert isinstance(sample, TokenizedSample)
-    assert tokenizer.decode(sample.input_ids).startswith(">")

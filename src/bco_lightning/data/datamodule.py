@@ -31,8 +31,7 @@ from bco_lightning.data.sampling import EvenBatchSampler, StepBatchSampler, Step
 from bco_lightning.data.source import FormatName, LossOn, Rating, RowFormat, Source, chosen_rating
 from bco_lightning.data.streaming import StreamDataset, StreamedRows
 from bco_lightning.data.table_rows import TableRows
-from bco_lightning.data.tokenization import RowTokenizer, chosen_template
-from bco_lightning.data.tokenization.length_limits import LengthLimits, LongCompletions, LongPrompts
+from bco_lightning.data.tokenize import LengthLimits, LongCompletions, LongPrompts, RowTokenizer, chosen_template
 from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.places import cache_root

@@ -18,7 +18,7 @@ from bco_lightning.data.readers.remote import public_name
 from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.row_table import RowTable
 from bco_lightning.data.source import RowFormat, Source
-from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError, check_choice
 
 BadRowPolicy = Literal["strict", "skip"]

@@ -19,8 +19,7 @@ from bco_lightning.data.row_cache import ReadRows, RowCache
 from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowTable, held_out_prompts
 from bco_lightning.data.source import RowFormat, Source, chosen_rating
-from bco_lightning.data.tokenization import RowTokenizer, chosen_template
-from bco_lightning.data.tokenization.length_limits import LengthLimits
+from bco_lightning.data.tokenize import LengthLimits, RowTokenizer, chosen_template
 from bco_lightning.errors import check_choice
 from bco_lightning.fingerprints import digest_of_tokenizer, digest_of_values
 

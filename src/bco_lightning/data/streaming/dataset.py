@@ -19,7 +19,7 @@ from bco_lightning.data.streaming.index import StreamIndex
 from bco_lightning.data.streaming.scanning import DOWN, UNUSABLE, UP, outcomes_of
 from bco_lightning.data.streaming.substitutes import TRIES, Substitutes
 from bco_lightning.data.streaming.tally import Tally
-from bco_lightning.data.tokenization import RowTokenizer
+from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 
 MALFORMED = "malformed"

@@ -1,35 +1,83 @@
-"""Turn a feedback row into token ids: chat template, prompt and completion apart, limits."""
+"""From a row to token ids: prompt and completion apart, what carries loss, and limits of length."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
-from typing import Any, TypeVar
+from typing import Any, Literal, get_args
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
-from bco_lightning.data.tokenization.chat_script import (
-    PLAIN_TEMPLATE,
-    TEMPLATE_FAILURES,
-    ChatScript,
-    ChatTemplate,
-    chosen_template,
-)
-from bco_lightning.data.tokenization.conversation import Conversation
-from bco_lightning.data.tokenization.length_limits import (
-    COMPLETION_TOO_LONG,
-    NO_ROOM_FOR_COMPLETION,
-    NO_ROOM_FOR_PROMPT,
-    LengthLimits,
-)
-from bco_lightning.data.tokenization.special_tokens import SpecialTokens
-from bco_lightning.data.tokenization.word_tokens import WordTokens
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
+from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens, Conversation
+from bco_lightning.errors import ConfigError, FeedbackRowError, check_choice
 
-__all__ = ["LengthLimits", "RowTokenizer", "chosen_template"]
+LongPrompts = Literal["keep_end", "keep_start", "drop"]
+LongCompletions = Literal["cut", "drop"]
 
-_Result = TypeVar("_Result")
+# Reasons for which a row is left out; rows are counted under them.
+PROMPT_OVER_ITS_LIMIT = "prompt over data.max_prompt_length"
+PROMPT_TOO_LONG = "prompt too long (data.max_length)"
+COMPLETION_TOO_LONG = "completion too long (data.max_length)"
+NO_ROOM_FOR_PROMPT = "no room for a prompt"
+NO_ROOM_FOR_COMPLETION = "no room for a completion"
+CANNOT_BE_TEXT = "name of a control token that cannot be written as text"
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """Limits of a row in tokens, and what becomes of what is over them.
+
+    Args:
+        max_length: Limit of prompt and completion together.
+        max_prompt_length: Limit of the prompt; if left out, what the completion leaves of ``max_length``, and at least
+            half of it.
+        long_prompts: ``keep_end`` cuts a prompt over its limit on the left, where a leading system message and a BOS
+            token stay; ``keep_start`` cuts it on the right, where what the template writes for the assistant to answer
+            stays; ``drop`` leaves the row out.
+        long_completions: ``cut`` cuts a completion over what the prompt leaves on the right, so that it has no end
+            token; ``drop`` leaves the row out.
+
+    Raises:
+        ConfigError: If the limits leave no room for a prompt and a completion, or a policy is unknown.
+    """
+
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    long_prompts: LongPrompts = "keep_end"
+    long_completions: LongCompletions = "cut"
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError("data.max_length", f"expected at least 2 tokens, found {self.max_length}.")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise ConfigError(
+                "data.max_prompt_length",
+                f"expected at least 1 token and fewer than data.max_length ({self.max_length}), "
+                f"found {self.max_prompt_length}.",
+            )
+        check_choice("data.long_prompts", self.long_prompts, get_args(LongPrompts))
+        check_choice("data.long_completions", self.long_completions, get_args(LongCompletions))
+
+    def prompt_room(self, completion_length: int) -> int:
+        """Tokens that a prompt may have beside a completion of so many.
+
+        Example:
+            >>> LengthLimits(max_length=100).prompt_room(30), LengthLimits(max_length=100).prompt_room(80)
+            (70, 50)
+            >>> LengthLimits(max_length=100, max_prompt_length=20).prompt_room(30)
+            20
+        """
+        if self.max_prompt_length is not None:
+            return self.max_prompt_length
+        return max(self.max_length - completion_length, self.max_length // 2)
+
+    @property
+    def prompt_reason(self) -> str:
+        """Why a row is left out whose prompt is over its room."""
+        return PROMPT_TOO_LONG if self.max_prompt_length is None else PROMPT_OVER_ITS_LIMIT
 
 
 class RowTokenizer:
@@ -53,13 +101,11 @@ class RowTokenizer:
     def __init__(self, tokenizer: Any, limits: LengthLimits, chat_template: str | None = None) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self.chat_template = chosen_template(tokenizer, chat_template)
-        self._special = SpecialTokens(tokenizer)
-        self._template = ChatTemplate(tokenizer, self.chat_template, self._special)
+        self._control = ControlTokens(tokenizer)
+        self._template = ChatTemplate(tokenizer, self.chat_template, self._control)
         self._is_blank = lru_cache(maxsize=64)(lambda token_ids: not tokenizer.decode(token_ids).strip())
         first = self._encode("a", add_special_tokens=True)[:1]
         self._own_bos = first if first == [tokenizer.bos_token_id] else []
-        backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        self._words = WordTokens.of(backend, type(tokenizer).__name__) if backend is not None else None
 
     def render_prompt(self, prompt: list[Message]) -> str:
         """The prompt as text, up to where the assistant begins to speak."""
@@ -72,8 +118,8 @@ class RowTokenizer:
             row: A validated row.
 
         Returns:
-            The sample, or why the row is left out: it is over a limit and was to be dropped, or the limits leave no
-            room for tokens to learn from.
+            The sample, or why the row is left out: it is over a limit and was to be dropped, the limits leave no room
+            for tokens to learn from, or it holds the name of a control token that cannot be written as text.
 
         Raises:
             FeedbackRowError: If the template fails on the row, does not extend the prompt by the completion or prints
@@ -86,22 +132,29 @@ class RowTokenizer:
 
     def tokenize_batch(self, rows: Sequence[FeedbackRow]) -> list[TokenizedSample | LeftOut | FeedbackRowError]:
         """Tokenizes rows together, which is faster; each outcome is what :meth:`tokenize` returns or raises."""
-        scripts = [_outcome(self._template.script, row) for row in rows]
+        scripts = self._template.scripts(rows)
         ordinary = [script for script in scripts if isinstance(script, ChatScript) and not script.conversation.literals]
-        # Rows of one prompt often stand together.
-        texts = list(dict.fromkeys(text for script in ordinary for text in script.texts))
+        texts = list(dict.fromkeys(text for script in ordinary for text in script.texts))  # several rows of one prompt
         token_ids = dict(zip(texts, self._encode_all(texts), strict=True))
-        for script in ordinary:
-            script.token_ids = [token_ids[text] for text in script.texts]
         return [
-            script if isinstance(script, FeedbackRowError) else _outcome(self._sample, row, script)
+            script if isinstance(script, FeedbackRowError) else self._outcome(row, script, token_ids)
             for row, script in zip(rows, scripts, strict=True)
         ]
 
-    def _sample(self, row: FeedbackRow, script: ChatScript) -> TokenizedSample | LeftOut:
-        if script.conversation.literals:
-            script.token_ids = [self._encode_apart(text, script, row.place) for text in script.texts]
-        prompt_ids, *turns = script.token_ids
+    def _outcome(
+        self, row: FeedbackRow, script: ChatScript, known: dict[str, list[int]]
+    ) -> TokenizedSample | LeftOut | FeedbackRowError:
+        try:
+            if script.conversation.literals:
+                known = {text: self._encode_apart(text, script) for text in script.texts}
+            return self._sample(row, script, [known[text] for text in script.texts])
+        except CannotBeTextError:
+            return LeftOut(row.place, CANNOT_BE_TEXT)
+        except FeedbackRowError as error:
+            return error
+
+    def _sample(self, row: FeedbackRow, script: ChatScript, token_ids: list[list[int]]) -> TokenizedSample | LeftOut:
+        prompt_ids, *turns = token_ids
         if self.chat_template == PLAIN_TEMPLATE:
             prompt_ids = self._own_bos + prompt_ids
         completion_ids, mask = self._completion(turns, script.speakers)
@@ -135,13 +188,13 @@ class RowTokenizer:
 
     def _end_of_turn(self, turn: list[int]) -> int | None:
         """Length up to and including the special token that closes the turn, if the template wrote one."""
-        special = self._special.ids
+        special = self._control.ids
         end = next((place for place in range(len(turn), 0, -1) if turn[place - 1] in special), None)
         return end if end is not None and self._is_blank(tuple(turn[end:])) else None
 
     def _says_something(self, token_ids: Sequence[int], mask: Sequence[bool]) -> bool:
         """Whether a token carries loss that is not merely markup."""
-        return not self._special.ids.issuperset(compress(token_ids, mask))
+        return not self._control.ids.issuperset(compress(token_ids, mask))
 
     def _within_limits(
         self, row: FeedbackRow, script: ChatScript, prompt_ids: list[int], completion_ids: list[int], mask: list[bool]
@@ -185,7 +238,7 @@ class RowTokenizer:
         if row.prompt[0]["role"] == "system" and len(row.prompt) > 1:
             with contextlib.suppress(*TEMPLATE_FAILURES):  # some templates refuse a system message alone
                 system = self._template.render(script.conversation, 1, asks_next=False)
-                system_ids = self._encode_apart(system, script, row.place)
+                system_ids = self._encode_apart(system, script)
                 if prompt_ids[: len(system_ids)] == system_ids:
                     return system_ids
         return self._own_bos if prompt_ids[:1] == self._own_bos else []
@@ -193,32 +246,20 @@ class RowTokenizer:
     def _tail(self, row: FeedbackRow, script: ChatScript) -> list[int]:
         """What lets the assistant speak after the last message."""
         tail = self._template.after_last_message(script.conversation, script.texts[0], len(row.prompt))
-        return self._encode_apart(tail, script, row.place)
+        return self._encode_apart(tail, script)
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def _encode_all(self, texts: list[str]) -> list[list[int]]:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if not texts or backend is None or not self.tokenizer.is_fast:
+        if not texts or not self.tokenizer.is_fast:
             return [self._encode(text) for text in texts]
         self._encode("")  # takes back the truncation and padding of an earlier call, which stay with the tokenizer
-        if self._words is not None:
-            return self._words.encode_all(texts)
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
-    def _encode_apart(self, text: str, script: ChatScript, place: str) -> list[int]:
+    def _encode_apart(self, text: str, script: ChatScript) -> list[int]:
         """Token ids of a rendered text, with what was typed kept apart from control tokens."""
         if not script.conversation.literals:
             return self._encode(text)
-        try:
-            return self._special.encode(text, script.conversation)
-        except ValueError as error:
-            raise FeedbackRowError(place, f"expected text, {error}.", "Remove the row or the name in it.") from error
-
-
-def _outcome(function: Callable[..., _Result], *arguments: Any) -> _Result | FeedbackRowError:
-    try:
-        return function(*arguments)
-    except FeedbackRowError as error:
-        return error.without_cause()
+        return self._control.encode(text, script.conversation)

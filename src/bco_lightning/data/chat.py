@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from bco_lightning.batch import FeedbackRow, Message
-from bco_lightning.data.tokenization.conversation import CLOSE, OPEN, Conversation
-from bco_lightning.data.tokenization.special_tokens import SpecialTokens
+from bco_lightning.data.control_tokens import CLOSE, OPEN, ControlTokens, Conversation
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 
 # What a prompt and a completion look like without any markup: for base models that have no chat format.
@@ -37,13 +36,11 @@ class ChatScript:
         conversation: What the template was told.
         texts: The rendered prompt, then what each turn of the completion adds to it.
         speakers: For each turn of the completion, whether it is the assistant's.
-        token_ids: The tokens of ``texts``.
     """
 
     conversation: Conversation
     texts: list[str]
     speakers: list[bool]
-    token_ids: list[list[int]] = field(default_factory=list)
 
 
 class ChatTemplate:
@@ -52,49 +49,33 @@ class ChatTemplate:
     Args:
         tokenizer: A transformers tokenizer.
         text: The template.
-        special: The tokenizer's special tokens.
+        control: The tokenizer's control tokens.
     """
 
-    def __init__(self, tokenizer: Any, text: str, special: SpecialTokens) -> None:
-        self._tokenizer, self._text, self._special = tokenizer, text, special
+    def __init__(self, tokenizer: Any, text: str, control: ControlTokens) -> None:
+        self._tokenizer, self._text, self._control = tokenizer, text, control
         self._text_with_tools = _text_with_tools(tokenizer, text)
-        self._reserved = _reserved_names(tokenizer)
-        self._render_plain = _plain_renderer(tokenizer, text)
-        self._last_prompt: tuple[Any, str] = (None, "")
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._reserved = {"messages", "self", *arguments, *tokenizer.special_tokens_map} - {"documents"}
 
-    def script(self, row: FeedbackRow) -> ChatScript:
-        """Lets the template speak.
-
-        Raises:
-            FeedbackRowError: If the template fails on the row, or does not extend the prompt by the completion.
-        """
-        try:
-            self._check_options(row)
-            given = Conversation(row.prompt + row.completion, row.tools, row.template_options)
-            conversation = self._shielded(given)
-            stops = _turns(row)
-            texts = self._texts(conversation, len(row.prompt), stops, row.place)
-            return ChatScript(conversation, texts, [speaks for _, speaks in stops])
-        except FeedbackRowError:
-            raise
-        except TEMPLATE_FAILURES as error:
-            raise FeedbackRowError(
-                row.place,
-                f"expected messages that the chat template takes, found that it refuses them ({self._words(error)}).",
-            ) from error
+    def scripts(self, rows: Sequence[FeedbackRow]) -> list[ChatScript | FeedbackRowError]:
+        """Lets the template speak; the error of a row is that it fails on it, or rewrites the prompt after it."""
+        told = [
+            self._control.shield(Conversation(row.prompt + row.completion, row.tools, row.template_options))
+            for row in rows
+        ]
+        # Most rows are one answer to one prompt: the library renders such rows together, in a third of the time.
+        prompts = self._render_all(told, [len(row.prompt) for row in rows], asks_next=True)
+        wholes = self._render_all(told, [None] * len(rows), asks_next=False)
+        return [self._script(*known) for known in zip(rows, told, prompts, wholes, strict=True)]
 
     def render(self, conversation: Conversation, stop: int | None = None, *, asks_next: bool) -> str:
         """The messages up to ``stop`` as text; ``asks_next`` adds what comes before an answer."""
-        messages = conversation.messages[:stop]
-        if self._render_plain is not None and conversation.is_plain:
-            return self._render_plain(messages, asks_next)
-        template = self._text if conversation.tools is None else self._text_with_tools
         return str(
             self._tokenizer.apply_chat_template(
-                # Later versions of transformers do so too: many templates print a null, or fail on it.
-                [{name: part for name, part in message.items() if part is not None} for message in messages],
+                _without_nulls(conversation.messages[:stop]),
                 tools=conversation.tools,
-                chat_template=template,
+                chat_template=self._text if conversation.tools is None else self._text_with_tools,
                 tokenize=False,
                 add_generation_prompt=asks_next,
                 **conversation.options,
@@ -124,6 +105,43 @@ class ChatTemplate:
             return prompt[len(unasked) :] if prompt.startswith(unasked) else ""
         return ""
 
+    def _render_all(
+        self, told: Sequence[Conversation], stops: Sequence[int | None], *, asks_next: bool
+    ) -> list[str | None]:
+        """Renders what needs no tools and options; nothing if any of it fails, which rendering each alone shows."""
+        plain = [not (conversation.tools or conversation.options) for conversation in told]
+        messages = [
+            _without_nulls(told[number].messages[: stops[number]]) for number, it_is in enumerate(plain) if it_is
+        ]
+        rendered: list[str | None] = [None] * len(messages)
+        if messages:
+            with contextlib.suppress(*TEMPLATE_FAILURES):
+                rendered = self._tokenizer.apply_chat_template(
+                    messages, chat_template=self._text, tokenize=False, add_generation_prompt=asks_next
+                )
+        remaining = iter(rendered)
+        return [next(remaining) if it_is else None for it_is in plain]
+
+    def _script(
+        self, row: FeedbackRow, told: Conversation, prompt: str | None, whole: str | None
+    ) -> ChatScript | FeedbackRowError:
+        try:
+            self._check_options(row)
+            stops = _turns(row)
+            if prompt is None or whole is None or stops != [(len(told.messages), True)]:
+                prompt = self.render(told, len(row.prompt), asks_next=True)
+                after = [self.render(told, stop, asks_next=not speaks) for stop, speaks in stops]
+            else:
+                after = [whole]
+            return ChatScript(told, _added([prompt, *after], row.place), [speaks for _, speaks in stops])
+        except FeedbackRowError as error:
+            return error
+        except TEMPLATE_FAILURES as error:
+            return FeedbackRowError(
+                row.place,
+                f"expected messages that the chat template takes, found that it refuses them ({self._words(error)}).",
+            )
+
     def _words(self, error: Exception) -> str:
         """What a template says of its own accord; other words may be those of the row, and are not shown."""
         words = str(error)
@@ -141,38 +159,6 @@ class ChatTemplate:
                     f"expected options that a chat template defines, found {name!r}, which is given to every template.",
                     "Remove it from the row's template options.",
                 )
-
-    def _shielded(self, given: Conversation) -> Conversation:
-        shielded = self._special.shield(given)
-        if not self._special.may_join(given):
-            return shielded
-        whole = self._special.shield_whole(given)
-        as_given, kept_apart = (self.render(known, asks_next=False) for known in (shielded, whole))
-        return whole if self._special.count(as_given) > self._special.count(kept_apart) else shielded
-
-    def _texts(
-        self, conversation: Conversation, num_prompt: int, stops: list[tuple[int, bool]], place: str
-    ) -> list[str]:
-        texts = [before := self._prompt(conversation, num_prompt)]
-        for stop, speaks in stops:
-            after = self.render(conversation, stop, asks_next=not speaks)
-            if not after.startswith(before):
-                raise FeedbackRowError(
-                    place,
-                    "expected a chat template that extends the prompt by the completion, found one that rewrites it.",
-                    "Set data.chat_template to one that only appends.",
-                )
-            texts.append(after[len(before) :])
-            before = after
-        return texts
-
-    def _prompt(self, conversation: Conversation, num_prompt: int) -> str:
-        # Rows of one prompt often stand together.
-        told = (conversation.messages[:num_prompt], conversation.tools, conversation.options)
-        known = self._last_prompt  # taken once, as another thread may put its own there
-        if told != known[0]:
-            known = self._last_prompt = (told, self.render(conversation, num_prompt, asks_next=True))
-        return known[1]
 
 
 def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
@@ -214,9 +200,21 @@ def _text_with_tools(tokenizer: Any, text: str) -> str:
     return str(templates.get("tool_use", text)) if own else text
 
 
-def _reserved_names(tokenizer: Any) -> frozenset[str]:
-    arguments = inspect.signature(tokenizer.apply_chat_template).parameters
-    return frozenset({"messages", "self", *arguments, *tokenizer.special_tokens_map} - {"documents"})
+def _without_nulls(messages: Sequence[Message]) -> list[Message]:
+    """Later versions of transformers do so too: many templates print a null, or fail on it."""
+    return [{name: part for name, part in message.items() if part is not None} for message in messages]
+
+
+def _added(renderings: Sequence[str], place: str) -> list[str]:
+    """The first rendering, and what each of the others adds to the one before."""
+    for before, after in pairwise(renderings):
+        if not after.startswith(before):
+            raise FeedbackRowError(
+                place,
+                "expected a chat template that extends the prompt by the completion, found one that rewrites it.",
+                "Set data.chat_template to one that only appends.",
+            )
+    return [renderings[0], *(after[len(before) :] for before, after in pairwise(renderings))]
 
 
 def _turns(row: FeedbackRow) -> list[tuple[int, bool]]:
@@ -231,34 +229,3 @@ def _turns(row: FeedbackRow) -> list[tuple[int, bool]]:
     following = [*speakers[1:], not speakers[-1]]
     turns = zip(speakers, following, strict=True)
     return [(start + number, speaks) for number, (speaks, next_one) in enumerate(turns, 1) if speaks != next_one]
-
-
-def _plain_renderer(tokenizer: Any, text: str) -> Callable[[list[Message], bool], str] | None:
-    """What the tokenizer does with messages of a role and a text, without its copies and checks of other kinds.
-
-    Returns:
-        A function of messages and of whether an answer is asked for; ``None`` if it does not do as the tokenizer does.
-    """
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        template = _compile_jinja_template(text)
-        known = {**template.globals, **tokenizer.special_tokens_map, "tools": None, "documents": None}
-
-        def render(messages: list[Message], asks_next: bool) -> str:
-            told = {**known, "messages": messages, "add_generation_prompt": asks_next}
-            try:
-                return "".join(template.root_render_func(template.new_context(told, shared=True)))
-            except Exception:
-                raise template.environment.handle_exception()  # noqa: B904 - it raises the same with lines of the template
-
-        options = {"chat_template": text, "tokenize": False}
-        same = all(
-            render(probe[:stop], asks_next)
-            == tokenizer.apply_chat_template(probe[:stop], add_generation_prompt=asks_next, **options)
-            for stop, asks_next in ((1, True), (2, False))
-        )
-    except (ImportError, *TEMPLATE_FAILURES):
-        return None
-    return render if same else None

@@ -1,0 +1,234 @@
+"""Keep what users typed apart from control tokens: their ``<|im_end|>`` is text, the template's is markup.
+
+Before the chat template is asked, each name of a control token in what it is told gives way to a mark, and so does a
+part of a name at the edge of a text, which its surroundings might complete. Afterwards what stands between two control
+tokens of the template's own is tokenized as if there were no control tokens, with what was typed in its place again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bco_lightning.batch import Message
+
+# Unicode noncharacters, which no text should hold; where one does, it is itself put behind a mark.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+_MARK = re.compile(f"{OPEN}([0-9]+){CLOSE}")
+_ESCAPED_MARK = re.compile(r"\\ufdd[01]", re.IGNORECASE)
+
+
+class CannotBeTextError(Exception):
+    """The name of a control token stands in a text, and template or tokenizer have no way to leave it text."""
+
+
+@dataclass
+class Conversation:
+    """What the chat template is told; a mark may stand for a text that would be taken for a control token.
+
+    Args:
+        messages: Prompt and completion.
+        tools: JSON schemas of the functions that the assistant could call.
+        options: What else the template is told, by name.
+        literals: The texts behind the marks.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    literals: list[str] = field(default_factory=list)
+
+    def texts(self) -> Iterator[str]:
+        """Every text that the template is told."""
+        yield from _texts_in(self.messages)
+        if self.tools or self.options:
+            yield from _texts_in((self.tools, self.options))
+
+    def restore(self, text: str) -> str:
+        """``text`` with what was typed in the place of the marks."""
+        return _MARK.sub(lambda mark: self.literals[int(mark[1])], text)
+
+    def mapped(self, content: Callable[[str], str], other: Callable[[str], str]) -> Conversation:
+        """The conversation with what was said changed by one function, and every other text by another."""
+
+        def change(message: Message) -> Message:
+            # Templates print what a tool gave back as they print the calls.
+            said = other if message.get("role") == "tool" else content
+            return {
+                other(name): _map_texts(part, said if name == "content" else other) for name, part in message.items()
+            }
+
+        options = {name: _map_texts(value, other) for name, value in self.options.items()}
+        return Conversation([change(message) for message in self.messages], _map_texts(self.tools, other), options)
+
+
+class ControlTokens:
+    """The special tokens of a tokenizer, and how to write their names as ordinary text.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        names = {token.content for token in added.values()} | set(tokenizer.all_special_tokens)
+        by_length = sorted(filter(None, names), key=len, reverse=True)
+        self.ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
+        self._tokenizer = tokenizer
+        self._typed = re.compile("|".join([*map(re.escape, by_length), f"[{OPEN}{CLOSE}]"]))
+        # Looking for letters is many times faster than looking for names, and most texts hold none of these.
+        self._initials = "".join({name[0] for name in by_length} | {OPEN, CLOSE})
+        self._finals = "".join({name[-1] for name in by_length})
+        self._heads = {name[:length] for name in names for length in range(1, len(name))}
+        self._tails = {name[length:] for name in names for length in range(1, len(name))}
+        self._longest = len(by_length[0]) if by_length else 0
+        # A normalizer can turn other letters, such as full-width ones, into the name of a token.
+        self._normalized = (
+            tokenizer.is_fast
+            and tokenizer.backend_tokenizer.normalizer is not None
+            and any(token.normalized for token in added.values())
+        )
+
+    def shield(self, conversation: Conversation) -> Conversation:
+        """Puts marks into the texts; gives the same conversation back if they hold no name and no part of one."""
+        if not self._normalized and not any(self._is_suspect(text) for text in conversation.texts()):
+            return conversation
+        literals: list[str] = []
+        marked = conversation.mapped(
+            content=lambda text: self._mark(text, literals, edges=self._normalized),
+            other=lambda text: self._mark(text, literals),
+        )
+        return replace(marked, literals=literals) if literals else conversation
+
+    def encode(self, text: str, conversation: Conversation) -> list[int]:
+        """Token ids of a rendered text with marks: control tokens for its own, ordinary tokens for what was typed.
+
+        Args:
+            text: What the chat template made of ``conversation``, or a part of it.
+            conversation: Holds the literals behind the marks.
+
+        Raises:
+            CannotBeTextError: If the template takes a mark apart, or the tokenizer has one token for the name, whoever
+                writes it.
+        """
+        bare = _MARK.sub("", text)
+        if OPEN in bare or CLOSE in bare or _ESCAPED_MARK.search(bare) or not self._tokenizer.is_fast:
+            raise CannotBeTextError
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        token_ids: list[int] = []
+        section: list[int] = []
+        start = 0
+        for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            if self._is_control(token, text[begin:end]):
+                token_ids += [*self._section(text[start:begin], start, section, conversation), token]
+                start, section = end, []
+            else:
+                section.append(token)
+        return token_ids + self._section(text[start:], start, section, conversation)
+
+    def _section(self, text: str, start: int, token_ids: list[int], conversation: Conversation) -> list[int]:
+        """Tokens of the text between two control tokens; ``token_ids`` if nothing in it is marked."""
+        if OPEN not in text:
+            return token_ids
+        tokenizer = self._inner_tokenizer if start else self._ordinary_tokenizer
+        typed: list[int] = tokenizer.encode(conversation.restore(text), add_special_tokens=False).ids
+        if self.ids.difference({self._tokenizer.unk_token_id}).intersection(typed):
+            raise CannotBeTextError
+        return typed
+
+    @cached_property
+    def _ordinary_tokenizer(self) -> Tokenizer:
+        """The tokenizer as if it had no special tokens."""
+        return _without_special_tokens(self._tokenizer.backend_tokenizer.to_str())
+
+    @cached_property
+    def _inner_tokenizer(self) -> Tokenizer:
+        """The same for what is not the beginning of a text, where some tokenizers would put a space."""
+        description = self._tokenizer.backend_tokenizer.to_str()
+        return _without_special_tokens(description.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+
+    def _mark(self, text: str, literals: list[str], *, edges: bool = False) -> str:
+        spans: list[tuple[int, int]] = []
+        for begin, end in sorted(self._spans(text, edges)):
+            if spans and begin <= spans[-1][1]:  # names side by side share a mark, so that a row full of them is cheap
+                spans[-1] = spans[-1][0], max(spans[-1][1], end)
+            else:
+                spans.append((begin, end))
+        pieces, start = [], 0
+        for begin, end in spans:
+            pieces += [text[start:begin], f"{OPEN}{len(literals)}{CLOSE}"]
+            literals.append(text[begin:end])
+            start = end
+        return "".join([*pieces, text[start:]])
+
+    def _spans(self, text: str, edges: bool) -> Iterator[tuple[int, int]]:
+        """Where names stand, and what might become part of one; with ``edges``, the first and the last letter may."""
+        for match in self._typed.finditer(text):
+            yield match.span()
+        if self._normalized:
+            encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+                if self._is_control(token, text[begin:end]):
+                    yield begin, end
+        spoken = text.strip()  # many templates strip, too
+        first = len(text) - len(text.lstrip())
+        tail, head = self._torn(spoken)
+        tail, head = (max(tail, 1), max(head, 1)) if edges and spoken else (tail, head)
+        if tail:
+            yield first, first + tail
+        if head:
+            yield first + len(spoken) - head, first + len(spoken)
+
+    def _torn(self, text: str) -> tuple[int, int]:
+        """Letters at the beginning of a text that end a name, and letters at its end that begin one."""
+        sizes = range(min(self._longest, len(text)), 0, -1)
+        tail = next((size for size in sizes if text[:size] in self._tails), 0)
+        return tail, next((size for size in sizes if text[-size:] in self._heads), 0)
+
+    def _is_suspect(self, text: str) -> bool:
+        """Whether a closer look is worth it."""
+        return _holds(text, self._initials) or _holds(text.lstrip()[: self._longest], self._finals)
+
+    def _is_control(self, token: int, text: str) -> bool:
+        # The token for what is unknown is special too, and stands for text wherever that is not its own name.
+        return token in self.ids and (token != self._tokenizer.unk_token_id or text == self._tokenizer.unk_token)
+
+
+def _without_special_tokens(description: str) -> Tokenizer:
+    other = Tokenizer.from_str(description)
+    other.encode_special_tokens = True
+    other.no_truncation()
+    other.no_padding()
+    return other
+
+
+def _holds(text: str, letters: str) -> bool:
+    for letter in letters:  # noqa: SIM110 - any() takes twice as long, and this runs for every text
+        if letter in text:
+            return True
+    return False
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _texts_in(key)
+            yield from _texts_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts_in(part)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_texts(key, change): _map_texts(part, change) for key, part in value.items()}
+    return [_map_texts(part, change) for part in value] if isinstance(value, (list, tuple)) else value
