@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bco_lightning.data import FeedbackDataModule, Rating, Source
     from bco_lightning.export import export_checkpoint, load_aligned
-    from bco_lightning.importance.prompt_encoders import PromptFeatures
     from bco_lightning.metrics import ImplicitRewardMetrics
-    from bco_lightning.models.language_model import LoraSettings
     from bco_lightning.module import BCOModule
     from bco_lightning.objectives import bce_loss, bco_loss
+    from bco_lightning.options import LoraSettings, PromptFeatures
     from bco_lightning.reward_shift import RewardShift
 
 __version__ = "0.1.0"
@@ -22,8 +21,8 @@ _HOMES = {
     "BCOModule": "bco_lightning.module",
     "FeedbackDataModule": "bco_lightning.data",
     "ImplicitRewardMetrics": "bco_lightning.metrics",
-    "LoraSettings": "bco_lightning.models.language_model",
-    "PromptFeatures": "bco_lightning.importance.prompt_encoders",
+    "LoraSettings": "bco_lightning.options",
+    "PromptFeatures": "bco_lightning.options",
     "Rating": "bco_lightning.data",
     "RewardShift": "bco_lightning.reward_shift",
     "Source": "bco_lightning.data",

@@ -132,7 +132,7 @@ _AS_LOADED = {"quantization": "none", "compile": False}
 
 def _module_of(checkpoint: dict[str, Any], dtype: str | None) -> BCOModule:
     options = dict(checkpoint["hyper_parameters"])
-    module = BCOModule.from_hyper_parameters({**options, "dtype": dtype or options["dtype"], **_AS_LOADED})
+    module = BCOModule(**{**options, "dtype": dtype or options["dtype"], **_AS_LOADED})
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
     return module

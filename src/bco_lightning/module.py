@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 from bco_lightning.batch import FeedbackBatch, RewardedRows
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
-from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError, check_choice
+from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
 from bco_lightning.fingerprints import (
     differences,
     digest_of_tensor,
@@ -29,16 +28,13 @@ from bco_lightning.fingerprints import (
     digest_of_values,
     versions,
 )
-from bco_lightning.importance.density_ratio import DEFAULT_CLIP, MOST_PROMPTS, check_clip
+from bco_lightning.importance.density_ratio import MOST_PROMPTS
 from bco_lightning.importance.encoding import PromptEncoder, ReferencePrompts, SentencePrompts
-from bco_lightning.importance.prompt_encoders import REFERENCE, PromptFeatures, ReferenceStates, SentenceEncoder
+from bco_lightning.importance.prompt_encoders import ReferenceStates, SentenceEncoder
 from bco_lightning.importance.stream_weights import StreamWeights
 from bco_lightning.importance.weighting import ALONE, ImportanceWeights, find_weights
 from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.language_model import (
-    Dtype,
-    LoraSettings,
-    Quantization,
     final_dtype,
     load_language_model,
     load_policy,
@@ -53,16 +49,14 @@ from bco_lightning.models.reference import Reference
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.objectives import OBJECTIVES
-from bco_lightning.optimizers import OptimizerName, make_optimizer
+from bco_lightning.optimizers import make_optimizer
+from bco_lightning.options import REFERENCE, ModelOptions
 from bco_lightning.places import cache_root
 from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
 from bco_lightning.reference_store import ReferenceStore
 from bco_lightning.reward_shift import RewardShift
-from bco_lightning.seeding import chosen_seed
 from bco_lightning.strategies import refuse_unknown_sharding
-from bco_lightning.trunk_cache import TrunkCache
 
-ReferenceLogProbs = Literal["auto", "online", "cached"]
 ReferencePlan = Literal["online", "known", "before", "lazily"]
 ALIGNMENT_FILE = "bco.json"
 
@@ -76,120 +70,20 @@ class BCOModule(LightningModule):
     micro-batches. (Gradient clipping sees Eq. 8's scale, which is twice that of a mean over rows.)
 
     Args:
-        name_or_path: The model to align: a hub id, a folder, a ``.gguf`` file, ``package:NAME``, or a PEFT adapter
-            folder, whose adapter is then trained on (with ``lora``) or merged first (without).
-        reference_name_or_path: The frozen reference; left out, it is the policy as it came in. Name it to evaluate an
-            exported model, which then also brings its reward shift.
-        objective: ``bco``, or ``bce`` for the same without a reward shift.
-        beta: Scale of the implicit reward; small allows a larger distance from the reference.
-        learning_rate: Peak learning rate of AdamW.
-        lora: Adapter settings, or ``null`` for full fine-tuning.
-        dtype: Weights of the policy; ``auto`` is bfloat16 under LoRA where the hardware computes in it, else float32.
-        warmup_ratio: Share of all optimizer steps over which the learning rate rises linearly.
-        lr_schedule: What follows the warm-up.
-        weight_decay: Weight decay of AdamW.
-        importance_weights: ``auto`` weights thumbs-down rows by how much likelier their prompt is among thumbs-up rows,
-            where prompts are shown to tell the classes apart; else all weights are 1. ``on`` refuses data on which that
-            cannot be tested. ``off`` is BCO as published in 2025.
-        prompt_features: What the classifier behind them is told of a prompt.
-        importance_clip: Least and largest weight, before weights are scaled to a mean of 1.
-        class_weights: ``auto`` weights the classes by their frequency in the data, so that each carries half of the
-            loss (Eq. 8); ``none`` is a mean over rows; two numbers are weights of thumbs-up and thumbs-down rows.
-        reward_shift_decay: Decay of the reward shift's sums per optimizer step.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a fifth slower.
-        optimizer: ``adamw``, fused; or with moments of eight bits, and paged to host memory, by bitsandbytes.
-        quantization: ``nf4`` keeps the frozen base under ``lora`` in four bits by bitsandbytes.
-        compile: Compile the decoder layers: about a tenth faster, after a minute.
-        layout: ``packed`` computes no padding; ``auto`` packs where a trial shows that the model's attention allows it,
-            else rows are ``padded``.
-        reference_log_probs: ``cached`` has those of all rows before the first step and keeps them on disk, for later
-            epochs and runs; ``online`` computes them in every step; ``auto`` uses what is on disk, computes the rest
-            before the first step where that saves a second model and the run sees every row, else as steps need it.
-        cache_folder: Where they and importance weights are kept: numbers and hashes, nothing that users wrote.
-            ``BCO_CACHE`` in the environment, or ``~/.cache/bco_lightning``, if left out.
-        cache_trunk: Keep what comes out of the layers below ``lora.top_layers`` in the temporary folder, for later
-            epochs; the size is printed. A resumed run then agrees to rounding, not to the bit.
-        seed: Seed of the adapters' initial values; that of ``seed_everything`` if left out.
+        options: Those of :class:`~bco_lightning.options.ModelOptions`, by keyword.
 
     Raises:
         ConfigError: If an option is out of range.
     """
 
-    def __init__(
-        self,
-        name_or_path: str,
-        reference_name_or_path: str | None = None,
-        objective: Literal["bco", "bce"] = "bco",
-        beta: float = 0.1,
-        learning_rate: float = 1e-5,
-        lora: LoraSettings | None = None,
-        dtype: Dtype = "auto",
-        warmup_ratio: float = 0.1,
-        lr_schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear",
-        weight_decay: float = 0.0,
-        importance_weights: Literal["off", "auto", "on"] = "off",
-        prompt_features: PromptFeatures | None = None,
-        importance_clip: tuple[float, float] = DEFAULT_CLIP,
-        class_weights: Literal["auto", "none"] | tuple[float, float] = "auto",
-        reward_shift_decay: float = 0.9,
-        gradient_checkpointing: bool = False,
-        optimizer: OptimizerName = "adamw",
-        quantization: Quantization = "none",
-        compile: bool = False,  # noqa: A002
-        layout: Literal["auto", "packed", "padded"] = "auto",
-        reference_log_probs: ReferenceLogProbs = "auto",
-        cache_folder: str | None = None,
-        cache_trunk: bool = False,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
+        self.options = ModelOptions(**options)
         # Checkpoints are read with weights_only=True, which takes plain values only.
-        self.save_hyperparameters(
-            {
-                "name_or_path": name_or_path,
-                "reference_name_or_path": reference_name_or_path,
-                "objective": objective,
-                "beta": beta,
-                "learning_rate": learning_rate,
-                "lora": asdict(lora) if lora else None,
-                "dtype": dtype,
-                "warmup_ratio": warmup_ratio,
-                "lr_schedule": lr_schedule,
-                "weight_decay": weight_decay,
-                "importance_weights": importance_weights,
-                "prompt_features": asdict(prompt_features or PromptFeatures()),
-                "importance_clip": list(importance_clip),
-                "class_weights": class_weights if isinstance(class_weights, str) else list(class_weights),
-                "reward_shift_decay": reward_shift_decay,
-                "gradient_checkpointing": gradient_checkpointing,
-                "optimizer": optimizer,
-                "quantization": quantization,
-                "compile": compile,
-                "layout": layout,
-                "seed": chosen_seed(seed),
-            }
-        )
-        for name, value in (("beta", beta), ("learning_rate", learning_rate)):
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"model.{name}", f"expected a number above 0, found {value}.")
-        if not 0 <= warmup_ratio <= 1:
-            raise ConfigError("model.warmup_ratio", f"expected a share from 0 to 1, found {warmup_ratio}.")
-        if objective not in OBJECTIVES:
-            raise ConfigError("model.objective", f"expected one of {', '.join(OBJECTIVES)}, found {objective!r}.")
-        if reference_log_probs not in get_args(ReferenceLogProbs):
-            raise ConfigError(
-                "model.reference_log_probs", f"expected auto, online or cached, found {reference_log_probs!r}."
-            )
-        check_choice("model.importance_weights", importance_weights, ("off", "auto", "on"))
-        check_clip(importance_clip)
-        # No hyperparameters: how a number is come by is no part of what a run is.
-        self.reference_log_probs: ReferenceLogProbs = reference_log_probs
-        self.cache_folder = cache_folder
-        self.cache_trunk = cache_trunk
-        self.lora = lora
-        self.beta = beta
-        self.objective = OBJECTIVES[objective]
-        self.reward_shift = RewardShift(reward_shift_decay)
+        self.save_hyperparameters(self.options.plain())
+        self.lora, self.beta = self.options.lora, self.options.beta
+        self.objective = OBJECTIVES[self.options.objective]
+        self.reward_shift = RewardShift(self.options.reward_shift_decay)
         self.class_weights: tuple[float, float] | None = None
         self.importance: ImportanceWeights | None = None
         self._stream_weights: StreamWeights | None = None
@@ -202,7 +96,6 @@ class BCOModule(LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
         self._layout_reason = ""
         self._trunk: FrozenTrunk | None = None
-        self._trunk_cache: TrunkCache | None = None
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._reference_cache: ReferenceCache | None = None
@@ -406,12 +299,12 @@ class BCOModule(LightningModule):
         datasets = data.datasets_of(stage) if isinstance(data, FeedbackDataModule) else {}
         # Rows that are streamed are read as steps need them, so none can be looked up.
         keeps_train = stage != "fit" or "train" in datasets
-        if self.reference_log_probs == "cached" and not keeps_train:
+        if self.options.reference_log_probs == "before" and not keeps_train:
             raise ConfigError(
                 "model.reference_log_probs",
-                "expected auto or online where no FeedbackDataModule is used, or data.streaming is true; found cached.",
+                "expected auto or online where no FeedbackDataModule is used, or data.streaming is true; found before.",
             )
-        if self.reference_log_probs == "online" or not datasets or not keeps_train:
+        if self.options.reference_log_probs == "online" or not datasets or not keeps_train:
             reference.hold()
             return "online"
         digest = self._digest_of_reference()
@@ -423,12 +316,12 @@ class BCOModule(LightningModule):
             compiled=self.hparams["compile"],
             quantization=self.hparams["quantization"],
         )
-        store = ReferenceStore(cache_root(self.cache_folder), key)
+        store = ReferenceStore(cache_root(self.options.cache_folder), key)
         self._reference_cache = ReferenceCache(store, datasets, self.trainer)
         if not self._reference_cache.num_unknown:
             reference.release()
             return "known"
-        if self.reference_log_probs == "cached" or (
+        if self.options.reference_log_probs == "before" or (
             not reference.is_policy_without_adapter and self._sees_every_row(stage)
         ):
             return "before"
@@ -444,10 +337,11 @@ class BCOModule(LightningModule):
         if cache is None:
             return
         unknown, folder = cache.num_unknown, cache.store.folder
+        asked = self.options.reference_log_probs == "before"
         why = {
             "known": "nothing is left to compute",
             "before": f"{unknown:,} are computed now, "
-            + ("as asked for" if self.reference_log_probs == "cached" else "so that no second model is held later"),
+            + ("as asked for" if asked else "so that no second model is held later"),
             "lazily": f"{unknown:,} are computed when they are first needed, "
             + ("by switching the adapter off" if self.reference.is_policy_without_adapter else "by a second model")
             + ("" if self.reference.is_policy_without_adapter else ", since this run does not see every row"),
@@ -521,13 +415,13 @@ class BCOModule(LightningModule):
             dataset,
             encoder,
             tuple(self.hparams["importance_clip"]),
-            folder=cache_root(self.cache_folder) / "importance_weights",
+            folder=cache_root(self.options.cache_folder) / "importance_weights",
             row_passes=data.passes_of(dataset),
             trainer=self._trainer or ALONE,
         )
 
     def _prompt_encoder(self) -> PromptEncoder:
-        features = PromptFeatures(**self.hparams["prompt_features"])
+        features = self.options.prompt_features
         with self._before_training() as device:
             if features.encoder != REFERENCE:
                 self._weighs_by = SentenceEncoder(features.encoder, device)
@@ -595,8 +489,6 @@ class BCOModule(LightningModule):
         rank_zero_info(f"rows of a micro-batch are {self._layout_reason}")
         if self._trunk is not None:
             rank_zero_info(f"the first {self._trunk.depth} layers, which nothing trains, run once for both models")
-        if self.cache_trunk:
-            self._trunk_cache = self._make_trunk_cache()
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
@@ -606,28 +498,6 @@ class BCOModule(LightningModule):
         # The monitor goes first: a step's rows are measured with the shift that their losses were computed with.
         own = [*([] if guarded else [FiniteGuard()]), ImplicitRewardMonitor(), RewardShiftUpdate()]
         return own if self.hparams["importance_weights"] == "off" else [*own, ImportanceMonitor()]
-
-    def _make_trunk_cache(self) -> TrunkCache:
-        data = getattr(self._trainer, "datamodule", None)
-        if self._trunk is None or data is None or getattr(data, "train_dataset", None) is None:
-            raise ConfigError(
-                "model.cache_trunk",
-                "expected a packed model whose lower layers nothing trains (model.lora.top_layers), without "
-                "model.compile and FSDP, and a FeedbackDataModule without data.streaming; found another.",
-                "Change these, or leave cache_trunk out.",
-            )
-        policy = self.policy
-        size = (data.train_lengths, policy.config.get_text_config().hidden_size, policy.dtype)
-        folder, needed = tempfile.gettempdir(), f"{TrunkCache.num_bytes_of(*size) / 2**20:,.0f} MiB"
-        rank_zero_info(f"what comes out of them is kept for later epochs: {needed} in {folder}, for each process")
-        try:
-            return TrunkCache(*size)
-        except OSError as error:
-            raise ConfigError(
-                "model.cache_trunk",
-                f"expected {needed} in {folder} for each process, found {error.strerror}.",
-                "Set TMPDIR to a folder with room, or leave cache_trunk out.",
-            ) from error
 
     @property
     def decision_threshold(self) -> float:
@@ -643,10 +513,8 @@ class BCOModule(LightningModule):
         self.reference.policy_moves()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Gives a micro-batch the reference log-probs and trunk states that are known, if those of all its rows are."""
+        """Gives a micro-batch the reference log-probs that are known, if those of all its rows are."""
         cache, name = self._reference_cache, self._name_of_dataset()
-        if self._trunk_cache is not None and isinstance(batch, FeedbackBatch) and self.trainer.training:
-            batch = replace(batch, trunk_states_SH=self._trunk_cache.lookup(batch))
         if isinstance(batch, FeedbackBatch) and self.trainer.training:
             batch = self._weighed(batch)
         if cache is None or not isinstance(batch, FeedbackBatch):
@@ -745,12 +613,7 @@ class BCOModule(LightningModule):
             return self.reference.log_probs(batch, trunk_states_SH)
 
     def _trunk_states(self, batch: FeedbackBatch) -> Tensor | None:
-        if self._trunk is None or batch.trunk_states_SH is not None:
-            return batch.trunk_states_SH
-        states_SH = self._trunk.states(batch)
-        if self._trunk_cache is not None and self.trainer.training:
-            self._trunk_cache.record(batch, states_SH)
-        return states_SH
+        return self._trunk.states(batch) if self._trunk is not None else None
 
     def training_step(self, batch: FeedbackBatch, batch_idx: int) -> Tensor:
         """The weighted loss of a micro-batch; its rows join ``step_rows``, which holds those of one optimizer step.
@@ -859,7 +722,7 @@ class BCOModule(LightningModule):
         self.reference.policy_moves()
         self._load_importance(checkpoint.get("importance"))
         if self._reference_cache is not None and "reference_log_probs" in checkpoint:
-            as_lazy = self.reference_log_probs == "auto" and self.trainer.training
+            as_lazy = self.options.reference_log_probs == "auto" and self.trainer.training
             self._reference_cache.load_state_dict(checkpoint["reference_log_probs"], unknown_too=as_lazy)
 
     def _load_importance(self, state: Mapping[str, Any] | None) -> None:
@@ -968,22 +831,6 @@ class BCOModule(LightningModule):
         return [
             name for callback in self.trainer.checkpoint_callbacks for name in getattr(callback, "accept_changes", [])
         ]
-
-    @classmethod
-    def from_hyper_parameters(cls, hyper_parameters: Mapping[str, Any]) -> BCOModule:
-        """Builds the module that a checkpoint's ``hyper_parameters`` describe, without its trained weights."""
-        lora = hyper_parameters["lora"]
-        weights = hyper_parameters["class_weights"]
-        features = hyper_parameters.get("prompt_features")  # checkpoints of earlier versions have none
-        return cls(
-            **{
-                **hyper_parameters,
-                "lora": LoraSettings(**lora) if lora else None,
-                "class_weights": weights if isinstance(weights, str) else tuple(weights),
-                "prompt_features": PromptFeatures(**features) if features else None,
-                "importance_clip": tuple(hyper_parameters.get("importance_clip", DEFAULT_CLIP)),
-            }
-        )
 
     def _trained_names(self) -> list[str]:
         return [plain_name(name) for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from bco_lightning.models.language_model import require_bitsandbytes
+from bco_lightning.options import OptimizerName
 
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 _FUSED = {"cpu", "cuda", "mps", "xpu"}
 
 

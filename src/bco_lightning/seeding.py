@@ -1,18 +1,12 @@
-"""One seed for everything that is not given its own, and the state of all random numbers."""
+"""The state of all random numbers."""
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
 import numpy as np
 import torch
-
-
-def chosen_seed(seed: int | None) -> int:
-    """The seed given, else that of Lightning's ``seed_everything``, else 0."""
-    return seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def random_state() -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_torchrun_sh_trains_on_two_nodes_as_one_process_does(group: Group, alone
 
 
 def test_lightnings_launcher_prints_every_line_and_bar_once(group: Group) -> None:
-    options = ["--data.validation_fraction", "0.1", "--model.reference_log_probs", "cached"]
+    options = ["--data.validation_fraction", "0.1", "--model.reference_log_probs", "before"]
     fit(group, "Lightning", *options, "--trainer.enable_progress_bar", "true")
     assert group.wait() == [0], group.said()
     said = group.said()

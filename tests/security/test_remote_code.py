@@ -135,7 +135,7 @@ def test_nothing_can_ask_for_trust(
             if name == "checkpoint":
                 options = {**BCOModule(hostile, dtype="float32").hparams, "trust_remote_code": True}
                 with pytest.raises(Exception, match=r"trust_remote_code|unexpected"):
-                    BCOModule.from_hyper_parameters(options).policy  # noqa: B018
+                    BCOModule(**options).policy  # noqa: B018
             else:
                 with pytest.raises(SystemExit) as caught:
                     main(cases[name])

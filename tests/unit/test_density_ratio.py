@@ -14,13 +14,12 @@ import torch
 
 from bco_lightning.errors import ConfigError
 from bco_lightning.importance.density_ratio import (
-    DEFAULT_CLIP,
     DensityRatio,
     FittedRatio,
     K,
-    check_clip,
     fit_density_ratio,
 )
+from bco_lightning.options import ModelOptions
 
 Array = np.ndarray[Any, Any]
 
@@ -299,8 +298,4 @@ def test_it_moves_to_another_device() -> None:
 @pytest.mark.parametrize("clip", [(0.0, 10.0), (2.0, 10.0), (0.1, 0.5), (0.1, math.inf), (math.nan, 10.0)])
 def test_bounds_without_one_between_them_are_refused(clip: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match=r"model\.importance_clip"):
-        check_clip(clip)
-
-
-def test_the_default_bounds_are_fine() -> None:
-    check_clip(DEFAULT_CLIP)
+        ModelOptions("some/model", importance_clip=clip)

@@ -78,7 +78,7 @@ def fit(model: str, log: str, *, epochs: int = 2, trainer: Any = None, data: Any
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("mode", ["auto", "cached"])
+@pytest.mark.parametrize("mode", ["auto", "before"])
 def test_a_run_with_cached_values_has_the_losses_of_one_that_computes_them(
     mode: str, kind: dict[str, Any], layout: str, tiny_model: str, log: str
 ) -> None:
@@ -290,7 +290,7 @@ def test_a_killed_run_goes_on_with_the_same_values_to_the_bit(
     with pytest.raises(RuntimeError, match="killed"):
         run(callbacks=[checkpoint, _Kill(8)])
     if meanwhile:  # what it leaves of rows that the killed run had not seen rounds differently
-        run(module_options={"lora": kind, "reference_log_probs": "cached"})
+        run(module_options={"lora": kind, "reference_log_probs": "before"})
     resumed = run(callbacks=[RunCheckpoint(every_n_steps=5)], ckpt_path=str(checkpoint.saved))
     for name in ("weights", "moments", "shift"):
         assert_same(resumed[name], whole[name], name)

@@ -23,8 +23,8 @@ from bco_lightning.errors import ConfigError
 from bco_lightning.models.generation import SampledCompletion, sample_completions
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.module import BCOModule
+from bco_lightning.options import chosen_seed
 from bco_lightning.report import Alignment, measure_alignment
-from bco_lightning.seeding import chosen_seed
 
 KNOWN_REWARDS: dict[str, Callable[[str], float]] = {"tone": tone}
 

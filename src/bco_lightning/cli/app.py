@@ -52,9 +52,9 @@ from bco_lightning.distributed import is_in_a_group
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.fingerprints import git_revision, versions
-from bco_lightning.importance.prompt_encoders import PromptFeatures
 from bco_lightning.inspection.inspect_command import inspect_command, split_arguments
 from bco_lightning.module import BCOModule
+from bco_lightning.options import LoraSettings, PromptFeatures
 from bco_lightning.planning.plan_command import plan_command
 from bco_lightning.strategies import ShardedStrategy, named_strategy
 
@@ -79,7 +79,8 @@ class BCOArgumentParser(LightningArgumentParser):
 
     @override
     def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **options: Any) -> Namespace:
-        options["instantiators"] = [(_made, kind, False) for kind in (Source, Rating, Columns, PromptFeatures)]
+        kinds = (Source, Rating, Columns, PromptFeatures, LoraSettings)
+        options["instantiators"] = [(_made, kind, False) for kind in kinds]
         return super().instantiate(namespace, instantiate_groups, **options)
 
     @override

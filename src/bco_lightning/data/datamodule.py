@@ -34,8 +34,8 @@ from bco_lightning.data.table_rows import TableRows
 from bco_lightning.data.tokenize import LengthLimits, LongCompletions, LongPrompts, RowTokenizer, chosen_template
 from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
+from bco_lightning.options import chosen_seed
 from bco_lightning.places import cache_root
-from bco_lightning.seeding import chosen_seed
 
 # Columns that batches are made of; those at the end are there once they are known.
 _OF_BATCHES = (

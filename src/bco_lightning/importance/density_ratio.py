@@ -13,10 +13,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from bco_lightning.errors import ConfigError
 from bco_lightning.importance.prompt_table import K
+from bco_lightning.options import CLIP, DEFAULT_CLIP
 
-DEFAULT_CLIP = (0.1, 10.0)
 MOST_PROMPTS = 20_000
 
 _STRENGTHS = tuple(10 ** (step / 2) for step in range(-10, 1))
@@ -143,25 +142,6 @@ class FittedRatio:
     why_not: str = ""
 
 
-def check_clip(clip: tuple[float, float]) -> None:
-    """Refuses bounds that do not have 1 between them.
-
-    Raises:
-        ConfigError: If they do not.
-
-    Example:
-        >>> check_clip((10.0, 0.1))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        bco_lightning.errors.ConfigError: model.importance_clip: expected 0 < low <= 1 <= high, ...
-    """
-    low, high = clip
-    if not (0 < low <= 1 <= high < math.inf and low < high):
-        raise ConfigError(
-            "model.importance_clip", f"expected 0 < low <= 1 <= high, not both 1, found {low} and {high}."
-        )
-
-
 def clipped_ratios(log_ratios_P: Tensor, clip: tuple[float, float]) -> Tensor:
     """Density ratios within bounds; the logarithm is clipped, as its exponential could overflow.
 
@@ -215,7 +195,7 @@ def fit_density_ratio(
     Raises:
         ConfigError: If the bounds of ``clip`` do not have 1 between them.
     """
-    check_clip(clip)
+    CLIP.check("model.importance_clip", clip)
     prompts = _Prompts(
         features_PH.double().cpu().numpy(),
         np.asarray(num_up_P, dtype=np.float64),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,48 +19,18 @@ from transformers.utils import cached_file
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
-from bco_lightning.errors import ConfigError, LanguageModelError, UserError, check_choice
+from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.fingerprints import digest_of_tensors, digest_of_tokenizer, digest_of_values
 from bco_lightning.importance.prompt_table import prompt_lengths
 from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states, run
 from bco_lightning.models.parallel import is_sharded
+from bco_lightning.options import PromptFeatures
 from bco_lightning.places import resolve_packaged
 
 BATCH_TOKENS = 4096
-REFERENCE = "reference"
 _OPTION = "model.prompt_features"
 _NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version")
 _KNOWN_PARTS = ("Transformer", "Pooling", "Normalize", "Dense")
-
-
-@dataclass
-class PromptFeatures:
-    """What the importance weights see of a prompt.
-
-    Args:
-        encoder: ``reference`` takes states of the reference model; else a sentence-transformers model, as a hub id, a
-            folder, or ``package:NAME/path``.
-        layer: The decoder layer of the reference whose output is taken, 1 being the first; the middle one if left out.
-        pooling: ``mean`` is over all tokens of the prompt, ``last`` takes its last token; of the reference only.
-
-    Raises:
-        ConfigError: If one of them is not known, or they do not go together.
-    """
-
-    encoder: str = REFERENCE
-    layer: int | None = None
-    pooling: Literal["mean", "last"] = "mean"
-
-    def __post_init__(self) -> None:
-        check_choice(f"{_OPTION}.pooling", self.pooling, ["mean", "last"])
-        if not self.encoder:
-            raise ConfigError(f"{_OPTION}.encoder", f"expected {REFERENCE} or the name of a model, found none.")
-        if self.encoder != REFERENCE and self.layer is not None:
-            raise ConfigError(
-                f"{_OPTION}.layer",
-                f"expected none with a sentence-transformers model, found {self.layer}.",
-                f"It is for encoder: {REFERENCE}.",
-            )
 
 
 @dataclass

@@ -12,8 +12,9 @@ import torch
 from bco_lightning.auc import Array
 from bco_lightning.callbacks.throughput_monitor import matmul_ceiling
 from bco_lightning.errors import UserError
-from bco_lightning.models.language_model import LoraSettings, resolve_dtype
+from bco_lightning.models.language_model import resolve_dtype
 from bco_lightning.models.useful_flops import UsefulFlops
+from bco_lightning.options import LoraSettings
 from bco_lightning.planning.model_shape import ModelShape, Weight, shape_of
 
 # Shares of the speed of a large matrix product that training reaches: small models and short rows are near the lower

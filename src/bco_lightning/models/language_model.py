@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -29,30 +29,12 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.models.adapters import fuse_adapters
+from bco_lightning.options import Dtype, LoraSettings, Quantization
 from bco_lightning.places import resolve_packaged
 
-Dtype = Literal["auto", "float32", "bfloat16"]
-Quantization = Literal["none", "nf4"]
 REFERENCE_ADAPTER = "reference"
 _STORED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters instead of full fine-tuning.
-
-    Args:
-        r: Rank of each adapter.
-        alpha: Scale; an adapter's output is multiplied by ``alpha / r``.
-        target_modules: ``all-linear``, or a comma-separated list of module names such as ``q_proj,v_proj``.
-        top_layers: Adapt only the last so many decoder layers; 0 adapts all.
-    """
-
-    r: int = 16
-    alpha: int = 32
-    target_modules: str = "all-linear"
-    top_layers: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,334 @@
+"""What a user can set: each option states its type, default, range and meaning here, and nowhere else.
+
+``BCOModule`` and ``FeedbackDataModule`` take options by keyword and make these frozen dataclasses of them. From the
+same lines follow the arguments of the command line with their help, what is refused and in which words, the
+``hyper_parameters`` of checkpoints, and what a change means to a run that goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from typing_extensions import dataclass_transform
+
+from bco_lightning.errors import ConfigError, check_choice
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Quantization = Literal["none", "nf4"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+OnResume = Literal["refused", "told", "free"]
+
+REFERENCE = "reference"
+DEFAULT_CLIP = (0.1, 10.0)
+
+_Kind = TypeVar("_Kind", bound="Options")
+
+
+@dataclass(frozen=True)
+class Range:
+    """What an option may be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def check(self, option: str, value: Any) -> None:
+        """Refuses what lies outside.
+
+        Raises:
+            ConfigError: Naming option, range and value.
+        """
+        if not self.holds(value):
+            raise ConfigError(option, f"expected {self.words}, found {value}.")
+
+
+POSITIVE = Range("a number above 0", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Range("a number of at least 0", lambda value: 0 <= value < math.inf)
+SHARE = Range("a share from 0 to 1", lambda value: 0 <= value <= 1)
+SHARE_BELOW_1 = Range("a share from 0 to below 1", lambda value: 0 <= value < 1)
+DECAY = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
+TWO_WEIGHTS = Range("two numbers above 0", lambda pair: len(pair) == 2 and all(0 < value < math.inf for value in pair))
+CLIP = Range(
+    "0 < low <= 1 <= high, not both 1", lambda clip: 0 < clip[0] <= 1 <= clip[1] < math.inf and clip[0] < clip[1]
+)
+
+
+def at_least(least: int, what: str) -> Range:
+    """The range of a count, such as ``at least 1 row``."""
+    return Range(f"at least {least} {what}", lambda value: value >= least)
+
+
+def option(
+    help: str,  # noqa: A002 - the word that argparse has for it
+    *,
+    default: Any = MISSING,
+    default_factory: Any = MISSING,
+    fits: Range | None = None,
+    on_resume: OnResume = "told",
+) -> Any:
+    """One field of a class of options.
+
+    Args:
+        help: What it means, for the class's docstring and the command line.
+        default: Its value where none is given; without one, and without a factory of it, it is required.
+        default_factory: Makes its default, where that can be changed.
+        fits: Its range; ``None`` as a value is in every range.
+        on_resume: What becomes of a run that goes on with another value: it is ``refused``, since its numbers would
+            be those of another run; it is ``told``, since some change it on purpose; or it is ``free`` to differ, since
+            the option decides how a number is come by and not which.
+    """
+    metadata = {"help": help, "fits": fits, "on_resume": on_resume}
+    return field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(option,))
+def options(name: str) -> Callable[[type[_Kind]], type[_Kind]]:
+    """Makes a frozen dataclass whose docstring tells each option.
+
+    Args:
+        name: What stands before its fields in messages, such as ``model``.
+    """
+
+    def decorate(kind: type[_Kind]) -> type[_Kind]:
+        kind = dataclass(frozen=True)(kind)
+        kind.option_name = name
+        told = "\n".join(
+            textwrap.fill(f"{each.name}: {_help_of(each)}", 112, initial_indent=" " * 4, subsequent_indent=" " * 8)
+            for each in fields(kind)
+        )
+        kind.__doc__ = (
+            f"{(kind.__doc__ or '').strip()}\n\nArgs:\n{told}\n\nRaises:\n    ConfigError: If one is out of range.\n"
+        )
+        return kind
+
+    return decorate
+
+
+def _help_of(each: Any) -> str:
+    fits = each.metadata["fits"]
+    return f"{each.metadata['help']} Range: {fits.words}." if fits else str(each.metadata["help"])
+
+
+@dataclass(frozen=True)  # or jsonargparse would take its subclasses for classes to be named by their path
+class Options:
+    """What classes of options have in common: plain values are taken for what they stand for, and all are checked."""
+
+    option_name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, hint in _hints_of(type(self)).items():
+            self._set(name, _from_plain(getattr(self, name), hint))
+        self.check()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen for everyone else
+
+    def check(self) -> None:
+        """Looks at every option.
+
+        Raises:
+            ConfigError: If one is out of range, or two do not go together.
+        """
+        hints = _hints_of(type(self))
+        for each in fields(self):
+            where, value = f"{self.option_name}.{each.name}", getattr(self, each.name)
+            words, takes_text = _words_of(hints[each.name])
+            if words and isinstance(value, str) and not takes_text:
+                check_choice(where, value, words)
+            elif value is not None and each.metadata["fits"]:
+                each.metadata["fits"].check(where, value)
+
+    def plain(self) -> dict[str, Any]:
+        """All values as numbers, texts, lists and dictionaries; the class takes them back."""
+        return {name: _to_plain(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def names(cls, on_resume: OnResume) -> tuple[str, ...]:
+        """The options of which a run that goes on does this with a change."""
+        return tuple(each.name for each in fields(cls) if each.metadata["on_resume"] == on_resume)
+
+
+def _hints_of(kind: type) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """A type, or those of a union."""
+    return get_args(hint) if get_origin(hint) not in (None, Literal, tuple, list, dict) else (hint,)
+
+
+def _words_of(hint: Any) -> tuple[list[Any], bool]:
+    """The words that a type knows, and whether it takes any other text."""
+    members = _members(hint)
+    return [word for each in members if get_origin(each) is Literal for word in get_args(each)], str in members
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    if isinstance(value, Mapping):
+        kinds = [each for each in _members(hint) if isinstance(each, type) and issubclass(each, Options)]
+        return kinds[0](**value) if kinds else value
+    takes_tuple = any(get_origin(each) is tuple for each in _members(hint))
+    return tuple(value) if takes_tuple and isinstance(value, list) else value
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _to_plain(part) for name, part in value.items()}
+    return [_to_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def chosen_seed(seed: int | None) -> int:
+    """The seed given, else that of Lightning's ``seed_everything``, else 0."""
+    return seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+# --- the model
+
+
+@options("model.lora")
+class LoraSettings(Options):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    r: int = option("Rank of each adapter.", default=16, fits=at_least(1, "dimension"))
+    alpha: int = option("Scale; an adapter's output is multiplied by ``alpha / r``.", default=32)
+    target_modules: str = option(
+        "``all-linear``, or a comma-separated list of module names such as ``q_proj,v_proj``.", default="all-linear"
+    )
+    top_layers: int = option(
+        "Adapt only the last so many decoder layers; 0 adapts all.", default=0, fits=at_least(0, "layers")
+    )
+
+
+@options("model.prompt_features")
+class PromptFeatures(Options):
+    """What the importance weights see of a prompt."""
+
+    encoder: str = option(
+        "``reference`` takes states of the reference model; else a sentence-transformers model, as a hub id, a folder, "
+        "or ``package:NAME/path``.",
+        default=REFERENCE,
+    )
+    layer: int | None = option(
+        "The decoder layer of the reference whose output is taken, 1 being the first; the middle one if left out.",
+        default=None,
+    )
+    pooling: Literal["mean", "last"] = option(
+        "``mean`` is over all tokens of the prompt, ``last`` takes its last token; of the reference only.",
+        default="mean",
+    )
+
+    def check(self) -> None:
+        """Also refuses a layer of what has none."""
+        super().check()
+        if not self.encoder:
+            raise ConfigError(
+                f"{self.option_name}.encoder", f"expected {REFERENCE} or the name of a model, found none."
+            )
+        if self.encoder != REFERENCE and self.layer is not None:
+            raise ConfigError(
+                f"{self.option_name}.layer",
+                f"expected none with a sentence-transformers model, found {self.layer}.",
+                f"It is for encoder: {REFERENCE}.",
+            )
+
+
+@options("model")
+class ModelOptions(Options):
+    """How a language model is aligned: the options of :class:`~bco_lightning.BCOModule`."""
+
+    name_or_path: str = option(
+        "The model to align: a hub id, a folder, a ``.gguf`` file, ``package:NAME``, or a PEFT adapter folder, whose "
+        "adapter is then trained on (with ``lora``) or merged first (without)."
+    )
+    reference_name_or_path: str | None = option(
+        "The frozen reference; left out, it is the policy as it came in. Name it to evaluate an exported model, which "
+        "then also brings its reward shift.",
+        default=None,
+    )
+    objective: Literal["bco", "bce"] = option(
+        "``bco``, or ``bce`` for the same without a reward shift.", default="bco", on_resume="refused"
+    )
+    beta: float = option(
+        "Scale of the implicit reward; small allows a larger distance from the reference.",
+        default=0.1,
+        fits=POSITIVE,
+        on_resume="refused",
+    )
+    learning_rate: float = option("Peak learning rate of AdamW.", default=1e-5, fits=POSITIVE)
+    lora: LoraSettings | None = option(
+        "Adapter settings, or ``null`` for full fine-tuning.", default=None, on_resume="refused"
+    )
+    dtype: Dtype = option(
+        "Weights of the policy; ``auto`` is bfloat16 under LoRA where the hardware computes in it, else float32.",
+        default="auto",
+    )
+    warmup_ratio: float = option(
+        "Share of all optimizer steps over which the learning rate rises linearly.", default=0.1, fits=SHARE
+    )
+    lr_schedule: Literal["linear", "cosine", "constant_with_warmup"] = option(
+        "What follows the warm-up.", default="linear"
+    )
+    weight_decay: float = option("Weight decay of AdamW.", default=0.0, fits=NOT_NEGATIVE)
+    importance_weights: Literal["off", "auto", "on"] = option(
+        "``auto`` weights thumbs-down rows by how much likelier their prompt is among thumbs-up rows, where prompts "
+        "are shown to tell the classes apart; else all weights are 1. ``on`` refuses data on which that cannot be "
+        "tested. ``off`` is BCO as published in 2025.",
+        default="off",
+    )
+    prompt_features: PromptFeatures = option(
+        "What the classifier behind them is told of a prompt.", default=PromptFeatures()
+    )
+    importance_clip: tuple[float, float] = option(
+        "Least and largest weight, before weights are scaled to a mean of 1.", default=DEFAULT_CLIP, fits=CLIP
+    )
+    class_weights: Literal["auto", "none"] | tuple[float, float] = option(
+        "``auto`` weights the classes by their frequency in the data, so that each carries half of the loss (Eq. 8); "
+        "``none`` is a mean over rows; two numbers are weights of thumbs-up and thumbs-down rows.",
+        default="auto",
+        fits=TWO_WEIGHTS,
+        on_resume="refused",
+    )
+    reward_shift_decay: float = option(
+        "Decay of the reward shift's sums per optimizer step.", default=0.9, fits=DECAY, on_resume="refused"
+    )
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass: less memory, about a fifth slower.", default=False
+    )
+    optimizer: OptimizerName = option(
+        "``adamw``, fused; or with moments of eight bits, and paged to host memory, by bitsandbytes.",
+        default="adamw",
+        on_resume="refused",
+    )
+    quantization: Quantization = option(
+        "``nf4`` keeps the frozen base under ``lora`` in four bits by bitsandbytes.", default="none"
+    )
+    compile: bool = option("Compile the decoder layers: about a tenth faster, after a minute.", default=False)
+    layout: Literal["auto", "packed", "padded"] = option(
+        "``packed`` computes no padding; ``auto`` packs where a trial shows that the model's attention allows it, else "
+        "rows are ``padded``.",
+        default="auto",
+    )
+    reference_log_probs: Literal["auto", "online", "before"] = option(
+        "``before`` computes those of all rows before the first step and keeps them on disk, for later epochs and "
+        "runs; ``online`` computes them in every step; ``auto`` is ``before`` where nothing is left to compute, a "
+        "second model is saved, or the run sees every row more than once, else ``online``.",
+        default="auto",
+        on_resume="free",
+    )
+    cache_folder: str | None = option(
+        "Where they and importance weights are kept: numbers and hashes, nothing that users wrote. ``BCO_CACHE`` in "
+        "the environment, or ``~/.cache/bco_lightning``, if left out.",
+        default=None,
+        on_resume="free",
+    )
+    seed: int | None = option(
+        "Seed of the adapters' initial values; that of ``seed_everything`` if left out.", default=None
+    )
+
+    def __post_init__(self) -> None:
+        self._set("seed", chosen_seed(self.seed))
+        super().__post_init__()
