@@ -70,15 +70,16 @@ class BCOModule(LightningModule):
     micro-batches. (Gradient clipping sees Eq. 8's scale, which is twice that of a mean over rows.)
 
     Args:
+        positional: ``name_or_path``, the model to align.
         options: Those of :class:`~bco_lightning.options.ModelOptions`, by keyword.
 
     Raises:
         ConfigError: If an option is out of range.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *positional: Any, **options: Any) -> None:
         super().__init__()
-        self.options = ModelOptions(**options)
+        self.options = ModelOptions(*positional, **options)
         # Checkpoints are read with weights_only=True, which takes plain values only.
         self.save_hyperparameters(self.options.plain())
         self.lora, self.beta = self.options.lora, self.options.beta
