@@ -83,8 +83,8 @@ DEFECTS = [
         (f"{SAME}::test_the_cut_of_a_step_does_not_change_the_trajectory",),
     ),
     Defect(
-        "R4", "the shift moves with every micro-batch", "callbacks/reward_shift_update.py",
-        "        if trainer.global_step == self._last_step:\n            return\n", "",
+        "R4", "the shift moves with the first micro-batch alone", "callbacks/step_callback.py",
+        "_sums_of_rewards(module.step_rows)", "_sums_of_rewards(module.step_rows[:1])",
         (f"{SAME}::test_the_cut_of_a_step_does_not_change_the_trajectory",),
     ),
     Defect(
@@ -117,12 +117,12 @@ DEFECTS = [
     ),
     Defect(
         "R10", "a process decides alone", "callbacks/finite_guard.py",
-        "if not max_over_ranks([float(bool(found))], trainer)[0]:", "if not found:",
+        "if not summary.totals[\"not_finite\"]:", "if not _findings(trainer, module):",
         (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('loss', nan, 0, 1, 'ddp')"),
     ),
     Defect(
         "R10", "only the loss is looked at", "callbacks/finite_guard.py",
-        '("policy_log_probs_B", "reference_log_probs_B", "losses_B")', '("losses_B",)',
+        '_SCORES = ("policy_log_probs_B", "reference_log_probs_B", "losses_B")', '_SCORES = ("losses_B",)',
         (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('reference log-probs', inf, 0, 1, 'ddp')"),
     ),
     Defect(
@@ -131,8 +131,8 @@ DEFECTS = [
         (f"{GUARD}::test_the_shift_is_right_or_unchanged",),
     ),
     Defect(
-        "R12", "a collective is called by processes with thumbs-up only", "callbacks/reward_shift_update.py",
-        "        sum_up, num_up,", "        if not step_sums[1]:\n            return\n        sum_up, num_up,",
+        "R12", "a collective is called by processes with thumbs-up only", "callbacks/step_callback.py",
+        "    totals = _sum_over_ranks", "    if not float(told[\"num_up\"]):\n        return\n    totals = _sum_over_ranks",
         (f"{GUARD}::test_processes_that_see_one_class_each_stay_together", "--trial=13"),
     ),
     Defect(

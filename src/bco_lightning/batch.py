@@ -189,7 +189,7 @@ class FeedbackBatch:
 
 
 @dataclass
-class RewardedRows:
+class ScoredRows:
     """What the model makes of a micro-batch, detached, one value per row.
 
     Args:
@@ -201,6 +201,7 @@ class RewardedRows:
         completion_lengths_B: Number of tokens that carry loss; int64.
         row_ids_B: Position of each row in its data set; int64.
         sources_B: Number of each row's source; int64.
+        reward_shift: The shift that the losses were computed with, in nats: a row rewarded more counts as thumbs-up.
     """
 
     thumbs_up_B: Tensor
@@ -211,3 +212,38 @@ class RewardedRows:
     completion_lengths_B: Tensor
     row_ids_B: Tensor
     sources_B: Tensor
+    reward_shift: float
+
+    def where(self, chosen_B: Tensor) -> ScoredRows:
+        """The rows that a mask, a slice or indices choose."""
+        tensors = {name: value[chosen_B] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One optimizer step, with all its micro-batches, made before the optimizer and the reward shift move.
+
+    Args:
+        step: Its number, counted from 1.
+        rows: The rows of this process, by micro-batch; none where the step is left out.
+        reward_shift: The reward shift before the step, in nats.
+        sum_up: Sum of the rewards of thumbs-up rows of all processes, in nats.
+        num_up: Number of thumbs-up rows of all processes.
+        sum_down: As ``sum_up``, of thumbs-down rows.
+        num_down: As ``num_up``, of thumbs-down rows.
+        totals: What callbacks had to tell, summed over processes.
+    """
+
+    step: int
+    rows: tuple[ScoredRows, ...]
+    reward_shift: float
+    sum_up: float
+    num_up: float
+    sum_down: float
+    num_down: float
+    totals: Mapping[str, float]
+
+    def left_out(self) -> StepSummary:
+        """The same step as one that nothing is learned from."""
+        return replace(self, rows=(), sum_up=0.0, num_up=0.0, sum_down=0.0, num_down=0.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAUROC
 
-from bco_lightning.batch import RewardedRows
+from bco_lightning.batch import ScoredRows
 
 _QUANTITIES = ("rows", "reward", "loss", "correct", "error_term", "policy_log_prob", "log_ratio", "length")
 # Thresholds that are dense around the decision boundary, where all rewards lie early in training: an evenly spaced grid
@@ -31,7 +31,7 @@ class ImplicitRewardMetrics(Metric):
     ``rewards/margins``          their difference
     ``rewards/accuracies``       share of rows on the right side of the shift
     ``accuracy/chosen, rejected``  the same for each class
-    ``rewards/auroc``            probability that a random thumbs-up row is rewarded more than a thumbs-down row
+    ``auroc``                    probability that a random thumbs-up row is rewarded more than a thumbs-down row
     ``bound/error_term``         :math:`E_+[e^{-(r-δ)}] + E_-[e^{r-δ}]` (Theorem 4)
     ``logps/chosen, rejected``   mean log-probability of a completion under the policy, in nats
     ``kl/reference_to_policy``   minus the mean log-ratio: KL(reference, policy) where the reference wrote the rows
@@ -49,18 +49,13 @@ class ImplicitRewardMetrics(Metric):
         self.add_state("sums_KC", torch.zeros(len(_QUANTITIES), 2, dtype=torch.float64), dist_reduce_fx="sum")
         self.auroc = BinaryAUROC(thresholds=_THRESHOLDS, validate_args=False)
 
-    def update(self, rows: RewardedRows, reward_shift: float) -> None:
-        """Takes in the rows of a micro-batch.
-
-        Args:
-            rows: Detached rewards and log-probabilities.
-            reward_shift: The shift that the losses were computed with, in nats.
-        """
+    def update(self, rows: ScoredRows) -> None:
+        """Takes in the rows of a micro-batch."""
         device = self.sums_KC.device
         rewards, up = rows.rewards_B.to(device).double(), rows.thumbs_up_B.to(device)
         policy = rows.policy_log_probs_B.to(device).double()
         reference = rows.reference_log_probs_B.to(device).double()
-        shifted = rewards - reward_shift
+        shifted = rewards - rows.reward_shift
         values_KB = torch.stack(
             [
                 torch.ones_like(rewards),
@@ -92,7 +87,7 @@ class ImplicitRewardMetrics(Metric):
             "rewards/accuracies": sums["correct"].sum() / rows_C.sum(),
             "accuracy/chosen": mean["correct"][0],
             "accuracy/rejected": mean["correct"][1],
-            "rewards/auroc": self.auroc.compute().double() if bool((rows_C > 0).all()) else nan,
+            "auroc": self.auroc.compute().double() if bool((rows_C > 0).all()) else nan,
             "bound/error_term": mean["error_term"].sum(),
             "logps/chosen": mean["policy_log_prob"][0],
             "logps/rejected": mean["policy_log_prob"][1],
@@ -133,14 +128,12 @@ class MetricsBySource:
         for metrics in self._each():
             metrics.to(device)
 
-    def update(self, rows: RewardedRows, reward_shift: float) -> None:
+    def update(self, rows: ScoredRows) -> None:
         """Takes in the rows of a micro-batch; as that of the metrics."""
-        self._all.update(rows, reward_shift)
+        self._all.update(rows)
         for number, metrics in enumerate(self._of_source.values()):
-            chosen_B = rows.sources_B == number  # of none of them, torchmetrics would warn that it has seen nothing
-            metrics.update(
-                RewardedRows(**{name: values_B[chosen_B] for name, values_B in vars(rows).items()}), reward_shift
-            )
+            # Of none of them too, for torchmetrics would warn that it has seen nothing.
+            metrics.update(rows.where(rows.sources_B == number))
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all rows, and of each source as ``by_source/NAME/...``; every process has to ask."""

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from bco_lightning.batch import FeedbackBatch, RewardedRows
+from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
@@ -89,8 +89,8 @@ class BCOModule(LightningModule):
         self.importance: ImportanceWeights | None = None
         self._stream_weights: StreamWeights | None = None
         self._weighs_by: ReferenceStates | SentenceEncoder | None = None
-        self.step_rows: list[RewardedRows] = []
-        self._step_of_rows = -1
+        self.step_rows: list[ScoredRows] = []
+        self.step_summary: StepSummary | None = None
         self._reference_digest = ""
         self._fingerprints: dict[str, Any] = {}
         self._accepted_changes: list[str] = []
@@ -100,7 +100,7 @@ class BCOModule(LightningModule):
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._reference_cache: ReferenceCache | None = None
-        self._scored_online: list[RewardedRows] = []
+        self._scored_online: list[ScoredRows] = []
         self._is_set_up = False
         self._num_parameters = (0, 0)
         self._trained_shapes: dict[str, tuple[int, ...]] = {}
@@ -495,10 +495,12 @@ class BCOModule(LightningModule):
         """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
         from bco_lightning.callbacks import FiniteGuard, ImplicitRewardMonitor, ImportanceMonitor, RewardShiftUpdate
 
-        guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        # The monitor goes first: a step's rows are measured with the shift that their losses were computed with.
-        own = [*([] if guarded else [FiniteGuard()]), ImplicitRewardMonitor(), RewardShiftUpdate()]
-        return own if self.hparams["importance_weights"] == "off" else [*own, ImportanceMonitor()]
+        kinds = [FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate]
+        if self.hparams["importance_weights"] != "off":
+            kinds.append(ImportanceMonitor)
+        # One that the trainer was given, or a subclass of it, stands in place of ours.
+        given = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
 
     @property
     def decision_threshold(self) -> float:
@@ -507,7 +509,7 @@ class BCOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Forgets the rows of an earlier fit."""
-        self.step_rows, self._step_of_rows = [], -1
+        self.step_rows, self.step_summary = [], None
 
     def on_train_start(self) -> None:
         """From here on the policy is not the reference any more."""
@@ -533,7 +535,10 @@ class BCOModule(LightningModule):
         return batch
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Keeps the reference log-probs of a step, after the guard has found it finite, for the epochs that follow."""
+        """Sums the step over processes, for the callbacks; one that is not finite ends here, or is left out."""
+        from bco_lightning.callbacks.step_callback import summarize_step
+
+        summarize_step(self.trainer, self, optimizer)
         if self._reference_cache is not None:
             self._reference_cache.record("train", self.step_rows)
 
@@ -565,7 +570,7 @@ class BCOModule(LightningModule):
             self._reference_cache.record(self._name_of_dataset(), self._scored_online)
         self._scored_online = []
 
-    def rewarded_rows(self, batch: FeedbackBatch) -> tuple[Tensor, RewardedRows]:
+    def rewarded_rows(self, batch: FeedbackBatch) -> tuple[Tensor, ScoredRows]:
         """Scores a micro-batch.
 
         Args:
@@ -594,7 +599,7 @@ class BCOModule(LightningModule):
             reward_shift=self.decision_threshold,
             importance_weights=weights_B,
         )
-        return losses_B, RewardedRows(
+        return losses_B, ScoredRows(
             thumbs_up_B=batch.thumbs_up_B,
             policy_log_probs_B=policy_log_probs_B.detach(),
             reference_log_probs_B=reference_log_probs_B,
@@ -603,6 +608,7 @@ class BCOModule(LightningModule):
             completion_lengths_B=batch.completion_lengths,
             row_ids_B=batch.row_ids_B,
             sources_B=batch.sources_B,
+            reward_shift=self.decision_threshold,
         )
 
     def _reference_log_probs(
@@ -623,9 +629,8 @@ class BCOModule(LightningModule):
         others waiting.
         """
         losses_B, rows = self.rewarded_rows(batch)
-        if self._step_of_rows != self.trainer.global_step:
-            self._step_of_rows = self.trainer.global_step
-            self.step_rows = []
+        if self.step_summary is not None:  # the step before has ended
+            self.step_rows, self.step_summary = [], None
         self.step_rows.append(rows)
         up, down = self.class_weights or self._chosen_class_weights()
         return (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()
@@ -638,11 +643,11 @@ class BCOModule(LightningModule):
         """The rows of a micro-batch, for the callbacks."""
         return {"rows": self._evaluated(batch)}
 
-    def predict_step(self, batch: FeedbackBatch, batch_idx: int) -> RewardedRows:
+    def predict_step(self, batch: FeedbackBatch, batch_idx: int) -> ScoredRows:
         """The rows of a micro-batch, scored."""
         return self._evaluated(batch)
 
-    def _evaluated(self, batch: FeedbackBatch) -> RewardedRows:
+    def _evaluated(self, batch: FeedbackBatch) -> ScoredRows:
         rows = self.rewarded_rows(batch)[1]
         if self._reference_cache is not None and batch.reference_log_probs_B is None:
             self._scored_online.append(rows)

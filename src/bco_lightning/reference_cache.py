@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bco_lightning.batch import FeedbackBatch, RewardedRows
+from bco_lightning.batch import FeedbackBatch, ScoredRows
 from bco_lightning.data.collate import collate
 from bco_lightning.distributed import gather_rows_over_ranks, max_tensor_over_ranks
 from bco_lightning.fingerprints import digest_of_values, versions
@@ -83,7 +83,7 @@ def keys_and_lengths(dataset: Dataset) -> tuple[np.ndarray[Any, Any], np.ndarray
     return np.frombuffer(bytes(keys), dtype=RECORD["key"]), np.concatenate(lengths)
 
 
-def _ids_and_values(scored: Sequence[RewardedRows]) -> Tensor:
+def _ids_and_values(scored: Sequence[ScoredRows]) -> Tensor:
     pairs = [torch.empty(0, 2, dtype=torch.float64)]
     for rows in scored:
         ids_B, values_B = rows.row_ids_B.cpu().double(), rows.reference_log_probs_B.cpu().double()
@@ -150,7 +150,7 @@ class ReferenceCache:
         values_B = torch.from_numpy(self._values[self._slots[name][row_ids_B.numpy()]])
         return None if bool(values_B.isnan().any()) else values_B
 
-    def record(self, name: str, scored: Sequence[RewardedRows]) -> None:
+    def record(self, name: str, scored: Sequence[ScoredRows]) -> None:
         """Takes over what all processes have computed of a data set; every process has to call it.
 
         Args:
@@ -164,7 +164,7 @@ class ReferenceCache:
         if not self._trainer.is_global_zero:
             self._unsaved[:] = False  # the first process writes for all
 
-    def keep(self, name: str, scored: Sequence[RewardedRows]) -> None:
+    def keep(self, name: str, scored: Sequence[ScoredRows]) -> None:
         """Like :meth:`record`, of this process alone, for ends that not every process comes to."""
         if name in self._slots:
             row_ids, values = _ids_and_values(scored).numpy().T

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bco_lightning import ImplicitRewardMetrics, bco_loss
-from bco_lightning.batch import RewardedRows
+from bco_lightning.batch import ScoredRows
 from bco_lightning.metrics import MetricsBySource
 
 SHIFT = 0.05
 
 
-def make_rows(num_up: int, num_down: int, scale: float = 1.0, seed: int = 0) -> RewardedRows:
+def make_rows(num_up: int, num_down: int, scale: float = 1.0, seed: int = 0) -> ScoredRows:
     generator = torch.Generator().manual_seed(seed)
     num_rows = num_up + num_down
     up = torch.arange(num_rows) < num_up
     reference = -50 * torch.rand(num_rows, generator=generator)
     policy = reference + scale * (torch.randn(num_rows, generator=generator) + up)
     rewards = 0.1 * (policy - reference)
-    return RewardedRows(
+    return ScoredRows(
         thumbs_up_B=up,
         policy_log_probs_B=policy,
         reference_log_probs_B=reference,
@@ -30,14 +31,11 @@ def make_rows(num_up: int, num_down: int, scale: float = 1.0, seed: int = 0) -> 
         completion_lengths_B=torch.randint(1, 40, (num_rows,), generator=generator),
         row_ids_B=torch.arange(num_rows),
         sources_B=torch.zeros(num_rows, dtype=torch.int64),
+        reward_shift=SHIFT,
     )
 
 
-def sliced(rows: RewardedRows, where: slice) -> RewardedRows:
-    return RewardedRows(**{name: value[where] for name, value in vars(rows).items()})
-
-
-def recomputed(rows: RewardedRows) -> dict[str, float]:
+def recomputed(rows: ScoredRows) -> dict[str, float]:
     """Every metric from plain Python lists."""
     table = [
         (bool(u), float(r), float(p), float(q), int(n))
@@ -65,7 +63,7 @@ def recomputed(rows: RewardedRows) -> dict[str, float]:
         "rewards/accuracies": mean([float((row[1] > SHIFT) == row[0]) for row in table]),
         "accuracy/chosen": mean([float(u[1] > SHIFT) for u in ups]),
         "accuracy/rejected": mean([float(d[1] <= SHIFT) for d in downs]),
-        "rewards/auroc": mean(wins),
+        "auroc": mean(wins),
         "bound/error_term": mean([math.exp(SHIFT - u[1]) for u in ups]) + mean([math.exp(d[1] - SHIFT) for d in downs]),
         "logps/chosen": mean([u[2] for u in ups]),
         "logps/rejected": mean([d[2] for d in downs]),
@@ -78,30 +76,30 @@ def recomputed(rows: RewardedRows) -> dict[str, float]:
 @pytest.mark.parametrize(("num_up", "num_down"), [(40, 40), (90, 10), (1, 30)])
 def test_every_metric_equals_its_recomputation(num_up: int, num_down: int) -> None:
     rows, metrics = make_rows(num_up, num_down), ImplicitRewardMetrics()
-    metrics.update(rows, SHIFT)
+    metrics.update(rows)
     computed = {name: float(value) for name, value in metrics.compute().items()}
     expected = recomputed(rows)
     assert computed.keys() == expected.keys()
     for name, value in expected.items():
-        tolerance = 5e-3 if name == "rewards/auroc" else 1e-6  # AUROC is binned
+        tolerance = 5e-3 if name == "auroc" else 1e-6  # AUROC is binned
         assert computed[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
 
 
 def test_uneven_batches_count_every_row_once() -> None:
     rows, whole, parts = make_rows(20, 17), ImplicitRewardMetrics(), ImplicitRewardMetrics()
-    whole.update(rows, SHIFT)
+    whole.update(rows)
     for where in (slice(0, 1), slice(1, 30), slice(30, 37)):
-        parts.update(sliced(rows, where), SHIFT)
+        parts.update(rows.where(where))
     for name, value in whole.compute().items():
         assert float(parts.compute()[name]) == pytest.approx(float(value), rel=1e-12), name
 
 
 def test_deterministic_mode_changes_no_count_and_stays_on() -> None:
     rows, usual, deterministic = make_rows(20, 17), ImplicitRewardMetrics(), ImplicitRewardMetrics()
-    usual.update(rows, SHIFT)
+    usual.update(rows)
     torch.use_deterministic_algorithms(True)
     try:
-        deterministic.update(rows, SHIFT)
+        deterministic.update(rows)
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -110,36 +108,36 @@ def test_deterministic_mode_changes_no_count_and_stays_on() -> None:
 
 def test_counts_go_on_where_another_metric_stopped() -> None:
     rows, whole, first, second = make_rows(20, 17), *(ImplicitRewardMetrics() for _ in range(3))
-    whole.update(rows, SHIFT)
-    first.update(sliced(rows, slice(0, 11)), SHIFT)
+    whole.update(rows)
+    first.update(rows.where(slice(0, 11)))
     second.set_counts(first.counts())
-    second.update(sliced(rows, slice(11, 37)), SHIFT)
+    second.update(rows.where(slice(11, 37)))
     assert {name: float(value) for name, value in second.compute().items()} == pytest.approx(
         {name: float(value) for name, value in whole.compute().items()}, rel=1e-12
     )
 
 
 def test_auroc_sees_differences_far_smaller_than_a_bin_of_probability() -> None:
-    rows, metrics = make_rows(200, 200, scale=1e-3), ImplicitRewardMetrics()
-    metrics.update(rows, 0.0)
-    assert float(metrics.compute()["rewards/auroc"]) == pytest.approx(recomputed(rows)["rewards/auroc"], abs=5e-3)
+    rows, metrics = replace(make_rows(200, 200, scale=1e-3), reward_shift=0.0), ImplicitRewardMetrics()
+    metrics.update(rows)
+    assert float(metrics.compute()["auroc"]) == pytest.approx(recomputed(rows)["auroc"], abs=5e-3)
 
 
 def test_metrics_of_a_class_without_rows_are_nan_and_never_zero() -> None:
     metrics = ImplicitRewardMetrics()
-    metrics.update(make_rows(5, 0), SHIFT)
+    metrics.update(make_rows(5, 0))
     values = {name: float(value) for name, value in metrics.compute().items()}
-    for name in ("loss", "rewards/rejected", "rewards/margins", "rewards/auroc", "bound/error_term", "logps/rejected"):
+    for name in ("loss", "rewards/rejected", "rewards/margins", "auroc", "bound/error_term", "logps/rejected"):
         assert math.isnan(values[name]), name
     assert not math.isnan(values["rewards/chosen"])
 
 
 def test_reset_forgets_all_rows() -> None:
     metrics, fresh = ImplicitRewardMetrics(), ImplicitRewardMetrics()
-    metrics.update(make_rows(5, 5, seed=1), SHIFT)
+    metrics.update(make_rows(5, 5, seed=1))
     metrics.reset()
     for metric in (metrics, fresh):
-        metric.update(make_rows(5, 5, seed=2), SHIFT)
+        metric.update(make_rows(5, 5, seed=2))
     assert metrics.compute() == fresh.compute()
 
 
@@ -149,23 +147,23 @@ def test_reset_forgets_all_rows() -> None:
 def test_each_source_has_metrics_of_its_own_whatever_its_name(names: list[str]) -> None:
     metrics = MetricsBySource(names)
     rows = make_rows(6, 6)
-    rows = RewardedRows(**{**vars(rows), "sources_B": torch.arange(12) % len(names)})
-    metrics.update(rows, SHIFT)
+    rows = ScoredRows(**{**vars(rows), "sources_B": torch.arange(12) % len(names)})
+    metrics.update(rows)
     values = metrics.compute()
     losses = [key for key in values if key.startswith("by_source/") and key.endswith("/loss")]
     assert len(losses) == len(names)
     for number, key in enumerate(losses):
         alone = ImplicitRewardMetrics()
-        alone.update(RewardedRows(**{k: v[rows.sources_B == number] for k, v in vars(rows).items()}), SHIFT)
+        alone.update(rows.where(rows.sources_B == number))
         assert float(values[key]) == pytest.approx(float(alone.compute()["loss"]))
 
 
 def test_what_was_gathered_of_a_source_is_taken_over_by_its_name() -> None:
     one, other = MetricsBySource(["a", "b"]), MetricsBySource(["b", "c"])
-    rows = RewardedRows(**{**vars(make_rows(3, 3)), "sources_B": torch.tensor([0, 1, 1, 0, 1, 1])})
-    one.update(rows, SHIFT)
+    rows = ScoredRows(**{**vars(make_rows(3, 3)), "sources_B": torch.tensor([0, 1, 1, 0, 1, 1])})
+    one.update(rows)
     other.set_counts(one.counts())
-    other.update(RewardedRows(**{name: values[:0] for name, values in vars(rows).items()}), SHIFT)
+    other.update(rows.where(slice(0)))
     before, after = one.compute(), other.compute()
     assert after["loss"] == before["loss"]
     assert after["by_source/b/loss"] == before["by_source/b/loss"]

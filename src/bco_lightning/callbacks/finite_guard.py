@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
+from bco_lightning.batch import StepSummary
+from bco_lightning.callbacks.step_callback import StepCallback, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.distributed import gather_over_ranks, max_over_ranks
+from bco_lightning.distributed import gather_over_ranks
 from bco_lightning.errors import ConfigError, NonFiniteError
 from bco_lightning.models.parallel import own_part, plain_name
 from bco_lightning.module import BCOModule
 
 _SHOWN = 5
+_SCORES = ("policy_log_probs_B", "reference_log_probs_B", "losses_B")
 
 
-class FiniteGuard(Callback):
+class FiniteGuard(StepCallback):
     """Looks at log-probs, losses and gradients of a step before the optimizer does; all processes decide together.
 
-    It costs one collective of one number and one look at the gradients per optimizer step.
+    Whether a process has found any is one number of the step's sum; only where one has do they tell each other more.
 
     Args:
         policy: ``stop`` ends the run on every process in the same step. ``skip`` leaves the step out: weights, moments
@@ -40,12 +45,23 @@ class FiniteGuard(Callback):
         self.skipped = 0
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: BCOModule, optimizer: Any) -> None:  # type: ignore[override]
-        found = self._findings(trainer, pl_module)
-        if not max_over_ranks([float(bool(found))], trainer)[0]:
+    def numbers_of_step(self, trainer: Trainer, module: BCOModule) -> Mapping[str, float | Tensor]:
+        scores = torch.cat([getattr(rows, name) for name in _SCORES for rows in module.step_rows])
+        broken = ~scores.isfinite().all()
+        gradients = [part for part in _gradients(trainer, module).values() if part.numel()]
+        if gradients:
+            norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+            broken = broken | ~norm.to(broken.device).isfinite()
+        return {"not_finite": broken}
+
+    @override
+    def on_before_step(self, trainer: Trainer, module: BCOModule, optimizer: Any, summary: StepSummary) -> None:
+        if not summary.totals["not_finite"]:
             return
         told = [
-            f"rank {rank}: {finding}" for rank, own in enumerate(gather_over_ranks(found, trainer)) for finding in own
+            f"rank {rank}: {finding}"
+            for rank, own in enumerate(gather_over_ranks(_findings(trainer, module), trainer))
+            for finding in own
         ]
         problem = f"expected finite numbers, found {'; '.join(told)}."
         place = f"optimizer step {trainer.global_step}"
@@ -58,36 +74,11 @@ class FiniteGuard(Callback):
             )
         self.skipped += 1
         rank_zero_warn(f"{place}: {problem} Skipped ({self.skipped} of at most {self.max_skipped}).")
-        for logger in trainer.loggers:
-            logger.log_metrics({"train/skipped_steps": float(self.skipped)}, step=trainer.global_step)
+        log_step(trainer, module, {"train/skipped_steps": float(self.skipped)}, trainer.global_step)
         # Parameters without a gradient are passed over by optimizers: neither they nor their moments change.
         optimizer.zero_grad(set_to_none=True)
-        pl_module.step_rows.clear()
-
-    def _findings(self, trainer: Trainer, module: BCOModule) -> list[str]:
-        """What is not finite in this process, with row ids and their places in the log."""
-        # A scaler of float16 gradients expects infinities, and skips such steps itself.
-        gradient = [] if trainer.precision == "16-mixed" else self._gradient_findings(trainer, module)
-        findings = []
-        for name in ("policy_log_probs_B", "reference_log_probs_B", "losses_B"):
-            values = torch.cat([getattr(rows, name) for rows in module.step_rows])
-            if not bool(values.isfinite().all()):
-                ids = torch.cat([rows.row_ids_B for rows in module.step_rows])
-                findings.append(
-                    f"{name.removesuffix('_B').replace('_', ' ')} {_values(values)} "
-                    f"in rows {_places(trainer, ids[~values.isfinite()].tolist())}"
-                )
-        return findings or gradient
-
-    def _gradient_findings(self, trainer: Trainer, module: BCOModule) -> list[str]:
-        parts = {plain_name(n): own_part(p.grad) for n, p in module.named_parameters() if p.grad is not None}
-        # Some processes have nothing of a tensor with few rows, of which no norm can be taken.
-        gradients = [part for part in parts.values() if part.numel()]
-        if not gradients or bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))):
-            return []
-        names = [name for name, part in parts.items() if not part.isfinite().all()]
-        ids = torch.cat([rows.row_ids_B for rows in module.step_rows]).tolist()
-        return [f"gradient of {', '.join(names[:1])} ({len(names)} parameters) from rows {_places(trainer, ids)}"]
+        module.step_rows.clear()
+        module.step_summary = summary.left_out()
 
     @override
     def state_dict(self) -> dict[str, int]:
@@ -98,8 +89,28 @@ class FiniteGuard(Callback):
         self.skipped = state_dict["skipped"]
 
 
-def _values(values: torch.Tensor) -> str:
-    return ", ".join(sorted({str(float(value)) for value in values[~values.isfinite()]}))
+def _gradients(trainer: Trainer, module: BCOModule) -> dict[str, Tensor]:
+    """This process's parts of them; of a tensor with few rows it may have nothing, of which no norm can be taken."""
+    if trainer.precision == "16-mixed":  # its scaler expects infinities, and skips such steps itself
+        return {}
+    return {plain_name(name): own_part(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _findings(trainer: Trainer, module: BCOModule) -> list[str]:
+    """What is not finite in this process, with row ids and their places in the log; gradients if nothing else is."""
+    ids = torch.cat([rows.row_ids_B for rows in module.step_rows])
+    findings = []
+    for name in _SCORES:
+        values = torch.cat([getattr(rows, name) for rows in module.step_rows])
+        broken = ~values.isfinite()
+        if bool(broken.any()):
+            words = ", ".join(sorted({str(value) for value in values[broken].tolist()}))
+            name = name.removesuffix("_B").replace("_", " ")
+            findings.append(f"{name} {words} in rows {_places(trainer, ids[broken].tolist())}")
+    names = [name for name, part in _gradients(trainer, module).items() if not part.isfinite().all()]
+    if names and not findings:
+        findings = [f"gradient of {names[0]} ({len(names)} parameters) from rows {_places(trainer, ids.tolist())}"]
+    return findings
 
 
 def _places(trainer: Any, row_ids: list[int]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from bco_lightning.batch import StepSummary
+from bco_lightning.callbacks.step_callback import StepCallback, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import sum_tensor_over_ranks
 from bco_lightning.metrics import MetricsBySource
@@ -21,7 +23,7 @@ _MOVED = 0.1  # all rewards are 0 at first, which is on neither side
 _PATIENCE = 3
 
 
-class ImplicitRewardMonitor(Callback):
+class ImplicitRewardMonitor(StepCallback):
     """Logs :class:`~bco_lightning.metrics.ImplicitRewardMetrics`.
 
     Training rows are gathered over ``trainer.log_every_n_steps`` optimizer steps and logged as ``train/...``,
@@ -35,7 +37,6 @@ class ImplicitRewardMonitor(Callback):
 
     def __init__(self) -> None:
         self._metrics = {name: MetricsBySource() for name in ("train", "val", "test")}
-        self._last_step = 0
         self._trainer: Trainer | None = None
         self._resumed: dict[str, Tensor] = {}
         self._collapsed = 0
@@ -55,7 +56,6 @@ class ImplicitRewardMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
         self._metrics["train"].reset()
-        self._last_step = trainer.global_step
         if self._resumed and trainer.is_global_zero:
             self._metrics["train"].set_counts(self._resumed)
         self._resumed = {}
@@ -73,34 +73,20 @@ class ImplicitRewardMonitor(Callback):
         self._resumed = state_dict
 
     @override
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: BCOModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
+    def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
         metrics = self._metrics["train"]
-        for rows in pl_module.step_rows:
-            metrics.update(rows, pl_module.decision_threshold)
+        for rows in summary.rows:
+            metrics.update(rows)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not interval or (step % interval and step != 1):
+        if not interval or (summary.step % interval and summary.step != 1):
             return
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}
-        values |= {"train/reward_shift": pl_module.reward_shift.value}
+        values |= {"train/reward_shift": summary.reward_shift}
         metrics.reset()
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
-        self._warn(values, pl_module.beta)
-        pl_module.log_dict(
-            {
-                "loss": values["train/loss"],
-                "delta": values["train/reward_shift"],
-                "margin": values["train/rewards/margins"],
-            },
-            prog_bar=True,
-            logger=False,
-        )
+        log_step(trainer, module, values, summary.step)
+        self._warn(values, module.beta)
+        shown = {"loss": "train/loss", "delta": "train/reward_shift", "margin": "train/rewards/margins"}
+        module.log_dict({short: values[name] for short, name in shown.items()}, prog_bar=True, logger=False)
 
     def _warn(self, values: dict[str, float], beta: float) -> None:
         for name, thumb in (("chosen", "thumbs-up"), ("rejected", "thumbs-down")):
@@ -142,7 +128,7 @@ class ImplicitRewardMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._metrics["val"].update(outputs["rows"], pl_module.decision_threshold)
+        self._metrics["val"].update(outputs["rows"])
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
@@ -162,7 +148,7 @@ class ImplicitRewardMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._metrics["test"].update(outputs["rows"], pl_module.decision_threshold)
+        self._metrics["test"].update(outputs["rows"])
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]

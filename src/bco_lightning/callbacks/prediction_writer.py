@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bco_lightning.batch import RewardedRows
+from bco_lightning.batch import ScoredRows
 from bco_lightning.module import BCOModule
 
 
@@ -43,12 +43,12 @@ class PredictionWriter(Callback):
         self,
         trainer: Trainer,
         pl_module: BCOModule,
-        outputs: RewardedRows,
+        outputs: ScoredRows,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        probabilities = torch.sigmoid(outputs.rewards_B.cpu().double() - pl_module.decision_threshold)
+        probabilities = torch.sigmoid(outputs.rewards_B.cpu().double() - outputs.reward_shift)
         for row in range(len(probabilities)):
             record = {
                 "row": self._places[int(outputs.row_ids_B[row])],

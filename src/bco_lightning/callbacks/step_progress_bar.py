@@ -8,10 +8,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from typing_extensions import override
 
+from bco_lightning.batch import StepSummary
+from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.module import BCOModule
 
 
-class StepProgressBar(TQDMProgressBar):
+class StepProgressBar(StepCallback, TQDMProgressBar):
     """Shows step, time left, loss, reward shift (delta), margin and tokens per second."""
 
     @override
@@ -31,11 +33,11 @@ class StepProgressBar(TQDMProgressBar):
         """Keeps the bar: the parent starts a new one for every epoch."""
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # type: ignore[override]
+    def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
         bar = self.train_progress_bar
-        if trainer.global_step > bar.n and self._should_update(trainer.global_step, bar.total):
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
-            bar.update(trainer.global_step - bar.n)
+        if self._should_update(summary.step, bar.total):
+            bar.set_postfix(self.get_metrics(trainer, module), refresh=False)
+            bar.update(summary.step - bar.n)
 
 
 def _shown(value: float) -> str:

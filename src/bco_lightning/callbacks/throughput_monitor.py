@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from typing_extensions import override
 
-from bco_lightning.batch import FeedbackBatch
+from bco_lightning.batch import FeedbackBatch, StepSummary
+from bco_lightning.callbacks.step_callback import StepCallback, log_step
 from bco_lightning.distributed import max_over_ranks, sum_over_ranks
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.module import BCOModule
@@ -22,7 +23,7 @@ _GIB = 2**30
 _MEASURING_SECONDS = 0.2
 
 
-class ThroughputMonitor(Callback):
+class ThroughputMonitor(StepCallback):
     """Logs speed, waste and peak memory of the optimizer steps since the last time, as ``speed/...``.
 
     ==================== ===============================================================================================
@@ -50,7 +51,6 @@ class ThroughputMonitor(Callback):
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._last_step = 0
         self._running_since: float | None = None
         self._flops: UsefulFlops | None = None
         self._forget()
@@ -61,7 +61,7 @@ class ThroughputMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._last_step, self._running_since = trainer.global_step, None
+        self._running_since = None
         self._flops = pl_module.useful_flops
         self._forget()
 
@@ -75,20 +75,20 @@ class ThroughputMonitor(Callback):
         self, trainer: Trainer, pl_module: BCOModule, outputs: Any, batch: FeedbackBatch, batch_idx: int
     ) -> None:
         self._count(batch, pl_module.layout)
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
+        step = summary.step
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not interval or step % interval:
             return
         self._stop(trainer)
-        values = self._values(trainer, pl_module)
+        values = self._values(trainer, module)
         self._forget()
         self._running_since = self._clock()
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
-        pl_module.log("tok/s", values["speed/tokens_per_second"], prog_bar=True, logger=False)
+        log_step(trainer, module, values, step)
+        module.log("tok/s", values["speed/tokens_per_second"], prog_bar=True, logger=False)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]

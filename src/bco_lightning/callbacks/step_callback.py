@@ -1,0 +1,119 @@
+"""One event for everything that follows a run: an optimizer step has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from bco_lightning.batch import ScoredRows, StepSummary
+from bco_lightning.distributed import sum_tensor_over_ranks
+from bco_lightning.errors import ConfigError
+
+_REWARDS = ("sum_up", "num_up", "sum_down", "num_down")
+
+
+class StepCallback(Callback):
+    """A callback that follows optimizer steps, each of which comes once, however many micro-batches it has.
+
+    Processes tell each other about a step once, in one sum: what every callback has to tell joins it by
+    :meth:`numbers_of_step` and comes back, summed, in ``summary.totals``. So no callback needs a collective of its own.
+    """
+
+    def numbers_of_step(self, trainer: Trainer, module: Any) -> Mapping[str, float | Tensor]:
+        """What this process has to tell the others of the step, before the optimizer moves.
+
+        Args:
+            trainer: The trainer.
+            module: The module, with the gradients and ``step_rows`` of the step.
+
+        Returns:
+            Numbers by name, the same names on every process: counts, sums, 1 for yes; tensors are scalars, and are not
+            waited for.
+        """
+        return {}
+
+    def on_before_step(self, trainer: Trainer, module: Any, optimizer: Any, summary: StepSummary) -> None:
+        """Called on every process once the step is summed, before the optimizer and the reward shift move."""
+
+    def on_step_end(self, trainer: Trainer, module: Any, summary: StepSummary) -> None:
+        """Called once per optimizer step, after it; ``trainer.global_step`` is ``summary.step``."""
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        summary: StepSummary | None = pl_module.step_summary  # type: ignore[assignment]
+        if summary is not None:  # the module has it from a step's last micro-batch until the next begins
+            self.on_step_end(trainer, pl_module, summary)
+
+
+def summarize_step(trainer: Trainer, module: Any, optimizer: Any) -> None:
+    """Sums a step over its micro-batches and processes into ``module.step_summary``; callbacks then look at it.
+
+    It is the only collective of a step besides those of the strategy, and the only time that the device is waited for.
+
+    Raises:
+        ConfigError: If two callbacks tell numbers of one name.
+    """
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, StepCallback)]  # type: ignore[attr-defined]
+    told: dict[str, float | Tensor] = dict(zip(_REWARDS, _sums_of_rewards(module.step_rows), strict=True))
+    for callback in callbacks:
+        own = callback.numbers_of_step(trainer, module)
+        if twice := told.keys() & own.keys():
+            raise ConfigError(
+                "trainer.callbacks",
+                f"expected one callback that tells {min(twice)!r}, found another in {type(callback).__name__}.",
+                "Leave one of them out.",
+            )
+        told.update(own)
+    totals = _sum_over_ranks(told, trainer)
+    module.step_summary = StepSummary(
+        step=trainer.global_step + 1,
+        rows=tuple(module.step_rows),
+        reward_shift=module.reward_shift.value,
+        **{name: totals.pop(name) for name in _REWARDS},
+        totals=totals,
+    )
+    for callback in callbacks:
+        callback.on_before_step(trainer, module, optimizer, module.step_summary)
+
+
+def log_step(trainer: Trainer, module: LightningModule, values: Mapping[str, float], step: int) -> None:
+    """Logs numbers that are the same on every process under the number of an optimizer step.
+
+    Lightning's loggers and its callbacks that monitor a name get the same numbers; by ``log`` alone the former would
+    count steps from 0 and leave the first one out.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
+    module.log_dict(dict(values), logger=False)
+
+
+def _sums_of_rewards(step_rows: list[ScoredRows]) -> list[float | Tensor]:
+    """Sum and count of the rewards of thumbs-up, then of thumbs-down rows."""
+    if not step_rows:
+        return [0.0] * len(_REWARDS)
+    on_cpu = step_rows[0].rewards_B.device.type == "mps"  # which has no float64
+    rewards_B = torch.cat([rows.rewards_B.cpu() if on_cpu else rows.rewards_B for rows in step_rows]).double()
+    up_B = torch.cat([rows.thumbs_up_B for rows in step_rows]).to(rewards_B.device)
+    return [part for chosen_B in (up_B, ~up_B) for part in (torch.where(chosen_B, rewards_B, 0).sum(), chosen_B.sum())]
+
+
+def _sum_over_ranks(numbers: Mapping[str, float | Tensor], trainer: Trainer) -> dict[str, float]:
+    """Adds numbers over all processes: one tensor in float64, one collective, one wait for the device."""
+    root = trainer.strategy.root_device
+    device = root if root.type != "mps" else torch.device("cpu")
+    known = {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
+    awaited = {name: value.detach() for name, value in numbers.items() if isinstance(value, Tensor)}
+    values = torch.cat(
+        [
+            torch.tensor(list(known.values()), dtype=torch.float64).to(device, non_blocking=True),
+            *(value.to(device).double().reshape(1) for value in awaited.values()),
+        ]
+    )
+    return dict(zip([*known, *awaited], sum_tensor_over_ranks(values, trainer).tolist(), strict=True))
