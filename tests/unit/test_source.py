@@ -8,7 +8,8 @@ import pytest
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.feedback_row import Columns
-from bco_lightning.data.source import RATING_PRESETS, Rating, RowFormat, Source, chosen_rating
+from bco_lightning.data.options import RATING_PRESETS, Rating, Source, chosen_rating
+from bco_lightning.data.source import RowFormat, thumb_by_rule
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 BETWEEN = LeftOut("x:1", "rating between thumbs-up and thumbs-down")
@@ -16,7 +17,7 @@ UNTOUCHED = LeftOut("x:1", "rating left at its default")
 
 
 def thumb(rule: Rating, **ratings: Any) -> bool | LeftOut:
-    return rule.thumbs_up(ratings, "label", "x:1")
+    return thumb_by_rule(rule, ratings, "label", "x:1")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_thresholds_that_overlap_are_refused(up: float, down: float) -> None:
 
 @pytest.mark.parametrize(("helpfulness", "meaning"), [(0, False), (3, False), (4, True)])
 def test_helpsteer2_takes_full_helpfulness_alone_for_a_thumb_up(helpfulness: int, meaning: bool) -> None:
-    assert RATING_PRESETS["helpsteer2"].thumbs_up({"helpfulness": helpfulness}, "label", "x:1") is meaning
+    assert thumb_by_rule(RATING_PRESETS["helpsteer2"], {"helpfulness": helpfulness}, "label", "x:1") is meaning
 
 
 def test_a_preset_is_chosen_by_name() -> None:

@@ -46,8 +46,7 @@ from bco_lightning.cli import safety
 from bco_lightning.cli.faults import in_words, watch_processes
 from bco_lightning.cli.help import keeping_help
 from bco_lightning.data import FeedbackDataModule
-from bco_lightning.data.feedback_row import Columns
-from bco_lightning.data.source import Rating, Source
+from bco_lightning.data.options import Columns, Rating, Source
 from bco_lightning.distributed import is_in_a_group
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint

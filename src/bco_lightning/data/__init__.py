@@ -1,7 +1,6 @@
 """From feedback logs to batches."""
 
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.data.feedback_row import Columns
-from bco_lightning.data.source import Rating, Source
+from bco_lightning.data.options import Columns, Rating, Source
 
 __all__ = ["Columns", "FeedbackDataModule", "Rating", "Source"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.labels import LabelVocabulary
 from bco_lightning.data.messages import check_size, from_json_text, messages_in, shown, texts_in, without_nulls
-from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.data.options import Columns
+from bco_lightning.errors import FeedbackRowError
 
 __all__ = [
     "Columns",
@@ -33,46 +33,6 @@ _RESERVED_OPTIONS = frozenset({
     "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask",
 })  # fmt: skip
-
-
-@dataclass
-class Columns:
-    """Names of the columns of a feedback log, and what its labels mean.
-
-    A name with dots reaches into nested objects: ``feedback.score``.
-
-    Args:
-        prompt: Text, or a list of chat messages.
-        completion: Text, or a list of chat messages; under its usual name, ``response`` is taken as well.
-        label: The thumb; in exports, the name of the score or question that holds it.
-        messages: A whole conversation whose last assistant turn is rated, instead of prompt and completion; under its
-            usual name, ``conversation``, ``conversations`` and ``chat`` are taken as well.
-        chosen: The better answer of a pair: text, a list of chat messages, or a whole conversation.
-        rejected: The worse answer of a pair, in the same form.
-        tools: JSON schemas of the functions that the assistant could call, a list or the JSON text of one; optional.
-        template_options: What else the chat template is told, an object or the JSON text of one; optional.
-        thumbs: What each label means, where a log speaks a vocabulary of its own: ``{"good": up, "bad": down}``, or
-            for a rating ``{"1": down, "2": down, "3": drop, "4": up, "5": up}``, where ``drop`` leaves the row out.
-            Any other label is then an error.
-
-    Raises:
-        ConfigError: If a label means anything else.
-    """
-
-    prompt: str = "prompt"
-    completion: str = "completion"
-    label: str = "label"
-    messages: str = "messages"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    tools: str = "tools"
-    template_options: str = "chat_template_kwargs"
-    thumbs: dict[str, Literal["up", "down", "drop"]] | None = None
-
-    def __post_init__(self) -> None:
-        for label, thumb in (self.thumbs or {}).items():
-            if thumb not in ("up", "down", "drop"):
-                raise ConfigError("data.columns.thumbs", f"expected up, down or drop for {label!r}, found {thumb!r}.")
 
 
 def parse_row(

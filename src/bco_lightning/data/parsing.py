@@ -9,7 +9,7 @@ from bco_lightning.data.feedback_row import LabelVocabulary, rated
 from bco_lightning.data.formats import FORMATS, RecordFormat, format_of
 from bco_lightning.data.formats.record_format import Candidate
 from bco_lightning.data.readers import Record
-from bco_lightning.data.source import RowFormat
+from bco_lightning.data.source import RowFormat, thumb_by_rule
 from bco_lightning.errors import FeedbackRowError
 
 Parsed = Candidate | LeftOut | FeedbackRowError
@@ -80,5 +80,5 @@ class RecordParser:
         if not self.labelled or row.thumbs_up is not None:
             return row
         if rule is not None:
-            return rated(row, rule.thumbs_up(candidate.ratings, self.options.columns.label, row.place))
+            return rated(row, thumb_by_rule(rule, candidate.ratings, self.options.columns.label, row.place))
         return rated(row, self.labels.thumbs_up(candidate.label, row.place))

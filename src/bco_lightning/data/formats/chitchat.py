@@ -18,7 +18,7 @@ from bco_lightning.batch import LeftOut, Message
 from bco_lightning.data.feedback_row import assembled
 from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate
 from bco_lightning.data.messages import MAX_ROW_MESSAGES, messages_in
-from bco_lightning.data.source import RowFormat
+from bco_lightning.data.source import RowFormat, thumb_by_rule
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 NOT_TWO_SPEAKERS = "conversation of other than two speakers"
@@ -68,7 +68,7 @@ def _by_ratings(ratings: Mapping[str, Any], place: str, options: RowFormat) -> L
         raise ConfigError(
             "data.rating", f"expected a rule for one of the ratings {', '.join(sorted(ratings))}, found none."
         )
-    thumb = options.rating.thumbs_up(ratings, options.columns.label, place)
+    thumb = thumb_by_rule(options.rating, ratings, options.columns.label, place)
     return thumb if isinstance(thumb, LeftOut) else None
 
 

@@ -1,0 +1,331 @@
+"""What a user can set about rows: each option states its type, default, range and meaning here, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from bco_lightning.data.readers.remote import public_name
+from bco_lightning.errors import ConfigError
+from bco_lightning.options import SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
+
+FormatName = Literal[
+    "auto", "unpaired", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit", "chitchat"
+]
+LossOn = Literal["rated_turn", "all_turns"]
+Conflicts = Literal["keep", "drop", "majority", "last"]
+LongPrompts = Literal["keep_end", "keep_start", "drop"]
+LongCompletions = Literal["cut", "drop"]
+BadRowPolicy = Literal["strict", "skip"]
+
+
+@options("data.columns")
+class Columns(Options):
+    """Names of the columns of a feedback log, and what its labels mean.
+
+    A name with dots reaches into nested objects: ``feedback.score``.
+    """
+
+    prompt: str = option("Text, or a list of chat messages.", default="prompt")
+    completion: str = option(
+        "Text, or a list of chat messages; under its usual name, ``response`` is taken as well.", default="completion"
+    )
+    label: str = option("The thumb; in exports, the name of the score or question that holds it.", default="label")
+    messages: str = option(
+        "A whole conversation whose last assistant turn is rated, instead of prompt and completion; under its usual "
+        "name, ``conversation``, ``conversations`` and ``chat`` are taken as well.",
+        default="messages",
+    )
+    chosen: str = option(
+        "The better answer of a pair: text, a list of chat messages, or a whole conversation.", default="chosen"
+    )
+    rejected: str = option("The worse answer of a pair, in the same form.", default="rejected")
+    tools: str = option(
+        "JSON schemas of the functions that the assistant could call, a list or the JSON text of one; optional.",
+        default="tools",
+    )
+    template_options: str = option(
+        "What else the chat template is told, an object or the JSON text of one; optional.",
+        default="chat_template_kwargs",
+    )
+    thumbs: dict[str, Literal["up", "down", "drop"]] | None = option(
+        'What each label means, where a log speaks a vocabulary of its own: ``{"good": up, "bad": down}``, or for a '
+        'rating ``{"1": down, "2": down, "3": drop, "4": up, "5": up}``, where ``drop`` leaves the row out. Any other '
+        "label is then an error.",
+        default=None,
+    )
+
+    def check(self) -> None:
+        """Also looks at what labels mean."""
+        super().check()
+        for label, thumb in (self.thumbs or {}).items():
+            if thumb not in ("up", "down", "drop"):
+                raise ConfigError("data.columns.thumbs", f"expected up, down or drop for {label!r}, found {thumb!r}.")
+
+
+@options("data.rating")
+class Rating(Options):
+    """The rule that makes thumbs of numbers."""
+
+    column: str | None = option(
+        "Name of the rating, such as ``helpfulness``; if left out, the label's own column is rated.", default=None
+    )
+    up: float | None = option("Least rating that is thumbs-up. Scales differ, so it has to be given.", default=None)
+    down: float | None = option(
+        "Largest rating that is thumbs-down, below ``up``; rows between the two are left out and counted. It has to be "
+        "given.",
+        default=None,
+    )
+    untouched: dict[str, float] = option(
+        "Ratings as they are before anyone has touched them; a row in which all of these stand is left out and "
+        "counted.",
+        default_factory=dict,
+    )
+
+    def check(self) -> None:
+        """Also refuses a rule without its two limits, or with limits that do not divide."""
+        super().check()
+        up, down = self.limits
+        if not down < up:
+            raise ConfigError("data.rating", f"expected down below up, found {down:g} and {up:g}.")
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """``up`` and ``down``.
+
+        Raises:
+            ConfigError: If one is not given.
+        """
+        if self.up is None or self.down is None:
+            missing = " and ".join(name for name in ("up", "down") if getattr(self, name) is None)
+            raise ConfigError(
+                "data.rating",
+                f"expected both up and down, found no {missing}.",
+                "Say which ratings are thumbs-up and which thumbs-down, for instance {column: stars, up: 4, down: 2}.",
+            )
+        return self.up, self.down
+
+
+# HelpSteer2 as the paper uses it: of 0 to 4, only a helpfulness of 4 is thumbs-up (arXiv 2404.04656, section 4).
+RATING_PRESETS = {"helpsteer2": Rating("helpfulness", up=4, down=3)}
+
+
+def chosen_rating(rating: Rating | str | None) -> Rating | None:
+    """The rule itself, or the preset of that name.
+
+    Raises:
+        ConfigError: If there is no such preset.
+    """
+    if not isinstance(rating, str):
+        return rating
+    if rating not in RATING_PRESETS:
+        raise ConfigError("data.rating", f"expected a rule or one of {', '.join(RATING_PRESETS)}, found {rating!r}.")
+    return RATING_PRESETS[rating]
+
+
+@options("data")
+class Source(Options):
+    """One feedback log of several."""
+
+    path: str = option(
+        "A file, a glob, a URL of fsspec such as ``s3://bucket/*.jsonl``, ``package:NAME/path`` or "
+        "``hub:OWNER/NAME@SPLIT``."
+    )
+    name: str | None = option(
+        "Under which its rows are counted and measured; the path if left out, of a URL without its query.", default=None
+    )
+    weight: float = option(
+        "Passes over its rows in one epoch: 2 shows each row twice, 0.5 half of the rows, the other half next.",
+        default=1.0,
+    )
+    format: FormatName | None = option("What its records are; that of ``data.format`` if left out.", default=None)
+    columns: Columns | None = option("Names of its columns; those of ``data.columns`` if left out.", default=None)
+    rating: Rating | str | None = option(
+        "The rule for its ratings, or a preset's name; that of ``data.rating`` if left out.", default=None
+    )
+
+    def check(self) -> None:
+        """Also refuses a source without a path, or with a weight that is not above 0."""
+        super().check()
+        if not self.path:
+            raise ConfigError("data", "expected a path or URL of each feedback log, found an empty one.")
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                "data.train_files", f"expected a weight above 0 for {public_name(self.path)!r}, found {self.weight}."
+            )
+
+    @property
+    def label(self) -> str:
+        """The name that its rows go by."""
+        return self.name or public_name(self.path)
+
+
+Files = list[str | Source] | str | None
+
+
+@options("data")
+class DataOptions(Options):
+    """Which rows are read, how, and in which order: the options of :class:`~bco_lightning.FeedbackDataModule`."""
+
+    train_files: Files = option(
+        "Feedback logs: files, globs, URLs such as ``s3://bucket/*.jsonl``, ``package:NAME/path``, "
+        "``hub:OWNER/NAME@SPLIT``; or a :class:`Source` for each, with a name, a weight and a format of its own.",
+        default=None,
+    )
+    validation_files: Files = option(
+        "Held-out logs. If left out, ``validation_fraction`` of the training prompts is held out.", default=None
+    )
+    test_files: Files = option("Logs for ``test``; the validation rows if left out.", default=None)
+    predict_files: Files = option("Logs for ``predict``; they need no labels.", default=None)
+    batch_size: int = option("Rows of a micro-batch on each device.", default=8, fits=at_least(1, "row"))
+    format: FormatName = option("What the records are; ``auto`` goes by the first one of each source.", default="auto")
+    columns: Columns = option("Names of the columns.", default=Columns())
+    rating: Rating | str | None = option(
+        "The rule that makes thumbs of numbers, or ``helpsteer2``; without one, labels are thumbs.", default=None
+    )
+    loss_on: LossOn = option(
+        "``rated_turn`` trains on the last assistant turn, ``all_turns`` on each of the conversation.",
+        default="rated_turn",
+    )
+    conflicts: Conflicts = option(
+        "What becomes of answers with thumbs of both kinds, to train on: ``keep`` all rows, ``drop`` all, keep those "
+        "of the ``majority``, or those that agree with the ``last`` one.",
+        default="keep",
+        on_resume="refused",
+    )
+    max_length: int = option(
+        "Limit of prompt and completion together, in tokens.",
+        default=1024,
+        fits=at_least(2, "tokens"),
+        on_resume="refused",
+    )
+    max_prompt_length: int | None = option(
+        "Limit of the prompt in tokens; if left out, what the completion leaves, and at least half.",
+        default=None,
+        on_resume="refused",
+    )
+    long_prompts: LongPrompts = option(
+        "``keep_end`` cuts a prompt over its limit on the left (a leading system message stays), ``keep_start`` on the "
+        "right, ``drop`` leaves the row out.",
+        default="keep_end",
+        on_resume="refused",
+    )
+    long_completions: LongCompletions = option(
+        "``cut`` cuts a completion over the limit, which then gets no end token; ``drop`` leaves the row out.",
+        default="cut",
+        on_resume="refused",
+    )
+    chat_template: str | None = option(
+        "``None`` for the tokenizer's own, ``plain`` for a base model, or a Jinja file.", default=None
+    )
+    validation_fraction: float = option(
+        "Share of the distinct training prompts to hold out when there are no validation files; a prompt is never on "
+        "both sides.",
+        default=0.1,
+        fits=SHARE_BELOW_1,
+    )
+    balanced_sampling: bool = option(
+        "Draw as many thumbs-up as thumbs-down into every micro-batch, the rarer class more often.",
+        default=False,
+        on_resume="refused",
+    )
+    group_by_prompt: bool = option(
+        "Keep rows with one prompt next to each other and compute their prompt once in a micro-batch, where rows are "
+        "packed. Steps then hold fewer distinct prompts.",
+        default=False,
+        on_resume="refused",
+    )
+    seed: int | None = option(
+        "Seed of the row order and the validation split; that of ``seed_everything`` if left out.",
+        default=None,
+        on_resume="refused",
+    )
+    num_workers: int = option("Worker processes of each data loader.", default=0, on_resume="free")
+    bad_rows: BadRowPolicy = option(
+        "``strict`` stops at the first malformed row; ``skip`` leaves them out, counts and shows them.",
+        default="strict",
+    )
+    max_bad_rows: float = option(
+        "Share of the rows read, of each data set, above which ``skip`` stops too.", default=0.001, fits=SHARE
+    )
+    streaming: bool = option(
+        "Leave training rows in their files and read them as steps need them: for JSON lines, Parquet and Arrow "
+        "folders that are larger than memory or disk. Nothing is held out; give ``validation_files``.",
+        default=False,
+    )
+    streaming_sample: int | None = option(
+        "Rows to read before the first step, for class weights and counts; all of them if left out, without keeping "
+        "any.",
+        default=None,
+        fits=at_least(1, "row"),
+        on_resume="refused",
+    )
+    shuffle_buffer: int = option(
+        "Rows of a stream that are mixed with each other; those of a step come from all over the files.",
+        default=10_000,
+        fits=at_least(1, "row"),
+        on_resume="refused",
+    )
+    cache_rows: bool = option(
+        "Keep tokenized rows on disk, so that the next start with the same logs, options and tokenizer finds them. "
+        "They hold what users wrote; what nobody used for 30 days is removed.",
+        default=True,
+        on_resume="free",
+    )
+    cache_folder: str | None = option(
+        "Where they are kept; else ``BCO_CACHE`` in the environment, else ``~/.cache/bco_lightning``.",
+        default=None,
+        on_resume="free",
+    )
+
+    def __post_init__(self) -> None:
+        self._set("seed", chosen_seed(self.seed))
+        self._set("columns", self.columns or Columns())
+        for name in ("train_files", "validation_files", "test_files", "predict_files"):
+            self._set(name, _sources(getattr(self, name), name))
+        super().__post_init__()
+        self._set("rating", chosen_rating(self.rating))
+
+    def check(self) -> None:
+        """Also refuses options that do not go together."""
+        super().check()
+        sample = self.streaming_sample
+        for name, fits, expected in (
+            (
+                "group_by_prompt", not (self.group_by_prompt and (self.balanced_sampling or self.streaming)),
+                "false with balanced_sampling or streaming, which draw rows apart from each other, found true",
+            ),
+            (
+                "batch_size", not (self.balanced_sampling and self.batch_size % 2),
+                f"an even number with balanced_sampling, found {self.batch_size}",
+            ),
+            ("streaming_sample", sample is None or self.streaming, f"none without data.streaming, found {sample}"),
+            (
+                "streaming_sample", sample is None or not self.balanced_sampling,
+                f"none with balanced_sampling, which needs the class of every row, found {sample}",
+            ),
+            (
+                "conflicts", self.conflicts == "keep" or not self.streaming,
+                f"keep with data.streaming, which does not compare rows, found {self.conflicts}",
+            ),
+        ):  # fmt: skip
+            if not fits:
+                raise ConfigError(f"data.{name}", f"expected {expected}.")
+
+
+def _sources(files: Any, name: str) -> list[Source]:
+    given = [files] if isinstance(files, (str, Source)) else list(files or [])
+    sources = [
+        Source(**file) if isinstance(file, Mapping) else Source(file) if isinstance(file, str) else file
+        for file in given
+    ]
+    twice = [label for label, count in Counter(source.label for source in sources).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            f"data.{name}", f"expected a name for each source, found {twice[0]!r} twice.", "Give them names."
+        )
+    if name != "train_files" and any(source.weight != 1 for source in sources):
+        raise ConfigError(f"data.{name}", "expected no weights, which are for sources to train on, found some.")
+    return sources
