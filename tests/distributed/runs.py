@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, LoraSettings
-from bco_lightning.callbacks import RunCheckpoint, ThroughputMonitor
+from bco_lightning.callbacks import RunCheckpoint, SpeedMonitor
 from bco_lightning.distributed import sharding_of
 from bco_lightning.models.parallel import fsdp1_root, is_sharded, plain_name, whole
 from bco_lightning.strategies import named_strategy
@@ -94,7 +94,7 @@ def run(
         "",
         log,
         module=module,
-        callbacks=[gradients, saving, ThroughputMonitor()],
+        callbacks=[gradients, saving, SpeedMonitor()],
         ckpt_path=ckpt_path,
         trainer_options=trainer_options,
         data_options={"batch_size": ROWS_PER_STEP // processes // case.accumulation, "validation_files": heldout},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from bco_lightning.callbacks import ThroughputMonitor
+from bco_lightning.callbacks import SpeedMonitor
 from tests.reliability.tiny_run import finish, make_log, make_model, start, tiny_fit
 
 TALK = ("all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "broadcast_object_list", "barrier")
@@ -42,7 +42,7 @@ def talk(model: str, log: str) -> dict[int, Counter[str]]:
     tiny_fit(
         model,
         log,
-        callbacks=[counted, ThroughputMonitor()],
+        callbacks=[counted, SpeedMonitor()],
         trainer_options=options,
         data_options={"batch_size": 2},
         module_options={"reference_log_probs": "online"},  # else processes exchange what they have computed

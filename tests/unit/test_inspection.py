@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 
 from bco_lightning import LoraSettings
-from bco_lightning.auc import Auc, auc, clustered_auc
 from bco_lightning.data.messages import said_in
 from bco_lightning.importance.trust_report import PromptCluster, TrustReport
 from bco_lightning.inspection import cost as cost_module
@@ -34,6 +33,7 @@ from bco_lightning.inspection.lengths import Histogram, Lengths, LengthSummary, 
 from bco_lightning.inspection.personal_data import Hits, count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
 from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
+from bco_lightning.metrics import Auc, auc, clustered_auc
 from bco_lightning.models.language_model import load_policy
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.planning.model_shape import shape_of
@@ -439,6 +439,14 @@ def test_time_is_operations_over_the_speed_of_products_and_devices(
     seconds = 3 * flops / 2e6  # three epochs, two devices
     assert cost.seconds == pytest.approx((seconds / EFFICIENCY[1], seconds / EFFICIENCY[0]))
     assert cost.machine == "2 × this CPU"
+
+
+def test_the_ceiling_is_measured_once_and_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    first = cost_module.matmul_ceiling(torch.device("cpu"), torch.float32)
+    assert 1e8 < first < 1e15
+    assert cost_module.matmul_ceiling(torch.device("cpu"), torch.float32) == first
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_whose_operations_are_not_known_leaves_the_time_out_and_says_why() -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bco_lightning.auc import Auc
 from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.errors import ConfigError
 from bco_lightning.importance.trust_report import CalibrationBin
@@ -25,6 +24,7 @@ from bco_lightning.inspection.page import page_of, write_page
 from bco_lightning.inspection.personal_data import Hits
 from bco_lightning.inspection.prompts import PromptShift
 from bco_lightning.inspection.terminal import print_report
+from bco_lightning.metrics import Auc
 from tests.unit.test_trust_report import trust
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'so' {{ 7 * 7 }} [bold]\x1b[31m"

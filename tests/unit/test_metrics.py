@@ -10,7 +10,6 @@ import torch
 
 from bco_lightning import ImplicitRewardMetrics, bco_loss
 from bco_lightning.batch import ScoredRows
-from bco_lightning.metrics import MetricsBySource
 
 SHIFT = 0.05
 
@@ -94,29 +93,6 @@ def test_uneven_batches_count_every_row_once() -> None:
         assert float(parts.compute()[name]) == pytest.approx(float(value), rel=1e-12), name
 
 
-def test_deterministic_mode_changes_no_count_and_stays_on() -> None:
-    rows, usual, deterministic = make_rows(20, 17), ImplicitRewardMetrics(), ImplicitRewardMetrics()
-    usual.update(rows)
-    torch.use_deterministic_algorithms(True)
-    try:
-        deterministic.update(rows)
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert deterministic.compute() == usual.compute()
-
-
-def test_counts_go_on_where_another_metric_stopped() -> None:
-    rows, whole, first, second = make_rows(20, 17), *(ImplicitRewardMetrics() for _ in range(3))
-    whole.update(rows)
-    first.update(rows.where(slice(0, 11)))
-    second.set_counts(first.counts())
-    second.update(rows.where(slice(11, 37)))
-    assert {name: float(value) for name, value in second.compute().items()} == pytest.approx(
-        {name: float(value) for name, value in whole.compute().items()}, rel=1e-12
-    )
-
-
 def test_auroc_sees_differences_far_smaller_than_a_bin_of_probability() -> None:
     rows, metrics = replace(make_rows(200, 200, scale=1e-3), reward_shift=0.0), ImplicitRewardMetrics()
     metrics.update(rows)
@@ -145,7 +121,7 @@ def test_reset_forgets_all_rows() -> None:
     "names", [["a!", "a?", "a_1"], ["???", "!"], ["x", "x_1", "x"], ["logs/a.jsonl", "logs_a.jsonl"]]
 )
 def test_each_source_has_metrics_of_its_own_whatever_its_name(names: list[str]) -> None:
-    metrics = MetricsBySource(names)
+    metrics = ImplicitRewardMetrics(names)
     rows = make_rows(6, 6)
     rows = ScoredRows(**{**vars(rows), "sources_B": torch.arange(12) % len(names)})
     metrics.update(rows)
@@ -156,15 +132,3 @@ def test_each_source_has_metrics_of_its_own_whatever_its_name(names: list[str]) 
         alone = ImplicitRewardMetrics()
         alone.update(rows.where(rows.sources_B == number))
         assert float(values[key]) == pytest.approx(float(alone.compute()["loss"]))
-
-
-def test_what_was_gathered_of_a_source_is_taken_over_by_its_name() -> None:
-    one, other = MetricsBySource(["a", "b"]), MetricsBySource(["b", "c"])
-    rows = ScoredRows(**{**vars(make_rows(3, 3)), "sources_B": torch.tensor([0, 1, 1, 0, 1, 1])})
-    one.update(rows)
-    other.set_counts(one.counts())
-    other.update(rows.where(slice(0)))
-    before, after = one.compute(), other.compute()
-    assert after["loss"] == before["loss"]
-    assert after["by_source/b/loss"] == before["by_source/b/loss"]
-    assert after["by_source/c/loss"].isnan()

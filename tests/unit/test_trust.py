@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from bco_lightning.auc import clustered_auc
 from bco_lightning.importance.density_ratio import FittedRatio, K, fit_density_ratio
 from bco_lightning.importance.trust import (
     calibration_bins,
@@ -20,6 +19,7 @@ from bco_lightning.importance.trust import (
     weighted_auc,
 )
 from bco_lightning.importance.trust_report import TrustReport
+from bco_lightning.metrics import clustered_auc
 
 Array = np.ndarray[Any, Any]
 CLIP = (0.1, 10.0)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bco_lightning.auc import Auc
 from bco_lightning.importance.terminal import print_trust
 from bco_lightning.importance.trust_report import CalibrationBin, PromptCluster, TrustReport
+from bco_lightning.metrics import Auc
 
 HOSTILE = "[bold red]\x1b[31m\u202e<b>"
 CLUSTERS = (PromptCluster(70, 0.2, 0.6, 0.25, (3, 8)), PromptCluster(30, 0.8, 0.4, 0.75, (5,)))

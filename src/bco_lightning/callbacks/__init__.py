@@ -7,9 +7,9 @@ from bco_lightning.callbacks.known_reward_trial import KnownRewardTrial
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.reward_shift_update import RewardShiftUpdate
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
+from bco_lightning.callbacks.speed_monitor import SpeedMonitor
 from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
-from bco_lightning.callbacks.throughput_monitor import ThroughputMonitor
 
 __all__ = [
     "FiniteGuard",
@@ -19,7 +19,7 @@ __all__ = [
     "PredictionWriter",
     "RewardShiftUpdate",
     "RunCheckpoint",
+    "SpeedMonitor",
     "StepCallback",
     "StepProgressBar",
-    "ThroughputMonitor",
 ]

@@ -11,10 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from bco_lightning.batch import StepSummary
-from bco_lightning.callbacks.step_callback import StepCallback, log_step
+from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import sum_tensor_over_ranks
-from bco_lightning.metrics import MetricsBySource
+from bco_lightning.metrics import ImplicitRewardMetrics
 from bco_lightning.module import BCOModule
 
 # A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
@@ -30,63 +30,60 @@ class ImplicitRewardMonitor(StepCallback):
     evaluation rows over the whole set as ``val/...`` and ``test/...``; where there are several sources, those of each
     too, as ``train/by_source/NAME/...``. Processes synchronise only when a value is read, and when a checkpoint is
     written, which holds what was gathered so far. The reward shift that a step's losses were computed with is logged as
-    ``train/reward_shift``.
+    ``train/reward_shift``. Callbacks of Lightning can monitor each of these names.
 
     Warns when a class's mean reward explodes, and when the classifier gives every row the same thumb.
     """
 
     def __init__(self) -> None:
-        self._metrics = {name: MetricsBySource() for name in ("train", "val", "test")}
+        self._metrics = {name: ImplicitRewardMetrics() for name in ("train", "val", "test")}
         self._trainer: Trainer | None = None
-        self._resumed: dict[str, Tensor] = {}
+        self._resumed: Tensor | None = None
         self._collapsed = 0
         self._warned: set[str] = set()
 
     @override
-    def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._trainer = trainer
-        data = getattr(trainer, "datamodule", None)
+        data, device = getattr(trainer, "datamodule", None), trainer.strategy.root_device
         for name in self._metrics:
-            names = data.source_names(name) if isinstance(data, FeedbackDataModule) else ()
-            self._metrics[name] = MetricsBySource(names)
-        device = trainer.strategy.root_device
-        for metrics in self._metrics.values():
-            metrics.to(device if device.type != "mps" else "cpu")  # MPS has no float64
+            sources = data.source_names(name) if isinstance(data, FeedbackDataModule) else ()
+            metrics = ImplicitRewardMetrics(sources)
+            self._metrics[name] = metrics.to(device if device.type != "mps" else "cpu")  # MPS has no float64
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._metrics["train"].reset()
-        if self._resumed and trainer.is_global_zero:
-            self._metrics["train"].set_counts(self._resumed)
-        self._resumed = {}
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        metrics, resumed = self._metrics["train"], self._resumed
+        metrics.reset()
+        # Of a run that went on with other sources, what was gathered since the last time is of no use.
+        if resumed is not None and resumed.shape == metrics.sums_GKC.shape and trainer.is_global_zero:
+            metrics.sums_GKC += resumed.to(metrics.sums_GKC)
+        self._resumed = None
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return {}
-        return {
-            name: sum_tensor_over_ranks(value, self._trainer) for name, value in self._metrics["train"].counts().items()
-        }
+        return {"sums_GKC": sum_tensor_over_ranks(self._metrics["train"].sums_GKC, self._trainer)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        self._resumed = state_dict
+        self._resumed = state_dict.get("sums_GKC")
 
     @override
     def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
         metrics = self._metrics["train"]
         for rows in summary.rows:
             metrics.update(rows)
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not interval or (summary.step % interval and summary.step != 1):
+        if not is_time_to_log(trainer, summary.step, first_too=True):
             return
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}
-        values |= {"train/reward_shift": summary.reward_shift}
+        values["train/reward_shift"] = summary.reward_shift
         metrics.reset()
         log_step(trainer, module, values, summary.step)
-        self._warn(values, module.beta)
         shown = {"loss": "train/loss", "delta": "train/reward_shift", "margin": "train/rewards/margins"}
         module.log_dict({short: values[name] for short, name in shown.items()}, prog_bar=True, logger=False)
+        self._warn(values, module.beta)
 
     def _warn(self, values: dict[str, float], beta: float) -> None:
         for name, thumb in (("chosen", "thumbs-up"), ("rejected", "thumbs-down")):
@@ -115,46 +112,26 @@ class ImplicitRewardMonitor(StepCallback):
             rank_zero_warn(text)
 
     @override
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._metrics["val"].reset()
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._metrics[_stage(trainer)].reset()
 
     @override
-    def on_validation_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: BCOModule,
-        outputs: dict[str, Any],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._metrics["val"].update(outputs["rows"])
+        self._metrics[_stage(trainer)].update(outputs["rows"])
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._log_evaluation("val", pl_module)
-
-    @override
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._metrics["test"].reset()
-
-    @override
-    def on_test_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: BCOModule,
-        outputs: dict[str, Any],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._metrics["test"].update(outputs["rows"])
-
-    @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._log_evaluation("test", pl_module)
-
-    def _log_evaluation(self, name: str, pl_module: BCOModule) -> None:
+        name = _stage(trainer)
         values = {f"{name}/{key}": value for key, value in self._metrics[name].compute().items()}
         # Already summed over processes, so Lightning must not synchronise them again.
         pl_module.log_dict({**values, f"{name}/reward_shift": pl_module.reward_shift.value})
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+
+def _stage(trainer: Trainer) -> str:
+    return "test" if trainer.testing else "val"

@@ -94,6 +94,12 @@ def log_step(trainer: Trainer, module: LightningModule, values: Mapping[str, flo
     module.log_dict(dict(values), logger=False)
 
 
+def is_time_to_log(trainer: Trainer, step: int, first_too: bool = False) -> bool:
+    """Whether numbers of the steps up to this one are due, as ``trainer.log_every_n_steps`` says."""
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return interval > 0 and (step % interval == 0 or (first_too and step == 1))
+
+
 def _sums_of_rewards(step_rows: list[ScoredRows]) -> list[float | Tensor]:
     """Sum and count of the rewards of thumbs-up, then of thumbs-down rows."""
     if not step_rows:

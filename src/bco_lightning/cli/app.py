@@ -38,8 +38,8 @@ from bco_lightning.callbacks import (
     KnownRewardTrial,
     PredictionWriter,
     RunCheckpoint,
+    SpeedMonitor,
     StepProgressBar,
-    ThroughputMonitor,
 )
 from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, resolve_checkpoint
 from bco_lightning.cli import safety
@@ -296,7 +296,7 @@ class BCOCLI(LightningCLI):
             callbacks = [StepProgressBar(), *callbacks]
         if isinstance(config.get("strategy"), str):
             config["strategy"] = named_strategy(config["strategy"])
-        return super()._instantiate_trainer(config, [*callbacks, ThroughputMonitor()])
+        return super()._instantiate_trainer(config, [*callbacks, SpeedMonitor()])
 
     def after_fit(self) -> None:
         """Says where everything is and what to type next."""

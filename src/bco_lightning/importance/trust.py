@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bco_lightning.auc import Auc, clustered_auc
 from bco_lightning.importance.density_ratio import FittedRatio, centre_and_scale, clipped_ratios
 from bco_lightning.importance.trust_report import CalibrationBin, PromptCluster, TrustReport
+from bco_lightning.metrics import Auc, clustered_auc
 
 _BINS, _CLUSTERS, _PROMPTS_PER_CLUSTER, _EXAMPLES = 10, 8, 10, 2
 _EDGES = np.geomspace(0.05, 20.0, 21)

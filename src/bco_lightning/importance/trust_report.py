@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bco_lightning.auc import Auc
 from bco_lightning.importance.density_ratio import ENOUGH_EVIDENCE
+from bco_lightning.metrics import Auc
 
 _FEWEST_EFFECTIVE = 0.1  # of the thumbs-down rows
 _CLEARLY_UNEVEN = 0.6  # AUC

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from bco_lightning.auc import Array
-from bco_lightning.callbacks.throughput_monitor import matmul_ceiling
 from bco_lightning.errors import UserError
+from bco_lightning.metrics import Array
 from bco_lightning.models.language_model import resolve_dtype
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.options import LoraSettings
@@ -20,6 +21,7 @@ from bco_lightning.planning.model_shape import ModelShape, Weight, shape_of
 # Shares of the speed of a large matrix product that training reaches: small models and short rows are near the lower
 # end. The reference's pass is not in the useful operations and is paid out of this share too.
 EFFICIENCY = (0.15, 0.6)
+_MEASURING_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,40 @@ def cost_of(
     least, most = (epochs * flops / rate / share for share in reversed(EFFICIENCY))
     times = f"{machine.num_devices} × " if machine.num_devices > 1 else ""
     return replace(cost, flops=flops, seconds=(least, most), machine=f"{times}{machine.name}")
+
+
+@lru_cache
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product, the best of what fits into 0.2 seconds.
+
+    It is measured, once in a process, since data sheets know neither how many cores or watts a process may use nor
+    what the installed libraries make of them.
+
+    Args:
+        device: Where.
+        dtype: Data type of factors and product.
+
+    Returns:
+        A number above 0.
+    """
+    on_cpu = device.type == "cpu"
+    size, repeats = (1024, 1) if on_cpu else (4096, 10)
+    # Numbers at random, for hardware is faster on constant ones; by a generator of their own, for runs are repeatable.
+    generator = torch.Generator(device).manual_seed(0)
+    numbers = torch.randn(size, size, generator=generator, device=device).to(dtype)
+    best, began = float("inf"), time.perf_counter()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        torch.mm(numbers[:256, :256], numbers[:256, :256])
+        while time.perf_counter() - began < _MEASURING_SECONDS:
+            if not on_cpu:
+                torch.accelerator.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                torch.mm(numbers, numbers)
+            if not on_cpu:
+                torch.accelerator.synchronize(device)
+            best = min(best, (time.perf_counter() - start) / repeats)
+    return 2 * size**3 / best
 
 
 def num_steps(trainer: Mapping[str, Any], steps_per_epoch: int) -> int | None:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bco_lightning.auc import Auc, auc
 from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.importance.trust_report import TrustReport
@@ -16,6 +15,7 @@ from bco_lightning.inspection.lengths import LengthBias, Lengths, length_bias, o
 from bco_lightning.inspection.personal_data import Hits, count_personal_data
 from bco_lightning.inspection.prompts import PromptShift, drawn_rows, prompt_shift
 from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
+from bco_lightning.metrics import Auc, auc
 
 Level = Literal["problem", "warning", "note", "good"]
 _LONGEST_EXAMPLE, _LONGEST_OF_CLUSTER = 400, 120  # characters

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bco_lightning.auc import Array, Auc, auc
+from bco_lightning.metrics import Array, Auc, auc
 
 PERCENTILES = (90, 95, 99)
 _NUM_BINS = 36

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from bco_lightning.auc import Auc
 from bco_lightning.data.messages import printable
 from bco_lightning.importance.trust_report import CalibrationBin
 from bco_lightning.inspection.lengths import Histogram, LengthBias
+from bco_lightning.metrics import Auc
 
 WIDTH = 560
 _LEFT, _RIGHT = 44, 12

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bco_lightning.auc import Array, Auc, clustered_auc
+from bco_lightning.metrics import Array, Auc, clustered_auc
 
 MOST_ROWS = 20_000
 _FEWEST_ROWS, _FEWEST_PROMPTS, _FOLDS = 20, 10, 5  # rows of either class; distinct prompts

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from bco_lightning.auc import Array
 from bco_lightning.data.messages import said_in
+from bco_lightning.metrics import Array
 
 _BATCH_ROWS = 512
 

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bco_lightning.auc import Auc
 from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import RowCounts
 from bco_lightning.importance.terminal import text_table, trust_tables
@@ -17,6 +16,7 @@ from bco_lightning.inspection.cost import EFFICIENCY, Cost
 from bco_lightning.inspection.data_report import DataReport, Example, short_place
 from bco_lightning.inspection.lengths import Lengths, LengthSummary
 from bco_lightning.inspection.prompts import COIN, PromptShift
+from bco_lightning.metrics import Auc
 
 _STYLES = {"problem": "bold red", "warning": "yellow", "note": "", "good": "green"}
 

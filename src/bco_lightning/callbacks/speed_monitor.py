@@ -1,0 +1,153 @@
+"""Log how fast a run trains, and how much of what the device could do that is."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import Throughput, get_available_flops
+from lightning.pytorch import Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from bco_lightning.batch import FeedbackBatch, StepSummary
+from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
+from bco_lightning.distributed import max_over_ranks
+from bco_lightning.models.useful_flops import UsefulFlops
+from bco_lightning.module import BCOModule
+
+_GIB = 2**30
+_COUNTS = ("rows", "tokens", "positions", "padding", "flops")
+
+
+class SpeedMonitor(StepCallback):
+    """Logs speed, waste and peak memory of the optimizer steps since the last time, as ``speed/...``.
+
+    ==================== ===============================================================================================
+    tokens_per_second    tokens of all rows, prompt and completion, without padding, of all processes; those of a prompt
+                         that several rows share count for each of them
+    rows_per_second      rows of all processes
+    padding_share        positions of padding among the positions computed, 0 to 1
+    mfu                  useful FLOPs per second, see :class:`~bco_lightning.models.useful_flops.UsefulFlops`, as a
+                         share of what the data sheet of the device promises for the data type computed in, 0 to 1; only
+                         on devices that Lightning's table knows, which has no CPU
+    peak_memory_gib      largest since the start, of the process that took most: memory of tensors on CUDA, of the whole
+                         process elsewhere
+    ==================== ===============================================================================================
+
+    Rates and ``mfu`` are those of Lightning's :class:`~lightning.fabric.utilities.throughput.Throughput`; its callback
+    ``ThroughputMonitor`` would take every batch for one of the same size and wait for the device after each. Here
+    counts come from the batches, which know them without asking the device, are summed with all else that processes
+    tell each other of a step, and the device is waited for when values are logged, every
+    ``trainer.log_every_n_steps`` optimizer steps. The clock stands still from the start of a validation, and of a
+    checkpoint, to the next micro-batch; waiting for data counts.
+
+    Args:
+        clock: Seconds from any moment on.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+        mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+        peak = get_available_flops(trainer.strategy.root_device, mixed or pl_module.matmul_dtype)
+        # Counts are those of all processes, as if they were one device; a window of two updates is one interval.
+        self._throughput = Throughput(available_flops=(peak or 0) * trainer.world_size, window_size=2)
+        self._useful: UsefulFlops = pl_module.useful_flops
+        self._of_step: Counter[str] = Counter()
+        self._total: Counter[str] = Counter()
+        self._seconds, self._running_since, self._steps = 0.0, None, 0
+        self._update()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: BCOModule, batch: FeedbackBatch, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        if self._running_since is None:
+            self._running_since = self._clock()
+        padded = len(batch) * max(batch.lengths) if pl_module.layout == "padded" else 0
+        self._of_step["rows"] += len(batch)
+        self._of_step["tokens"] += batch.num_tokens
+        self._of_step["positions"] += padded or batch.num_computed
+        self._of_step["padding"] += padded and padded - batch.num_tokens
+        self._of_step["flops"] += self._useful.of_batch(batch)
+
+    @override
+    def numbers_of_step(self, trainer: Trainer, module: Any) -> Mapping[str, float | Tensor]:
+        own, self._of_step = self._of_step, Counter()
+        return {name: float(own[name]) for name in _COUNTS}
+
+    @override
+    def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
+        self._steps += 1
+        for name in _COUNTS:
+            self._total[name] += int(summary.totals[name])
+        if not is_time_to_log(trainer, summary.step):
+            return
+        device = trainer.strategy.root_device
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # what was asked for is still being computed
+        self._stop()
+        self._running_since = self._clock()
+        self._seconds, memory = max_over_ranks([self._seconds, float(peak_memory(device))], trainer)
+        rates = self._update()
+        values = {
+            "speed/tokens_per_second": rates["device/items_per_sec"],
+            "speed/rows_per_second": rates["device/samples_per_sec"],
+            "speed/padding_share": self._total["padding"] / self._total["positions"],
+            "speed/peak_memory_gib": memory / _GIB,
+        }
+        if "device/mfu" in rates:
+            values["speed/mfu"] = rates["device/mfu"]
+        self._total["padding"] = self._total["positions"] = 0
+        log_step(trainer, module, values, summary.step)
+        module.log("tok/s", values["speed/tokens_per_second"], prog_bar=True, logger=False)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._stop()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._running_since is not None:
+            self._seconds += self._clock() - self._running_since
+            self._running_since = None
+
+    def _update(self) -> dict[str, Any]:
+        flops, self._total["flops"] = self._total["flops"], 0
+        self._throughput.update(
+            time=self._seconds,
+            batches=self._steps,
+            samples=self._total["rows"],
+            lengths=self._total["tokens"],
+            flops=flops,
+        )
+        return self._throughput.compute()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that was in use at any time, in bytes.
+
+    Args:
+        device: On CUDA it is that of tensors there; elsewhere that of this process.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        # Unlike ru_maxrss it does not begin with what the process that started this one had.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1024 if Path("/proc").exists() else 1)
