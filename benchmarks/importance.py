@@ -151,17 +151,17 @@ class InTurn(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Looks at the weights that the loss is given."""
-        objective = pl_module.objective
+        losses = pl_module.objective.losses
 
-        def watched(*arguments: Any, importance_weights: torch.Tensor, **named: Any) -> torch.Tensor:
-            if weighed := bool((importance_weights != 1).any()):
+        def watched(rewards: torch.Tensor, up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            if weighed := bool((weights != 1).any()):
                 self.num_weighed += 1
             if weighed and not self._with:
                 raise RuntimeError("expected a step without weights, found some.")
-            loss: torch.Tensor = objective(*arguments, importance_weights=importance_weights, **named)
-            return loss
+            found: torch.Tensor = losses(rewards, up, weights)
+            return found
 
-        pl_module.objective = watched
+        pl_module.objective.losses = watched
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Keeps what the run has found."""

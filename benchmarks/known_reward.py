@@ -50,8 +50,7 @@ from rich.table import Table
 from torch import Tensor
 
 import machine
-from bco_lightning.objectives import bce_loss, bco_loss
-from bco_lightning.reward_shift import RewardShift
+from bco_lightning.objectives import RewardShift, bce_loss, bco_loss
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
 ANSWERS, FEATURES, EMBEDDING = 16, 32, 64

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
-from bco_lightning.fingerprints import versions
+from bco_lightning.identity import versions
 from workers.turn_taking import Turns
 
 

@@ -10,9 +10,8 @@ if TYPE_CHECKING:
     from bco_lightning.export import export_checkpoint, load_aligned
     from bco_lightning.metrics import ImplicitRewardMetrics
     from bco_lightning.module import BCOModule
-    from bco_lightning.objectives import bce_loss, bco_loss
+    from bco_lightning.objectives import RewardShift, bce_loss, bco_loss
     from bco_lightning.options import LoraSettings, PromptFeatures
-    from bco_lightning.reward_shift import RewardShift
 
 __version__ = "0.1.0"
 
@@ -24,7 +23,7 @@ _HOMES = {
     "LoraSettings": "bco_lightning.options",
     "PromptFeatures": "bco_lightning.options",
     "Rating": "bco_lightning.data",
-    "RewardShift": "bco_lightning.reward_shift",
+    "RewardShift": "bco_lightning.objectives",
     "Source": "bco_lightning.data",
     "bce_loss": "bco_lightning.objectives",
     "bco_loss": "bco_lightning.objectives",

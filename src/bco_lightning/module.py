@@ -21,7 +21,8 @@ from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
-from bco_lightning.fingerprints import (
+from bco_lightning.identity import (
+    accepted_differences,
     differences,
     digest_of_tensor,
     digest_of_tokenizer,
@@ -48,13 +49,12 @@ from bco_lightning.models.parallel import Sharding, is_sharded, own_part, plain_
 from bco_lightning.models.reference import Reference
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.models.useful_flops import UsefulFlops
-from bco_lightning.objectives import OBJECTIVES
+from bco_lightning.objectives import OBJECTIVES, Baseline, class_weights_of, mean_over_rows
 from bco_lightning.optimizers import make_optimizer
 from bco_lightning.options import REFERENCE, ModelOptions
 from bco_lightning.places import cache_root
 from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
 from bco_lightning.reference_store import ReferenceStore
-from bco_lightning.reward_shift import RewardShift
 from bco_lightning.strategies import refuse_unknown_sharding
 
 ReferencePlan = Literal["online", "known", "before", "lazily"]
@@ -83,8 +83,7 @@ class BCOModule(LightningModule):
         # Checkpoints are read with weights_only=True, which takes plain values only.
         self.save_hyperparameters(self.options.plain())
         self.lora, self.beta = self.options.lora, self.options.beta
-        self.objective = OBJECTIVES[self.options.objective]
-        self.reward_shift = RewardShift(self.options.reward_shift_decay)
+        self.objective = OBJECTIVES[self.options.objective](self.options.reward_shift_decay)
         self.class_weights: tuple[float, float] | None = None
         self.importance: ImportanceWeights | None = None
         self._stream_weights: StreamWeights | None = None
@@ -503,9 +502,9 @@ class BCOModule(LightningModule):
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in given)]
 
     @property
-    def decision_threshold(self) -> float:
-        """Reward above which a row counts as thumbs-up, in nats: the reward shift; 0 for an objective without one."""
-        return 0.0 if self.hparams["objective"] == "bce" else self.reward_shift.value
+    def reward_shift(self) -> Baseline:
+        """What the objective compares rewards with, estimated from past steps: of BCO the reward shift."""
+        return self.objective.baseline
 
     def on_fit_start(self) -> None:
         """Forgets the rows of an earlier fit."""
@@ -592,13 +591,7 @@ class BCOModule(LightningModule):
                 reference_log_probs_B = self._reference_log_probs(batch, trunk_states_SH, weigher)
         rewards_B = self.beta * (policy_log_probs_B - reference_log_probs_B)
         weights_B = weigher.weigh(batch) if weigher else batch.importance_weights_B
-        weights_B = torch.where(batch.thumbs_up_B, 1.0, weights_B)
-        losses_B = self.objective(
-            rewards_B,
-            batch.thumbs_up_B,
-            reward_shift=self.decision_threshold,
-            importance_weights=weights_B,
-        )
+        losses_B = self.objective.losses(rewards_B, batch.thumbs_up_B, weights_B)
         return losses_B, ScoredRows(
             thumbs_up_B=batch.thumbs_up_B,
             policy_log_probs_B=policy_log_probs_B.detach(),
@@ -608,7 +601,7 @@ class BCOModule(LightningModule):
             completion_lengths_B=batch.completion_lengths,
             row_ids_B=batch.row_ids_B,
             sources_B=batch.sources_B,
-            reward_shift=self.decision_threshold,
+            reward_shift=self.objective.threshold,
         )
 
     def _reference_log_probs(
@@ -632,8 +625,7 @@ class BCOModule(LightningModule):
         if self.step_summary is not None:  # the step before has ended
             self.step_rows, self.step_summary = [], None
         self.step_rows.append(rows)
-        up, down = self.class_weights or self._chosen_class_weights()
-        return (torch.where(batch.thumbs_up_B, up, down) * losses_B).mean()
+        return mean_over_rows(losses_B, batch.thumbs_up_B, self.class_weights or self._chosen_class_weights())
 
     def validation_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
         """The rows of a micro-batch, for the callbacks."""
@@ -763,25 +755,12 @@ class BCOModule(LightningModule):
     def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
         goes_on = self._trainer is not None and self.trainer.training
         then = checkpoint.get("fingerprints", {})
-        now = self.fingerprints() if goes_on else {name: self.beta for name in ("beta",) if name in then}
-        changed = differences({name: value for name, value in then.items() if goes_on or name in now}, now)
-        accepted = self._changes_to_accept() if goes_on else []
-        refused = [text for name, text in changed.items() if name not in accepted]
-        if refused:
-            raise CheckpointError(
-                "checkpoint",
-                f"expected the run that wrote it, found another ({'; '.join(refused)}).",
-                "Use the files and options of that run"
-                + (
-                    f", or name what may differ: --checkpoint.accept_changes '[{', '.join(changed)}]'."
-                    if goes_on
-                    else "."
-                ),
-            )
+        now = self.fingerprints() if goes_on else {"beta": self.beta}
+        changed = accepted_differences(then, now, self._changes_to_accept() if goes_on else [], goes_on=goes_on)
         self._accepted_changes = list(checkpoint.get("accepted_changes", []))
         for text in self._changed_settings(checkpoint, then) if goes_on else []:
             rank_zero_info(f"checkpoint: model.{text}.")
-        for text in changed.values():
+        for text in changed:
             self._accepted_changes.append(f"step {checkpoint['global_step']}: {text}")
             rank_zero_info(f"checkpoint: {text}, as checkpoint.accept_changes allows.")
 
@@ -870,8 +849,7 @@ class BCOModule(LightningModule):
                 "model.class_weights",
                 "expected two numbers or 'none' where no FeedbackDataModule is used, found 'auto'.",
             )
-        share_up, share_down = data.class_frequencies
-        return 1 / share_up, 1 / share_down
+        return class_weights_of(*data.class_frequencies)
 
     def _load_exported_reward_shift(self, name_or_path: str, reference: str) -> None:
         source = locate_model(name_or_path)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch, ScoredRows
 from bco_lightning.data.collate import collate
 from bco_lightning.distributed import gather_rows_over_ranks, max_tensor_over_ranks
-from bco_lightning.fingerprints import digest_of_values, versions
+from bco_lightning.identity import digest_of_values, versions
 from bco_lightning.models.language_model import REFERENCE_ADAPTER, final_dtype
 from bco_lightning.models.layout import layout_of
 from bco_lightning.reference_store import KEY_BYTES, RECORD, ReferenceStore

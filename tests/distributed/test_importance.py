@@ -51,14 +51,14 @@ class Weights(Callback):
         self._given: list[torch.Tensor] = []
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        objective = module.objective
+        losses = module.objective.losses
 
-        def recorded(*arguments: Any, importance_weights: torch.Tensor, **options: Any) -> torch.Tensor:
-            self._given.append(importance_weights)
-            loss: torch.Tensor = objective(*arguments, importance_weights=importance_weights, **options)
-            return loss
+        def recorded(rewards: torch.Tensor, up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            self._given.append(torch.where(up, 1.0, weights))
+            found: torch.Tensor = losses(rewards, up, weights)
+            return found
 
-        module.objective = recorded
+        module.objective.losses = recorded
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.of_rows |= dict(zip(batch.row_ids_B.tolist(), self._given.pop().tolist(), strict=True))

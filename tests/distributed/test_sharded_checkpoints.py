@@ -20,7 +20,7 @@ from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpointing import read_checkpoint, saved_steps, verify_checkpoint
 from bco_lightning.errors import CheckpointError, UserError
-from bco_lightning.fingerprints import digest_of_tensors
+from bco_lightning.identity import digest_of_tensors
 from bco_lightning.shards import put_shards
 from bco_lightning.strategies import FSDP1Strategy, FSDP2Strategy, named_strategy
 from tests.distributed.runs import TORCHRUN

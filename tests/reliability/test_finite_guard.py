@@ -37,9 +37,9 @@ class Inject(Callback):
 
     def on_train_start(self, trainer: Any, module: BCOModule) -> None:
         module.policy.base_model.register_forward_hook(self.in_policy_states)
-        score, objective = module.reference.log_probs, module.objective
+        score, objective = module.reference.log_probs, module.objective.losses
         module.reference.log_probs = lambda *a: score(*a) + self.now("reference log-probs")
-        module.objective = lambda *a, **o: objective(*a, **o) + self.now("loss")
+        module.objective.losses = lambda *a: objective(*a) + self.now("loss")
         trained = next(p for p in module.parameters() if p.requires_grad)
         trained.register_hook(lambda gradient: gradient + self.now("gradient"))
 

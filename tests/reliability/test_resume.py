@@ -186,12 +186,12 @@ def noisy_module(model: str) -> Any:
     from bco_lightning import BCOModule
 
     module = BCOModule(model, learning_rate=1e-2, dtype="float32")
-    objective = module.objective
+    losses = module.objective.losses
 
     def noisy(*arguments: Any, **options: Any) -> Any:
-        return objective(*arguments, **options) * (1 + 0.1 * (torch.rand(()) + random.random() + np.random.rand()))
+        return losses(*arguments, **options) * (1 + 0.1 * (torch.rand(()) + random.random() + np.random.rand()))
 
-    module.objective = noisy
+    module.objective.losses = noisy
     return module
 
 

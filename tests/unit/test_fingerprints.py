@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from bco_lightning.fingerprints import (
+from bco_lightning.identity import (
     differences,
     digest_of_tensor,
     digest_of_tensors,
     digest_of_tokenizer,
     git_revision,
+    random_state,
+    set_random_state,
     versions,
 )
-from bco_lightning.seeding import random_state, set_random_state
 
 
 def test_tensors_are_told_apart_by_name_shape_type_and_every_byte() -> None:

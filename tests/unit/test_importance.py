@@ -55,14 +55,14 @@ class Batches(Callback):
         self.losses: list[float] = []
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
-        objective = module.objective
+        losses = module.objective.losses
 
-        def recorded(*arguments: Any, importance_weights: torch.Tensor, **options: Any) -> torch.Tensor:
-            self.given.append(importance_weights)
-            losses: torch.Tensor = objective(*arguments, importance_weights=importance_weights, **options)
-            return losses
+        def recorded(rewards: torch.Tensor, up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            self.given.append(torch.where(up, 1.0, weights))
+            found: torch.Tensor = losses(rewards, up, weights)
+            return found
 
-        module.objective = recorded
+        module.objective.losses = recorded
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.rows += module.step_rows

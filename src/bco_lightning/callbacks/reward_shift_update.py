@@ -15,7 +15,7 @@ class RewardShiftUpdate(StepCallback):
     """Feeds the rewards of all micro-batches and ranks of a step to ``module.reward_shift``, after the step.
 
     During a step the shift stands still, so the step's gradient does not depend on how it was cut. The state lives in
-    :class:`~bco_lightning.reward_shift.RewardShift`, which the module puts into checkpoints. A subclass that the
+    :class:`~bco_lightning.objectives.RewardShift`, which the module puts into checkpoints. A subclass that the
     trainer is given is used instead.
     """
 

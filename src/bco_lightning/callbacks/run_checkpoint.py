@@ -30,8 +30,8 @@ from bco_lightning.checkpointing import (
 )
 from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
+from bco_lightning.identity import random_state, set_random_state
 from bco_lightning.module import BCOModule
-from bco_lightning.seeding import random_state, set_random_state
 from bco_lightning.shards import has_shards
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -50,7 +50,7 @@ from bco_lightning.data.options import Columns, Rating, Source
 from bco_lightning.distributed import is_in_a_group
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
-from bco_lightning.fingerprints import git_revision, versions
+from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect_command import inspect_command, split_arguments
 from bco_lightning.module import BCOModule
 from bco_lightning.options import LoraSettings, PromptFeatures

@@ -21,7 +21,7 @@ from bco_lightning.data.row_table import RowTable, held_out_prompts
 from bco_lightning.data.source import RowFormat, Source, chosen_rating
 from bco_lightning.data.tokenize import LengthLimits, RowTokenizer, chosen_template
 from bco_lightning.errors import check_choice
-from bco_lightning.fingerprints import digest_of_tokenizer, digest_of_values
+from bco_lightning.identity import digest_of_tokenizer, digest_of_values
 
 _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.messages import said_in
-from bco_lightning.fingerprints import digest_of_values
+from bco_lightning.identity import digest_of_values
 from bco_lightning.importance.prompt_encoders import ReferenceStates, SentenceEncoder, prompt_batches
 
 _TEXTS_AT_A_TIME = 256

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
-from bco_lightning.fingerprints import digest_of_tensors, digest_of_tokenizer, digest_of_values
+from bco_lightning.identity import digest_of_tensors, digest_of_tokenizer, digest_of_values
 from bco_lightning.importance.prompt_table import prompt_lengths
 from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states, run
 from bco_lightning.models.parallel import is_sharded

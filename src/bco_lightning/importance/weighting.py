@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from bco_lightning.checkpointing import read_checkpoint, write_checkpoint
 from bco_lightning.distributed import gather_over_ranks, sum_tensor_over_ranks
 from bco_lightning.errors import CheckpointError, FaultError, UserError
-from bco_lightning.fingerprints import digest_of_values
+from bco_lightning.identity import digest_of_values
 from bco_lightning.importance.density_ratio import (
     MOST_PROMPTS,
     DensityRatio,

@@ -1,30 +1,25 @@
-"""Objectives: pure functions from implicit rewards and thumbs to one loss per row."""
+"""Objectives: from implicit rewards and thumbs to the loss; ``bco.py`` is the paper's Eq. 7 and Eq. 8, whole."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
-from torch import Tensor
+from bco_lightning.objectives.bce import BCE, bce_loss
+from bco_lightning.objectives.bco import BCO, RewardShift, bco_loss, class_weights_of, mean_over_rows
+from bco_lightning.objectives.objective import Baseline, Objective
 
-from bco_lightning.objectives.bce import bce_loss
-from bco_lightning.objectives.bco import bco_loss
+# What ``model.objective`` names, made with ``model.reward_shift_decay``.
+OBJECTIVES: dict[str, Callable[[float], Objective]] = {"bco": BCO, "bce": BCE}
 
-
-class Objective(Protocol):
-    """What the module calls; see :func:`bco_loss` for the arguments."""
-
-    def __call__(
-        self,
-        rewards: Tensor,
-        thumbs_up: Tensor,
-        *,
-        reward_shift: Tensor | float,
-        importance_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Gives one loss per row, in nats."""
-        ...
-
-
-OBJECTIVES: dict[str, Objective] = {"bco": bco_loss, "bce": bce_loss}
-
-__all__ = ["OBJECTIVES", "Objective", "bce_loss", "bco_loss"]
+__all__ = [
+    "BCE",
+    "BCO",
+    "OBJECTIVES",
+    "Baseline",
+    "Objective",
+    "RewardShift",
+    "bce_loss",
+    "bco_loss",
+    "class_weights_of",
+    "mean_over_rows",
+]

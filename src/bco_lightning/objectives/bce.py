@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bco_lightning.objectives.bco import bco_loss
+from bco_lightning.objectives.bco import BCO, bco_loss
 
 
 def bce_loss(
@@ -26,3 +26,12 @@ def bce_loss(
         The loss of each row, shape ``(B,)``, in nats.
     """
     return bco_loss(rewards, thumbs_up, reward_shift=0.0, importance_weights=importance_weights)
+
+
+class BCE(BCO):
+    """:class:`BCO` with a threshold of 0; the reward shift is measured all the same, to be looked at."""
+
+    @property
+    def threshold(self) -> float:
+        """0 nats."""
+        return 0.0

@@ -1,18 +1,23 @@
-"""Digests of what a run is made of, so that a resumed run can tell whether it is still the same one."""
+"""What a run is made of: digests, versions, random numbers; and the refusal to go on as another run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from bco_lightning.errors import CheckpointError
 
 _PACKAGES = (
     "bco-lightning", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "tokenizers",
@@ -46,6 +51,21 @@ def digest_of_tokenizer(tokenizer: Any) -> str:
 def digest_of_values(values: Mapping[str, Any]) -> str:
     """SHA-256 over plain values, whatever their order."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@cache
+def digest_of_code(*names: str) -> str:
+    """SHA-256 over source files of this package.
+
+    Args:
+        names: Files and folders, such as ``batch.py`` and ``models``; of a folder all its Python files.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        path = Path(__file__).with_name(name)
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digest.update(f"{file.relative_to(path.parent).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 @cache
@@ -84,3 +104,54 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
 
 def _shortened(value: Any) -> str:
     return str(value) if len(str(value)) <= 20 else f"{str(value)[:12]}…".replace("\n", " ")
+
+
+def accepted_differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], accepted: Collection[str], *, goes_on: bool
+) -> list[str]:
+    """Compares a run with the one that wrote a checkpoint.
+
+    Args:
+        then: Fingerprints of the run that wrote it.
+        now: Fingerprints of this one.
+        accepted: Names that may differ.
+        goes_on: Whether this run goes on with it; one that only evaluates it may say less of itself.
+
+    Returns:
+        The differences that were accepted, in words.
+
+    Raises:
+        CheckpointError: If there are others.
+    """
+    changed = differences({name: value for name, value in then.items() if goes_on or name in now}, now)
+    if refused := [text for name, text in changed.items() if name not in accepted]:
+        remedy = f", or name what may differ: --checkpoint.accept_changes '[{', '.join(changed)}]'" if goes_on else ""
+        raise CheckpointError(
+            "checkpoint",
+            f"expected the run that wrote it, found another ({'; '.join(refused)}).",
+            f"Use the files and options of that run{remedy}.",
+        )
+    return list(changed.values())
+
+
+def random_state() -> dict[str, Any]:
+    """State of this process's generators (torch, its current CUDA device, NumPy, Python) as plain lists."""
+    python, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
+        "numpy": [str(kind), [int(key) for key in keys], *(float(value) for value in rest)],  # type: ignore[arg-type]
+        "python": [python, list(numbers), gauss],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts the generators back to where :func:`random_state` found them."""
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
+    python, numbers, gauss = state["python"]
+    random.setstate((python, tuple(numbers), gauss))
