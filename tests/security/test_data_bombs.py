@@ -16,8 +16,8 @@ import pytest
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
-from bco_lightning.data.readers import read_records
-from bco_lightning.data.readers.table_reading import batch_rows
+from bco_lightning.data.records import read_records
+from bco_lightning.data.records.parquet import batch_rows
 from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.feedback_row import Columns, LabelVocabulary, parse_row
-from bco_lightning.data.readers import parse_line
+from bco_lightning.data.records import parse_line
 from bco_lightning.errors import FeedbackRowError
 from tests.trials import Trials
 
@@ -137,7 +137,7 @@ FUZZER = """
 import sys
 import atheris
 data = "bco_lightning.data"
-read = [f"{data}.readers", f"{data}.strict_json", f"{data}.messages", f"{data}.feedback_row", f"{data}.labels", "json"]
+read = [f"{data}.records.strict_json", f"{data}.messages", f"{data}.feedback_row", f"{data}.labels", "json"]
 with atheris.instrument_imports(include=read):
     from tests.security.test_data_fuzzing import check
 atheris.Setup(sys.argv, check)

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
-from bco_lightning.data.readers import read_records
-from bco_lightning.data.readers.files import content_key, expand, open_file, open_unpacked, size_of, suffix_of
-from bco_lightning.data.readers.remote import public_name
+from bco_lightning.data.files import content_key, expand, open_file, open_unpacked, size_of, suffix_of
+from bco_lightning.data.records import read_records
+from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.reliability.test_bounded_memory import open_files_in
 
@@ -318,7 +318,7 @@ def test_a_glob_keeps_the_account_of_an_azure_url(monkeypatch: pytest.MonkeyPatc
         def glob(self, pattern: str, detail: bool) -> dict[str, Any]:
             return {"logs/2026/a.jsonl": {"type": "file"}}
 
-    monkeypatch.setattr("bco_lightning.data.readers.files.file_system", lambda url: (Azure(), "logs/2026/*.jsonl"))
+    monkeypatch.setattr("bco_lightning.data.files.file_system", lambda url: (Azure(), "logs/2026/*.jsonl"))
     url = "abfs://logs@account.dfs.core.windows.net/2026/"
     assert expand(f"{url}*.jsonl") == [f"{url}a.jsonl"]
 

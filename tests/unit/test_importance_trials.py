@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from bco_lightning.data.readers import read_records
+from bco_lightning.data.records import read_records
 from bco_lightning.errors import ConfigError, UserError
 from bco_lightning.importance.density_ratio import FittedRatio, K, fit_density_ratio
 from bco_lightning.importance.prompt_encoders import PromptFeatures, ReferenceStates, SentenceEncoder, prompt_batches

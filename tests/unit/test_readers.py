@@ -15,17 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from bco_lightning.data.readers import (
-    MAX_LINE_BYTES,
-    json_reading,
-    parse_line,
-    read_records,
-    strict_json,
-    table_reading,
-)
+from bco_lightning.data.records import MAX_LINE_BYTES, json_document, read_records, tables
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 ROWS = [
@@ -167,7 +158,7 @@ def test_a_malformed_record_of_a_json_document_leaves_the_others(tmp_path: Path)
 
 
 def test_a_json_document_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_reading, "MAX_DOCUMENT_BYTES", 16)
+    monkeypatch.setattr(json_document, "MAX_DOCUMENT_BYTES", 16)
     assert records(write(tmp_path / "a.json", b'[{"a": 1234567}]')) == [{"a": 1234567}]
     with pytest.raises(FeedbackRowError, match=r"a larger one.*jsonl"):
         records(write(tmp_path / "a.json", b'[{"a": 12345678}]'))
@@ -371,49 +362,8 @@ def test_a_missing_packaged_file_is_named(name: str) -> None:
         records(name)
 
 
-# Keys that come twice, colons in texts, white space around colons, escapes and numbers at the edge of what is allowed.
-keys = st.sampled_from(["a", "b", ":", 'a":', "\\", "é"])
-odd = st.sampled_from(
-    ["NaN", "1e999", "7" * 310, '"\\ud83d\\udc4d"', '"\\ud83d"', '"\\\\ud83d"', '": "', '"\\": "', "true"]
-)
-spaces = st.sampled_from(["", "", " ", "\t", "\r", " \n"])
-
-
-@st.composite
-def objects(draw: Any, inner: Any) -> str:
-    parts = draw(st.lists(st.tuples(keys.map(json.dumps), spaces, spaces, inner), max_size=4))
-    return "{" + ", ".join(f"{key}{before}:{after}{value}" for key, before, after, value in parts) + "}"
-
-
-texts = objects(
-    st.recursive(
-        odd | st.text(max_size=4).map(json.dumps) | st.floats().map(json.dumps),
-        lambda inner: objects(inner) | st.lists(inner, max_size=3).map(lambda values: f"[{','.join(values)}]"),
-        max_leaves=8,
-    )
-)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(texts, st.sampled_from(["", "\n", "\r\n", " ", "}", "\u2028"]))
-def test_the_quick_way_of_parsing_accepts_nothing_that_the_strict_way_refuses(text: str, end: str) -> None:
-    quick = strict_json._parse_quickly(text + end)
-    if quick is not None:
-        assert json.dumps(quick) == json.dumps(strict_json._parse_strictly(text + end, "log.jsonl:1"))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [*ROWS, {"n": [1, 2.5, None]}, {"a": {"b": [{"c": 'at 10:30: "it\'s" \U0001f44d'}]}}, {"t": "\\u12 \u2028 :"}],
-)
-@pytest.mark.parametrize("ascii_only", [True, False])
-def test_ordinary_rows_are_parsed_the_quick_way(row: dict[str, Any], ascii_only: bool) -> None:
-    line = json.dumps(row, ensure_ascii=ascii_only)
-    assert strict_json._parse_quickly(line + "\n") == parse_line(line.encode(), "log.jsonl:1") == row
-
-
 def test_arrow_batches_are_cut_into_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_reading, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 7)
     write_stream(tmp_path / "a.arrow")
     assert [record["prompt"] for record in records(tmp_path / "a.arrow")] == TABLE["prompt"].to_pylist()
     assert places(tmp_path / "a.arrow")[-1] == f"{tmp_path}/a.arrow:2000"

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.loading import BadRows
 from bco_lightning.data.parsing import RecordParser
-from bco_lightning.data.readers import read_records
+from bco_lightning.data.records import read_records
 from bco_lightning.data.source import Rating, RowFormat, Source
 from bco_lightning.data.streaming import json_lines, scanning
 from bco_lightning.data.streaming.index import StreamIndex

@@ -13,7 +13,7 @@ from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.formats.record_format import Candidate
 from bco_lightning.data.parsing import RecordParser
-from bco_lightning.data.readers import read_records
+from bco_lightning.data.records import read_records
 from bco_lightning.data.source import Rating, RowFormat
 from bco_lightning.errors import FeedbackRowError
 

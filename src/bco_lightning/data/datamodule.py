@@ -22,8 +22,8 @@ from bco_lightning.data.conflicts import Conflicts
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.loading import BadRowPolicy
 from bco_lightning.data.once_per_node import read_once_per_node
-from bco_lightning.data.readers.remote import public_name
 from bco_lightning.data.reading import ReadingOptions, RowReader
+from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_cache import ReadRows, RowCache
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowSet, RowTable

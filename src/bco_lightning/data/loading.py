@@ -13,8 +13,8 @@ from typing import Literal, TypeVar, cast, get_args
 from bco_lightning.batch import LeftOut, TokenizedSample
 from bco_lightning.data.formats.record_format import Candidate
 from bco_lightning.data.parsing import Parsed, RecordParser
-from bco_lightning.data.readers import read_records
-from bco_lightning.data.readers.remote import public_name
+from bco_lightning.data.records import read_records
+from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.row_table import RowTable
 from bco_lightning.data.source import RowFormat, Source

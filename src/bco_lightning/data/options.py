@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from bco_lightning.data.readers.remote import public_name
+from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError
 from bco_lightning.options import SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
 

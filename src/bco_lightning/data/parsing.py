@@ -8,7 +8,7 @@ from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.feedback_row import LabelVocabulary, rated
 from bco_lightning.data.formats import FORMATS, RecordFormat, format_of
 from bco_lightning.data.formats.record_format import Candidate
-from bco_lightning.data.readers import Record
+from bco_lightning.data.records import Record
 from bco_lightning.data.source import RowFormat, thumb_by_rule
 from bco_lightning.errors import FeedbackRowError
 

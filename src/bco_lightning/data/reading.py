@@ -13,8 +13,8 @@ from typing import Any, get_args
 import numpy as np
 
 from bco_lightning.data.conflicts import Conflicts
+from bco_lightning.data.files import content_key, expand
 from bco_lightning.data.loading import BadRowPolicy, BadRows, Loaded, RowLoader
-from bco_lightning.data.readers.files import content_key, expand
 from bco_lightning.data.row_cache import ReadRows, RowCache
 from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.data.row_table import RowTable, held_out_prompts

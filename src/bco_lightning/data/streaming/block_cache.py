@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bco_lightning.data.readers.remote import public_name
-from bco_lightning.data.readers.strict_json import Record
+from bco_lightning.data.records import Record
+from bco_lightning.data.remote import public_name
 from bco_lightning.data.streaming.blocks import Content, RecordFile, changed
 from bco_lightning.data.streaming.index import StreamIndex
 from bco_lightning.data.streaming.record_files import record_file

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bco_lightning.data.readers.strict_json import Record
+from bco_lightning.data.records import Record
 from bco_lightning.errors import FeedbackRowError
 
 BLOCK_ROWS, BLOCK_BYTES = 256, 2**18

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from bco_lightning.data.feedback_row import LabelVocabulary
+from bco_lightning.data.files import content_key
 from bco_lightning.data.formats import format_of
 from bco_lightning.data.loading import BadRows
 from bco_lightning.data.parsing import RecordParser
-from bco_lightning.data.readers.files import content_key
-from bco_lightning.data.readers.remote import public_name
+from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_counts import Counted, RowCounts
 from bco_lightning.data.source import RowFormat, Source
 from bco_lightning.data.streaming.blocks import BLOCK, Blocks, RecordFile

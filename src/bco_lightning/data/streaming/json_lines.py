@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bco_lightning.data.readers.files import size_of
-from bco_lightning.data.readers.remote import HTTP, errors_named, file_system, is_remote, protocol_of, public_name
-from bco_lightning.data.readers.strict_json import MAX_LINE_BYTES, Record, parse_line, refuse_binary
+from bco_lightning.data.files import size_of
+from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, Record, parse_line, refuse_binary
+from bco_lightning.data.remote import HTTP, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.data.streaming.blocks import BLOCK, BLOCK_BYTES, BLOCK_ROWS, Blocks, Content, Piece
 from bco_lightning.errors import FeedbackRowError
 
@@ -64,7 +64,7 @@ class JsonLines:
     """A ``.jsonl`` file, on a disk or wherever fsspec reads.
 
     Args:
-        path: As :func:`~bco_lightning.data.readers.files.expand` gives it.
+        path: As :func:`~bco_lightning.data.files.expand` gives it.
     """
 
     def __init__(self, path: str) -> None:

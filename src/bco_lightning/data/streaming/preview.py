@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from bco_lightning.batch import LeftOut
-from bco_lightning.data.readers.remote import public_name
+from bco_lightning.data.remote import public_name
 from bco_lightning.data.streaming.dataset import MALFORMED, Outcome, StreamDataset, TokenizedRow
 from bco_lightning.data.streaming.index import StreamIndex
 from bco_lightning.data.streaming.scanning import DOWN, UP

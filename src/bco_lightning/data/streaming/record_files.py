@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bco_lightning.data.readers.files import HUB, arrow_folder, expand, suffix_of
-from bco_lightning.data.readers.remote import is_remote, public_name
+from bco_lightning.data.files import HUB, arrow_folder, expand, suffix_of
+from bco_lightning.data.remote import is_remote, public_name
 from bco_lightning.data.source import Source
 from bco_lightning.data.streaming.blocks import RecordFile
 from bco_lightning.data.streaming.json_lines import JsonLines

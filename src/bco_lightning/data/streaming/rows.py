@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.loading import BadRows
-from bco_lightning.data.readers.remote import public_name
 from bco_lightning.data.reading import ReadingOptions
+from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_counts import Counted, RowCounts
 from bco_lightning.data.source import Source
 from bco_lightning.data.streaming.blocks import BLOCK_BYTES, BLOCK_ROWS

@@ -19,7 +19,7 @@ from bco_lightning.data.feedback_row import LabelVocabulary
 from bco_lightning.data.formats import FORMATS
 from bco_lightning.data.formats.record_format import Candidate
 from bco_lightning.data.parsing import RecordParser
-from bco_lightning.data.readers.strict_json import Record
+from bco_lightning.data.records import Record
 from bco_lightning.data.row_counts import NUM_PLACES, Counted
 from bco_lightning.data.source import RowFormat
 from bco_lightning.data.streaming.blocks import Blocks, Content, RecordFile

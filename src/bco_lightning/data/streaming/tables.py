@@ -12,10 +12,14 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from bco_lightning.data.readers.files import open_file, size_of
-from bco_lightning.data.readers.remote import public_name
-from bco_lightning.data.readers.strict_json import Record
-from bco_lightning.data.readers.table_reading import batch_rows, in_one_line, record_of, records_of, saved_dataset
+from bco_lightning.data.files import open_file, size_of
+from bco_lightning.data.records import Record
+from bco_lightning.data.records.parquet import batch_rows
+from bco_lightning.data.records.tables import _record_of as record_of
+from bco_lightning.data.records.tables import _records_of as records_of
+from bco_lightning.data.records.tables import _saved_dataset as saved_dataset
+from bco_lightning.data.records.tables import in_one_line
+from bco_lightning.data.remote import public_name
 from bco_lightning.data.streaming.blocks import BLOCK_BYTES, BLOCK_ROWS, Content, Piece, cut_evenly
 from bco_lightning.errors import FeedbackRowError
 
@@ -78,7 +82,7 @@ class ParquetRows:
     """A ``.parquet`` file, on a disk or wherever fsspec reads.
 
     Args:
-        path: As :func:`~bco_lightning.data.readers.files.expand` gives it.
+        path: As :func:`~bco_lightning.data.files.expand` gives it.
     """
 
     def __init__(self, path: str) -> None:

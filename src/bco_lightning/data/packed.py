@@ -7,7 +7,7 @@ import io
 import zlib
 from typing import Any, BinaryIO
 
-from bco_lightning.data.readers.remote import public_name
+from bco_lightning.data.remote import public_name
 from bco_lightning.errors import FeedbackRowError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from bco_lightning.errors import FeedbackRowError
@@ -153,3 +154,45 @@ class RemoteFile(io.RawIOBase):
         if not self.closed:
             super().close()
             self._file.close()
+
+
+def read_range(path: str, start: int, stop: int) -> bytes:
+    """The bytes of a file between two places, fewer where a local one ends before; of a remote one in one request.
+
+    Raises:
+        FeedbackRowError: If they cannot be read, or a server gives others than were asked for.
+    """
+    if start >= stop:
+        return b""
+    with errors_named(path):
+        if not is_remote(path):
+            with Path(path).open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        system, inside = file_system(path)
+        data = bytes(system.cat_file(inside, start=start, end=stop))
+        if len(data) != stop - start:
+            raise _no_ranges(path, f"{len(data)} bytes instead of {stop - start}")
+        return data
+
+
+def require_ranges(url: str, size: int) -> None:
+    """Refuses a web server that gives whole files alone, before it sends one that may be larger than memory."""
+    if not size:
+        raise _no_ranges(url, "an empty file, or one whose size it does not tell")
+    with errors_named(url):
+        system, inside = file_system(url)
+        try:
+            with system.open(inside, "rb", cache_type="none") as file:
+                file.seek(size - 1)
+                file.read(1)
+        except ValueError:  # of fsspec, where a server answers with all of it
+            raise _no_ranges(url, "one that gives whole files") from None
+
+
+def _no_ranges(path: str, found: str) -> FeedbackRowError:
+    return FeedbackRowError(
+        public_name(path),
+        f"expected a server that gives parts of files with data.streaming, found {found}.",
+        "Download the file, or set data.streaming: false.",
+    )

@@ -6,13 +6,14 @@ import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, BinaryIO
 
-from bco_lightning.data.readers.strict_json import (
+from bco_lightning.data.files import open_unpacked, suffix_of
+from bco_lightning.data.records.record_file import Place, Read, RecordFile
+from bco_lightning.data.records.strict_json import (
     MAX_INTEGER_DIGITS,
     MAX_LINE_BYTES,
-    Record,
     not_utf8,
     numbered_lines,
     refuse_other_encodings,
@@ -26,41 +27,49 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def read_csv(
-    file: BinaryIO, name: str, suffix: str, label_column: str | None, numeric: Collection[str]
-) -> Iterator[tuple[str, Record | FeedbackRowError]]:
-    """The rows of a CSV file with the place of each, its last line.
+class CsvRows(RecordFile):
+    """A ``.csv`` file, or a ``.tsv`` file, which is delimited by tabs.
 
     Args:
-        file: Its content.
-        name: What to call it.
-        suffix: ``.csv`` or ``.tsv``, which is delimited by tabs.
+        path: The file.
         label_column: Column whose cells are read as thumbs where they look like it.
         numeric: Columns whose cells are read as numbers where they look like it.
-
-    Raises:
-        FeedbackRowError: If the file is malformed in a way that leaves no telling where the next row begins.
     """
-    csv.field_size_limit(MAX_LINE_BYTES)
-    lines = _CsvLines(file, name)
-    rows = csv.reader(lines, delimiter=_DELIMITERS[suffix], strict=True)
-    try:
-        header = next(rows, [])
-        if lines.problem is not None:
-            raise lines.problem
-        _check_header(header, f"{name}:{rows.line_num or 1}")
-        for cells in rows:
-            place, problem = f"{name}:{rows.line_num}", lines.take_problem()
-            if problem is None and len(cells) != len(header):
-                found = str(len(cells))
-                problem = FeedbackRowError(place, f"expected {len(header)} cells as in the header, found {found}.")
-            if problem is not None:
-                if cells:
-                    yield place, problem
-                continue
-            yield place, _typed(dict(zip(header, cells, strict=True)), label_column, numeric)
-    except csv.Error as error:
-        raise FeedbackRowError(f"{name}:{rows.line_num}", f"expected CSV, found {error}.") from error
+
+    def __init__(self, path: str, label_column: str | None = None, numeric: Collection[str] = ()) -> None:
+        super().__init__(path)
+        self._label_column, self._numeric = label_column, numeric
+
+    def __iter__(self) -> Read:
+        """Reads it through; the place of a row is its last line."""
+        csv.field_size_limit(MAX_LINE_BYTES)
+        with open_unpacked(self.path) as file:
+            lines = _CsvLines(file, self.name)
+            rows = csv.reader(lines, delimiter=_DELIMITERS[suffix_of(self.path)], strict=True)
+            try:
+                header = next(rows, [])
+                if lines.problem is not None:
+                    raise lines.problem
+                _check_header(header, f"{self.name}:{rows.line_num or 1}")
+                for number, cells in enumerate(rows):
+                    place, problem = Place(number, rows.line_num), lines.take_problem()
+                    if problem is None and len(cells) != len(header):
+                        expected = f"expected {len(header)} cells as in the header, found {len(cells)}."
+                        problem = FeedbackRowError(f"{self.name}:{rows.line_num}", expected)
+                    if problem is None:
+                        yield place, self._typed(dict(zip(header, cells, strict=True)))
+                    elif cells:
+                        yield place, problem
+            except csv.Error as error:
+                raise FeedbackRowError(f"{self.name}:{rows.line_num}", f"expected CSV, found {error}.") from error
+
+    def _typed(self, record: dict[str, Any]) -> dict[str, Any]:
+        if self._label_column in record:
+            record[self._label_column] = _THUMBS.get(record[self._label_column], record[self._label_column])
+        for column in self._numeric:
+            if isinstance(cell := record.get(column), str):
+                record[column] = _number_of(cell)
+        return record
 
 
 class _CsvLines:
@@ -77,7 +86,7 @@ class _CsvLines:
         return self
 
     def __next__(self) -> str:
-        number, line = next(self._lines)
+        number, line, _ = next(self._lines)
         place = f"{self._name}:{number}"
         self._bytes_of_row += len(line)
         if self._bytes_of_row > MAX_LINE_BYTES:
@@ -109,16 +118,6 @@ def _check_header(header: list[str], place: str) -> None:
         raise FeedbackRowError(
             place, f"expected each column name once, found the same one in columns {numbers}.", "Rename or remove one."
         )
-
-
-def _typed(record: dict[str, Any], label_column: str | None, numeric: Collection[str]) -> dict[str, Any]:
-    if label_column in record:
-        record[label_column] = _THUMBS.get(record[label_column], record[label_column])
-    for column in numeric:
-        cell = record.get(column)
-        if isinstance(cell, str):
-            record[column] = _number_of(cell)
-    return record
 
 
 def _number_of(cell: str) -> int | float | str:

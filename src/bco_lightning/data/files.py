@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from bco_lightning.data.readers.remote import (
+from bco_lightning.data.packed import COMPRESSIONS, UnpackedFile
+from bco_lightning.data.remote import (
     HTTP,
     RemoteFile,
     errors_named,
@@ -20,7 +21,6 @@ from bco_lightning.data.readers.remote import (
     protocol_of,
     public_name,
 )
-from bco_lightning.data.readers.unpacking import COMPRESSIONS, UnpackedFile
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.places import resolve_packaged
 
@@ -144,19 +144,24 @@ def content_key(path: str) -> str:
         return f"sha256:{_digest_of([folder[1], named])}"
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str, in_parts: bool = False) -> io.BufferedReader:
     """Opens a file for reading its bytes as they are.
 
     Args:
         path: One that :func:`expand` gave, other than a folder or hub data set.
+        in_parts: Whether text is not read from the front to the end; tables never are.
 
     Returns:
-        A file; it can seek, except for text over HTTP, which is read as it comes.
+        A file; it can seek, except for text over HTTP that is not read in parts.
 
     Raises:
         FeedbackRowError: If it cannot be opened. Reads raise one if the connection breaks.
     """
-    return _open(path)
+    if is_remote(path):
+        whole = not in_parts and suffix_of(path) not in _TABLES
+        return io.BufferedReader(RemoteFile(path, whole), _BLOCK)
+    with errors_named(path):
+        return io.BufferedReader(Path(path).open("rb", buffering=0), _BLOCK)
 
 
 def open_unpacked(path: str) -> BinaryIO:
@@ -169,15 +174,8 @@ def open_unpacked(path: str) -> BinaryIO:
         FeedbackRowError: If it cannot be opened. Reads raise one if it is truncated or damaged.
     """
     compression = _suffixes(path)[1]
-    file = _open(path)
+    file = open_file(path)
     return file if not compression else io.BufferedReader(UnpackedFile(file, path, compression), _BLOCK)
-
-
-def _open(path: str) -> io.BufferedReader:
-    if is_remote(path):
-        return io.BufferedReader(RemoteFile(path, whole=suffix_of(path) not in _TABLES), _BLOCK)
-    with errors_named(path):
-        return io.BufferedReader(Path(path).open("rb", buffering=0), _BLOCK)
 
 
 def _suffixes(path: str) -> tuple[str, str]:

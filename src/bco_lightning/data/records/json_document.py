@@ -5,54 +5,52 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from json.decoder import scanstring  # type: ignore[attr-defined]
-from typing import BinaryIO
 
-from bco_lightning.data.readers.strict_json import Record, decode, parse_line
+from bco_lightning.data.files import open_unpacked
+from bco_lightning.data.records.record_file import Place, Read, Record, RecordFile
+from bco_lightning.data.records.strict_json import decode, parse_line
 from bco_lightning.errors import FeedbackRowError
 
 # The text of one emoji makes Python hold four bytes per character: 1 GiB for this.
 MAX_DOCUMENT_BYTES = 256 * 2**20
 _MORE = "more than one value"
-_skip = re.compile(r"[ \t\r\n]*").match
+_SPACE = re.compile(r"[ \t\r\n]*")
 # Where a value ends is all that is asked of this one; the values are parsed by the strict parser, one at a time.
-_scan = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len).scan_once  # type: ignore[attr-defined]
+_LENIENT = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
-def read_json(file: BinaryIO, name: str) -> Iterator[tuple[str, Record | FeedbackRowError]]:
-    """The records of a JSON document with the place of each, ``name:number``.
+class JsonDocument(RecordFile):
+    """A ``.json`` file, which is held in memory whole.
 
-    Args:
-        file: Its content.
-        name: What to call it.
-
-    Yields:
-        Each object of an array; of an object whose values are all objects these, with their key as ``id`` unless they
-        have one; else the object itself.
-
-    Raises:
-        FeedbackRowError: If it is too large, or not one JSON array or object.
+    Its records are each object of an array; of an object whose values are all objects these, with their key as ``id``
+    unless they have one; else the object itself.
     """
-    content = file.read(MAX_DOCUMENT_BYTES + 1)
-    if len(content) > MAX_DOCUMENT_BYTES:
-        found = f"expected a JSON document of at most {MAX_DOCUMENT_BYTES / 2**20:g} MiB, found a larger one."
-        raise FeedbackRowError(name, found, "Write one object per line, as .jsonl, which is read line by line.")
-    text = decode(content, name)
-    del content
-    start = _skip(text, 0).end()  # type: ignore[union-attr]
-    if text[start : start + 1] not in ("[", "{"):
-        found = "an empty file" if start == len(text) else "neither"
-        raise FeedbackRowError(name, f"expected a JSON array or object, found {found}.")
-    for number, (key, first, end) in enumerate(_records_in(text, start, name), 1):
-        place = f"{name}:{number}"
-        try:
-            yield place, _record(key, text[first:end].encode(), place)
-        except FeedbackRowError as error:
-            yield place, error.without_cause()
+
+    def __iter__(self) -> Read:
+        """Reads it through; places are numbers of records."""
+        with open_unpacked(self.path) as file:
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
+        if len(content) > MAX_DOCUMENT_BYTES:
+            found = f"expected a JSON document of at most {MAX_DOCUMENT_BYTES / 2**20:g} MiB, found a larger one."
+            raise FeedbackRowError(
+                self.name, found, "Write one object per line, as .jsonl, which is read line by line."
+            )
+        text = decode(content, self.name)
+        del content
+        start = _next(text, 0)
+        if text[start : start + 1] not in ("[", "{"):
+            found = "an empty file" if start == len(text) else "neither"
+            raise FeedbackRowError(self.name, f"expected a JSON array or object, found {found}.")
+        for number, (key, first, end) in enumerate(_records_in(text, start, self.name)):
+            place = f"{self.name}:{number + 1}"
+            try:
+                yield Place(number, number + 1), _record(key, text[first:end], place)
+            except FeedbackRowError as error:
+                yield Place(number, number + 1), error.without_cause()
 
 
-def _record(key: str | None, content: bytes, place: str) -> Record:
-    record = parse_line(content, place) or {}
+def _record(key: str | None, text: str, place: str) -> Record:
+    record = parse_line(text.encode(), place) or {}
     if key is None:
         return record
     try:
@@ -65,7 +63,7 @@ def _record(key: str | None, content: bytes, place: str) -> Record:
 def _records_in(text: str, start: int, name: str) -> Iterator[tuple[str | None, int, int]]:
     """Key, first and last index of each record."""
     if text[start] == "[":
-        yield from ((None, first, end) for _, first, end in _parts(text, start, name))
+        yield from _parts(text, start, name)
         return
     parts = list(_parts(text, start, name))
     if not all(text[first] == "{" for _, first, _ in parts):
@@ -83,17 +81,15 @@ def _parts(text: str, start: int, name: str) -> Iterator[tuple[str | None, int, 
         at = _next(text, start + 1)
         while text[at : at + 1] != closing:
             key, at = _key(text, at) if closing == "}" else (None, at)
-            _, end = _scan(text, at)
+            _, end = _LENIENT.raw_decode(text, at)
             yield key, at, end
             at = _next(text, end)
             if text[at : at + 1] == closing:
                 break
-            at = _next(text, _past(",", text, at))
+            at = _past(",", text, at)
             if text[at : at + 1] == closing:
                 raise json.JSONDecodeError("a comma before the end", text, at)
         rest = _next(text, at + 1)
-    except StopIteration as error:
-        raise _malformed(name, text, int(error.value), "Expecting value") from None
     except json.JSONDecodeError as error:
         raise _malformed(name, text, error.pos, error.msg) from None
     except RecursionError:
@@ -103,18 +99,22 @@ def _parts(text: str, start: int, name: str) -> Iterator[tuple[str | None, int, 
 
 
 def _key(text: str, at: int) -> tuple[str, int]:
-    key, end = scanstring(text, _past('"', text, at))
-    return key, _next(text, _past(":", text, _next(text, end)))
+    if text[at : at + 1] != '"':
+        raise json.JSONDecodeError("Expecting '\"'", text, at)
+    key, end = _LENIENT.raw_decode(text, at)
+    return key, _past(":", text, _next(text, end))
 
 
 def _past(character: str, text: str, at: int) -> int:
     if text[at : at + 1] != character:
         raise json.JSONDecodeError(f"Expecting {character!r}", text, at)
-    return at + 1
+    return _next(text, at + 1)
 
 
 def _next(text: str, at: int) -> int:
-    return _skip(text, at).end()  # type: ignore[union-attr]
+    """Where the next character is that is no white space."""
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _malformed(name: str, text: str, at: int, message: str) -> FeedbackRowError:

@@ -1,0 +1,167 @@
+"""One record of JSON text, trusting nothing about it; and the lines of a file, none longer than allowed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NoReturn
+
+from bco_lightning.data.messages import shown
+from bco_lightning.data.records.record_file import Record
+from bco_lightning.errors import FeedbackRowError
+
+# A million tokens of English are four of these MiB; a parsed line can take 24 times its bytes in memory.
+MAX_LINE_BYTES = 4 * 2**20
+# As many as the largest float has; longer ones take time that grows with the square of their length.
+MAX_INTEGER_DIGITS = 309
+_BINARY = {
+    b"\x1f\x8b": "a gzip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+}
+_MARKS = (*_BINARY, b"\xef\xbb\xbf")
+
+
+def parse_line(line: bytes, place: str) -> Record | None:
+    """The record in one line of a JSON Lines file.
+
+    Args:
+        line: Its bytes, with or without the line break.
+        place: File and line, for messages.
+
+    Returns:
+        The record; ``None`` for a line of white space.
+
+    Raises:
+        FeedbackRowError: If it is anything but one JSON object in UTF-8.
+
+    Example:
+        >>> parse_line(b'{"label": true}', "log.jsonl:1")
+        {'label': True}
+        >>> parse_line(b'{"label": true, "label": false}', "log.jsonl:2")
+        Traceback (most recent call last):
+        ...
+        bco_lightning.errors.FeedbackRowError: log.jsonl:2: expected each key once, found "label" twice in one object.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise too_long(place)
+    text = decode(line, place)
+    if not text or text.isspace():
+        return None
+    try:
+        record = _STRICT.decode(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise FeedbackRowError(
+            place,
+            f"expected one JSON object per line, found malformed JSON ({error.msg}, column {error.colno}).",
+            "" if text.endswith("\n") else "The file ends within this line; it may have been cut off.",
+        ) from error
+    except UnicodeEncodeError as error:
+        raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from error
+    except RecursionError as error:
+        raise FeedbackRowError(place, "expected plain JSON values, found brackets nested too deeply.") from error
+    except ValueError as error:
+        raise FeedbackRowError(place, f"expected {error}.") from error
+    if not isinstance(record, dict):
+        raise FeedbackRowError(place, f"expected a JSON object, found {shown(record)}.")
+    return record
+
+
+def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]]:
+    """Number from 1, bytes and length of each line of a file; of bytes, no more than one over the limit.
+
+    Raises:
+        FeedbackRowError: If the file breaks off or cannot be read on, naming the line reached.
+    """
+    number = 0
+    try:
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            size, rest = len(line), line
+            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES + 1)
+                size += len(rest)
+            number += 1
+            yield number, line, size
+    except FeedbackRowError as error:
+        raise FeedbackRowError(f"{name}:{number + 1}", error.problem, error.remedy) from None
+    except OSError as error:
+        raise FeedbackRowError(f"{name}:{number + 1}", f"expected to read on, found {type(error).__name__}.") from error
+
+
+def decode(content: bytes, place: str) -> str:
+    """The text of UTF-8 bytes.
+
+    Raises:
+        FeedbackRowError: If they are something else.
+    """
+    refuse_other_encodings(content, place)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise not_utf8(place, f"byte 0x{content[error.start]:02x} at column {column}") from error
+
+
+def refuse_other_encodings(content: bytes, place: str) -> None:
+    """Raises a FeedbackRowError if bytes begin like a known binary file, or with a mark, or hold a NUL."""
+    if content.startswith(_MARKS):
+        refuse_binary(content, place)
+        raise FeedbackRowError(
+            place, "expected UTF-8 without a byte order mark, found one.", "Save the file without it."
+        )
+    if b"\x00" in content:
+        raise FeedbackRowError(place, "expected text, found a NUL byte.", "Convert the file to UTF-8.")
+
+
+def refuse_binary(content: bytes, place: str) -> None:
+    """Raises a FeedbackRowError if a file that begins with these bytes is no text at all."""
+    for magic, name in _BINARY.items():
+        if content.startswith(magic):
+            raise FeedbackRowError(place, f"expected UTF-8 text, found {name}.", "Unpack or convert the file.")
+
+
+def not_utf8(place: str, found: str) -> FeedbackRowError:
+    """The error for bytes that are no UTF-8."""
+    return FeedbackRowError(place, f"expected UTF-8, found {found}.", "Convert the file.")
+
+
+def too_long(place: str) -> FeedbackRowError:
+    """The error for a row that would take too much memory."""
+    return FeedbackRowError(place, f"expected a row of at most {MAX_LINE_BYTES / 2**20:g} MiB, found a longer one.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for at, key in enumerate(keys) if key in record and keys.index(key) < at)
+        raise ValueError(f"each key once, found {shown(twice)} twice in one object")
+    return record
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise ValueError(f"numbers of at most {MAX_INTEGER_DIGITS} digits, found one of {len(digits)}")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError("finite numbers, found one beyond 1.8e308")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"plain JSON values, found the constant {name}, which is no JSON")
+
+
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_finite, parse_constant=_refuse_constant
+)

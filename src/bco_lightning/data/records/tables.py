@@ -1,0 +1,273 @@
+"""Rows of Arrow files, of folders that ``save_to_disk`` wrote, and of data sets of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bco_lightning.data.files import HUB, arrow_folder, open_file, size_of
+from bco_lightning.data.records.record_file import Block, Place, Read, Record, RecordFile, SeekableFile
+from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, not_utf8, too_long
+from bco_lightning.errors import FeedbackRowError
+from bco_lightning.places import resolve_packaged
+
+BATCH_ROWS = 256
+_BLOCK_BYTES, _PIECE_ROWS = 2**18, 2**14
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+_FILE_MAGIC = b"ARROW1"
+
+
+class ArrowFile(RecordFile):
+    """An ``.arrow`` file, of the streaming or the random access format."""
+
+    def __iter__(self) -> Read:
+        """Reads it through."""
+        with open_file(self.path) as file:
+            yield from rows_of(_batches_in(file), self.name, "an Arrow file")
+
+
+class HubRows(RecordFile):
+    """A data set of the hub, ``hub:OWNER/NAME@SPLIT``; the split is ``train`` if left out."""
+
+    def __iter__(self) -> Read:
+        """Reads it through.
+
+        Raises:
+            FeedbackRowError: If it cannot be loaded.
+        """
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        name, _, split = self.path.removeprefix(HUB).partition("@")
+        try:
+            dataset = load_dataset(resolve_packaged(name), split=split or "train")
+        except (OSError, ValueError, DatasetsError) as error:
+            raise _not_loaded(self.path, error) from error
+        # As Arrow, not decoded: images and sounds stay what they are, and need no package to open them.
+        tables = dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
+        yield from rows_of((_whole(batch) for table in tables for batch in table.to_batches()), self.name, "a data set")
+
+
+class ArrowFolder(SeekableFile):
+    """A folder that ``save_to_disk`` has written, with ``@SPLIT`` if it has several; it is mapped, not read."""
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Every few thousand rows."""
+        size = len(self._rows)
+        return [(start, min(start + _PIECE_ROWS, size)) for start in range(0, size, _PIECE_ROWS)]
+
+    def piece(self, start: int, stop: int) -> RowPiece:
+        """The rows between two."""
+        return RowPiece(self._batches(start, stop), self.name, "a data set", start)
+
+    def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Blocks."""
+        return offsets // self._block_rows
+
+    def block_of(self, offset: int) -> int:
+        """Number of the block."""
+        return offset // self._block_rows
+
+    def blocks(self, key: int) -> dict[int, Block]:
+        """The rows of one block."""
+        from pyarrow import ArrowException
+
+        start = key * self._block_rows
+        try:
+            table = _whole(self._rows[start : start + self._block_rows])
+        except (ArrowException, OSError) as error:
+            raise FeedbackRowError(self.name, f"expected a data set, found {in_one_line(error)}.") from error
+        return {key: RowBlock(table, start, self.name)}
+
+    def mark(self) -> str:
+        """A digest of the names and sizes of its files, and of what they say about the others."""
+        files = sorted(file for file in Path(*_folder_and_split(self.path)).rglob("*") if file.is_file())
+        told = [[file.name, file.stat().st_size, file.suffix == ".json" and file.read_text()] for file in files]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+    @cached_property
+    def _block_rows(self) -> int:
+        return max(1, min(BATCH_ROWS, _BLOCK_BYTES * len(self._rows) // max(1, size_of(self.path))))
+
+    @cached_property
+    def _rows(self) -> Any:
+        return _saved_dataset(self.path).with_format("arrow")
+
+    def _batches(self, start: int, stop: int) -> Iterator[Any]:
+        for first in range(start, stop, BATCH_ROWS):
+            yield from map(_whole, self._rows[first : min(first + BATCH_ROWS, stop)].to_batches())
+
+
+class RowPiece:
+    """Some rows of a table.
+
+    Args:
+        batches: They, as Arrow batches.
+        name: What to call their file.
+        kind: What the file is expected to be.
+        start: Number of the first.
+    """
+
+    num_lines = 0
+
+    def __init__(self, batches: Iterable[Any], name: str, kind: str, start: int) -> None:
+        self._batches, self._name, self._kind, self._start = batches, name, kind, start
+
+    def __iter__(self) -> Read:
+        """Reads them through."""
+        yield from rows_of(self._batches, self._name, self._kind, self._start)
+
+
+class RowBlock:
+    """Neighbouring rows of a table.
+
+    Args:
+        table: They, as an Arrow table.
+        first: Number of the first.
+        name: What to call their file.
+    """
+
+    def __init__(self, table: Any, first: int, name: str) -> None:
+        self._table, self._first, self._name, self.num_bytes = table, first, name, int(table.nbytes) + 4096
+
+    def at(self, place: Place) -> Record | FeedbackRowError:
+        """The row at a place."""
+        return _record_of(self._table.slice(place.offset - self._first, 1), f"{self._name}:{place.line}")
+
+
+def rows_of(batches: Iterable[Any], name: str, kind: str, number: int = 0) -> Read:
+    """The rows of Arrow batches as Python values, a few hundred in memory at a time.
+
+    Args:
+        batches: They.
+        name: What to call the file.
+        kind: What it is expected to be.
+        number: Rows of the file that come before.
+
+    Raises:
+        FeedbackRowError: If the file is damaged; its place then is the row reached.
+    """
+    from pyarrow import ArrowException
+
+    first = number
+    try:
+        for batch in batches:
+            if len(set(batch.schema.names)) < len(batch.schema.names):
+                raise FeedbackRowError(
+                    name, "expected each column name once, found one twice.", "Rename or remove one."
+                )
+            for start in range(0, len(batch), BATCH_ROWS):
+                for record in _records_of(batch.slice(start, BATCH_ROWS), name, number):
+                    yield Place(number, number + 1), record
+                    number += 1
+    except FeedbackRowError:
+        raise
+    except (ArrowException, OSError, ValueError, MemoryError) as error:  # the last one where a length is damaged
+        place = f"{name}:{number + 1}" if number > first else name
+        raise FeedbackRowError(place, f"expected {kind}, found {in_one_line(error)}.") from error
+
+
+def _records_of(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRowError]:
+    if batch.nbytes <= MAX_LINE_BYTES:
+        try:
+            records: list[Record] = batch.to_pylist()
+        except (ValueError, OverflowError, ArithmeticError):
+            pass  # as for single rows below
+        else:
+            return records
+    return [_record_of(batch.slice(at, 1), f"{name}:{before + at + 1}") for at in range(len(batch))]
+
+
+def _record_of(row: Any, place: str) -> Record | FeedbackRowError:
+    """One row, which is measured before it becomes Python values."""
+    if row.nbytes > MAX_LINE_BYTES:
+        return too_long(place)
+    try:
+        [record] = row.to_pylist()
+    except UnicodeDecodeError as error:
+        return not_utf8(place, f"byte 0x{error.object[error.start]:02x}")
+    except (ValueError, OverflowError, ArithmeticError) as error:
+        return FeedbackRowError(
+            place, f"expected values that Python can hold, found one that it cannot ({type(error).__name__})."
+        )
+    return record  # type: ignore[no-any-return]
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library says of a file; what the operating system says comes without the path, which may be a long one."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _batches_in(file: BinaryIO) -> Iterator[Any]:
+    import pyarrow as pa
+
+    if file.read(len(_FILE_MAGIC)) == _FILE_MAGIC:
+        reader = pa.ipc.open_file(file)
+        yield from (_whole(reader.get_batch(number)) for number in range(reader.num_record_batches))
+        return
+    size = _check_end(file)
+    file.seek(0)
+    yield from map(_whole, pa.ipc.open_stream(file))
+    if file.tell() < size:
+        raise pa.ArrowInvalid("more behind the end of the stream")
+
+
+def _whole(rows: Any) -> Any:
+    # Arrow takes the offsets of a file as they are; damaged ones would end the process.
+    rows.validate(full=True)
+    return rows
+
+
+def _check_end(file: BinaryIO) -> int:
+    """Bytes of a stream. It may end anywhere between two batches; that this is no loss, only its last bytes tell."""
+    from pyarrow import ArrowInvalid
+
+    size = file.seek(0, 2)
+    if not size:
+        raise ArrowInvalid("an empty one")
+    file.seek(-min(len(_END_OF_STREAM), size), 2)
+    if file.read() != _END_OF_STREAM:
+        raise ArrowInvalid("no end of the stream; it may have been cut off")
+    return size
+
+
+def _saved_dataset(path: str) -> Any:
+    """The data set in a folder.
+
+    Raises:
+        FeedbackRowError: If there is no such split, or a file is missing, cut off or no such description.
+    """
+    from datasets import load_from_disk
+
+    folder, split = _folder_and_split(path)
+    splits = sorted(inner.parent.name for inner in folder.glob("*/state.json"))
+    if split not in (splits or [""]):
+        found = f"those of {', '.join(splits)}" if splits else "one without splits"
+        raise FeedbackRowError(
+            path, f"expected one data set, found {found}.", f"Name it as {folder}@SPLIT if it has any."
+        )
+    try:
+        for shard in (folder / split).glob("*.arrow"):
+            with open_file(str(shard)) as file:
+                _check_end(file)
+        return load_from_disk(str(folder / split))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _not_loaded(path, error) from None
+
+
+def _folder_and_split(path: str) -> tuple[Path, str]:
+    return arrow_folder(path) or (Path(path), "")
+
+
+def _not_loaded(source: str, error: Exception) -> FeedbackRowError:
+    return FeedbackRowError(source, f"expected a data set, but it could not be loaded ({in_one_line(error)}).")
