@@ -11,7 +11,8 @@ import pytest
 from lightning.pytorch import Trainer
 
 from bco_lightning import BCOModule, FeedbackDataModule
-from bco_lightning.callbacks import KnownRewardTrial, PredictionWriter
+from bco_lightning.callbacks import PredictionWriter
+from bco_lightning.demo.trial import KnownRewardTrial
 from tests.reliability.tiny_run import make_log, make_model, start, tiny_fit, wait
 
 

@@ -259,7 +259,7 @@ def test_an_exploding_reward_and_a_collapsed_class_are_warned_of(byte_model: str
     ):
         tiny_fit(byte_model, feedback, module_options={"learning_rate": 1.0, "beta": 5.0})
     module = BCOModule(
-        byte_model, learning_rate=3e-2, dtype="float32", class_weights=(0.0, 1.0), reward_shift_decay=0.99
+        byte_model, learning_rate=3e-2, dtype="float32", class_weights=(1e-9, 1.0), reward_shift_decay=0.99
     )
     module.reward_shift.load_state_dict({"sums": [1e9, 1e9], "counts": [1e9, 1e9]})
     with pytest.warns(UserWarning, match="says thumbs-down to nearly every row"):

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from bco_lightning import BCOModule, FeedbackDataModule
-from bco_lightning.callbacks import FiniteGuard, KnownRewardTrial, PredictionWriter, RunCheckpoint
+from bco_lightning.callbacks import FiniteGuard, PredictionWriter, RunCheckpoint
 from bco_lightning.cli import main
 from bco_lightning.cli.safety import ALLOWED_IMPORTS
+from bco_lightning.demo.trial import KnownRewardTrial
 from tests.trials import Trials
 
 HOSTILE = "hostile_package"

@@ -11,11 +11,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bco_lightning import ImplicitRewardMetrics
-from bco_lightning.callbacks import KnownRewardTrial, RunCheckpoint
+from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 from bco_lightning.checkpointing import read_checkpoint
+from bco_lightning.demo.generation import sample_completions
+from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.generation import sample_completions
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
 

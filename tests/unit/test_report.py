@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bco_lightning.report import Alignment, measure_alignment
+from bco_lightning.demo.report import Alignment, Samples, measure_alignment
 
 
 def measured(policy: list[list[float]], reference: list[list[float]]) -> Alignment:
-    shape = torch.tensor(policy)
+    rewards_PS = torch.tensor(policy)
+    value = partial(torch.full_like, rewards_PS)
     return measure_alignment(
-        shape,
-        torch.tensor(reference),
-        policy_log_probs=torch.full_like(shape, -10.0).flatten(),
-        reference_log_probs=torch.full_like(shape, -12.0).flatten(),
-        own_log_probs=torch.full_like(shape, -15.0).flatten(),
-        policy_lengths=torch.full_like(shape, 4).flatten(),
-        reference_lengths=torch.full_like(shape, 5).flatten(),
+        Samples(rewards_PS, value(-10.0), value(-12.0), value(4)),
+        Samples(torch.tensor(reference), value(-15.0), value(-15.0), value(5)),
         seed=0,
     )
 

@@ -1,9 +1,8 @@
-"""Callbacks: guard, reward shift, metrics, trust, speed, checkpoints of a run, predictions, trial on a known reward."""
+"""Callbacks on one hook, a step has ended: guard, reward shift, metrics, speed, checkpoints; and trust, predictions."""
 
 from bco_lightning.callbacks.finite_guard import FiniteGuard
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
 from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
-from bco_lightning.callbacks.known_reward_trial import KnownRewardTrial
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.reward_shift_update import RewardShiftUpdate
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
@@ -15,7 +14,6 @@ __all__ = [
     "FiniteGuard",
     "ImplicitRewardMonitor",
     "ImportanceMonitor",
-    "KnownRewardTrial",
     "PredictionWriter",
     "RewardShiftUpdate",
     "RunCheckpoint",

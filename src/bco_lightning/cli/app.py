@@ -35,7 +35,6 @@ from typing_extensions import override
 
 from bco_lightning.callbacks import (
     FiniteGuard,
-    KnownRewardTrial,
     PredictionWriter,
     RunCheckpoint,
     SpeedMonitor,
@@ -47,6 +46,7 @@ from bco_lightning.cli.faults import in_words, watch_processes
 from bco_lightning.cli.help import keeping_help
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.options import Columns, Rating, Source
+from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.distributed import is_in_a_group
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint

@@ -1,1 +1,1 @@
-"""The offline demonstration: a feedback log whose thumbs come from a known reward, and the program that made it."""
+"""The offline demonstration: a feedback log with a known reward behind its thumbs, and what a run made of it."""

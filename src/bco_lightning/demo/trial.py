@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +17,14 @@ from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
-from bco_lightning.demo.tone import tone
+from bco_lightning.demo.generation import SampledCompletion, sample_completions
+from bco_lightning.demo.known_reward import KNOWN_REWARDS
+from bco_lightning.demo.report import Alignment, Samples, measure_alignment
 from bco_lightning.distributed import sharding_of
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.generation import SampledCompletion, sample_completions
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.module import BCOModule
 from bco_lightning.options import chosen_seed
-from bco_lightning.report import Alignment, measure_alignment
-
-KNOWN_REWARDS: dict[str, Callable[[str], float]] = {"tone": tone}
 
 
 class KnownRewardTrial(Callback):
@@ -58,7 +56,7 @@ class KnownRewardTrial(Callback):
         self.alignment: Alignment | None = None
 
     @override
-    def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if self.reward == "none" or stage != "fit":
             return
         if sharding_of(trainer) is not None:
@@ -66,16 +64,17 @@ class KnownRewardTrial(Callback):
                 "known_reward.reward", "expected whole weights to sample from, found them cut up.", "Use ddp, or none."
             )
         KNOWN_REWARDS[self.reward]("")  # what the reward needs must be missed before training, not after
-        if getattr(trainer, "datamodule", None) is None or trainer.datamodule.validation_dataset is None:  # type: ignore[attr-defined]
+        if getattr(getattr(trainer, "datamodule", None), "validation_dataset", None) is None:
             raise ConfigError("known_reward.reward", "expected held-out rows to sample prompts from, found none.")
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.reward == "none":
             return
+        data = trainer.datamodule  # type: ignore[attr-defined]
         log_dir = trainer.log_dir  # a broadcast: every process has to ask
         if trainer.is_global_zero:
-            self.alignment = self.compare(pl_module, self._held_out_prompts(trainer.datamodule))  # type: ignore[attr-defined]
+            self.alignment = self.compare(pl_module, _held_out_prompts(data, self.max_prompts))
             self.alignment.print(self.reward)
             if log_dir is not None:
                 self.alignment.write(Path(log_dir) / "alignment.json")
@@ -93,35 +92,18 @@ class KnownRewardTrial(Callback):
             Rewards, intervals, KL, perplexity and lengths.
         """
         asked = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
-        policy_samples = self._sample(module.policy, module.tokenizer, asked, "policy samples")
+        by_policy = self._sample(module.policy, module.tokenizer, asked, "policy samples")
         with module.reference.active_model() as reference:
-            reference_samples = self._sample(reference, module.tokenizer, asked, "reference samples")
-        by_policy = partial(completion_log_probs, module.policy)
-        log_probs = {
-            "policy_log_probs": self._log_probs(by_policy, module, asked, policy_samples),
-            "reference_log_probs": self._log_probs(module.reference.log_probs, module, asked, policy_samples),
-            "own_log_probs": self._log_probs(module.reference.log_probs, module, asked, reference_samples),
-        }
+            by_reference = self._sample(reference, module.tokenizer, asked, "reference samples")
+        of_policy = self._measured(module, asked, by_policy, partial(completion_log_probs, module.policy))
+        of_reference = self._measured(module, asked, by_reference)
         module.reference.release()
-        return measure_alignment(
-            self._rewards(policy_samples),
-            self._rewards(reference_samples),
-            **log_probs,
-            policy_lengths=torch.tensor([len(sample.token_ids) for sample in policy_samples]),
-            reference_lengths=torch.tensor([len(sample.token_ids) for sample in reference_samples]),
-            seed=self.seed,
-        )
-
-    def _held_out_prompts(self, data: Any) -> list[str]:
-        distinct = list(dict.fromkeys(data.validation_dataset["prompt"]))
-        chosen = distinct[: self.max_prompts] if self.max_prompts else distinct
-        row_tokenizer = data.row_tokenizer
-        return [row_tokenizer.render_prompt(json.loads(prompt)) for prompt in chosen]
+        return measure_alignment(of_policy, of_reference, self.seed)
 
     def _sample(self, model: PreTrainedModel, tokenizer: Any, asked: list[str], name: str) -> list[SampledCompletion]:
-        samples: list[SampledCompletion] = []
+        answers: list[SampledCompletion] = []
         for start in tqdm(range(0, len(asked), self.batch_size), desc=name):
-            samples += sample_completions(
+            answers += sample_completions(
                 model,
                 tokenizer,
                 asked[start : start + self.batch_size],
@@ -129,26 +111,42 @@ class KnownRewardTrial(Callback):
                 # Policy and reference draw from the same random numbers, which narrows their difference.
                 seed=self.seed + start,
             )
-        return samples
+        return answers
 
-    def _log_probs(
+    def _measured(
         self,
-        score: Callable[[FeedbackBatch], Tensor],
         module: BCOModule,
         asked: list[str],
-        samples: list[SampledCompletion],
-    ) -> Tensor:
+        answers: list[SampledCompletion],
+        score: Callable[[FeedbackBatch], Tensor] | None = None,
+    ) -> Samples:
+        """What the answers come to under the reference, and under the model that gave them if it is another."""
         rows = []
-        for prompt, sample in zip(asked, samples, strict=True):
+        for prompt, answer in zip(asked, answers, strict=True):
             prompt_ids = module.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            mask = [False] * len(prompt_ids) + [True] * len(sample.token_ids)
+            mask = [False] * len(prompt_ids) + [True] * len(answer.token_ids)
             rows.append(
-                {"input_ids": prompt_ids + sample.token_ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0}
+                {"input_ids": prompt_ids + answer.token_ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0}
             )
         device = next(module.policy.parameters()).device
-        starts = range(0, len(rows), self.batch_size)
-        return torch.cat([score(collate(rows[start : start + self.batch_size]).to(device)) for start in starts]).cpu()
+        batches = [collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
 
-    def _rewards(self, samples: list[SampledCompletion]) -> Tensor:
-        score = KNOWN_REWARDS[self.reward]
-        return torch.tensor([score(sample.text) for sample in samples]).view(-1, self.samples_per_prompt)
+        def by_prompt(values: Iterable[Any]) -> Tensor:
+            return torch.tensor([float(value) for value in values]).view(-1, self.samples_per_prompt)
+
+        def scored(score: Callable[[FeedbackBatch], Tensor]) -> Tensor:
+            return by_prompt(torch.cat([score(batch.to(device)).cpu() for batch in batches]))
+
+        reference_log_probs_PS = scored(module.reference.log_probs)
+        return Samples(
+            rewards_PS=by_prompt(KNOWN_REWARDS[self.reward](answer.text) for answer in answers),
+            log_probs_PS=scored(score) if score else reference_log_probs_PS,
+            reference_log_probs_PS=reference_log_probs_PS,
+            lengths_PS=by_prompt(len(answer.token_ids) for answer in answers),
+        )
+
+
+def _held_out_prompts(data: Any, most: int) -> list[str]:
+    """Distinct prompts of the held-out rows, rendered; at most so many, or all of them by 0."""
+    distinct = list(dict.fromkeys(data.validation_dataset["prompt"]))
+    return [data.row_tokenizer.render_prompt(json.loads(prompt)) for prompt in distinct[: most or None]]

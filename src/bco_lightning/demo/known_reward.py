@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -37,3 +38,6 @@ def _analyzer() -> Any:
             'pip install "bco-lightning[demo]"',
         ) from error
     return SentimentIntensityAnalyzer()
+
+
+KNOWN_REWARDS: dict[str, Callable[[str], float]] = {"tone": tone}

@@ -1,4 +1,7 @@
-"""What a run did to the model, measured with a known reward: numbers, table and file."""
+"""What a run did to the model, measured with a known reward: numbers, table and file.
+
+``P`` prompts, ``S`` fresh samples of a model for each.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,28 @@ from rich.table import Table
 from torch import Tensor
 
 _NUM_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Fresh samples of one model, each of shape ``(P, S)``.
+
+    Args:
+        rewards_PS: True rewards.
+        log_probs_PS: Log-probabilities under the model that drew them, in nats.
+        reference_log_probs_PS: The same under the reference.
+        lengths_PS: Tokens.
+    """
+
+    rewards_PS: Tensor
+    log_probs_PS: Tensor
+    reference_log_probs_PS: Tensor
+    lengths_PS: Tensor
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity under the reference."""
+        return float(torch.exp(-self.reference_log_probs_PS.double().sum() / self.lengths_PS.sum()))
 
 
 @dataclass(frozen=True)
@@ -76,48 +101,25 @@ class Alignment:
         for heading in ("", "policy", "reference", "difference (95 % interval)"):
             table.add_column(heading, justify="left" if not heading else "right")
         interval = f"{self.gain:+.3f} ({self.gain_low:+.3f} to {self.gain_high:+.3f})"
-        table.add_row(
-            f"true reward ({reward_name})", f"{self.reward_policy:.3f}", f"{self.reward_reference:.3f}", interval
-        )
         win_rate = f"{self.win_rate:.3f} ({self.win_rate_low:.3f} to {self.win_rate_high:.3f})"
-        table.add_row("win rate against reference", "", "", win_rate)
-        table.add_row("KL to reference, nats", f"{self.kl:.2f}", "", "")
-        table.add_row("perplexity under reference", f"{self.perplexity:.2f}", f"{self.perplexity_reference:.2f}", "")
-        table.add_row("tokens per answer", f"{self.tokens_policy:.1f}", f"{self.tokens_reference:.1f}", "")
+        for cells in (
+            (f"true reward ({reward_name})", f"{self.reward_policy:.3f}", f"{self.reward_reference:.3f}", interval),
+            ("win rate against reference", "", "", win_rate),
+            ("KL to reference, nats", f"{self.kl:.2f}"),
+            ("perplexity under reference", f"{self.perplexity:.2f}", f"{self.perplexity_reference:.2f}"),
+            ("tokens per answer", f"{self.tokens_policy:.1f}", f"{self.tokens_reference:.1f}"),
+        ):
+            table.add_row(*cells)
         console = Console()
         console.print(table)
         console.print(self.verdict, style="green" if self.gain_low > 0 else "bold red")
 
 
-def measure_alignment(
-    policy_rewards_PS: Tensor,
-    reference_rewards_PS: Tensor,
-    *,
-    policy_log_probs: Tensor,
-    reference_log_probs: Tensor,
-    own_log_probs: Tensor,
-    policy_lengths: Tensor,
-    reference_lengths: Tensor,
-    seed: int,
-) -> Alignment:
-    """Summarizes fresh samples.
-
-    Args:
-        policy_rewards_PS: True rewards of the policy's samples, shape (prompts, samples).
-        reference_rewards_PS: True rewards of the reference's samples, of the same shape.
-        policy_log_probs: Log-probabilities of the *policy's* samples under the policy, in nats, any shape.
-        reference_log_probs: Log-probabilities of the same samples under the reference.
-        own_log_probs: Log-probabilities of the *reference's* samples under the reference.
-        policy_lengths: Tokens of the policy's samples.
-        reference_lengths: Tokens of the reference's samples.
-        seed: Seed of the samples; also of the bootstrap.
-
-    Returns:
-        The numbers.
-    """
-    policy, reference = policy_rewards_PS.double(), reference_rewards_PS.double()
-    gains_P = policy.mean(1) - reference.mean(1)
-    duels = policy[:, :, None] - reference[:, None, :]
+def measure_alignment(policy: Samples, reference: Samples, seed: int) -> Alignment:
+    """Summarizes fresh samples of policy and reference for the same prompts; the seed is that of the bootstrap too."""
+    policy_PS, reference_PS = policy.rewards_PS.double(), reference.rewards_PS.double()
+    gains_P = policy_PS.mean(1) - reference_PS.mean(1)
+    duels = policy_PS[:, :, None] - reference_PS[:, None, :]
     wins_P = ((duels > 0).double() + 0.5 * (duels == 0).double()).mean((1, 2))
     gain_low, gain_high = _interval_over_prompts(gains_P, seed)
     win_low, win_high = _interval_over_prompts(wins_P, seed)
@@ -125,24 +127,20 @@ def measure_alignment(
         gain=float(gains_P.mean()),
         gain_low=gain_low,
         gain_high=gain_high,
-        reward_policy=float(policy.mean()),
-        reward_reference=float(reference.mean()),
+        reward_policy=float(policy_PS.mean()),
+        reward_reference=float(reference_PS.mean()),
         win_rate=float(wins_P.mean()),
         win_rate_low=win_low,
         win_rate_high=win_high,
-        kl=float((policy_log_probs.double() - reference_log_probs.double()).mean()),
-        perplexity=_perplexity(reference_log_probs, policy_lengths),
-        perplexity_reference=_perplexity(own_log_probs, reference_lengths),
-        tokens_policy=float(policy_lengths.double().mean()),
-        tokens_reference=float(reference_lengths.double().mean()),
-        num_prompts=policy.shape[0],
-        samples_per_prompt=policy.shape[1],
+        kl=float((policy.log_probs_PS.double() - policy.reference_log_probs_PS.double()).mean()),
+        perplexity=policy.perplexity,
+        perplexity_reference=reference.perplexity,
+        tokens_policy=float(policy.lengths_PS.double().mean()),
+        tokens_reference=float(reference.lengths_PS.double().mean()),
+        num_prompts=policy_PS.shape[0],
+        samples_per_prompt=policy_PS.shape[1],
         seed=seed,
     )
-
-
-def _perplexity(log_probs: Tensor, lengths: Tensor) -> float:
-    return float(torch.exp(-log_probs.double().sum() / lengths.sum()))
 
 
 def _interval_over_prompts(values_P: Tensor, seed: int) -> tuple[float, float]:
