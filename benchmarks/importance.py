@@ -3,20 +3,22 @@
     python benchmarks/importance.py
 
 A step with weights is compared with one without in one run: the weights are put in and taken out from step to step, and
-which of the two comes first alternates. All rows have as many tokens, so that every step is the same work. References
-are computed in each step, as a stream needs it.
+which of the two comes first alternates. All rows have as many tokens, so that every step is the same work. Rows are
+streamed: those of a table have their weights in a column before the first step.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,10 @@ from rich.table import Table
 
 import machine
 import speed
-from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
-from bco_lightning.importance.density_ratio import fit_density_ratio
-from bco_lightning.importance.prompt_encoders import PromptFeatures, ReferenceStates, SentenceEncoder, prompt_batches
-from bco_lightning.importance.prompt_table import K
-from bco_lightning.importance.trust import make_report
+from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings, PromptFeatures
+from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
+from bco_lightning.importance.ratio import K, fit_density_ratio
+from bco_lightning.importance.report import make_report
 from bco_lightning.models.language_model import load_language_model, load_tokenizer
 from bco_lightning.models.layout import choose_layout
 from rows import MODEL, SEED, synthetic_rows, write_rows
@@ -48,7 +49,6 @@ STEPS_THAT_DO_NOT_COUNT = 2
 OPENINGS = ("Write a poem.", "Why does my code fail?")
 # The data module's options and the encoder of each kind of run.
 RUNS: dict[str, tuple[dict[str, Any], str]] = {
-    "in memory": ({}, "reference"),
     "streamed": ({"streaming": True, "validation_files": None}, "reference"),
     "streamed, MiniLM": ({"streaming": True, "validation_files": None}, MINILM),
 }
@@ -80,13 +80,17 @@ def measure_features(rounds: int, share: float) -> list[dict[str, Any]]:
     for tokens, most in PROMPTS.items():
         texts = texts_of(tokenizer, max(4, int(most * share)), tokens)
         rows: list[dict[str, Any]] = [
-            {"input_ids": [*ids, 0], "completion_mask": [False] * len(ids) + [True], "thumbs_up": True, "row_id": row}
+            {
+                "input_ids": [*ids, 0],
+                "completion_mask": [False] * len(ids) + [True],
+                "thumbs_up": True,
+                "row_id": row,
+                "prompt": json.dumps([{"role": "user", "content": texts[row]}]),
+            }
             for row, ids in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"])
         ]
         dataset = Dataset.from_list(rows)
-        taken = [
-            {name: _seconds(encode, dataset, texts) for name, encode in encoders.items()} for _ in range(rounds + 1)
-        ][1:]
+        taken = [{name: _seconds(encode, dataset) for name, encode in encoders.items()} for _ in range(rounds + 1)][1:]
         points += [
             {
                 "encoder": name,
@@ -98,21 +102,18 @@ def measure_features(rounds: int, share: float) -> list[dict[str, Any]]:
     return points
 
 
-def _encoders() -> Iterator[tuple[str, Callable[[Dataset, list[str]], object]]]:
+def _encoders() -> Iterator[tuple[str, Callable[[Dataset], object]]]:
     for dtype in (torch.float32, torch.bfloat16):
         model = load_language_model(MODEL, dtype).eval()
         choose_layout(model, "packed")
-        yield f"reference, {str(dtype).removeprefix('torch.')}", _of_reference(ReferenceStates(model, PromptFeatures()))
-    encoder = SentenceEncoder(MINILM, "cpu")
-    yield "MiniLM, float32", lambda _, texts: encoder.features(texts)
+        encoder = ReferenceEncoder(PromptFeatures(), partial(nullcontext, model))
+        yield f"reference, {str(dtype).removeprefix('torch.')}", partial(_encode, encoder)
+    yield "MiniLM, float32", partial(_encode, SentenceEncoder(MINILM, "cpu"))
 
 
-def _of_reference(states: ReferenceStates) -> Callable[[Dataset, list[str]], object]:
-    def encode(dataset: Dataset, _: list[str]) -> None:
-        for _rows, batch in prompt_batches(dataset, range(len(dataset))):
-            states.features(batch)
-
-    return encode
+def _encode(encoder: Any, dataset: Dataset) -> None:
+    for _, batch in encoder.batches(dataset, np.arange(len(dataset))):
+        encoder.features(batch)
 
 
 def _seconds(work: Callable[..., object], *arguments: Any) -> float:
@@ -132,7 +133,7 @@ def measure_fit(num_prompts: int) -> dict[str, float]:
     began = time.perf_counter()
     fitted = fit_density_ratio(features, *counts)
     middle = time.perf_counter()
-    make_report(fitted, features, *counts, np.arange(num_prompts), encoder="none")
+    make_report(fitted, *counts, encoder="none")
     return {"fit": middle - began, "report": time.perf_counter() - middle, "evidence": fitted.evidence}
 
 
@@ -167,7 +168,7 @@ class InTurn(Callback):
         """Keeps what the run has found."""
         if not pl_module.importance.report.has_evidence:
             raise SystemExit("expected prompts that tell the classes apart, found none: nothing would be weighed.")
-        self._found = pl_module.importance, pl_module._stream_weights
+        self._found = pl_module._step_weigher
         self._turn(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -178,7 +179,7 @@ class InTurn(Callback):
     def _turn(self, module: Any) -> None:
         step = len(self.seconds)
         self._with = step % 4 in (0, 3)  # with, without, without, with
-        module.importance, module._stream_weights = self._found if self._with else (None, None)
+        module._step_weigher = self._found if self._with else None
         self._began = time.perf_counter()
 
     @property
@@ -223,7 +224,7 @@ def measure_steps(name: str, pairs: int, log: str) -> dict[str, Any]:
     if not in_turn.num_weighed:
         raise SystemExit("expected steps with weights, found none.")
     seconds = in_turn.pairs
-    importance = in_turn._found[0]
+    importance: Any = module.importance
     return {
         "run": name,
         "seconds": seconds,

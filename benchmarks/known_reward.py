@@ -333,7 +333,7 @@ def estimated_weights(prompts: Prompts, log: FeedbackLog) -> tuple[Tensor, list[
     """
     from threadpoolctl import threadpool_limits
 
-    from bco_lightning.importance.density_ratio import fit_density_ratio
+    from bco_lightning.importance.ratio import fit_density_ratio
 
     weights_SP, told = torch.ones_like(prompts.up_SP), []
     for seed, prompt_N in enumerate(log.prompt_SN):

@@ -29,11 +29,8 @@ from bco_lightning.identity import (
     digest_of_values,
     versions,
 )
-from bco_lightning.importance.density_ratio import MOST_PROMPTS
-from bco_lightning.importance.encoding import PromptEncoder, ReferencePrompts, SentencePrompts
-from bco_lightning.importance.prompt_encoders import ReferenceStates, SentenceEncoder
-from bco_lightning.importance.stream_weights import StreamWeights
-from bco_lightning.importance.weighting import ALONE, ImportanceWeights, find_weights
+from bco_lightning.importance.features import make_encoder
+from bco_lightning.importance.weights import Encoder, ImportanceWeights, StepWeigher, find_weights
 from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.language_model import (
     final_dtype,
@@ -51,7 +48,7 @@ from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.objectives import OBJECTIVES, Baseline, class_weights_of, mean_over_rows
 from bco_lightning.optimizers import make_optimizer
-from bco_lightning.options import REFERENCE, ModelOptions
+from bco_lightning.options import ModelOptions
 from bco_lightning.places import cache_root
 from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
 from bco_lightning.reference_store import ReferenceStore
@@ -86,8 +83,8 @@ class BCOModule(LightningModule):
         self.objective = OBJECTIVES[self.options.objective](self.options.reward_shift_decay)
         self.class_weights: tuple[float, float] | None = None
         self.importance: ImportanceWeights | None = None
-        self._stream_weights: StreamWeights | None = None
-        self._weighs_by: ReferenceStates | SentenceEncoder | None = None
+        self._encoder: Encoder | None = None
+        self._step_weigher: StepWeigher | None = None
         self.step_rows: list[ScoredRows] = []
         self.step_summary: StepSummary | None = None
         self._reference_digest = ""
@@ -374,28 +371,18 @@ class BCOModule(LightningModule):
 
     def _weigh_prompts(self) -> None:
         """Finds the importance weights of the training rows."""
-        self.importance = self._stream_weights = None
-        if self.hparams["importance_weights"] == "off":
+        self.importance = self._step_weigher = None
+        if self.options.importance_weights == "off":
             return
         data = getattr(self._trainer, "datamodule", None)
         if not isinstance(data, FeedbackDataModule):
             raise ConfigError(
                 "model.importance_weights",
-                f"expected off where no FeedbackDataModule is used, found {self.hparams['importance_weights']}.",
+                f"expected off where no FeedbackDataModule is used, found {self.options.importance_weights}.",
             )
-        self.take_importance(self.find_importance(data))
-        if problem := self.importance_problem(self.importance):
+        self._take_importance(self.find_importance(data))
+        if problem := self.importance.problem(self.options.importance_weights):  # type: ignore[attr-defined]
             raise problem
-
-    def importance_problem(self, weights: ImportanceWeights | None) -> ConfigError | None:
-        """Why a run with these weights is refused, if it is: ``on`` was asked for, and nothing could be tested."""
-        if weights is None or not weights.report.why_not or self.hparams["importance_weights"] != "on":
-            return None
-        return ConfigError(
-            "model.importance_weights",
-            f"expected rows on which a classifier of prompts can be tested: {weights.report.why_not}.",
-            "Set auto, which then leaves all weights at 1, or off.",
-        )
 
     def find_importance(self, data: FeedbackDataModule) -> ImportanceWeights:
         """Finds the importance weights of rows that a data module has read, of a stream those of a sample.
@@ -409,42 +396,26 @@ class BCOModule(LightningModule):
         Raises:
             ConfigError: If the encoder of prompts cannot be had.
         """
-        encoder = self._prompt_encoder()
-        dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
-        return find_weights(
-            dataset,
-            encoder,
-            tuple(self.hparams["importance_clip"]),
-            folder=cache_root(self.options.cache_folder) / "importance_weights",
-            row_passes=data.passes_of(dataset),
-            trainer=self._trainer or ALONE,
-        )
-
-    def _prompt_encoder(self) -> PromptEncoder:
-        features = self.options.prompt_features
-        with self._before_training() as device:
-            if features.encoder != REFERENCE:
-                self._weighs_by = SentenceEncoder(features.encoder, device)
-                return SentencePrompts(self._weighs_by, features.encoder)
-            with self.reference.pristine_model() as model:
-                self._weighs_by = states = ReferenceStates(model, features)
-
-        def encode(batch: FeedbackBatch) -> Tensor:
-            with self._before_training() as device, self.reference.pristine_model() as model:
-                return states.features(batch.to(device), model)
-
+        options, folder = self.options, cache_root(self.options.cache_folder) / "importance_weights"
         depends_on = {"weights": self._digest_of_reference(), "dtype": str(self.matmul_dtype)}
-        return ReferencePrompts(states, depends_on, encode)
+        self._encoder = make_encoder(options.prompt_features, self._reference_before_training, depends_on)
+        return find_weights(data, self._encoder, options.importance_clip, folder=folder, trainer=self._trainer)
 
-    def take_importance(self, weights: ImportanceWeights) -> None:
-        """Uses these weights from now on; what made them is kept only where rows of a stream still need it."""
-        self.importance = weights
-        data = getattr(self._trainer, "datamodule", None)
-        if self._weighs_by is None or not isinstance(data, FeedbackDataModule) or not data.streaming:
-            self._weighs_by = None
+    @contextmanager
+    def _reference_before_training(self) -> Iterator[PreTrainedModel]:
+        with self._before_training(), self.reference.pristine_model() as model:
+            yield model
+
+    def _take_importance(self, weights: ImportanceWeights) -> None:
+        """Uses these weights from now on: a column of a table; of a stream rows are weighed as their turn comes."""
+        self.importance, data = weights, getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, FeedbackDataModule):
             return
-        self._stream_weights = StreamWeights(self._weighs_by, weights.ratio)
-        data.with_words = isinstance(self._weighs_by, SentenceEncoder)
+        if not data.streaming:
+            data.set_column("train", "importance_weight", weights.row_weights)
+        elif weights.ratio.has_evidence and self._encoder is not None:
+            self._step_weigher = StepWeigher(self._encoder, weights.ratio)
+            data.with_words = self._encoder.takes_words
 
     def _sees_every_row(self, stage: str) -> bool:
         trainer = self.trainer
@@ -517,21 +488,11 @@ class BCOModule(LightningModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Gives a micro-batch the reference log-probs that are known, if those of all its rows are."""
         cache, name = self._reference_cache, self._name_of_dataset()
-        if isinstance(batch, FeedbackBatch) and self.trainer.training:
-            batch = self._weighed(batch)
         if cache is None or not isinstance(batch, FeedbackBatch):
             return batch
         if is_sharded(self.policy) and not cache.is_complete(name):
             return batch  # a pass through shards takes all processes; one alone cannot leave it out
         return replace(batch, reference_log_probs_B=cache.lookup(name, batch.row_ids_B))
-
-    def _weighed(self, batch: FeedbackBatch) -> FeedbackBatch:
-        """A micro-batch with its importance weights, or with what the step needs to find them."""
-        if self._stream_weights is not None:
-            return self._stream_weights.prepare(batch)
-        if self.importance is not None:
-            return replace(batch, importance_weights_B=self.importance.row_weights[batch.row_ids_B])
-        return batch
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Sums the step over processes, for the callbacks; one that is not finite ends here, or is left out."""
@@ -579,18 +540,16 @@ class BCOModule(LightningModule):
             The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached.
         """
         policy, trunk = self.policy, self._trunk
-        # Only rows of a stream come with folds: they are weighed by the states that these passes make anyway.
-        weigher = self._stream_weights if batch.prompt_folds_B is not None else None
-        shared = weigher is not None and self.reference.is_policy_without_adapter
-        with weigher.watch(policy) if weigher and shared else nullcontext():
+        weigher = self._step_weigher if self._step_weigher and self.trainer.training else None
+        with weigher.watching(self.reference.own_model or policy) if weigher else nullcontext():
             trunk_states_SH = self._trunk_states(batch)
-        with trunk.left_out() if trunk else nullcontext():
-            policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
-            reference_log_probs_B = batch.reference_log_probs_B
-            if reference_log_probs_B is None:
-                reference_log_probs_B = self._reference_log_probs(batch, trunk_states_SH, weigher)
+            with trunk.left_out() if trunk else nullcontext():
+                policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
+                reference_log_probs_B = batch.reference_log_probs_B
+                if reference_log_probs_B is None:
+                    reference_log_probs_B = self.reference.log_probs(batch, trunk_states_SH)
         rewards_B = self.beta * (policy_log_probs_B - reference_log_probs_B)
-        weights_B = weigher.weigh(batch) if weigher else batch.importance_weights_B
+        weights_B = weigher.weights(batch) if weigher else batch.importance_weights_B
         losses_B = self.objective.losses(rewards_B, batch.thumbs_up_B, weights_B)
         return losses_B, ScoredRows(
             thumbs_up_B=batch.thumbs_up_B,
@@ -603,14 +562,6 @@ class BCOModule(LightningModule):
             sources_B=batch.sources_B,
             reward_shift=self.objective.threshold,
         )
-
-    def _reference_log_probs(
-        self, batch: FeedbackBatch, trunk_states_SH: Tensor | None, weigher: StreamWeights | None
-    ) -> Tensor:
-        if weigher is None:
-            return self.reference.log_probs(batch, trunk_states_SH)
-        with self.reference.active_model() as model, weigher.watch(model):
-            return self.reference.log_probs(batch, trunk_states_SH)
 
     def _trunk_states(self, batch: FeedbackBatch) -> Tensor | None:
         return self._trunk.states(batch) if self._trunk is not None else None
@@ -727,10 +678,10 @@ class BCOModule(LightningModule):
         """Goes on with the bits of a run that had the same rows, encoder and options."""
         if state is None or self.hparams["importance_weights"] == "off":
             return
-        if self.importance is not None and self.importance.key != state["key"]:
+        if self.importance is not None and self.importance.key != state["told"]["key"]:
             return
         try:
-            self.take_importance(ImportanceWeights.from_state_dict(state))
+            self._take_importance(ImportanceWeights.from_state_dict(state))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 "checkpoint",

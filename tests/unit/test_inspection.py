@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ from datasets import Dataset
 
 from bco_lightning import LoraSettings
 from bco_lightning.data.messages import said_in
-from bco_lightning.importance.trust_report import PromptCluster, TrustReport
 from bco_lightning.inspection import cost as cost_module
 from bco_lightning.inspection.cost import (
     EFFICIENCY,
-    Cost,
     Machine,
     Work,
     cost_of,
@@ -28,7 +25,6 @@ from bco_lightning.inspection.cost import (
     useful_flops_of,
     work_of_epoch,
 )
-from bco_lightning.inspection.data_report import make_report
 from bco_lightning.inspection.lengths import Histogram, Lengths, LengthSummary, length_bias
 from bco_lightning.inspection.personal_data import Hits, count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
@@ -37,7 +33,6 @@ from bco_lightning.metrics import Auc, auc, clustered_auc
 from bco_lightning.models.language_model import load_policy
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.planning.model_shape import shape_of
-from tests.conftest import tiny_data, write_jsonl
 
 WORDS = ["river", "stone", "cloud", "ember", "lantern", "meadow", "harbor", "violet", "copper", "willow"]
 
@@ -354,46 +349,6 @@ def test_texts_of_rows_are_their_prompts_and_decoded_completions() -> None:
         ("two", "hc", False, "a:2"),
     ]
     assert prompts_of(stored_rows(), np.array([1, 0])) == ["two", "one"]
-
-
-def report_with_clusters(log: str, tokenizer: Any, num_examples: int, clusters: tuple[PromptCluster, ...]) -> Any:
-    data = tiny_data(log, validation_fraction=0.0, tokenizer=tokenizer)
-    data.setup("fit")
-    return make_report(
-        data,
-        data.train_dataset,
-        model="tiny",
-        limits={"data.max_length": 64},
-        arrays=RowArrays.of(data.train_dataset),
-        cost=Cost(Work(1, 1, 1, 1), 4, 6, None),
-        num_examples=num_examples,
-        trust=TrustReport("reference", 16.0, 8.0, 8, 8, clusters=clusters),
-    )
-
-
-CLUSTERS = (PromptCluster(4, 0.5, 0.5, 0.5, (9, 2)), PromptCluster(4, 0.5, 0.5, 0.5, (2,)))
-
-
-def test_examples_of_clusters_are_the_prompts_of_their_rows_on_one_line_each(
-    tmp_path: Path, rows: list[dict[str, Any]], tokenizer: Any
-) -> None:
-    rows[9]["prompt"] = "Tell\nme " + "more " * 40 + "\x1b[31mnow"
-    report = report_with_clusters(write_jsonl(tmp_path / "log.jsonl", rows), tokenizer, 1, CLUSTERS)
-    said = report.trust_texts
-    assert said.keys() == {2, 9}
-    assert said[2] == "Tell me about thing 2."
-    assert said[9].startswith("Tell me more")
-    assert said[9].endswith("more \ufffd[31mnow")
-    assert len(said[9]) < 130
-
-
-@pytest.mark.parametrize(("num_examples", "clusters"), [(0, CLUSTERS), (1, ())])
-def test_without_examples_there_are_no_texts_of_clusters(
-    log: str, tokenizer: Any, num_examples: int, clusters: tuple[PromptCluster, ...]
-) -> None:
-    report = report_with_clusters(log, tokenizer, num_examples, clusters)
-    assert report.trust_texts == {}
-    assert report.trust.clusters == clusters
 
 
 def test_tool_calls_and_parts_of_a_message_are_read_too() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +11,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from typing_extensions import override
 
-from bco_lightning.importance.terminal import (
-    CALIBRATION_HEADINGS,
-    CLUSTER_HEADINGS,
-    calibration_rows,
-    cluster_rows,
-    print_trust,
-    trust_rows,
-)
-from bco_lightning.importance.trust_report import TrustReport
+from bco_lightning.importance.report import TrustReport, print_trust, trust_rows
 from bco_lightning.module import BCOModule
 
 
 class ImportanceMonitor(Callback):
     """Before the first step: prints the trust report, logs it as ``importance/...``, writes ``importance.json``.
 
-    Numbers go to every logger, the histogram of weights and tables to TensorBoard; what they mean is said at
-    :class:`~bco_lightning.importance.trust_report.TrustReport`. No text of a prompt is shown or written. Nothing
+    Numbers go to every logger, the histogram of weights and the verdict to TensorBoard; what they mean is said at
+    :class:`~bco_lightning.importance.report.TrustReport`. No text of a prompt is shown or written. Nothing
     happens where importance weights are off.
     """
 
@@ -52,30 +42,20 @@ class ImportanceMonitor(Callback):
 
 def _scalars(report: TrustReport) -> dict[str, float]:
     """The numbers that are known."""
-    values = {
+    known = {
         name: getattr(report, name)
         for name in ("log_loss", "constant_log_loss", "effective_share", "mass", "at_low", "at_high")
     }
-    values |= {name: area.value for name in ("auc", "matched_auc") if (area := getattr(report, name)) is not None}
-    return {f"importance/{name}": value for name, value in values.items() if math.isfinite(value)}
+    known |= {name: area and area.value for name, area in (("auc", report.auc), ("matched_auc", report.matched_auc))}
+    return {f"importance/{name}": value for name, value in known.items() if value is not None}
 
 
 def _write_details(writer: Any, report: TrustReport, down_weights: Any, step: int) -> None:
     if len(down_weights):
         writer.add_histogram("importance/weights", down_weights.detach().cpu(), step)
     said = "\n\n".join([report.verdict, *(f"Warning: {warning}" for warning in report.warnings)])
-    texts = {
-        "verdict": f"{said}\n\n{_markdown(('', ''), trust_rows(report))}",
-        "calibration": _markdown(CALIBRATION_HEADINGS, calibration_rows(report)),
-        "clusters": _markdown(CLUSTER_HEADINGS, [row.cells for row in cluster_rows(report, {})]),
-    }
-    for name, text in texts.items():
-        writer.add_text(f"importance/{name}", text, step)
-
-
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in [("", ""), ("---", "---"), *trust_rows(report)])
+    writer.add_text("importance/verdict", f"{said}\n\n{rows}", step)
 
 
 def _write_file(report: TrustReport, path: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
-from bco_lightning.importance.trust_report import TrustReport
+from bco_lightning.importance.report import TrustReport
 from bco_lightning.inspection.cost import Cost
 from bco_lightning.inspection.lengths import LengthBias, Lengths, length_bias, over_limits
 from bco_lightning.inspection.personal_data import Hits, count_personal_data
@@ -18,7 +18,7 @@ from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
 from bco_lightning.metrics import Auc, auc
 
 Level = Literal["problem", "warning", "note", "good"]
-_LONGEST_EXAMPLE, _LONGEST_OF_CLUSTER = 400, 120  # characters
+_LONGEST_EXAMPLE = 400  # characters
 _CUT_ADVICE = {
     "completions cut": "The model does not see them end: raise data.max_length, or set data.long_completions: drop.",
     "prompts cut": "The model does not see all that was answered to: raise data.max_length.",
@@ -69,7 +69,6 @@ class DataReport:
         examples: A few of either class; empty if they are to be hidden.
         notes: What else there is to say.
         trust: What is known about the importance weights, if there are to be any.
-        trust_texts: The prompts of rows that are examples in ``trust``; empty if examples are to be hidden.
     """
 
     model: str
@@ -87,7 +86,6 @@ class DataReport:
     examples: tuple[Example, ...] = ()
     notes: tuple[Finding, ...] = ()
     trust: TrustReport | None = None
-    trust_texts: dict[int, str] = field(default_factory=dict)
 
     @property
     def trained_on(self) -> RowCounts:
@@ -137,7 +135,7 @@ def make_report(
         cost: What a run takes.
         num_examples: Examples of either class; 0 shows none.
         notes: What else there is to say.
-        trust: What is known about the importance weights; its examples are rows of ``dataset``.
+        trust: What is known about the importance weights.
 
     Returns:
         The report.
@@ -164,7 +162,6 @@ def make_report(
         examples=_examples(dataset, data.tokenizer, up, num_examples, data.seed),
         notes=notes,
         trust=trust,
-        trust_texts=_trust_texts(dataset, trust) if trust is not None and num_examples else {},
     )  # fmt: skip
 
 
@@ -177,14 +174,6 @@ def _examples(dataset: Any, tokenizer: Any, up: Any, number: int, seed: int) -> 
         Example(row.thumbs_up, short_place(row.place), shortened(row.prompt), shortened(row.completion))
         for row in texts_of(dataset, tokenizer, chosen)
     )
-
-
-def _trust_texts(dataset: Any, trust: TrustReport) -> dict[int, str]:
-    rows = sorted({row for cluster in trust.clusters for row in cluster.examples})
-    prompts = prompts_of(dataset, np.array(rows, dtype=np.int64))
-    return {
-        row: shortened(" ".join(prompt.split()), _LONGEST_OF_CLUSTER) for row, prompt in zip(rows, prompts, strict=True)
-    }
 
 
 def shortened(text: str, longest: int = _LONGEST_EXAMPLE) -> str:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
-from bco_lightning.importance.density_ratio import MOST_PROMPTS
-from bco_lightning.importance.trust_report import TrustReport
+from bco_lightning.importance.report import TrustReport
+from bco_lightning.importance.weights import MOST_PROMPTS
 from bco_lightning.inspection.cost import Cost, cost_of, machine_of, num_steps, work_of_epoch
 from bco_lightning.inspection.data_report import DataReport, Finding, make_report
 from bco_lightning.inspection.page import write_page
@@ -102,7 +102,7 @@ def inspect_command(
     if config.model.importance_weights != "off":
         module = BCOModule(**model_options)
         weights = module.find_importance(data)
-        trust, refused = weights.report, module.importance_problem(weights)
+        trust, refused = weights.report, weights.problem(config.model.importance_weights)
         if refused is not None:
             problem = problem or refused
             notes.append(Finding("problem", f"fit would not start: {refused.problem}"))

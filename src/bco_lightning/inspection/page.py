@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import RowCounts
 from bco_lightning.errors import ConfigError
-from bco_lightning.importance.terminal import CLUSTER_HEADINGS, cluster_rows, trust_rows
+from bco_lightning.importance.report import trust_rows
 from bco_lightning.inspection import pictures
 from bco_lightning.inspection.data_report import DataReport, short_place
 from bco_lightning.inspection.terminal import cost_rows, prompt_rows, short_time, summary_cells
@@ -54,8 +54,6 @@ def page_of(report: DataReport) -> str:
         cost_rows=cost_rows(report.cost),
         prompt_rows=prompt_rows(report.prompts, report.prompt_bias),
         trust_rows=trust_rows(report.trust) if report.trust else [],
-        cluster_headings=CLUSTER_HEADINGS,
-        clusters=cluster_rows(report.trust, report.trust_texts) if report.trust else [],
         pictures=_pictures(report),
     )
 

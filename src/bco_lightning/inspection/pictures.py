@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from bco_lightning.data.messages import printable
-from bco_lightning.importance.trust_report import CalibrationBin
+from bco_lightning.importance.report import CalibrationBin
 from bco_lightning.inspection.lengths import Histogram, LengthBias
 from bco_lightning.metrics import Auc
 

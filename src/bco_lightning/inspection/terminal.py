@@ -10,8 +10,7 @@ from rich.text import Text
 
 from bco_lightning.data.messages import printable
 from bco_lightning.data.row_counts import RowCounts
-from bco_lightning.importance.terminal import text_table, trust_tables
-from bco_lightning.importance.trust_report import interval
+from bco_lightning.importance.report import interval, text_table, trust_rows
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
 from bco_lightning.inspection.data_report import DataReport, Example, short_place
 from bco_lightning.inspection.lengths import Lengths, LengthSummary
@@ -39,7 +38,8 @@ def print_report(report: DataReport, console: Console) -> None:
         _examples_table(report.examples),
     ]
     if report.trust is not None:
-        tables[-1:-1] = trust_tables(report.trust, report.trust_texts, ascii_only=console.options.ascii_only)
+        rows = trust_rows(report.trust)
+        tables.insert(-1, text_table("Importance weights of thumbs-down rows", "", "", rows=rows))
     for table in tables:
         if table.row_count:
             console.print(table, highlight=False)

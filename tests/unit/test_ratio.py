@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -12,14 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bco_lightning.errors import ConfigError
-from bco_lightning.importance.density_ratio import (
-    DensityRatio,
-    FittedRatio,
-    K,
-    fit_density_ratio,
-)
-from bco_lightning.options import ModelOptions
+from bco_lightning.importance.ratio import FittedRatio, K, fit_density_ratio
 
 Array = np.ndarray[Any, Any]
 
@@ -84,14 +75,8 @@ def false_alarms(seeds: range, **options: Any) -> int:
     return alarms
 
 
-def test_without_divergence_all_weights_are_exactly_one() -> None:
-    assert false_alarms(range(2)) == 0
-
-
-@pytest.mark.parametrize(
-    "options", [{"share_up": 0.15}, {"rows": fifty_rows_of_one()}], ids=["few thumbs up", "one prompt has 50 rows"]
-)
-def test_skewed_classes_and_repeated_prompts_make_no_false_alarm(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"share_up": 0.15}, {"rows": fifty_rows_of_one()}])
+def test_without_divergence_all_weights_are_exactly_one(options: dict[str, Any]) -> None:
     assert false_alarms(range(1), **options) == 0
 
 
@@ -192,31 +177,25 @@ def test_the_same_input_gives_the_same_bits() -> None:
     assert first.ratio.normaliser == second.ratio.normaliser
 
 
-def test_the_scale_and_the_offset_of_features_do_not_matter() -> None:
+def test_neither_scale_nor_offset_nor_a_constant_among_features_matters() -> None:
     prompts = shifted_gaussians(num=300)
-    before = known_fit().log_ratios_P
     prompts.features = prompts.features * torch.logspace(-3, 3, 16) + torch.linspace(-1e-3, 1e-3, 16)
-    torch.testing.assert_close(prompts.fit().log_ratios_P, before, rtol=1e-3, atol=1e-3)
+    prompts.features = torch.cat([prompts.features, torch.full((300, 1), 0.1)], dim=1)
+    torch.testing.assert_close(prompts.fit().log_ratios_P, known_fit().log_ratios_P, rtol=1e-3, atol=1e-3)
 
 
-def test_a_new_prompt_is_judged_by_the_linear_formula_of_its_fold() -> None:
-    ratio = known_fit().ratio
-    features, folds = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), torch.arange(40) % K
-    expected = [
-        float(((x.double() - ratio.mean_H) / ratio.scale_H) @ ratio.coefficients_KH[k] + ratio.intercepts_K[k])
-        for x, k in zip(features, folds.tolist(), strict=True)
-    ]
-    np.testing.assert_allclose(ratio.log_ratios(features, folds), expected, atol=1e-5)
-
-
-def test_features_in_bfloat16_are_judged_in_float32_even_under_autocast() -> None:
+def test_a_new_prompt_is_judged_by_the_linear_formula_of_its_fold_in_float32_even_under_autocast() -> None:
     ratio = known_fit().ratio
     features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    folds = torch.arange(40) % K
+    keys = torch.arange(-20, 20)  # the fold of a key below 0 is the same for NumPy and PyTorch
+    expected = [
+        float((x.double() - ratio.mean_H) @ ratio.coefficients_KH[k % K] + ratio.intercepts_K[k % K])
+        for x, k in zip(features, keys.tolist(), strict=True)
+    ]
     with torch.autocast("cpu", torch.bfloat16):
-        found = ratio.log_ratios(features, folds)
+        found = ratio.log_ratios(features, keys)
     assert found.dtype == torch.float32
-    assert torch.equal(found, ratio.log_ratios(features.float(), folds))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def small(**changes: Any) -> Prompts:
@@ -226,12 +205,8 @@ def small(**changes: Any) -> Prompts:
     return prompts
 
 
-def with_nan() -> torch.Tensor:
-    features = small().features
-    features[17, 3] = math.nan
-    return features
-
-
+with_nan = small().features
+with_nan[17, 3] = math.nan
 ones, nothing, first = np.ones(200), np.zeros(200), (np.arange(200) == 0).astype(float)
 FAULTS = {
     "20 rows": (shifted_gaussians(num=20), r"at least 20 rows of either class, found \d+ up and \d+ down"),
@@ -254,7 +229,7 @@ FAULTS = {
         "at least 3 of 5 folds",
     ),
     "constant features": (small(features=torch.full((200, 16), 0.1)), "features that differ from prompt to prompt"),
-    "a NaN": (small(features=with_nan()), "finite features of prompts, found others in 1 of 200 prompts"),
+    "a NaN": (small(features=with_nan), "finite features of prompts, found others in 1 of 200 prompts"),
 }
 
 
@@ -265,37 +240,4 @@ def test_data_that_no_classifier_can_be_fitted_to_have_weights_of_one_and_say_wh
     assert fitted.why_not.startswith("expected ")
     with pytest.raises(AssertionError, match=why):
         raise AssertionError(fitted.why_not)
-    assert not fitted.ratio.has_evidence
     assert torch.equal(fitted.ratio.weights(fitted.log_ratios_P), torch.ones(len(prompts.up)))
-
-
-def test_a_constant_feature_among_others_is_left_out() -> None:
-    prompts = shifted_gaussians(num=300)
-    before = known_fit().log_ratios_P
-    prompts.features = torch.cat([prompts.features, torch.full((300, 1), 0.1)], dim=1)
-    torch.testing.assert_close(prompts.fit().log_ratios_P, before, rtol=1e-4, atol=1e-4)
-
-
-def test_it_survives_a_safe_checkpoint() -> None:
-    ratio = replace(known_fit().ratio, clip=(0.2, 5.0))
-    file = io.BytesIO()
-    torch.save(ratio.state_dict(), file)
-    file.seek(0)
-    loaded = DensityRatio.from_state_dict(torch.load(file, weights_only=True))
-    features, folds = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), torch.arange(40) % K
-    expected = ratio.weights(ratio.log_ratios(features, folds))
-    assert not torch.equal(expected, torch.ones(40))
-    assert torch.equal(loaded.weights(loaded.log_ratios(features, folds)), expected)
-    assert loaded.clip == (0.2, 5.0)
-
-
-def test_it_moves_to_another_device() -> None:
-    moved = known_fit().ratio.to("meta")
-    assert {moved.mean_H.device.type, moved.intercepts_K.device.type} == {"meta"}
-    assert moved.log_ratios(torch.empty(3, 16, device="meta"), torch.zeros(3, dtype=torch.int64)).device.type == "meta"
-
-
-@pytest.mark.parametrize("clip", [(0.0, 10.0), (2.0, 10.0), (0.1, 0.5), (0.1, math.inf), (math.nan, 10.0)])
-def test_bounds_without_one_between_them_are_refused(clip: tuple[float, float]) -> None:
-    with pytest.raises(ConfigError, match=r"model\.importance_clip"):
-        ModelOptions("some/model", importance_clip=clip)

@@ -1,0 +1,307 @@
+"""Features of prompts: pooled states of the reference, or what a sentence-transformers model makes of the words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import cached_file
+
+from bco_lightning.batch import FeedbackBatch
+from bco_lightning.data.collate import collate
+from bco_lightning.data.messages import said_in
+from bco_lightning.errors import ConfigError, LanguageModelError, UserError
+from bco_lightning.identity import digest_of_tensors, digest_of_tokenizer, digest_of_values
+from bco_lightning.importance.ratio import Array
+from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states, run
+from bco_lightning.models.parallel import is_sharded
+from bco_lightning.options import REFERENCE, PromptFeatures
+from bco_lightning.places import resolve_packaged
+
+BATCH_TOKENS = 4096
+_ROWS_AT_A_TIME = 256
+_OPTION = "model.prompt_features"
+_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version")
+_KNOWN_PARTS = ("Transformer", "Pooling", "Normalize", "Dense")
+
+
+def make_encoder(
+    features: PromptFeatures, reference: Callable[[], AbstractContextManager[Any]], depends_on: Mapping[str, Any]
+) -> ReferenceEncoder | SentenceEncoder:
+    """The encoder that is asked for; arguments as of :class:`ReferenceEncoder`."""
+    if features.encoder == REFERENCE:
+        return ReferenceEncoder(features, reference, depends_on)
+    with reference() as model:
+        device = next(model.parameters()).device
+    return SentenceEncoder(features.encoder, device)
+
+
+class ReferenceEncoder:
+    """Prompts as the reference sees them: in the chat template, cut as they are trained on, behind a decoder layer.
+
+    States of a prompt do not depend on what follows it, so they may come from a pass over whole rows.
+
+    Args:
+        features: Which layer, and how its states are pooled.
+        reference: Gives the reference, on its device, for as long as its context lasts.
+        depends_on: Digest of the reference's weights, and what else its states depend on.
+
+    Attributes:
+        name: What people call it.
+        fingerprint: Digest of all that its features depend on besides the prompt, rounding apart.
+
+    Raises:
+        ConfigError: If the reference has no such layer, or no list of layers.
+    """
+
+    takes_words = False
+
+    def __init__(
+        self,
+        features: PromptFeatures,
+        reference: Callable[[], AbstractContextManager[Any]],
+        depends_on: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._reference, self.pooling = reference, features.pooling
+        self._states: Tensor | None = None
+        with reference() as model:
+            num_layers = len(decoder_layers_of(causal_lm_of(model))[1])
+        if not num_layers:
+            raise ConfigError(
+                f"{_OPTION}.encoder",
+                f"expected a reference with one list of decoder layers, found {type(causal_lm_of(model)).__name__}.",
+                "Name a sentence-transformers model.",
+            )
+        self.depth = max(1, num_layers // 2) if features.layer is None else features.layer
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or not 1 <= self.depth <= num_layers:
+            raise ConfigError(
+                f"{_OPTION}.layer",
+                f"expected a decoder layer from 1 to {num_layers}, found {features.layer!r}.",
+                "Leave it out for the middle one.",
+            )
+        self.name = f"the reference, layer {self.depth}, {self.pooling} of the prompt's tokens"
+        self.fingerprint = digest_of_values({**(depends_on or {}), "layer": self.depth, "pooling": self.pooling})
+
+    def batches(self, dataset: Any, rows: Array) -> Iterator[tuple[Array, FeedbackBatch]]:
+        """The prompts alone of some rows, in batches of at most 4,096 tokens; a longer prompt comes alone."""
+        columns = dataset.select_columns(["input_ids", "completion_mask", "thumbs_up", "row_id"])
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            some = rows[start : start + _ROWS_AT_A_TIME]
+            prompts = [_prompt_alone(row) for row in columns.select(some)]
+            lengths = np.array([len(prompt["input_ids"]) for prompt in prompts])
+            order = np.argsort(-lengths, kind="stable")  # of one length, as far as may be, for models that pad
+            while len(order):
+                count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), BATCH_TOKENS, side="right")))
+                chosen, order = order[:count], order[count:]
+                # Prompts that begin alike are not shared: what rows are beside would show in the last bits.
+                yield some[chosen], collate([prompts[place] for place in chosen], share_prompts=False)
+
+    @torch.no_grad()
+    def features(self, batch: FeedbackBatch) -> Tensor:
+        """Features of each row's prompt, by a pass that stops behind the layer if the model is not sharded.
+
+        Args:
+            batch: A micro-batch, such as :meth:`batches` makes.
+
+        Returns:
+            Shape ``(B, H)``, float32, on the CPU.
+        """
+        with self._reference() as model:
+            causal_lm = causal_lm_of(model)
+            batch = batch.to(next(causal_lm.parameters()).device)
+            cut = contextlib.nullcontext() if is_sharded(causal_lm) else only_layers(causal_lm, slice(self.depth))
+            with self.watching(model), cut:
+                run(causal_lm, partial(predicting_states, batch=batch))
+        return self.features_in_step(batch).cpu()
+
+    def num_truncated(self, dataset: Any, rows: Array) -> int:
+        """None: what was cut is cut for training too, and counted there."""
+        return 0
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Within it the last pass through the layer leaves its states for :meth:`features_in_step`.
+
+        Args:
+            model: The reference or, where it is the policy without its adapter, the policy; whole.
+        """
+        layer = decoder_layers_of(causal_lm_of(model))[1][self.depth - 1]
+
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            self._states = (output if isinstance(output, Tensor) else output[0]).detach()
+
+        # What torch.compile has made of a layer does not know its hooks, and there is no public way around it.
+        hook, compiled = layer.register_forward_hook(keep), layer._compiled_call_impl
+        layer._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            hook.remove()
+            layer._compiled_call_impl = compiled
+
+    @torch.no_grad()
+    def features_in_step(self, batch: FeedbackBatch) -> Tensor:
+        """Features ``(B, H)``, float32, of a micro-batch whose pass was watched: of all before the first loss."""
+        if self._states is None:
+            raise RuntimeError(f"no forward pass has run decoder layer {self.depth}")
+        states, device = self._states, batch.input_ids_S.device
+        self._states = None
+        if states.ndim == 2 or len(states) == 1:  # packed: a micro-batch is one row
+            places_BT = pad_sequence([torch.tensor(span.places()) for span in batch.row_spans], batch_first=True)
+            states = states.reshape(-1, states.shape[-1])[places_BT.to(device, non_blocking=True)]
+        ends_B = torch.tensor(batch.lengths).to(device, non_blocking=True)
+        ends_B = ends_B.scatter_reduce(0, batch.rows_N, batch.position_ids_S[batch.predictors_N] + 1, "amin")
+        places_T, ends_B1 = torch.arange(states.shape[1], device=device), ends_B[:, None]
+        taken_BT = places_T < ends_B1 if self.pooling == "mean" else places_T == ends_B1 - 1
+        sums_BH = torch.where(taken_BT[..., None], states.float(), 0).sum(dim=1)
+        return sums_BH / ends_B1 if self.pooling == "mean" else sums_BH
+
+
+def _prompt_alone(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what follows the tokens before its first loss; a row's first token never carries loss."""
+    mask = row["completion_mask"]
+    length = next((place for place in range(1, len(mask)) if mask[place]), max(len(mask) - 1, 1))
+    return {**row, "input_ids": row["input_ids"][:length], "completion_mask": [False] * length}
+
+
+class SentenceEncoder:
+    """The words of prompts, as a sentence-transformers model sees them.
+
+    Code of the model's own is never run, and pickled weights are never read.
+
+    Args:
+        name: A hub id, a folder, or ``package:NAME/path``; offline, a hub id has to be in the cache.
+        device: Where it runs.
+
+    Attributes:
+        name: What people call it.
+        fingerprint: Digest of its weights, tokenizer, pooling, and the number of tokens that it takes.
+
+    Raises:
+        ConfigError: If sentence-transformers or a package is not installed.
+        LanguageModelError: If it cannot be loaded.
+    """
+
+    takes_words = True
+
+    def __init__(self, name: str, device: torch.device | str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ConfigError(
+                f"{_OPTION}.encoder",
+                f"expected sentence-transformers to be installed for {name}, found that it is not.",
+                "Install it: pip install 'bco-lightning[encoder]'.",
+            ) from error
+        is_path = name.startswith(("package:", "~")) or Path(name).exists()
+        location = str(Path(resolve_packaged(name)).expanduser()) if is_path else name
+        with _in_words(name):
+            _check_parts(name, location)
+            self._model: Any = SentenceTransformer(
+                location,
+                device=str(device),
+                trust_remote_code=False,
+                model_kwargs={"dtype": torch.float32, "use_safetensors": True, "weights_only": True},
+            ).eval()
+            self.name, self.fingerprint = name, self._digest()
+
+    def batches(self, dataset: Any, rows: Array) -> Iterator[tuple[Array, list[str]]]:
+        """The words of the prompts of some rows."""
+        stored = dataset.select_columns(["prompt"])
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            some = rows[start : start + _ROWS_AT_A_TIME]
+            yield some, [said_in(prompt) for prompt in stored[some]["prompt"]]
+
+    @torch.no_grad()
+    def features(self, texts: Sequence[str]) -> Tensor:
+        """Features ``(n, H)`` of some texts, float32, on the CPU; what the model does not take of them is cut."""
+        found: Tensor = self._model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        return found.float().cpu()
+
+    def watching(self, model: Any) -> AbstractContextManager[None]:
+        """Nothing: words are all that it needs."""
+        return contextlib.nullcontext()
+
+    def features_in_step(self, batch: FeedbackBatch) -> Tensor:
+        """Features ``(B, H)`` of the words that a micro-batch comes with, float32, on its device."""
+        return self.features(batch.prompts or ()).to(batch.input_ids_S.device)
+
+    def num_truncated(self, dataset: Any, rows: Array) -> int:
+        """Prompts of some rows that have more tokens than the model takes, with what it puts around them."""
+        limit, prefix = self._model.max_seq_length, self._model.prompts.get(self._model.default_prompt_name) or ""
+        options = {"truncation": False, "padding": False, "verbose": False}
+        return sum(
+            len(ids) > limit
+            for _, texts in (self.batches(dataset, rows) if limit is not None else ())
+            for ids in self._model.tokenizer([prefix + text for text in texts], **options)["input_ids"]
+        )
+
+    def _digest(self) -> str:
+        model = self._model
+        config = model[0].config.to_dict()
+        return digest_of_values(
+            {
+                "weights": digest_of_tensors(model.state_dict().items()),
+                # Before the first use, which changes how it truncates and pads.
+                "tokenizer": digest_of_tokenizer(model.tokenizer),
+                "parts": [f"{type(part).__name__} {part.get_config_dict()}" for part in model],
+                "config": {name: value for name, value in config.items() if name not in _NO_PART_OF_A_MODEL},
+                "max_seq_length": model.max_seq_length,
+                "prompt": model.prompts.get(model.default_prompt_name),
+            }
+        )
+
+
+def _check_parts(name: str, location: str) -> None:
+    """Refuses a model with parts whose code or weights could run code."""
+
+    def file(path: str) -> str | None:
+        return cached_file(location, path, _raise_exceptions_for_missing_entries=False)
+
+    listed = file("modules.json")
+    if listed is None:
+        raise LanguageModelError(
+            name,
+            "expected a sentence-transformers model, found no modules.json there, or could not reach it.",
+            f"Give a hub id, a folder or package:NAME/path in {_OPTION}.encoder.",
+        )
+    for part in json.loads(Path(listed).read_text(encoding="utf-8")):
+        kind, folder = part["type"].rpartition(".")[2], f"{part['path']}/" if part["path"] else ""
+        if not part["type"].startswith("sentence_transformers.") or kind not in _KNOWN_PARTS:
+            raise LanguageModelError(
+                name, f"expected a model made of {', '.join(_KNOWN_PARTS)}, found a part of type {part['type']}."
+            )
+        if kind == "Transformer" and file(f"{folder}adapter_config.json"):
+            raise LanguageModelError(name, "expected a whole model, found an adapter.", "Merge it into its model.")
+        config = file(f"{folder}config.json") if kind == "Transformer" else None
+        weights = json.loads(Path(config).read_text(encoding="utf-8")).get("transformers_weights") if config else None
+        pickled = weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json"))
+        if pickled or (kind == "Dense" and file(f"{folder}model.safetensors") is None):
+            raise LanguageModelError(
+                name, "expected weights in .safetensors files, found others, which are never read."
+            )
+
+
+@contextmanager
+def _in_words(name: str) -> Iterator[None]:
+    """Says in one message what a damaged or hostile model leads to."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LanguageModelError(
+            name,
+            f"expected a sentence-transformers model, but it could not be loaded ({said}).",
+            f"Give a hub id, a folder or package:NAME/path in {_OPTION}.encoder.",
+        ) from error

@@ -1,0 +1,339 @@
+"""The importance weights of a training set: found once before the first step, kept by content on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bco_lightning.batch import FeedbackBatch
+from bco_lightning.data.datamodule import FeedbackDataModule
+from bco_lightning.distributed import gather_over_ranks, sum_tensor_over_ranks
+from bco_lightning.errors import ConfigError, FaultError, UserError
+from bco_lightning.identity import digest_of_tensors, digest_of_values
+from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
+from bco_lightning.importance.ratio import Array, DensityRatio, clipped_ratios, fit_density_ratio, too_few
+from bco_lightning.importance.report import TrustReport, make_report
+
+MOST_PROMPTS = 20_000
+METHOD_VERSION = 2  # to be raised when the same prompts and thumbs come to give other weights or another report
+ALONE = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True, progress_bar_callback=None)
+Encoder = ReferenceEncoder | SentenceEncoder
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """The density ratio of prompts, fitted, and what it gives the rows that it was fitted on.
+
+    Args:
+        ratio: Gives the weight of any prompt.
+        report: How far it can be trusted.
+        row_weights: Weight of each thumbs-down row, and 1 for each thumbs-up row, of the training set or of a sample
+            of a stream; shape ``(rows,)``, float32.
+        thumbs_up: Thumbs of these rows; bool.
+        encoder: Fingerprint of the prompt encoder.
+        key: Digest of all that they depend on.
+    """
+
+    ratio: DensityRatio
+    report: TrustReport
+    row_weights: Tensor
+    thumbs_up: Tensor
+    encoder: str
+    key: str
+
+    @property
+    def down_weights(self) -> Tensor:
+        """Weights of the thumbs-down rows, float32."""
+        return self.row_weights[~self.thumbs_up]
+
+    def problem(self, wanted: str) -> ConfigError | None:
+        """Why a run with these weights is refused, if it is: ``on`` was asked for, and nothing could be tested."""
+        if wanted != "on" or not self.report.why_not:
+            return None
+        return ConfigError(
+            "model.importance_weights",
+            f"expected rows on which a classifier of prompts can be tested: {self.report.why_not}.",
+            "Set auto, which then leaves all weights at 1, or off.",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, no prompt among them."""
+        tensors = {"row_weights": self.row_weights, "thumbs_up": self.thumbs_up, **_parts(self.ratio, Tensor)}
+        told = {"encoder_fingerprint": self.encoder, "key": self.key, "report": self.report.to_values()}
+        return {"tensors": tensors, "told": {**told, "ratio": _parts(self.ratio, (bool, float, tuple))}}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> ImportanceWeights:
+        """What :meth:`state_dict` was made of.
+
+        Raises:
+            KeyError: If a value is missing.
+            TypeError: If there is one too many.
+        """
+        tensors, told = dict(state["tensors"]), state["told"]
+        rows = tensors.pop("row_weights"), tensors.pop("thumbs_up")
+        ratio = DensityRatio(**tensors, **{**told["ratio"], "clip": tuple(told["ratio"]["clip"])})
+        return cls(ratio, TrustReport.from_values(told["report"]), *rows, told["encoder_fingerprint"], told["key"])
+
+    def save(self, file: Path, *, rows: bool = False, **others: Any) -> None:
+        """Writes what the weight of any prompt takes as a safetensors file; plain values are its metadata, as JSON.
+
+        Args:
+            file: The file.
+            rows: Whether it is to hold the weights of the rows too.
+            others: Plain values to go with it.
+        """
+        state = self.state_dict()
+        tensors = state["tensors"] if rows else _parts(self.ratio, Tensor)
+        told = {**state["told"], **others, "digest": digest_of_tensors(tensors.items())}
+        save_file(tensors, file, metadata={name: json.dumps(value) for name, value in told.items()})
+
+    @classmethod
+    def load(cls, file: Path) -> ImportanceWeights:
+        """Reads what :meth:`save` has written with its rows.
+
+        Raises:
+            SafetensorError: If the file is damaged, as ``ValueError`` and ``KeyError`` too.
+        """
+        with safe_open(file, framework="pt") as opened:
+            told = {name: json.loads(text) for name, text in opened.metadata().items()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if digest_of_tensors(tensors.items()) != told["digest"]:
+            raise ValueError("the digest is another")
+        return cls.from_state_dict({"tensors": tensors, "told": told})
+
+
+class StepWeigher:
+    """Weighs rows of a stream when their turn comes, by the classifiers that have not seen their prompts.
+
+    States of the reference are taken from the pass that the step makes anyway.
+
+    Args:
+        encoder: What the density ratio was fitted on.
+        ratio: The density ratio, with evidence.
+    """
+
+    def __init__(self, encoder: Encoder, ratio: DensityRatio) -> None:
+        self._encoder, self._ratio = encoder, ratio
+
+    def watching(self, model: Any) -> AbstractContextManager[None]:
+        """Within it a micro-batch is scored, the reference last.
+
+        Args:
+            model: The reference or, where it is the policy without its adapter, the policy; whole.
+        """
+        return self._encoder.watching(model)
+
+    def weights(self, batch: FeedbackBatch) -> Tensor:
+        """Weights of a micro-batch that was just scored, for those with thumbs-down; shape ``(B,)``, float32."""
+        features_BH = self._encoder.features_in_step(batch)
+        return self._ratio.weights(self._ratio.log_ratios(features_BH, batch.prompt_keys_B))
+
+
+def find_weights(
+    data: FeedbackDataModule, encoder: Encoder, clip: Sequence[float], *, folder: Path, trainer: Any = None
+) -> ImportanceWeights:
+    """Looks the weights of training rows up on disk, or computes them; the same in every process, to the bit.
+
+    Every process computes the features of a share of the prompts; the first one fits.
+
+    Args:
+        data: The rows that it has read; of a stream a sample is taken.
+        encoder: Makes features of prompts.
+        clip: Least and largest density ratio.
+        folder: Where results are kept: numbers and digests, no text.
+        trainer: The Lightning trainer, if there is one.
+
+    Returns:
+        The weights.
+
+    Raises:
+        FaultError: If the first process cannot fit; in all of them.
+    """
+    trainer, clip = trainer or ALONE, (clip[0], clip[1])
+    dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
+    table = _PromptTable.of(dataset, data.passes_of(dataset))
+    file = folder / f"{_key(table, encoder, clip)}.safetensors"
+    known = _of_first_process(lambda: _read(file), trainer)
+    if known is not None:
+        return ImportanceWeights.from_state_dict(known)
+    began = time.monotonic()
+    ratio, report, log_ratios_P = _fitted(dataset, table, encoder, clip, trainer)
+
+    def finish() -> dict[str, Any]:
+        weights_R = ratio.weights(log_ratios_P)[torch.from_numpy(table.numbers_R)]
+        up_R = torch.from_numpy(table.up_R)
+        truncated = encoder.num_truncated(dataset, table.first_rows_P)
+        told = replace(report, num_truncated=truncated, seconds=time.monotonic() - began)
+        weights = ImportanceWeights(
+            ratio, told, torch.where(up_R, 1.0, weights_R), up_R, encoder.fingerprint, file.stem
+        )
+        _write(weights, file)
+        return weights.state_dict()
+
+    return ImportanceWeights.from_state_dict(_of_first_process(finish, trainer))
+
+
+@dataclass(frozen=True)
+class _PromptTable:
+    """Distinct prompts in the order of their keys, ``P``, and the prompt of each row, ``R``, as a place among them."""
+
+    keys_P: Array
+    first_rows_P: Array
+    num_up_P: Array
+    num_down_P: Array
+    numbers_R: Array
+    up_R: Array
+
+    @classmethod
+    def of(cls, dataset: Any, row_passes: Array | None) -> _PromptTable:
+        keys_R, up_R = (np.array(dataset.data.column(name)) for name in ("prompt_key", "thumbs_up"))
+        passes_R = np.ones(len(up_R)) if row_passes is None else np.asarray(row_passes, dtype=np.float64)
+        keys_P, first_rows_P, numbers_R = np.unique(keys_R, return_index=True, return_inverse=True)
+        num_up_P, num_down_P = (np.bincount(numbers_R, passes_R * of, len(keys_P)) for of in (up_R, ~up_R))
+        return cls(keys_P, first_rows_P, num_up_P, num_down_P, numbers_R, up_R)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        return {
+            "num_up": float(self.num_up_P.sum()),
+            "num_down": float(self.num_down_P.sum()),
+            "num_prompts": len(self.keys_P),
+        }
+
+
+def _fitted(
+    dataset: Any, table: _PromptTable, encoder: Encoder, clip: tuple[float, float], trainer: Any
+) -> tuple[DensityRatio, TrustReport, Tensor]:
+    """The density ratio with its report, and the log ratio of each prompt; the same in every process."""
+    # Keys are digests: the lowest ones are a random choice.
+    fitted_on, others = np.split(np.arange(len(table.keys_P)), [MOST_PROMPTS])
+    counts = table.num_up_P[fitted_on], table.num_down_P[fitted_on], table.keys_P[fitted_on]
+
+    def of(chosen: Array, function: Callable[[Tensor, Array], Tensor]) -> Tensor:
+        return _of_prompts(dataset, table, encoder, chosen, function, trainer)
+
+    # Features take long, and are not needed to see that there are too few rows.
+    features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else of(fitted_on, lambda found, _: found)
+
+    def fit() -> tuple[DensityRatio, TrustReport, Tensor]:
+        fitted = fit_density_ratio(features, *counts, clip=clip)
+        return fitted.ratio, make_report(fitted, *counts, encoder=encoder.name, **table.totals), fitted.log_ratios_P
+
+    ratio, report, log_ratios_P = _of_first_process(fit, trainer)
+    if len(others) and ratio.has_evidence:
+        keys_P = torch.from_numpy(table.keys_P)
+        found = of(others, lambda found, places: ratio.log_ratios(found, keys_P[places])[:, None])
+        log_ratios_P = torch.cat([log_ratios_P.double(), found[:, 0].double()])
+        mean = np.average(clipped_ratios(log_ratios_P, clip).numpy(), weights=table.num_down_P)
+        ratio = replace(ratio, normaliser=float(mean))
+    elif len(others):
+        log_ratios_P = torch.zeros(len(table.keys_P))
+    return ratio, report, log_ratios_P
+
+
+def _of_prompts(
+    dataset: Any,
+    table: _PromptTable,
+    encoder: Encoder,
+    chosen: Array,
+    function: Callable[[Tensor, Array], Tensor],
+    trainer: Any,
+) -> Tensor:
+    """Numbers of each chosen prompt, ``(chosen, columns)``, made of its features and its place in the table.
+
+    Every process makes as many passes, as sharded models need it: one without a batch of its own repeats another's.
+    """
+    batches = encoder.batches(dataset, table.first_rows_P[chosen])
+    found: Any = None
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with tqdm(total=len(chosen), desc="prompt features", unit="prompt", disable=not shown) as bar:
+        while group := list(islice(batches, trainer.world_size)):
+            rows, batch = group[trainer.global_rank % len(group)]
+            places = table.numbers_R[rows]
+            values = function(encoder.features(batch), places)
+            if found is None:
+                found = values.new_zeros(len(chosen), values.shape[1])
+            if trainer.global_rank < len(group):
+                found[places - chosen[0]] = values
+            bar.update(sum(len(rows) for rows, _ in group))
+    return sum_tensor_over_ranks(found, trainer)
+
+
+def _of_first_process(make: Callable[[], Any], trainer: Any) -> Any:
+    """What the first process makes, or raises, in every process."""
+    made: Any = None
+    fault: UserError | None = None
+    if trainer.is_global_zero:
+        try:
+            made = make()
+        except UserError as error:
+            fault = error
+        except Exception as error:  # the others are waiting, whatever it is
+            if trainer.world_size == 1:
+                raise
+            fault = FaultError(
+                "model.importance_weights",
+                f"expected the first process to find them, found that it failed ({type(error).__name__}: {error}).",
+                "Set off to train without them.",
+            )
+    ((made, fault), *_) = gather_over_ranks((made, fault), trainer)
+    if fault is not None:
+        raise fault
+    return made
+
+
+def _key(table: _PromptTable, encoder: Encoder, clip: tuple[float, float]) -> str:
+    digest = hashlib.sha256()
+    for values in vars(table).values():
+        digest.update(np.ascontiguousarray(values).tobytes())
+    described = {"version": METHOD_VERSION, "encoder": encoder.fingerprint, "clip": list(clip)}
+    return digest_of_values({**described, "rows": digest.hexdigest()})[:32]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        return ImportanceWeights.load(file).state_dict()
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        rank_zero_warn(
+            f"{file}: expected importance weights of an earlier run, found that they cannot be used "
+            f"({type(error).__name__}); they are computed again."
+        )
+        return None
+
+
+def _write(weights: ImportanceWeights, file: Path) -> None:
+    """A folder that cannot be written to is worth a warning: the run has its weights, only the next one will not."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        weights.save(partial, rows=True)
+        partial.replace(file)
+    except (SafetensorError, OSError):
+        rank_zero_warn(
+            f"{file}: importance weights could not be written; this run goes on with them, a later one will compute "
+            "them again. model.cache_folder names another place."
+        )
+
+
+def _parts(ratio: DensityRatio, kinds: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(ratio).items() if isinstance(value, kinds)}
