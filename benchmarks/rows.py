@@ -25,7 +25,7 @@ def model_folder() -> Path:
     """SmolLM2-135M-Instruct in float32 with its tokenizer, written once, so that every side loads the same files."""
     import torch
 
-    from bco_lightning.models.language_model import load_language_model, load_tokenizer
+    from bco_lightning.models.load import load_language_model, load_tokenizer
 
     folder = FOLDER / "model"
     if not (folder / "tokenizer.json").exists():

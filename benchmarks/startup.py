@@ -73,7 +73,7 @@ def _dtype() -> str:
     """The data type that ``model.dtype: auto`` chooses for LoRA on this machine."""
     import torch
 
-    from bco_lightning.models.language_model import LoraSettings, resolve_dtype
+    from bco_lightning.models.load import resolve_dtype
 
     return str(resolve_dtype("auto", LoraSettings(), torch.device("cpu")))
 

@@ -55,7 +55,7 @@ def measure(files: str, mode: str) -> dict[str, Any]:
     from bco_lightning.data.reading import ReadingOptions
     from bco_lightning.data.source import Source
     from bco_lightning.data.streaming import StreamedRows
-    from bco_lightning.models.language_model import load_tokenizer
+    from bco_lightning.models.load import load_tokenizer
 
     tokenizer, options = load_tokenizer(MODEL), ReadingOptions()
     sample = SAMPLE if mode == "sample" else None

@@ -141,7 +141,7 @@ def run_case(
 
 
 def _rows_of(case: Case, pairs: int, model: Path) -> list[dict[str, Any]]:
-    from bco_lightning.models.language_model import load_tokenizer
+    from bco_lightning.models.load import load_tokenizer
 
     count = case.batch_size * (case.dropped + pairs)
     written = rows.synthetic_rows(load_tokenizer(str(model)), count, case.completions_per_prompt)

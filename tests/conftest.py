@@ -18,7 +18,8 @@ from lightning.pytorch import Trainer, seed_everything
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
-from bco_lightning.models.language_model import load_tokenizer
+from bco_lightning.models.gguf import FOLDER as CONVERTED
+from bco_lightning.models.load import load_tokenizer
 from tests.security.test_supply_chain import outside_the_bounds
 from tests.trials import pytest_addoption, pytest_pyfunc_call, trials
 
@@ -33,18 +34,32 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"installed outside the declared bounds: {outside}", returncode=3)
 
 
+@pytest.fixture(scope="session")
+def converted_models(pytestconfig: pytest.Config) -> Path:
+    """Where GGUF files stay converted, from session to session where pytest may keep something."""
+    cache = getattr(pytestconfig, "cache", None)
+    kept = cache.mkdir(CONVERTED) if cache else Path(tempfile.mkdtemp(prefix=CONVERTED))
+    (Path(os.environ["BCO_CACHE"]) / CONVERTED).symlink_to(kept)
+    return kept
+
+
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    converted_models: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Each test begins with no reference log-probs: those of another would hide a pass, or differ in the last bits.
-    monkeypatch.setenv("BCO_CACHE", str(tmp_path_factory.mktemp("cache")))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("BCO_CACHE", str(cache))
+    (cache / CONVERTED).symlink_to(converted_models)  # which takes 15 s, so once for all sessions
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Any:
+def tokenizer(converted_models: Path) -> Any:
     """The real tokenizer of SmolLM2, with its ChatML template."""
     return load_tokenizer(REAL_MODEL)
 

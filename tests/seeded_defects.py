@@ -246,20 +246,20 @@ DEFECTS = [
         ('tests/security/test_secrets.py::test_what_users_wrote_is_written_nowhere',),
     ),
     Defect(
-        'S3', 'remote code is asked for, not refused', 'models/language_model.py',
+        'S3', 'remote code is asked for, not refused', 'models/refusals.py',
         '    config = AutoConfig.from_pretrained(location, trust_remote_code=False)',
         '    config = AutoConfig.from_pretrained(location)',
         ('tests/security/test_remote_code.py::test_code_of_a_model_folder_is_refused',),
     ),
     Defect(
-        'S3', 'a config may run code of its folder', 'models/language_model.py',
+        'S3', 'a config may run code of its folder', 'models/refusals.py',
         '    config = AutoConfig.from_pretrained(location, trust_remote_code=False)',
         '    config = AutoConfig.from_pretrained(location, trust_remote_code=True)',
         ('tests/security/test_remote_code.py::test_code_of_a_model_folder_is_refused',),
     ),
     Defect(
-        'S3', 'a pickled adapter is read', 'models/language_model.py',
-        '    if not (folder / "adapter_model.safetensors").exists():  # PEFT would take a pickled one\n',
+        'S3', 'a pickled adapter is read', 'models/refusals.py',
+        '    if not (folder / "adapter_model.safetensors").exists():\n',
         '    if False:\n',
         ('tests/security/test_remote_code.py::test_pickled_weights_are_refused',),
     ),
@@ -270,7 +270,7 @@ DEFECTS = [
         ('tests/security/test_paths.py::test_a_config_cannot_write_outside',),
     ),
     Defect(
-        'S3', 'a saved config sets trust_remote_code', 'models/language_model.py',
+        'S3', 'a saved config sets trust_remote_code', 'models/refusals.py',
         '    config = AutoConfig.from_pretrained(location, trust_remote_code=False)',
         '    config = AutoConfig.from_pretrained(\n        location, trust_remote_code=\'"trust_remote_code": true\' in (Path(location) / "config.json").read_text()\n    )',
         ('tests/security/test_remote_code.py::test_code_of_a_model_folder_is_refused',),

@@ -7,7 +7,7 @@ import sys
 
 import bco_lightning.module  # noqa: F401 - what fit imports is not part of reading
 from bco_lightning import FeedbackDataModule
-from bco_lightning.models.language_model import load_tokenizer
+from bco_lightning.models.load import load_tokenizer
 from workers.watched import Watched
 
 

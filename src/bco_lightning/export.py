@@ -52,7 +52,7 @@ _MERGED_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
 _ADAPTER_USAGE = """from peft import PeftModel
-from bco_lightning.models.language_model import load_language_model  # or transformers, for a hub id
+from bco_lightning.models.load import load_language_model  # or transformers, for a hub id
 import torch
 
 base = load_language_model("{base}", torch.float32)

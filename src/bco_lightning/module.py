@@ -32,7 +32,8 @@ from bco_lightning.identity import (
 from bco_lightning.importance.features import make_encoder
 from bco_lightning.importance.weights import Encoder, ImportanceWeights, StepWeigher, find_weights
 from bco_lightning.models.fused_layers import fuse_layers
-from bco_lightning.models.language_model import (
+from bco_lightning.models.layout import Layout, choose_layout, compile_layers, layout_of
+from bco_lightning.models.load import (
     final_dtype,
     load_language_model,
     load_policy,
@@ -40,7 +41,6 @@ from bco_lightning.models.language_model import (
     locate_model,
     resolve_dtype,
 )
-from bco_lightning.models.layout import Layout, choose_layout, compile_layers, layout_of
 from bco_lightning.models.log_probs import check_head, completion_log_probs
 from bco_lightning.models.parallel import Sharding, is_sharded, own_part, plain_name, shard
 from bco_lightning.models.reference import Reference
@@ -108,7 +108,7 @@ class BCOModule(LightningModule):
     def tokenizer(self) -> Any:
         """The tokenizer of the policy, loaded when first asked for."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams["name_or_path"])
+            self._tokenizer = load_tokenizer(self.hparams["name_or_path"], cache_folder=self.options.cache_folder)
         return self._tokenizer
 
     @property
@@ -164,6 +164,7 @@ class BCOModule(LightningModule):
             options["seed"],
             options["quantization"],
             mapped=self._sharding is not None,
+            cache_folder=self.options.cache_folder,
         )
         check_head(self._policy)
         self._layout_reason = choose_layout(self._policy, options["layout"])
@@ -247,7 +248,13 @@ class BCOModule(LightningModule):
             LanguageModelError: If its files have changed since the run began.
         """
         name = self.hparams["reference_name_or_path"] or self.hparams["name_or_path"]
-        model = load_language_model(name, dtype, self.hparams["quantization"], mapped=self._sharding is not None)
+        model = load_language_model(
+            name,
+            dtype,
+            self.hparams["quantization"],
+            mapped=self._sharding is not None,
+            cache_folder=self.options.cache_folder,
+        )
         digest = self._digest_of(model.named_parameters())
         if self._reference_digest and digest != self._reference_digest:
             raise LanguageModelError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from bco_lightning.models.language_model import require_bitsandbytes
+from bco_lightning.models.refusals import require_bitsandbytes
 from bco_lightning.options import OptimizerName
 
 _FUSED = {"cpu", "cuda", "mps", "xpu"}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 from bco_lightning.checkpointing import read_checkpoint, saved_steps
 from bco_lightning.cli import main
 from bco_lightning.data.chat import PLAIN_TEMPLATE
-from bco_lightning.models.language_model import load_language_model, load_tokenizer
+from bco_lightning.models.load import load_language_model, load_tokenizer
 from tests.conftest import REAL_MODEL, write_jsonl
 
 CONFIGS = Path(__file__).parents[2] / "configs"

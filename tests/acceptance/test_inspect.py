@@ -57,7 +57,7 @@ def test_a_log_is_reported_in_the_terminal_and_on_a_page(
 def test_counts_and_lengths_are_those_of_fit(tiny_model: str, marked: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect(tiny_model, marked, "--data.max_length=24", "--trainer.accumulate_grad_batches=2") == 0
     said = " ".join(re.sub(r"[│┃]", " ", capsys.readouterr().out).split())
-    from bco_lightning.models.language_model import load_tokenizer
+    from bco_lightning.models.load import load_tokenizer
 
     data = tiny_data(marked, max_length=24, tokenizer=load_tokenizer(tiny_model))
     data.setup("fit")

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.errors import FeedbackRowError
-from bco_lightning.models.language_model import load_tokenizer
+from bco_lightning.models.load import load_tokenizer
 from tests.conftest import REAL_MODEL
 from tests.reliability.tiny_run import byte_tokenizer, finish, make_log, start
 from tests.trials import Trials

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.cli import main
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.models.language_model import load_language_model, load_policy, load_tokenizer
+from bco_lightning.models.load import load_language_model, load_policy, load_tokenizer
 from tests.reliability.tiny_run import make_log, make_model
 from tests.trials import Trials
 

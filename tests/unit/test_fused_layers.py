@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from bco_lightning.models.fused_layers import fuse_layers
-from bco_lightning.models.language_model import load_language_model
+from bco_lightning.models.load import load_language_model
 from tests.conftest import REAL_MODEL
 from tests.unit.test_log_probs import SMALL
 

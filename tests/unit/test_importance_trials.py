@@ -21,8 +21,8 @@ from torch import Tensor
 from bco_lightning.data.records import read_records
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import FittedRatio, fit_density_ratio
-from bco_lightning.models.language_model import load_language_model
 from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.load import load_language_model
 from bco_lightning.options import PromptFeatures
 from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL

@@ -30,7 +30,7 @@ from bco_lightning.inspection.personal_data import Hits, count_personal_data, fi
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
 from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
 from bco_lightning.metrics import Auc, auc, clustered_auc
-from bco_lightning.models.language_model import load_policy
+from bco_lightning.models.load import load_policy
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.planning.model_shape import shape_of
 

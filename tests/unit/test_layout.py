@@ -27,9 +27,10 @@ from transformers import (
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.models.language_model import LoraSettings, load_language_model, load_policy
 from bco_lightning.models.layout import choose_layout, compile_layers, layout_of
+from bco_lightning.models.load import load_language_model, load_policy
 from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.options import LoraSettings
 from tests.conftest import REAL_MODEL
 from tests.unit.test_log_probs import SMALL, agreement, build, make_batch
 

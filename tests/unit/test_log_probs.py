@@ -29,8 +29,8 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models import log_probs
-from bco_lightning.models.language_model import load_language_model
 from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.load import load_language_model
 from bco_lightning.models.log_probs import Tile, check_head, completion_log_probs, token_log_probs
 from tests.conftest import REAL_MODEL
 

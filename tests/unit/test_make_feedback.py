@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bco_lightning.demo import make_feedback
-from bco_lightning.models.language_model import load_language_model, load_tokenizer
+from bco_lightning.models.load import load_language_model, load_tokenizer
 from tests.conftest import REAL_MODEL
 
 FOLDER = Path(make_feedback.__file__).parent

@@ -21,9 +21,9 @@ from bco_lightning import BCOModule
 from bco_lightning.cli import app as cli
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models import fused_layers
-from bco_lightning.models.language_model import LoraSettings
 from bco_lightning.models.log_probs import Tile, completion_log_probs, token_log_probs
 from bco_lightning.models.parallel import Sharding, make_mesh, shard
+from bco_lightning.options import LoraSettings
 from bco_lightning.planning.memory_plan import MemoryPlan, MemorySettings, head_memory, plan_memory
 from bco_lightning.planning.model_shape import NAMED_SHAPES, shape_of, shape_of_model
 from bco_lightning.strategies import named_strategy

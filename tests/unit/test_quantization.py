@@ -10,10 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.language_model import LoraSettings, load_language_model, load_policy
 from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.load import load_language_model, load_policy
 from bco_lightning.models.log_probs import check_head, completion_log_probs
-from tests.conftest import REAL_MODEL
+from bco_lightning.options import LoraSettings
 from tests.unit.test_log_probs import SMALL, make_batch
 
 quantized = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
@@ -30,11 +30,6 @@ def test_without_bitsandbytes_it_says_what_to_install(tiny_model: str, monkeypat
 def test_weights_that_are_trained_are_not_quantized(tiny_model: str) -> None:
     with pytest.raises(ConfigError, match=r"model.quantization: expected none where all weights are trained"):
         load_policy(tiny_model, torch.float32, None, 0, "nf4")
-
-
-def test_a_gguf_file_is_not_quantized_again() -> None:
-    with pytest.raises(ConfigError, match=r"model.quantization: expected none for a .gguf file"):
-        load_language_model(REAL_MODEL, torch.float32, "nf4")
 
 
 @quantized

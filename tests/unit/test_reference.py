@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bco_lightning import BCOModule, LoraSettings
-from bco_lightning.models.language_model import REFERENCE_ADAPTER
+from bco_lightning.models.adapters import REFERENCE_ADAPTER
 from tests.conftest import REAL_MODEL, tiny_data, tiny_module, tiny_trainer
 
 

@@ -16,7 +16,7 @@ from bco_lightning import LoraSettings
 from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks import RunCheckpoint, SpeedMonitor, speed_monitor
 from bco_lightning.callbacks.speed_monitor import peak_memory
-from bco_lightning.models.language_model import load_policy
+from bco_lightning.models.load import load_policy
 from bco_lightning.models.useful_flops import UsefulFlops
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 

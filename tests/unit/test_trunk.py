@@ -19,10 +19,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bco_lightning.models.language_model import LoraSettings, load_policy
 from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.load import load_policy
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
+from bco_lightning.options import LoraSettings
 from tests.conftest import REAL_MODEL
 from tests.unit.test_log_probs import SMALL, make_batch
 

@@ -13,7 +13,7 @@ import torch
 
 from bco_lightning.errors import UserError
 from bco_lightning.metrics import Array
-from bco_lightning.models.language_model import resolve_dtype
+from bco_lightning.models.load import resolve_dtype
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.options import LoraSettings
 from bco_lightning.planning.model_shape import ModelShape, Weight, shape_of

@@ -19,7 +19,7 @@ from bco_lightning.inspection.data_report import DataReport, Finding, make_repor
 from bco_lightning.inspection.page import write_page
 from bco_lightning.inspection.rows import RowArrays
 from bco_lightning.inspection.terminal import print_report
-from bco_lightning.models.language_model import load_tokenizer
+from bco_lightning.models.load import load_tokenizer
 from bco_lightning.module import BCOModule
 from bco_lightning.options import LoraSettings
 

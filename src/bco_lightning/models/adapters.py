@@ -1,4 +1,4 @@
-"""LoRA layers in one autograd function: nothing is cast to float32 and no term of the sum is kept."""
+"""Low-rank adapters: made, loaded, and computed in one autograd function that keeps no float32 copies."""
 
 from __future__ import annotations
 
@@ -6,9 +6,96 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bco_lightning.errors import ConfigError
+from bco_lightning.models.refusals import in_words, refuse_unsafe_adapter, refuse_unswitchable
+from bco_lightning.options import LoraSettings
+
+REFERENCE_ADAPTER = "reference"
+
+
+def add_adapters(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str) -> Any:
+    """Puts new adapters beside the linear layers of a model, whose own weights are frozen.
+
+    Args:
+        base: The model, its weights perhaps mapped from files of another data type.
+        settings: Rank, scale and place of the adapters.
+        seed: Seed of their initial values, which are the same whatever the base is stored in.
+        base_name: What PEFT writes into every exported adapter, where it is the only trace of the base model.
+
+    Returns:
+        A PEFT model; its adapters are float32.
+
+    Raises:
+        ConfigError: If the settings do not fit the model.
+    """
+    try:
+        policy = get_peft_model(base, _lora_config(settings, base))
+    except ValueError as error:
+        raise ConfigError("model.lora", f"expected settings that fit the model, found: {error}.") from error
+    torch.manual_seed(seed)  # PEFT drew them in the data type of the base, which may yet be another one
+    for module in policy.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", init_lora_weights=True)
+    policy.peft_config["default"].base_model_name_or_path = base_name
+    return policy
+
+
+def load_adapter(base: PreTrainedModel, folder: str) -> Any:
+    """Loads an adapter twice: once to be trained on, and once, frozen, as the reference.
+
+    Args:
+        base: The model that it was made for.
+        folder: What PEFT saved.
+
+    Raises:
+        LanguageModelError: If it cannot be loaded, or cannot be switched off in a forward pass.
+    """
+    with in_words(folder, "PEFT adapter"):
+        refuse_unswitchable(folder)
+        refuse_unsafe_adapter(folder)
+        policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        policy.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
+    return policy
+
+
+def merged(base: PreTrainedModel, folder: str) -> Any:
+    """The base model with an adapter merged into its weights.
+
+    Raises:
+        LanguageModelError: If it cannot be loaded or merged.
+    """
+    with in_words(folder, "PEFT adapter"):
+        refuse_unsafe_adapter(folder)
+        return PeftModel.from_pretrained(base, folder).merge_and_unload()  # type: ignore[operator]
+
+
+def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:
+    targets: str | list[str] = settings.target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in settings.target_modules.split(",")]
+    num_layers = base.config.get_text_config().num_hidden_layers
+    layers = list(range(max(0, num_layers - settings.top_layers), num_layers)) if settings.top_layers else None
+    if layers is not None and targets == "all-linear":
+        # PEFT combines layers_to_transform with names only, so the names "all-linear" stands for are spelled out.
+        head = base.get_output_embeddings()
+        linear = {n for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+        targets = sorted({name.rpartition(".")[2] for name in linear})
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )
 
 
 def fuse_adapters(model: nn.Module) -> int:
@@ -40,9 +127,16 @@ def _adapted_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
     if unusual or len(names) != 1 or not _is_plain(layer, names[0]):
         return lora.Linear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     base, name = layer.base_layer, names[0]
-    return _AdaptedLinear.apply(  # type: ignore[no-any-return]
-        x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    # Shapes are changed out here: some layers write into what they get, which a view made within would forbid.
+    out_SO = _AdaptedLinear.apply(
+        x.reshape(-1, x.shape[-1]),
+        base.weight,
+        base.bias,
+        layer.lora_A[name].weight,
+        layer.lora_B[name].weight,
+        layer.scaling[name],
     )
+    return out_SO.view(*x.shape[:-1], base.weight.shape[0])  # type: ignore[no-any-return]
 
 
 def _is_plain(layer: Any, name: str) -> bool:
@@ -56,26 +150,23 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
+        ctx: Any, x_SI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
     ) -> Tensor:
-        x_SI = x.reshape(-1, x.shape[-1])
-        a_RI, b_OR = a_RI.to(x.dtype), (b_OR * scaling).to(x.dtype)
+        a_RI, b_OR = a_RI.to(x_SI.dtype), (b_OR * scaling).to(x_SI.dtype)
         low_SR = x_SI @ a_RI.T
         ctx.save_for_backward(x_SI, weight_OI, a_RI, b_OR, low_SR)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        out_SO = nn.functional.linear(x_SI, weight_OI, bias_O).addmm_(low_SR, b_OR.T)
-        return out_SO.view(*x.shape[:-1], weight_OI.shape[0])
+        ctx.scaling = scaling
+        return nn.functional.linear(x_SI, weight_OI, bias_O).addmm_(low_SR, b_OR.T)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_SI, weight_OI, a_RI, b_OR, low_SR = ctx.saved_tensors
-        grad_SO = grad.reshape(-1, grad.shape[-1])
         low_grad_SR = grad_SO @ b_OR
-        x_grad = a_grad = b_grad = None
+        x_grad_SI = a_grad_RI = b_grad_OR = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad_SO @ weight_OI).addmm_(low_grad_SR, a_RI).view(ctx.shape)
+            x_grad_SI = (grad_SO @ weight_OI).addmm_(low_grad_SR, a_RI)
         if ctx.needs_input_grad[3]:
-            a_grad = (low_grad_SR.T @ x_SI).float()
-            b_grad = (grad_SO.T @ low_SR).float() * ctx.scaling
-        return x_grad, None, None, a_grad, b_grad, None
+            a_grad_RI = (low_grad_SR.T @ x_SI).float()
+            b_grad_OR = (grad_SO.T @ low_SR).float() * ctx.scaling
+        return x_grad_SI, None, None, a_grad_RI, b_grad_OR, None

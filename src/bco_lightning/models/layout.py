@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bco_lightning.batch import FeedbackBatch, Span
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.models.packed_attention import PACKED, PackedRows
+from bco_lightning.models.attention import PACKED, PackedRows
 
 Layout = Literal["packed", "padded"]
 RUN_GATHERED = "run_gathered"  # the method that a sharded model gets

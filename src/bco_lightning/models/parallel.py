@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.language_model import final_dtype, take_final_dtype
 from bco_lightning.models.layout import RUN_GATHERED, causal_lm_of, decoder_layers_of
+from bco_lightning.models.load import final_dtype, take_final_dtype
 
 _WRAPPED = "_fsdp_wrapped_module."
 

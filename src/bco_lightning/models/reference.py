@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.models.language_model import REFERENCE_ADAPTER, final_dtype
+from bco_lightning.models.adapters import REFERENCE_ADAPTER
+from bco_lightning.models.load import final_dtype
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.parallel import is_sharded
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from bco_lightning.errors import LanguageModelError, UserError
-from bco_lightning.models.language_model import locate_model
 from bco_lightning.models.layout import decoder_layers_of
+from bco_lightning.models.load import locate_model
 
 # Published Llama 3.1: hidden size, layers, heads, key-value heads, feed-forward size.
 _LLAMA = {"8B": (4096, 32, 32, 8, 14336), "70B": (8192, 80, 64, 8, 28672), "405B": (16384, 126, 128, 8, 53248)}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 from bco_lightning import LoraSettings
 from bco_lightning.errors import ConfigError, LanguageModelError
-from bco_lightning.models.language_model import (
+from bco_lightning.models.load import (
     final_dtype,
     load_language_model,
     load_policy,

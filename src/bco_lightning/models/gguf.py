@@ -1,0 +1,99 @@
+"""A GGUF file as an ordinary model folder: transformers converts it once, by content, and it is mapped ever after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+FOLDER = "converted_models"
+_MANIFEST = "converted.json"  # written last, so a folder that has it is whole
+_FORMAT = 1  # of what is written here
+
+
+def converted(file: Path, cache: Path) -> Path:
+    """The folder of ``.safetensors`` and tokenizer that a GGUF file was converted to, by this call if by none before.
+
+    Weights are those that transformers makes of the file's blocks, in float32. Processes that ask at once wait for the
+    one that converts.
+
+    Args:
+        file: The ``.gguf`` file.
+        cache: The folder of all caches.
+
+    Returns:
+        A folder that :func:`~bco_lightning.models.load.load_language_model` takes.
+
+    Raises:
+        OSError: If there is no room for it, or what was written does not read back.
+    """
+    status = file.stat()
+    folder = cache / FOLDER / _key(str(file), status.st_size, status.st_mtime_ns)
+    if not _is_whole(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not _is_whole(folder):
+                rank_zero_info(f"{file.name} is converted once to {folder}; later starts map the weights from there")
+                _convert(file, folder)
+    return folder
+
+
+@lru_cache
+def _key(file: str, size: int, changed: int) -> str:
+    """Size and time say when the content is to be read again; another transformers may make other weights of it."""
+    digest = hashlib.sha256()
+    with Path(file).open("rb") as content:
+        while part := content.read(1 << 22):
+            digest.update(part)
+    return f"{digest.hexdigest()[:32]}-{transformers.__version__}-{_FORMAT}"
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _convert(file: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # what a changed or cut file has left
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights.
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+        )
+        model.save_pretrained(draft)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(draft)
+        _compare(model, draft)
+        for path in draft.iterdir():
+            with path.open("rb+") as written:
+                os.fsync(written.fileno())
+        sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
+        (draft / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _compare(model: PreTrainedModel, folder: Path) -> None:
+    """Reads back what was written."""
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).state_dict()
+    for name, weight in model.state_dict().items():
+        if not torch.equal(found[name], weight):
+            raise OSError(f"what was written of {name} to {folder} reads back as something else")

@@ -1,0 +1,284 @@
+"""One way in: a hub id, a folder, a GGUF file, ``package:NAME`` or a PEFT adapter becomes a policy or a reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.models.adapters import add_adapters, fuse_adapters, load_adapter, merged
+from bco_lightning.models.refusals import in_words, refuse_unknown_tokenizer, refuse_unsafe_model, require_bitsandbytes
+from bco_lightning.options import Dtype, LoraSettings, Quantization
+from bco_lightning.places import cache_root, resolve_packaged
+
+_STORED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are: a hub id or folder, perhaps with a GGUF file in it, perhaps an adapter."""
+
+    location: str
+    gguf_file: str | None = None
+    is_adapter: bool = False
+
+    def folder(self, cache_folder: str | None) -> str:
+        """The folder or hub id that transformers loads; a GGUF file is converted first, where it was not yet."""
+        if self.gguf_file is None:
+            return self.location
+        from bco_lightning.models.gguf import converted  # what other models do not need
+
+        return str(converted(Path(self.location) / self.gguf_file, cache_root(cache_folder)))
+
+    def base(self) -> str:
+        """The name of the model that an adapter was made for.
+
+        Raises:
+            LanguageModelError: If the adapter names none.
+        """
+        with in_words(self.location, "PEFT adapter"):
+            base = PeftConfig.from_pretrained(self.location).base_model_name_or_path
+        if not base or (Path(base).exists() and Path(base).resolve() == Path(self.location).resolve()):
+            raise LanguageModelError(self.location, f"expected an adapter that names its base model, found {base!r}.")
+        return str(base)
+
+
+def locate_model(name_or_path: str) -> ModelSource:
+    """Finds out what ``name_or_path`` names, without loading it.
+
+    Args:
+        name_or_path: A hub id, a folder (of a model or of a PEFT adapter), a ``.gguf`` file, or ``package:NAME``.
+
+    Returns:
+        The source that the loaders below take.
+
+    Raises:
+        LanguageModelError: If a path is named and nothing loadable is there.
+    """
+    path = Path(resolve_packaged(name_or_path)).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise LanguageModelError(
+                str(path), f"expected a folder, a hub id or a .gguf file, found a {path.suffix} file."
+            )
+        return ModelSource(str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            return ModelSource(str(path), is_adapter=True)
+        if (path / "config.json").exists():
+            return ModelSource(str(path))
+        gguf_files = sorted(path.glob("*.gguf"))
+        if len(gguf_files) != 1:
+            raise LanguageModelError(
+                str(path),
+                f"expected config.json, adapter_config.json or one .gguf file, found {len(gguf_files)} .gguf files.",
+            )
+        return ModelSource(str(path), gguf_file=gguf_files[0].name)
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise LanguageModelError(name_or_path, "expected a model folder or .gguf file, found nothing there.")
+    return ModelSource(name_or_path)
+
+
+def load_tokenizer(name_or_path: str, *, cache_folder: str | None = None) -> Any:
+    """Loads the tokenizer that belongs to a model.
+
+    Args:
+        name_or_path: As for :func:`locate_model`. An adapter folder may carry its own tokenizer or its base model's.
+        cache_folder: Where a converted GGUF file is kept; see :func:`~bco_lightning.places.cache_root`.
+
+    Returns:
+        A fast transformers tokenizer, padded on the right and with a pad token.
+
+    Raises:
+        LanguageModelError: If there is none, or it has no EOS token.
+    """
+    source = locate_model(name_or_path)
+    if source.is_adapter and not (Path(source.location) / "tokenizer_config.json").exists():
+        return load_tokenizer(source.base(), cache_folder=cache_folder)
+    with in_words(name_or_path, "tokenizer"):
+        folder = source.folder(cache_folder)
+        refuse_unknown_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise LanguageModelError(
+            name_or_path,
+            "expected a tokenizer with an end-of-sequence token, found one without.",
+            "Without it a completion cannot say that it is over. Set eos_token in tokenizer_config.json.",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_language_model(
+    name_or_path: str,
+    dtype: torch.dtype,
+    quantization: Quantization = "none",
+    *,
+    mapped: bool = False,
+    cache_folder: str | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model; an adapter folder comes back as its base model with the adapter merged in.
+
+    Dropout is switched off: it would add noise to the log-ratio of policy and reference.
+
+    Args:
+        name_or_path: As for :func:`locate_model`. Remote code is never run.
+        dtype: Data type of the weights.
+        quantization: ``nf4`` keeps linear layers in four bits by bitsandbytes and computes in ``dtype``.
+        mapped: Leave weights as views of their memory-mapped files where these allow it, which takes no memory of the
+            process; :func:`take_final_dtype` gives a parameter its ``dtype`` then.
+        cache_folder: As for :func:`load_tokenizer`.
+
+    Returns:
+        A transformers ``PreTrainedModel`` in evaluation mode.
+
+    Raises:
+        LanguageModelError: If it cannot be loaded, or is no decoder-only language model.
+        ConfigError: If it cannot be quantized.
+    """
+    source = locate_model(name_or_path)
+    if source.is_adapter:
+        base = load_language_model(source.base(), dtype, quantization, cache_folder=cache_folder)
+        return merged(base, source.location).eval()
+    # Pickled weights can run code, or be made to crash the reader.
+    arguments: dict[str, Any] = {"use_safetensors": True, "weights_only": True}
+    if quantization == "nf4":
+        require_bitsandbytes("model.quantization", "nf4")
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    with in_words(name_or_path, "causal language model"):
+        folder = source.folder(cache_folder)
+        refuse_unsafe_model(name_or_path, folder)
+        stored = _stored_dtype(folder) if mapped and quantization == "none" else None
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=stored or dtype, trust_remote_code=False, **arguments
+        )
+    _disable_dropout(model)
+    if stored not in (None, dtype):
+        for parameter in model.parameters():
+            parameter.final_dtype = dtype
+    return model.eval()
+
+
+def load_policy(
+    name_or_path: str,
+    dtype: torch.dtype,
+    lora: LoraSettings | None,
+    seed: int,
+    quantization: Quantization = "none",
+    *,
+    mapped: bool = False,
+    cache_folder: str | None = None,
+) -> PreTrainedModel:
+    """Loads the policy with exactly its trainable parameters requiring gradients.
+
+    An adapter folder with ``lora`` set continues that adapter: it is loaded twice, once to be trained and once,
+    frozen, as the reference; the adapter's own rank and targets stand. Without ``lora`` it is merged first.
+
+    Args:
+        name_or_path: As for :func:`locate_model`.
+        dtype: Data type of the weights; adapters are float32 whatever it is.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+        seed: Seed of the adapters' initial values.
+        quantization: Of the frozen base under the adapters.
+        mapped: As for :func:`load_language_model`.
+        cache_folder: As for :func:`load_tokenizer`.
+
+    Returns:
+        The policy, in evaluation mode.
+
+    Raises:
+        LanguageModelError: As for :func:`load_language_model`, or if an adapter cannot be continued.
+        ConfigError: If adapters do not fit the model, or weights that are trained are to be quantized.
+    """
+    if lora is None and quantization != "none":
+        raise ConfigError("model.quantization", f"expected none where all weights are trained, found {quantization}.")
+    if lora is None:
+        return load_language_model(name_or_path, dtype, mapped=mapped, cache_folder=cache_folder).requires_grad_(True)
+    source = locate_model(name_or_path)
+    named = source.base() if source.is_adapter else name_or_path
+    base = load_language_model(named, dtype, quantization, mapped=mapped, cache_folder=cache_folder)
+    with torch.random.fork_rng(devices=[]):
+        if source.is_adapter:
+            policy = load_adapter(base, source.location)
+        else:
+            policy = add_adapters(base, lora, seed, name_or_path)
+    _disable_dropout(policy)
+    fuse_adapters(policy)
+    return policy.eval()  # type: ignore[no-any-return]
+
+
+def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device) -> torch.dtype:
+    """Data type of the policy's weights: ``auto`` is bfloat16 for a frozen base where the hardware computes in it.
+
+    Full fine-tuning keeps float32 weights, since bfloat16 would round most small updates away; use
+    ``trainer.precision: bf16-mixed`` there.
+
+    Args:
+        dtype: The user's choice.
+        lora: Adapter settings, or ``None`` for full fine-tuning.
+        device: Where the policy will live.
+
+    Returns:
+        ``torch.float32`` or ``torch.bfloat16``.
+    """
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if lora is None:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    # Without AMX tiles bfloat16 is slower than float32 on a CPU.
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+def final_dtype(parameter: Tensor) -> torch.dtype:
+    """The data type that a parameter has, or is to have."""
+    return getattr(parameter, "final_dtype", parameter.dtype)
+
+
+def take_final_dtype(parameter: nn.Parameter) -> None:
+    """Casts a parameter of a mapped model, in place."""
+    parameter.data = parameter.data.to(final_dtype(parameter))
+
+
+def _stored_dtype(location: str) -> torch.dtype | None:
+    """The data type of a model's files, if all their tensors have the same: a cast would need memory of its own."""
+    kinds = set()
+    for file in _weight_files(location):
+        with safe_open(file, "pt") as tensors:
+            kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    return _STORED_AS.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def _weight_files(location: str) -> Iterator[str]:
+    """The files that transformers will read, fetched from the hub as it would."""
+    try:
+        yield str(cached_file(location, SAFE_WEIGHTS_NAME))
+    except OSError:  # none of that name: a model in several files
+        index = json.loads(Path(str(cached_file(location, SAFE_WEIGHTS_INDEX_NAME))).read_text(encoding="utf-8"))
+        for name in sorted(set(index["weight_map"].values())):
+            yield str(cached_file(location, name))
+
+
+def _disable_dropout(model: PreTrainedModel) -> None:
+    """Gradient checkpointing puts a policy in training mode; layers ask modules, themselves or configs for rates."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    for holder in (*model.modules(), *configs.values(), *(config.get_text_config() for config in configs.values())):
+        if isinstance(holder, nn.Dropout):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and "drop" in name:
+                setattr(holder, name, 0.0)

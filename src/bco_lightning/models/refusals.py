@@ -1,0 +1,150 @@
+"""What is not loaded, and how that is said: code of a model folder, pickled weights, what is no decoder-only model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft import PeftConfig
+from transformers import AutoConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+
+from bco_lightning.errors import ConfigError, LanguageModelError, UserError
+
+_PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+@contextlib.contextmanager
+def in_words(name_or_path: str, what: str) -> Iterator[None]:
+    """Says in one message what transformers and peft, given a damaged or hostile folder, say in many kinds of error.
+
+    Args:
+        name_or_path: As the user named it.
+        what: What it was expected to be.
+
+    Raises:
+        LanguageModelError: In place of whatever is raised within.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _needs_own_code(name_or_path, what) from error
+        said = " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()[:2])
+        raise LanguageModelError(
+            name_or_path,
+            f"expected a {what}, but {'peft' if 'adapter' in what else 'transformers'} could not load one ({said}).",
+            "" if "adapter" in what else "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path.",
+        ) from error
+
+
+def refuse_unsafe_model(name_or_path: str, location: str) -> None:
+    """Refuses, before any weight is read, what is no decoder-only model with safe weights.
+
+    Args:
+        name_or_path: As the user named it.
+        location: Its folder or hub id.
+
+    Raises:
+        LanguageModelError: Saying what was found.
+    """
+    config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise LanguageModelError(
+            name_or_path,
+            "expected a decoder-only language model, found an encoder-decoder model.",
+            "Binary classifier optimization here scores a completion as the continuation of its prompt.",
+        )
+    folder, named = Path(location), str(getattr(config, "transformers_weights", None) or ".safetensors")
+    if not named.endswith((".safetensors", ".safetensors.index.json")):  # the config's choice goes before ours
+        raise _no_safetensors(name_or_path, folder)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise _no_safetensors(name_or_path, folder)
+
+
+def refuse_unknown_tokenizer(location: str) -> None:
+    """Refuses a tokenizer that needs code of its folder, for which transformers would take another one in silence.
+
+    Raises:
+        LanguageModelError: If it does.
+    """
+    config = get_tokenizer_config(location)
+    own_code = config.get("auto_map")
+    own_code = own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code
+    known = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if own_code and not (tokenizer_class_from_name(known) or tokenizer_class_from_name(f"{known}Fast")):
+        raise _needs_own_code(location, "tokenizer")
+
+
+def refuse_unsafe_adapter(location: str) -> None:
+    """Refuses an adapter folder without ``.safetensors``; PEFT would take a pickled one.
+
+    Raises:
+        LanguageModelError: If there are none.
+    """
+    folder = Path(location)
+    if not (folder / "adapter_model.safetensors").exists():
+        raise _no_safetensors(location, folder)
+
+
+def refuse_unswitchable(location: str) -> None:
+    """A continued adapter must be one that a forward pass can use or leave out, and that PEFT can load twice.
+
+    Raises:
+        LanguageModelError: If it is not.
+    """
+    config = PeftConfig.from_pretrained(location)
+    bias = getattr(config, "bias", "none")
+    found = ""
+    if config.is_prompt_learning:
+        found = "a prompt-learning adapter"
+    elif bias != "none":
+        found = f"one that trains biases ({bias})"
+    elif getattr(config, "ensure_weight_tying", False):  # PEFT ties one copy only, and the reference is another
+        found = "one that ties weights (ensure_weight_tying)"
+    if found:
+        raise LanguageModelError(
+            location,
+            f"expected an adapter that can be switched off, found {found}.",
+            "Merge it into its model first.",
+        )
+
+
+def require_bitsandbytes(option: str, value: str) -> None:
+    """Checks that an option's library is installed.
+
+    Args:
+        option: Its full name.
+        value: What was asked for.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            option,
+            f"expected bitsandbytes to be installed for {value}, found that it is not.",
+            'Install it: pip install "bco-lightning[quantized]".',
+        )
+
+
+def _needs_own_code(name_or_path: str, what: str) -> LanguageModelError:
+    return LanguageModelError(
+        name_or_path,
+        f"expected a {what} that transformers knows, found one that needs Python code of its own, which is never run.",
+        "Give a model of an architecture that transformers supports.",
+    )
+
+
+def _no_safetensors(name_or_path: str, folder: Path) -> LanguageModelError:
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLED)
+    found = f"pickled ones alone ({', '.join(pickled[:3])}), which are never read" if pickled else "none"
+    return LanguageModelError(
+        name_or_path,
+        f"expected weights in .safetensors files, found {found}.",
+        "Where you trust them, load and save_pretrained() writes .safetensors." if pickled else "",
+    )
