@@ -74,6 +74,7 @@ def _dtype() -> str:
     import torch
 
     from bco_lightning.models.load import resolve_dtype
+    from bco_lightning.options import LoraSettings
 
     return str(resolve_dtype("auto", LoraSettings(), torch.device("cpu")))
 
