@@ -241,8 +241,8 @@ DEFECTS = [
     ),
     Defect(
         'S12', 'predictions hold the prompt', 'callbacks/prediction_writer.py',
-        '                "row": self._places[int(outputs.row_ids_B[row])],\n',
-        '                "row": self._places[int(outputs.row_ids_B[row])],\n                "prompt": trainer.datamodule.predict_dataset["prompt"][int(outputs.row_ids_B[row])],\n',
+        '            "row": [self._places[row_id] for row_id in rows.row_ids_B.tolist()],\n',
+        '            "row": [self._places[row_id] for row_id in rows.row_ids_B.tolist()],\n            "prompt": [trainer.datamodule.predict_dataset["prompt"][row_id] for row_id in rows.row_ids_B.tolist()],\n',
         ('tests/security/test_secrets.py::test_what_users_wrote_is_written_nowhere',),
     ),
     Defect(

@@ -216,8 +216,8 @@ class ScoredRows:
 
     def where(self, chosen_B: Tensor) -> ScoredRows:
         """The rows that a mask, a slice or indices choose."""
-        tensors = {name: value[chosen_B] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        chosen: dict[str, Any] = {n: value[chosen_B] for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class ImplicitRewardMonitor(StepCallback):
         self._metrics[_stage(trainer)].update(outputs["rows"])
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         name = _stage(trainer)
         values = {f"{name}/{key}": value for key, value in self._metrics[name].compute().items()}
         # Already summed over processes, so Lightning must not synchronise them again.

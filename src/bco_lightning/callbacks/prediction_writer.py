@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows
-from bco_lightning.module import BCOModule
 
 
 class PredictionWriter(Callback):
@@ -30,47 +29,47 @@ class PredictionWriter(Callback):
         self._places: list[str] = []
 
     @override
-    def on_predict_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.world_size > 1:
             self.path = self.path.with_suffix(f".rank{trainer.global_rank}{self.path.suffix}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._places = list(trainer.datamodule.predict_dataset["place"])  # type: ignore[attr-defined]
+        self._places = list(trainer.datamodule.predict_dataset["place"])
         self._partial.unlink(missing_ok=True)  # it may be a link that leads elsewhere
         self._file = self._partial.open("x", encoding="utf-8")
 
     @override
-    def on_predict_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: BCOModule,
-        outputs: ScoredRows,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        probabilities = torch.sigmoid(outputs.rewards_B.cpu().double() - outputs.reward_shift)
-        for row in range(len(probabilities)):
-            record = {
-                "row": self._places[int(outputs.row_ids_B[row])],
-                "implicit_reward": float(outputs.rewards_B[row]),
-                "probability_up": float(probabilities[row]),
-                "policy_log_prob": float(outputs.policy_log_probs_B[row]),
-                "reference_log_prob": float(outputs.reference_log_probs_B[row]),
-                "completion_tokens": int(outputs.completion_lengths_B[row]),
-            }
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")  # type: ignore[union-attr]
+        rows: ScoredRows = outputs
+        probabilities = torch.sigmoid(rows.rewards_B.cpu().double() - rows.reward_shift).tolist()
+        columns = {
+            "row": [self._places[row_id] for row_id in rows.row_ids_B.tolist()],
+            "implicit_reward": rows.rewards_B.tolist(),
+            "probability_up": probabilities,
+            "policy_log_prob": rows.policy_log_probs_B.tolist(),
+            "reference_log_prob": rows.reference_log_probs_B.tolist(),
+            "completion_tokens": rows.completion_lengths_B.tolist(),
+        }
+        for values in zip(*columns.values(), strict=True):
+            print(json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False), file=self._file)
 
     @override
-    def on_predict_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._file.close()  # type: ignore[union-attr]
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        self._close()
         self._partial.replace(self.path)
         rank_zero_info(f"scores of {len(self._places)} rows: {self.path}")
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: BCOModule, exception: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self._close():
+            self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> bool:
+        """Closes the file; whether there is one."""
         if self._file is not None:
             self._file.close()
-            self._partial.unlink(missing_ok=True)
+        return self._file is not None
 
     @property
     def _partial(self) -> Path:

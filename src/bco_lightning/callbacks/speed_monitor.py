@@ -53,9 +53,10 @@ class SpeedMonitor(StepCallback):
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
+        self._running_since: float | None = None
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
         peak = get_available_flops(trainer.strategy.root_device, mixed or pl_module.matmul_dtype)
         # Counts are those of all processes, as if they were one device; a window of two updates is one interval.
@@ -67,9 +68,7 @@ class SpeedMonitor(StepCallback):
         self._update()
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: BCOModule, batch: FeedbackBatch, batch_idx: int
-    ) -> None:  # type: ignore[override]
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: FeedbackBatch, batch_idx: int) -> None:
         if self._running_since is None:
             self._running_since = self._clock()
         padded = len(batch) * max(batch.lengths) if pl_module.layout == "padded" else 0

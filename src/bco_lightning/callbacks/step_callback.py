@@ -44,15 +44,13 @@ class StepCallback(Callback):
         """Called once per optimizer step, after it; ``trainer.global_step`` is ``summary.step``."""
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        summary: StepSummary | None = pl_module.step_summary  # type: ignore[assignment]
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        summary: StepSummary | None = pl_module.step_summary
         if summary is not None:  # the module has it from a step's last micro-batch until the next begins
             self.on_step_end(trainer, pl_module, summary)
 
 
-def summarize_step(trainer: Trainer, module: Any, optimizer: Any) -> None:
+def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
     """Sums a step over its micro-batches and processes into ``module.step_summary``; callbacks then look at it.
 
     It is the only collective of a step besides those of the strategy, and the only time that the device is waited for.
@@ -60,7 +58,7 @@ def summarize_step(trainer: Trainer, module: Any, optimizer: Any) -> None:
     Raises:
         ConfigError: If two callbacks tell numbers of one name.
     """
-    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, StepCallback)]  # type: ignore[attr-defined]
+    callbacks = [callback for callback in trainer.callbacks if isinstance(callback, StepCallback)]
     told: dict[str, float | Tensor] = dict(zip(_REWARDS, _sums_of_rewards(module.step_rows), strict=True))
     for callback in callbacks:
         own = callback.numbers_of_step(trainer, module)
@@ -94,9 +92,9 @@ def log_step(trainer: Trainer, module: LightningModule, values: Mapping[str, flo
     module.log_dict(dict(values), logger=False)
 
 
-def is_time_to_log(trainer: Trainer, step: int, first_too: bool = False) -> bool:
+def is_time_to_log(trainer: Any, step: int, first_too: bool = False) -> bool:
     """Whether numbers of the steps up to this one are due, as ``trainer.log_every_n_steps`` says."""
-    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    interval: int = trainer.log_every_n_steps
     return interval > 0 and (step % interval == 0 or (first_too and step == 1))
 
 

@@ -22,7 +22,7 @@ class StepProgressBar(StepCallback, TQDMProgressBar):
         return {name: _shown(value) if isinstance(value, float) else value for name, value in values.items()}
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.train_progress_bar = self.init_train_tqdm()
         self.train_progress_bar.set_description("Steps")
         self.train_progress_bar.reset(total=pl_module.num_steps())

@@ -68,13 +68,12 @@ class KnownRewardTrial(Callback):
             raise ConfigError("known_reward.reward", "expected held-out rows to sample prompts from, found none.")
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.reward == "none":
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
         log_dir = trainer.log_dir  # a broadcast: every process has to ask
         if trainer.is_global_zero:
-            self.alignment = self.compare(pl_module, _held_out_prompts(data, self.max_prompts))
+            self.alignment = self.compare(pl_module, _held_out_prompts(trainer.datamodule, self.max_prompts))
             self.alignment.print(self.reward)
             if log_dir is not None:
                 self.alignment.write(Path(log_dir) / "alignment.json")
