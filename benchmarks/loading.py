@@ -1,4 +1,4 @@
-"""Memory of each of two processes while a model is loaded under ddp, fsdp and fsdp2, as a share of whole weights."""
+"""Memory of each of two processes while a model is loaded under ddp and fsdp2, as a share of whole weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = {
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
 }
-CASES = [(strategy, lora) for lora in (False, True) for strategy in ("ddp", "fsdp", "fsdp2")]
+CASES = [(strategy, lora) for lora in (False, True) for strategy in ("ddp", "fsdp2")]
 
 
 def make_files(folder: Path) -> tuple[int, dict[str, str]]:
@@ -47,8 +47,8 @@ def make_files(folder: Path) -> tuple[int, dict[str, str]]:
 
 
 def measure(strategy: str, lora: bool, files: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Loads in two processes; full fine-tuning casts to float32, adapters stand on bfloat16 (float32 under fsdp)."""
-    dtype = "bfloat16" if lora and strategy != "fsdp" else "float32"
+    """Loads in two processes; full fine-tuning casts to float32, adapters stand on bfloat16."""
+    dtype = "bfloat16" if lora else "float32"
     output = folder / "figures"
     how = {**files, "strategy": strategy, "dtype": dtype, "lora": lora, "output": str(output), "steps": ROWS // 2}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "workers.load_peak"]

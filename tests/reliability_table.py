@@ -24,7 +24,7 @@ Totals: {passed:,} of {run:,} trials passed, fuzzed lines left out; {red} of {pl
 NOTES = """
 ## What is not promised
 
-- **FSDP and FSDP2** were tried on two and four CPU processes (gloo), never on GPUs. Exact resume to the bit holds for
+- **FSDP2** was tried on two and four CPU processes (gloo), never on GPUs. Exact resume to the bit holds for
   the same number of processes and strategy; with others, weights agree to 1e-5.
 - **Parts of a checkpoint** that several processes write need a folder that all of them see, or the save is refused.
 - **GPUs**: nothing here ran on one. Kernels that are not deterministic make two runs differ, and so a resumed one.

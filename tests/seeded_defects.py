@@ -58,7 +58,7 @@ DEFECTS = [
     ),
     Defect(
         "R1", "a validation that was due is skipped", "callbacks/run_checkpoint.py",
-        'if trainer.training and trainer.enable_validation and checkpoint.get("validation_due"):', "if False:",
+        'if trainer.enable_validation and checkpoint.get("validation_due"):', "if False:",
         (f"{RESUME}::test_a_resumed_run_ends_as_the_uninterrupted_one", "--trial=(12, 0, 1)"),
     ),
     Defect(
@@ -88,26 +88,27 @@ DEFECTS = [
         (f"{SAME}::test_the_cut_of_a_step_does_not_change_the_trajectory",),
     ),
     Defect(
-        "R5", "micro-batches are not counted anew", "module.py",
-        "self._recut_progress(checkpoint)\n        self.reward_shift", "self.reward_shift",
+        "R5", "micro-batches are not counted anew", "callbacks/run_checkpoint.py",
+        "_recut(progress, then, trainer.accumulate_grad_batches)", "pass",
         (f"{RESUME}::test_a_run_goes_on_with_another_number_of_processes", "--trial=((2, 'ddp'), (1, ''), 5, 'steps')"),
     ),
     Defect(
-        "R6", "the folder is filled under its own name, as by a move between file systems", "checkpointing.py",
-        "    partial.rename(target)\n",
-        "    import time\n    target.mkdir()\n    for path in sorted(partial.iterdir()):\n"
-        "        time.sleep(0.01)\n        shutil.move(path, target / path.name)\n",
+        "R6", "the folder is filled under its own name, as by a move between file systems", "checkpoints/folders.py",
+        "        partial.rename(target)\n",
+        "        import time\n        target.mkdir()\n        for path in sorted(partial.iterdir()):\n"
+        "            time.sleep(0.01)\n            shutil.move(path, target / path.name)\n",
         (f"{WHOLE}::test_a_killed_writer_leaves_the_newest_whole_checkpoint",),
     ),
     Defect(
-        "R7", "the folder is renamed before it is flushed", "checkpointing.py",
-        "    _flush(partial / MANIFEST_FILE)\n    _flush(partial)\n",
-        "    partial.rename(target)\n    _flush(target / MANIFEST_FILE)\n    return\n",
+        "R7", "the folder is renamed before it is flushed", "checkpoints/folders.py",
+        "        for path in (*partial.rglob(\"*\"), partial):\n            _flush(path)\n",
+        "        partial.rename(target)\n        for path in (*target.rglob(\"*\"), target):\n            _flush(path)\n"
+        "        return\n",
         (f"{WHOLE}::test_a_fault_at_any_point_of_a_save_leaves_the_previous_step",),
     ),
     Defect(
-        "R8", "digests are not compared", "checkpointing.py",
-        'and sha256_of_file(path) != facts["sha256"]:', "and False:",
+        "R8", "digests are not compared", "checkpoints/manifest.py",
+        'and _sha256_of(path) != facts["sha256"]:', "and False:",
         (f"{WHOLE}::test_a_damaged_file_is_refused_and_the_step_before_is_taken",),
     ),
     Defect(
@@ -161,12 +162,12 @@ DEFECTS = [
         (f"{RESUME}::test_changed_inputs_are_noticed",),
     ),
     Defect(
-        "R19", "a failed write is passed over", "checkpointing.py",
-        "        raise _not_written(target, error) from error\n", "        return\n",
+        "R19", "a failed write is passed over", "checkpoints/format.py",
+        "        errors.append(_in_words(target, error))\n", "        return\n",
         (f"{WHOLE}::test_a_full_disk_leaves_earlier_steps_whole",),
     ),
     Defect(
-        "R20", "old steps are removed first", "checkpointing.py",
+        "R20", "old steps are removed first", "checkpoints/choosing.py",
         "if whole >= keep:", "if whole >= 1:",
         (f"{WHOLE}::test_there_are_never_fewer_than_two_whole_steps",),
     ),
@@ -182,24 +183,18 @@ DEFECTS = [
         (f"{SAME}::test_memory_and_open_files_do_not_grow_with_steps",),
     ),
     Defect(
-        "R24", "weights are exported under the names of a wrapper", "export.py",
+        "R24", "weights are exported under the names of a wrapper", "module.py",
         'module.load_state_dict(checkpoint["state_dict"], strict=False)',
         'module.load_state_dict({f"_orig.{k}": v for k, v in checkpoint["state_dict"].items()}, strict=False)',
         (f"{SAME}::test_an_exported_model_gives_the_logits_of_the_policy",),
     ),
     Defect(
-        "S1", "checkpoints are unpickled", "checkpointing.py",
-        "torch.load(source, map_location=map_location, weights_only=True,",
-        "torch.load(source, map_location=map_location, weights_only=False,",
+        "S1", "files are unpickled", "checkpoints/format.py",
+        "    if folder.is_file():\n", "    if folder.is_file():\n        torch.load(folder, weights_only=False)\n",
         (f"{CHECKPOINTS}::test_no_reader_runs_code_out_of_a_checkpoint",),
     ),
     Defect(
-        "S2", "the digest of a fetched checkpoint is not compared", "checkpointing.py",
-        "    if found != given:\n", "    if False:\n",
-        (f"{CHECKPOINTS}::test_a_checkpoint_by_url_needs_its_digest",),
-    ),
-    Defect(
-        "S10", "links are followed", "checkpointing.py",
+        "S10", "links are followed", "checkpoints/manifest.py",
         "    if folder.is_symlink():\n", "    if False:\n",
         (f"{CHECKPOINTS}::test_a_checkpoint_that_leads_elsewhere_is_refused",),
     ),

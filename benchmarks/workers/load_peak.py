@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
-from bco_lightning.strategies import named_strategy
+from bco_lightning.parallel.strategy import named_strategy
 
 
 class LoadingPeak(Callback):

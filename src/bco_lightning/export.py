@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from bco_lightning.checkpointing import read_checkpoint, resolve_checkpoint
-from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.checkpoints import resolve_checkpoint, verify_checkpoint
+from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.errors import ConfigError
 from bco_lightning.module import ALIGNMENT_FILE, BCOModule
 
 IMPORTANCE_FILE = "importance.safetensors"
@@ -76,29 +76,23 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False,
     """
     if output_dir.exists():
         raise ConfigError(str(output_dir), "expected a folder that does not exist yet, found one.", "Choose another.")
-    checkpoint = _read_checkpoint(ckpt_path)
-    module, steps = _module_of(checkpoint, dtype), int(checkpoint["global_step"])
-    chat_template = checkpoint.get("fingerprints", {}).get("chat_template")
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        whole = merge or module.lora is None
+    step = _step_of(ckpt_path)
+    module, told = _module_of(step, dtype), verify_checkpoint(step, share=None)
+    chat_template = told.get("fingerprints", {}).get("chat_template")
+    adapted, whole = module.lora is not None, merge or module.lora is None
+    policy: Any = module.policy
+    with written_whole(output_dir) as folder:
+        folder.mkdir()
         if not whole:
-            module.policy.save_pretrained(partial, selected_adapters=["default"], save_embedding_layers=False)  # type: ignore[operator]
-        elif module.lora is not None:
-            module.policy.merge_and_unload(adapter_names=["default"]).save_pretrained(partial)  # type: ignore[operator]
+            policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         else:
-            module.policy.save_pretrained(partial)  # type: ignore[operator]
+            (policy.merge_and_unload(adapter_names=["default"]) if adapted else policy).save_pretrained(folder)
         if chat_template is not None:
             module.tokenizer.chat_template = chat_template
-        module.tokenizer.save_pretrained(partial)
-        _write_alignment(module, partial)
-        (partial / "README.md").write_text(_card(module, output_dir.name, steps, whole), encoding="utf-8")
-        partial.rename(output_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        module.tokenizer.save_pretrained(folder)
+        _write_alignment(module, folder)
+        card = _card(module, output_dir.name, told["step"], whole)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModule, int]:
@@ -114,28 +108,18 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     Raises:
         CheckpointError: If it is missing, damaged or no such checkpoint.
     """
-    checkpoint = _read_checkpoint(ckpt_path)
-    return _module_of(checkpoint, dtype), int(checkpoint["global_step"])
+    step = _step_of(ckpt_path)
+    return _module_of(step, dtype), int(verify_checkpoint(step, share=None)["step"])
 
 
-def _read_checkpoint(ckpt_path: Path) -> dict[str, Any]:
-    found = resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} Taking an earlier step."))
-    checkpoint = read_checkpoint(str(found))
-    if "trained_parameters" not in checkpoint:
-        raise CheckpointError(str(found), "expected a checkpoint of BCOModule, found another.")
-    return checkpoint
+def _step_of(ckpt_path: Path) -> Path:
+    return resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} Taking an earlier step."))
 
 
-# An export has whole weights; how they were trained is in the checkpoint's own settings.
-_AS_LOADED = {"quantization": "none", "compile": False}
-
-
-def _module_of(checkpoint: dict[str, Any], dtype: str | None) -> BCOModule:
-    options = dict(checkpoint["hyper_parameters"])
-    module = BCOModule(**{**options, "dtype": dtype or options["dtype"], **_AS_LOADED})
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
-    return module
+def _module_of(step: Path, dtype: str | None) -> BCOModule:
+    # An export has whole weights; how they were trained is in the checkpoint's own settings.
+    other = {"quantization": "none", "compile": False, **({"dtype": dtype} if dtype else {})}
+    return BCOModule.load_from_checkpoint(step, **other)
 
 
 def _write_alignment(module: BCOModule, folder: Path) -> None:

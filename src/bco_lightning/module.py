@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
+from bco_lightning.checkpoints import VerifiedCheckpointIO, read_checkpoint
+from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
 from bco_lightning.identity import (
     accepted_differences,
@@ -32,9 +33,15 @@ from bco_lightning.identity import (
 from bco_lightning.importance.features import make_encoder
 from bco_lightning.importance.weights import Encoder, ImportanceWeights, StepWeigher, find_weights
 from bco_lightning.models.fused_layers import fuse_layers
-from bco_lightning.models.layout import Layout, choose_layout, compile_layers, layout_of
+from bco_lightning.models.layout import (
+    Layout,
+    causal_lm_of,
+    choose_layout,
+    compile_layers,
+    decoder_layers_of,
+    layout_of,
+)
 from bco_lightning.models.load import (
-    final_dtype,
     load_language_model,
     load_policy,
     load_tokenizer,
@@ -42,17 +49,18 @@ from bco_lightning.models.load import (
     resolve_dtype,
 )
 from bco_lightning.models.log_probs import check_head, completion_log_probs
-from bco_lightning.models.parallel import Sharding, is_sharded, own_part, plain_name, shard
 from bco_lightning.models.reference import Reference
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.objectives import OBJECTIVES, Baseline, class_weights_of, mean_over_rows
 from bco_lightning.optimizers import make_optimizer
 from bco_lightning.options import ModelOptions
+from bco_lightning.parallel.collectives import gather_over_ranks, max_over_ranks
+from bco_lightning.parallel.sharding import Sharding, final_dtype, is_sharded, own_part, shard, sharding_of
+from bco_lightning.parallel.strategy import refuse_unknown_sharding
 from bco_lightning.places import cache_root
 from bco_lightning.reference_cache import ReferenceCache, key_of_log_probs
 from bco_lightning.reference_store import ReferenceStore
-from bco_lightning.strategies import refuse_unknown_sharding
 
 ReferencePlan = Literal["online", "known", "before", "lazily"]
 ALIGNMENT_FILE = "bco.json"
@@ -90,6 +98,7 @@ class BCOModule(LightningModule):
         self._reference_digest = ""
         self._fingerprints: dict[str, Any] = {}
         self._accepted_changes: list[str] = []
+        self._saved_optimizers: list[dict[str, Any]] = []
         self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
         self._layout_reason = ""
         self._trunk: FrozenTrunk | None = None
@@ -156,7 +165,7 @@ class BCOModule(LightningModule):
             return
         options = self.hparams
         device = self.trainer.strategy.root_device if self._trainer is not None else self.device
-        dtype = self._dtype_on(device)
+        dtype = resolve_dtype(options["dtype"], self.lora, device)
         self._policy = load_policy(
             options["name_or_path"],
             dtype,
@@ -186,18 +195,6 @@ class BCOModule(LightningModule):
         """How the strategy cuts up models; ``None`` where each process has whole ones."""
         return sharding_of(self.trainer) if self._trainer is not None else None
 
-    def _dtype_on(self, device: torch.device) -> torch.dtype:
-        dtype = resolve_dtype(self.hparams["dtype"], self.lora, device)
-        if self._sharding is None or self._sharding.engine != "fsdp" or self.lora is None or dtype == torch.float32:
-            return dtype
-        if self.hparams["dtype"] == "auto":
-            return torch.float32
-        raise ConfigError(
-            "model.dtype",
-            "expected float32 for adapters under fsdp, which keeps one data type in each layer; found bfloat16.",
-            "Use trainer.strategy: fsdp2, or trainer.precision: bf16-mixed.",
-        )
-
     def _quicken(self, model: PreTrainedModel) -> None:
         """Policy and reference alike, so that equal weights give equal bits."""
         if self.hparams["compile"]:
@@ -210,7 +207,8 @@ class BCOModule(LightningModule):
             if not self.hparams["compile"]:
                 fuse_layers(modules)
 
-        shard(model, sharding, quicken)
+        causal_lm = causal_lm_of(model)
+        shard(causal_lm, decoder_layers_of(causal_lm)[1], sharding, quicken)
 
     def _shard(self) -> None:
         """What is done to a whole policy, once, after the digest of its weights was taken."""
@@ -277,9 +275,9 @@ class BCOModule(LightningModule):
                 "the reference.",
                 "Set model.dtype: bfloat16 for bfloat16 weights.",
             )
-        refuse_unknown_sharding(
-            self.trainer.strategy, str(self.trainer.precision), self.trainer.accumulate_grad_batches
-        )
+        refuse_unknown_sharding(self.trainer.strategy, str(self.trainer.precision))
+        if not isinstance(self.trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
+            self.trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         self._build()
         if self._sharding is not None:
             self._digest_of_reference()  # while the policy is whole
@@ -491,6 +489,9 @@ class BCOModule(LightningModule):
     def on_train_start(self) -> None:
         """From here on the policy is not the reference any more."""
         self.reference.policy_moves()
+        if self._saved_optimizers:
+            restore_states(self, self.trainer.optimizers, self._saved_optimizers)
+            self._saved_optimizers = []
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Gives a micro-batch the reference log-probs that are known, if those of all its rows are."""
@@ -640,6 +641,8 @@ class BCOModule(LightningModule):
                 f"expected finite weights to save, found {broken[0]} ({len(broken)} parameters) not finite.",
                 "The checkpoints before are finite. A lower model.learning_rate often helps.",
             )
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = states_by_name(self, self.trainer.optimizers)
         checkpoint["reward_shift"] = self.reward_shift.state_dict()
         checkpoint["trained_parameters"] = self._trained_names()
         checkpoint["fingerprints"] = self.fingerprints()
@@ -673,13 +676,33 @@ class BCOModule(LightningModule):
             )
         self._refuse_other_shapes(checkpoint["state_dict"])
         self._refuse_another_run(checkpoint)
-        self._recut_progress(checkpoint)
+        # Kept from Lightning, which would give them to an optimizer as they are.
+        self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
         self.reference.policy_moves()
         self._load_importance(checkpoint.get("importance"))
         if self._reference_cache is not None and "reference_log_probs" in checkpoint:
             as_lazy = self.options.reference_log_probs == "auto" and self.trainer.training
             self._reference_cache.load_state_dict(checkpoint["reference_log_probs"], unknown_too=as_lazy)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> BCOModule:  # type: ignore[override]
+        """Builds the module of a checkpoint with its trained weights and reward shift, on the CPU.
+
+        Args:
+            checkpoint_path: Folder of a step.
+            options: Options that are to be others than those of the run, such as ``dtype``.
+
+        Raises:
+            CheckpointError: If it is missing, damaged or no checkpoint of this module.
+        """
+        checkpoint = read_checkpoint(checkpoint_path, moments=False)
+        if "trained_parameters" not in checkpoint:
+            raise CheckpointError(str(checkpoint_path), "expected a checkpoint of BCOModule, found another.")
+        module = cls(**{**checkpoint["hyper_parameters"], **options})
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=False)
+        return module
 
     def _load_importance(self, state: Mapping[str, Any] | None) -> None:
         """Goes on with the bits of a run that had the same rows, encoder and options."""
@@ -727,24 +750,6 @@ class BCOModule(LightningModule):
         then = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name not in known}
         return list(differences(then, {name: self.hparams.get(name) for name in then}).values())
 
-    def _recut_progress(self, checkpoint: dict[str, Any]) -> None:
-        """Counts Lightning's micro-batches anew where the same steps are now cut into more or fewer of them.
-
-        Checkpoints are written at the end of a step, so every count but that of completed batches, which Lightning
-        raises a moment later, is a whole number of steps.
-        """
-        data = getattr(self._trainer, "datamodule", None)
-        then = checkpoint.get("FeedbackDataModule", {}).get("accumulation")
-        now = self.trainer.accumulate_grad_batches if data is not None else None
-        if then is None or now is None or then == now or not self.trainer.training:
-            return
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):
-            behind = counts["ready"] - counts["completed"]
-            for name in ("ready", "started", "processed"):
-                counts[name] = counts[name] // then * now
-            counts["completed"] = counts["ready"] - behind
-
     def _own_fingerprints(self) -> dict[str, Any]:
         return {
             **{
@@ -776,7 +781,7 @@ class BCOModule(LightningModule):
         ]
 
     def _trained_names(self) -> list[str]:
-        return [plain_name(name) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def num_steps(self) -> int:
         """Optimizer steps of the whole run, from the configuration.

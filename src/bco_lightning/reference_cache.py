@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows
 from bco_lightning.data.collate import collate
-from bco_lightning.distributed import gather_rows_over_ranks, max_tensor_over_ranks
 from bco_lightning.identity import digest_of_values, versions
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
 from bco_lightning.models.layout import layout_of
-from bco_lightning.models.load import final_dtype
+from bco_lightning.parallel.collectives import gather_rows_over_ranks, max_tensor_over_ranks
+from bco_lightning.parallel.sharding import final_dtype
 from bco_lightning.reference_store import KEY_BYTES, RECORD, ReferenceStore
 
 LAYOUT_VERSION = 1  # to be raised when rows come to be computed in another way, so that values round differently

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bco_lightning.checkpointing import read_checkpoint, saved_steps
+from bco_lightning.checkpoints import read_checkpoint, saved_steps
 from bco_lightning.cli import main
 from tests.reliability.tiny_run import finish, start
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, LoraSettings
-from bco_lightning.callbacks import RunCheckpoint, SpeedMonitor
-from bco_lightning.distributed import sharding_of
-from bco_lightning.models.parallel import fsdp1_root, is_sharded, plain_name, whole
-from bco_lightning.strategies import named_strategy
+from bco_lightning.callbacks import RunCheckpoint, ThroughputMonitor
+from bco_lightning.parallel.sharding import is_sharded, whole
+from bco_lightning.parallel.strategy import named_strategy
 from tests.reliability.tiny_run import ROWS_PER_STEP, tiny_fit
-
-STRATEGIES = ("ddp", "fsdp", "fsdp2")
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,8 @@ class Gradients(Callback):
         self.shifts: list[float] = []
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
-        sharding = sharding_of(trainer)
-        gathered: Any = contextlib.nullcontext()
-        if sharding is not None and sharding.engine == "fsdp":
-            root = fsdp1_root(module.policy)
-            gathered = root.summon_full_params(root, with_grads=True, writeback=False)
-        with gathered:
-            trained = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
-            self.of_step.append({name: whole(p.grad).clone() for name, p in trained.items()})
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.of_step.append({name: whole(parameter.grad).clone() for name, parameter in trained.items()})
         self.shifts.append(module.reward_shift.value)
 
 
@@ -94,7 +84,7 @@ def run(
         "",
         log,
         module=module,
-        callbacks=[gradients, saving, SpeedMonitor()],
+        callbacks=[gradients, saving, ThroughputMonitor()],
         ckpt_path=ckpt_path,
         trainer_options=trainer_options,
         data_options={"batch_size": ROWS_PER_STEP // processes // case.accumulation, "validation_files": heldout},

@@ -17,7 +17,7 @@ from tests.reliability.tiny_run import make_log, make_model, start, tiny_fit, wa
 
 
 def fit(model: str, log: str, case: str) -> None:
-    module = BCOModule(model, dtype="float32", gradient_checkpointing=case == "gradient checkpointing")
+    module = BCOModule(model, dtype="float32")
     if case == "built":
         assert module.policy is not None
     tiny_fit(
@@ -31,20 +31,19 @@ def fit(model: str, log: str, case: str) -> None:
     [
         ("built", "expected a module whose model is not built yet"),
         ("sampling", "expected whole weights to sample from, found them cut up"),
-        ("gradient checkpointing", ""),
     ],
 )
 def test_fsdp2_refuses_what_would_hang_or_train_alone(case: str, words: str, tmp_path: Path) -> None:
     model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl", num_rows=24)
     codes = wait(start(partial(fit, model, log, case), ranks=2, folder=tmp_path), timeout=60)
-    assert codes == ([1, 1] if words else [0, 0]), (tmp_path / "output.0").read_text()[-2000:]
+    assert codes == [1, 1], (tmp_path / "output.0").read_text()[-2000:]
     assert words in (tmp_path / "output.0").read_text()
 
 
-def score(model: str, log: str, scored: str, batch_size: int = 4) -> None:
+def score(model: str, log: str, scored: str) -> None:
     """Validates and predicts, from shards."""
     module = BCOModule(model, dtype="float32")
-    data = FeedbackDataModule(log, validation_files=scored, predict_files=scored, batch_size=batch_size, max_length=96)
+    data = FeedbackDataModule(log, validation_files=scored, predict_files=scored, batch_size=1, max_length=96)
     options: dict[str, Any] = {"devices": 2, "strategy": "fsdp2", "accelerator": "cpu"}
     quiet = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False}
     trainer = Trainer(**options, **quiet, use_distributed_sampler=False, callbacks=[PredictionWriter()])
@@ -53,14 +52,13 @@ def score(model: str, log: str, scored: str, batch_size: int = 4) -> None:
     trainer.predict(module, data)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
 def test_rows_that_do_not_come_out_even_are_evaluated_and_scored_once(
-    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl", num_rows=24)
     scored = make_log(tmp_path / "scored.jsonl", num_rows=9, seed=3)
-    codes = wait(start(partial(score, model, log, scored, batch_size), ranks=2, folder=tmp_path), timeout=90)
+    codes = wait(start(partial(score, model, log, scored), ranks=2, folder=tmp_path), timeout=90)
     assert codes == [0, 0], (tmp_path / "output.0").read_text()[-2000:]
     lines = [line for rank in (0, 1) for line in Path(f"predictions.rank{rank}.jsonl").read_text().splitlines()]
     rows = [json.loads(line)["row"] for line in lines]

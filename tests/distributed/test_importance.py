@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.importance import weights as importance_weights
 from bco_lightning.importance.features import ReferenceEncoder
-from bco_lightning.strategies import named_strategy
+from bco_lightning.parallel.strategy import named_strategy
 from tests.distributed.runs import TORCHRUN
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit, wait
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bco_lightning.checkpointing import read_checkpoint, saved_steps
+from bco_lightning.checkpoints import read_checkpoint, saved_steps
 from tests.reliability.tiny_run import ROOT, free_port, make_log, make_model
 
 LAST = "step-00000012"
@@ -103,7 +103,8 @@ def make_group(files: Path, folder: Path, **options: Any) -> Iterator[Group]:
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     environment = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
         "GROUP_FOLDER": str(folder), "BCO_CACHE": str(folder / "cache"),
         "BCO_ALLOWED_IMPORTS": "tests.distributed.launch_faults",
     }  # fmt: skip

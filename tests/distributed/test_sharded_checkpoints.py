@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule
 from transformers import LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpointing import read_checkpoint, saved_steps, verify_checkpoint
-from bco_lightning.errors import CheckpointError, UserError
+from bco_lightning.checkpoints import VerifiedCheckpointIO, read_checkpoint, saved_steps, verify_checkpoint
+from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.identity import digest_of_tensors
-from bco_lightning.shards import put_shards
-from bco_lightning.strategies import FSDP1Strategy, FSDP2Strategy, named_strategy
+from bco_lightning.parallel.strategy import FSDP2Strategy, named_strategy, refuse_unknown_sharding
 from tests.distributed.runs import TORCHRUN
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
 
@@ -43,19 +43,18 @@ class Saving(RunCheckpoint):
 
 
 def fit(
-    model: str, log: str, strategy: str, *, full_in: int | None = None, if_saving_fails: str = "stop", **more: Any
-) -> dict[str, Any]:
-    module_options = more.pop("module_options", {})
+    model: str, log: str, strategy: Any = "fsdp2", *, full_in: int | None = None, if_saving_fails: str = "stop",
+    folder: str = "run", **more: Any,
+) -> dict[str, Any]:  # fmt: skip
     saving = Saving(full_in, if_saving_fails=if_saving_fails)
-    saving.run_folder = "run"
-    options = {"devices": int(os.environ.get("WORLD_SIZE", "1")), "strategy": named_strategy(strategy), "max_steps": 6}
+    saving.run_folder = folder
+    options = {"devices": int(os.environ.get("WORLD_SIZE", "1")), "strategy": strategy, "max_steps": 6}
     try:
         return tiny_fit(
             model,
             log,
             callbacks=[saving],
             trainer_options={**options, **more.pop("trainer_options", {})},
-            module_options=module_options,
             data_options={"batch_size": 4},
             **more,
         )
@@ -63,37 +62,46 @@ def fit(
         return {"error": str(error)}
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    return make_model(folder / "model"), make_log(folder / "log.jsonl")
+
+
+@pytest.fixture(scope="module")
+def through(files: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of two processes: its checkpoints at steps 2, 4 and 6, and what it ended with."""
+    folder = tmp_path_factory.mktemp("through")
+    first, _ = finish(start(partial(fit, *files), ranks=2, folder=folder), folder)
+    return folder / "run" / "checkpoints", first
+
+
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[str, str]:
-    return make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
+def checkpoints(through: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of them, to be damaged."""
+    return shutil.copytree(through[0], tmp_path / "checkpoints")
 
 
-@pytest.mark.parametrize(
-    ("strategy", "full_in", "if_saving_fails"),
-    [("fsdp2", 0, "stop"), ("fsdp2", 1, "stop"), ("fsdp2", 1, "warn"), ("fsdp", 1, "stop")],
-)
-def test_a_disk_that_is_full_for_one_process_ends_all_with_one_error(
-    strategy: str, full_in: int, if_saving_fails: str, files: tuple[str, str], tmp_path: Path
+@pytest.mark.parametrize(("full_in", "if_saving_fails"), [(0, "stop"), (1, "stop"), (1, "warn")])
+def test_a_disk_that_is_full_for_one_process_is_told_to_all(
+    full_in: int, if_saving_fails: str, files: tuple[str, str], tmp_path: Path
 ) -> None:
-    run = partial(fit, *files, strategy, full_in=full_in, if_saving_fails=if_saving_fails)
+    run = partial(fit, *files, full_in=full_in, if_saving_fails=if_saving_fails)
     told = finish(start(run, ranks=2, folder=tmp_path), tmp_path, timeout=60)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    steps = [int(step.name.removeprefix("step-")) for step in saved_steps(checkpoints)]
-    assert all(verify_checkpoint(step) for step in saved_steps(checkpoints))
-    assert not list(checkpoints.glob(".*"))
+    steps = saved_steps(tmp_path / "run" / "checkpoints")
+    assert all(verify_checkpoint(step) for step in steps)
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == steps
     if if_saving_fails == "stop":
-        assert steps == [2]
-        assert all(
-            "step-00000004: expected to write a checkpoint, found that File too large" in one["error"] for one in told
-        )
+        assert [step.name for step in steps] == ["step-00000002"]
+        said = "step-00000004: expected to write a checkpoint, found that File too large"
+        assert all(said in one["error"] for one in told)
     else:
-        assert steps == [2, 6]
+        assert [step.name for step in steps] == ["step-00000002", "step-00000006"]
         assert all(one["step"] == 6 for one in told)
 
 
-def test_a_damaged_part_is_refused_by_name(files: tuple[str, str], tmp_path: Path) -> None:
-    finish(start(partial(fit, *files, "fsdp2"), ranks=2, folder=tmp_path), tmp_path)
-    newest = saved_steps(tmp_path / "run" / "checkpoints")[-1]
+def test_a_damaged_part_is_refused_by_name(checkpoints: Path) -> None:
+    newest = saved_steps(checkpoints)[-1]
     parts = sorted(newest.glob("*.safetensors"))
     assert len(parts) == 2
     for damage in ("flip", "cut", "delete"):
@@ -102,55 +110,44 @@ def test_a_damaged_part_is_refused_by_name(files: tuple[str, str], tmp_path: Pat
             if damage == "delete":
                 part.unlink()
             else:
-                changed = bytearray(whole)
-                changed[-1] ^= 1
-                part.write_bytes(changed if damage == "flip" else whole[:-1])
+                part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) * (damage == "flip"))
             with pytest.raises(CheckpointError, match=part.name):
-                read_checkpoint(str(newest))
+                read_checkpoint(newest)
             part.write_bytes(whole)
-    assert read_checkpoint(str(newest))["state_dict"]
+    assert read_checkpoint(newest)["state_dict"]
 
 
-def test_a_part_that_is_not_the_checkpoints_own_is_refused(files: tuple[str, str], tmp_path: Path) -> None:
-    finish(start(partial(fit, *files, "fsdp2"), ranks=2, folder=tmp_path), tmp_path)
-    older, newest = saved_steps(tmp_path / "run" / "checkpoints")[-2:]
-    part = sorted(older.glob("*.safetensors"))[0]
-    (newest / "zz.safetensors").write_bytes(part.read_bytes())
+def test_a_part_that_is_not_the_checkpoints_own_is_refused(checkpoints: Path) -> None:
+    older, newest = saved_steps(checkpoints)[-2:]
+    shutil.copy(next(older.glob("*.safetensors")), newest / "zz.safetensors")
     with pytest.raises(CheckpointError, match=r"zz.safetensors: expected the checkpoint's own files"):
-        read_checkpoint(str(newest))
+        read_checkpoint(newest)
 
 
-def go_on_from_the_newest(model: str, log: str, folder: str, may_fall_back: bool) -> dict[str, Any]:
-    strategy = FSDP2Strategy()
-    strategy.may_fall_back = may_fall_back
-    return fit(model, log, "auto", ckpt_path=folder, trainer_options={"strategy": strategy})
+def go_on(model: str, log: str, whole: str, damaged: str) -> list[dict[str, Any]]:
+    """From a whole step, and from a damaged one that was and was not asked for by its name."""
+    found = [fit(model, log, ckpt_path=whole, folder="whole")]
+    for may_fall_back in (False, True):
+        strategy = FSDP2Strategy()
+        strategy.checkpoint_io = VerifiedCheckpointIO(may_fall_back)
+        found.append(fit(model, log, strategy, ckpt_path=damaged, folder=f"damaged {may_fall_back}"))
+    return found
 
 
-def test_a_damaged_step_that_was_not_asked_for_by_name_is_passed_over_by_all(
-    files: tuple[str, str], tmp_path: Path
+def test_a_run_goes_on_from_parts_to_the_bit_and_past_a_damaged_one(
+    files: tuple[str, str], through: tuple[Path, dict[str, Any]], checkpoints: Path, tmp_path: Path
 ) -> None:
-    through = finish(start(partial(fit, *files, "fsdp2"), ranks=2, folder=tmp_path), tmp_path)
-    step = tmp_path / "run" / "checkpoints" / "step-00000004"
-    part = sorted(step.glob("*.safetensors"))[1]  # verified by the second process
-    changed = bytearray(part.read_bytes())
-    changed[-1] ^= 1
-    part.write_bytes(changed)
-    again = partial(go_on_from_the_newest, *files, str(step))
-    passed = finish(start(partial(again, True), ranks=2, folder=tmp_path / "a"), tmp_path / "a")
-    assert_same(passed[0]["weights"], through[0]["weights"])
-    assert min(passed[0]["rows"]) == 2
-    refused = finish(start(partial(again, False), ranks=2, folder=tmp_path / "b"), tmp_path / "b")
-    assert all(part.name in one["error"] for one in refused)
-
-
-def test_a_run_goes_on_to_the_bit_from_parts(files: tuple[str, str], tmp_path: Path) -> None:
     """As the weights were, so were moments, shift and random numbers."""
-    through = finish(start(partial(fit, *files, "fsdp2"), ranks=2, folder=tmp_path), tmp_path)
-    source = tmp_path / "run" / "checkpoints" / "step-00000004"
-    again = partial(fit, *files, "fsdp2", ckpt_path=str(source))
-    resumed = finish(start(again, ranks=2, folder=tmp_path / "again"), tmp_path / "again")
-    for name in ("weights", "moments", "learning_rate", "shift", "random"):
-        assert_same(resumed[0][name], through[0][name], name)
+    ended = through[1]
+    second = sorted((checkpoints / "step-00000004").glob("*.safetensors"))[1]  # verified by the second process
+    second.write_bytes(second.read_bytes()[:-1] + b"x")
+    run = partial(go_on, *files, str(through[0] / "step-00000004"), str(second.parent))
+    for resumed, refused, passed in finish(start(run, ranks=2, folder=tmp_path, environment=TORCHRUN), tmp_path):
+        for name in ("weights", "moments", "learning_rate", "shift"):
+            assert_same(resumed[name], ended[name], name)
+        assert second.name in refused["error"]
+        assert_same(passed["weights"], ended["weights"])
+        assert min(passed["rows"]) == 2
 
 
 def fit_apart(model: str, log: str) -> dict[str, Any]:
@@ -158,7 +155,7 @@ def fit_apart(model: str, log: str) -> dict[str, Any]:
     own = Path(f"node{os.environ['RANK']}")
     own.mkdir()
     os.chdir(own)
-    return fit(model, log, "fsdp2")
+    return fit(model, log)
 
 
 def test_processes_that_do_not_see_one_folder_end_before_the_first_step(files: tuple[str, str], tmp_path: Path) -> None:
@@ -172,126 +169,80 @@ def go_on_apart(model: str, log: str, folder: str) -> dict[str, Any]:
     return fit(model, log, "ddp", ckpt_path=f"{folder}/{steps[os.environ['RANK']]}")
 
 
-def test_processes_that_would_go_on_from_different_steps_are_stopped(files: tuple[str, str], tmp_path: Path) -> None:
-    finish(start(partial(fit, *files, "ddp"), ranks=2, folder=tmp_path), tmp_path)
-    run = partial(go_on_apart, *files, str(tmp_path / "run" / "checkpoints"))
-    told = finish(start(run, ranks=2, folder=tmp_path / "again"), tmp_path / "again")
+def test_processes_that_would_go_on_from_different_steps_are_stopped(
+    files: tuple[str, str], checkpoints: Path, tmp_path: Path
+) -> None:
+    told = finish(start(partial(go_on_apart, *files, str(checkpoints)), ranks=2, folder=tmp_path), tmp_path)
     said = "expected one step for all processes to go on from, found 2, 4"
     assert all(said in one["error"] for one in told)
 
 
-def test_tensors_that_belong_nowhere_are_refused() -> None:
-    checkpoint: dict[str, Any] = {"state_dict": {}, "optimizer_states": [{"state": {}}]}
-    for key in ("optimizer_states/1/0/exp_avg", "optimizer_states/x/0/exp_avg", "optimizer_states/0", "else"):
-        with pytest.raises(CheckpointError, match="expected a tensor of its own"):
-            put_shards(checkpoint, {key: torch.zeros(1)})
-
-
-@pytest.mark.parametrize(
-    ("strategy", "trainer_options", "module_options", "words"),
-    [
-        (
-            "fsdp",
-            {},
-            {"lora": LoraSettings(), "dtype": "bfloat16"},
-            "model.dtype: expected float32 for adapters under fsdp",
-        ),
-        (
-            "fsdp_cpu_offload",
-            {"accumulate_grad_batches": 2},
-            {},
-            "trainer.accumulate_grad_batches: expected 1 under fsdp_cpu_offload",
-        ),
-        ("fsdp2", {"precision": "64-true"}, {}, "trainer.precision: expected 32-true or bf16-mixed"),
-        ("fsdp2", {}, {"optimizer": "adamw_8bit"}, "model.optimizer: expected adamw for weights that are cut up"),
-    ],
-)
-def test_what_a_sharded_strategy_cannot_do_is_refused(
-    strategy: str,
-    trainer_options: dict[str, Any],
-    module_options: dict[str, Any],
-    words: str,
-    files: tuple[str, str],
-    tmp_path: Path,
-) -> None:
-    run = partial(fit, *files, strategy, trainer_options=trainer_options, module_options=module_options)
-    told = finish(start(run, ranks=2, folder=tmp_path), tmp_path)
-    assert all(words in one["error"] for one in told)
-
-
-def fit_with_one_row_of_adapters(model: str, log: str) -> dict[str, Any]:
-    return fit(model, log, "fsdp2", module_options={"lora": LoraSettings(r=1), "dtype": "float32"})
-
-
-def test_a_tensor_with_fewer_rows_than_processes_trains(files: tuple[str, str], tmp_path: Path) -> None:
-    told = finish(start(partial(fit_with_one_row_of_adapters, *files), ranks=2, folder=tmp_path), tmp_path)
-    assert all(one["step"] == 6 for one in told)
-
-
-def validate_then_fit(model: str, log: str, strategy: str) -> dict[str, Any]:
+def odd_runs(model: str, log: str) -> dict[str, Any]:
+    """Runs that are refused, and unusual ones that are not."""
+    found: dict[str, Any] = {
+        "precision": fit(model, log, trainer_options={"precision": "64-true"}),
+        "optimizer": fit(model, log, module_options={"optimizer": "adamw_8bit"}),
+        "Lightning's own": fit(model, log, ModelParallelStrategy(2, 1)),
+        "one row": fit(model, log, folder="r1", module_options={"lora": LoraSettings(r=1), "dtype": "float32"}),
+    }
     module = BCOModule(model, dtype="float32", learning_rate=1e-2, reference_log_probs="online")
     data = FeedbackDataModule(log, validation_files=log, batch_size=4, max_length=96)
-    quiet = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False, "accelerator": "cpu"}
-    Trainer(devices=2, strategy=named_strategy(strategy), use_distributed_sampler=False, **quiet).validate(module, data)
-    return {"digest": fit(model, log, strategy, module=module), "reference": module.fingerprints()["reference"]}
-
-
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
-def test_a_module_that_was_validated_trains_with_the_same_reference(
-    strategy: str, files: tuple[str, str], tmp_path: Path
-) -> None:
-    run = partial(validate_then_fit, *files, strategy)
-    told = finish(start(run, ranks=2, folder=tmp_path, environment=TORCHRUN), tmp_path)
-    alone = BCOModule(files[0], dtype="float32")
-    assert {one["reference"] for one in told} == {digest_of_tensors(alone.policy.named_parameters())}
-
-
-def fit_without_names(model: str, log: str) -> dict[str, Any]:
+    quiet: dict[str, Any] = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False}
+    Trainer(devices=2, accelerator="cpu", strategy="fsdp2", use_distributed_sampler=False, **quiet).validate(
+        module, data
+    )
+    found["validated"] = fit(model, log, folder="validated", module=module)
+    found["reference"] = module.fingerprints()["reference"]
     LlamaForCausalLM._no_split_modules = None
     strategy = FSDP2Strategy()
-    found = fit(model, log, "auto", trainer_options={"strategy": strategy})
-    policy = strategy.lightning_module.policy  # type: ignore[union-attr]
-    return {**found, "units": sum(isinstance(module, FSDPModule) for module in policy.modules())}
+    found["unnamed"] = fit(model, log, strategy, folder="unnamed")
+    policy: Any = strategy.lightning_module.policy  # type: ignore[union-attr]
+    found["units"] = sum(isinstance(module, FSDPModule) for module in policy.modules())
+    return found
 
 
-def test_decoder_layers_are_found_where_a_model_does_not_name_them(files: tuple[str, str], tmp_path: Path) -> None:
-    told = finish(start(partial(fit_without_names, *files), ranks=2, folder=tmp_path), tmp_path)
-    assert all(one["units"] == 3 for one in told)  # two layers and what is left
+def test_what_a_sharded_strategy_cannot_do_is_refused_and_the_unusual_trains(
+    files: tuple[str, str], tmp_path: Path
+) -> None:
+    run = partial(odd_runs, *files)
+    for found in finish(start(run, ranks=2, folder=tmp_path, environment=TORCHRUN), tmp_path):
+        assert "trainer.precision: expected 32-true or bf16-mixed" in found["precision"]["error"]
+        assert "model.optimizer: expected adamw for weights that are cut up" in found["optimizer"]["error"]
+        said = "trainer.strategy: expected one of this package, found Lightning's ModelParallelStrategy"
+        assert said in found["Lightning's own"]["error"]
+        for name in ("one row", "validated", "unnamed"):  # fewer rows in a tensor than processes is one of them
+            assert found[name]["step"] == 6, name
+        assert found["reference"] == digest_of_tensors(BCOModule(files[0], dtype="float32").policy.named_parameters())
+        assert found["units"] == 3  # two layers, which the model does not name, and what is left
 
 
-def fit_by_lightning(model: str, log: str) -> dict[str, Any]:
-    return fit(model, log, "auto", trainer_options={"strategy": ModelParallelStrategy(2, 1)})
+def test_fsdp_is_a_name_of_fsdp2_and_lightnings_own_is_refused() -> None:
+    assert named_strategy("fsdp") == "fsdp2"
+    assert named_strategy("fsdp_cpu_offload") == "fsdp2_cpu_offload"
+    with pytest.raises(ConfigError, match=r"found Lightning's FSDPStrategy\. Use fsdp2"):
+        refuse_unknown_sharding(FSDPStrategy(), "32-true")
 
 
-def test_lightnings_own_sharding_is_refused(files: tuple[str, str], tmp_path: Path) -> None:
-    told = finish(start(partial(fit_by_lightning, *files), ranks=2, folder=tmp_path), tmp_path)
-    assert all("expected one of this package, found Lightning's ModelParallelStrategy" in one["error"] for one in told)
-
-
-def fit_in_groups(model: str, log: str, group: int) -> dict[str, Any]:
-    module = BCOModule(model, learning_rate=1e-2, dtype="float32")
-    strategy = FSDP2Strategy(group=group)
-    options = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": strategy, "max_steps": 3}
-    try:
-        found = tiny_fit(model, log, module=module, trainer_options=options, data_options={"batch_size": 2})
-    except UserError as error:
-        return {"error": str(error)}
-    return {"weights": found["weights"], "shape": tuple(strategy.sharding.mesh.shape), "shift": found["shift"]}
+def fit_in_groups(model: str, log: str) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    for group in (4, 2, 3):
+        module, strategy = BCOModule(model, learning_rate=1e-2, dtype="float32"), FSDP2Strategy(group=group)
+        options = {"devices": 4, "strategy": strategy, "max_steps": 3}
+        try:
+            ended = tiny_fit(model, log, module=module, trainer_options=options, data_options={"batch_size": 2})
+            found[group] = {"weights": ended["weights"], "shape": tuple(strategy.sharding.mesh.shape)}
+        except UserError as error:
+            found[group] = str(error)
+    return found
 
 
 def test_copies_of_the_weights_that_are_each_cut_up_give_the_same_numbers(
     files: tuple[str, str], tmp_path: Path
 ) -> None:
-    everywhere = finish(start(partial(fit_in_groups, *files, 4), ranks=4, folder=tmp_path / "4"), tmp_path / "4")
-    in_pairs = finish(start(partial(fit_in_groups, *files, 2), ranks=4, folder=tmp_path / "2"), tmp_path / "2")
-    assert everywhere[0]["shape"] == (4,)
-    assert in_pairs[0]["shape"] == (2, 2)
-    for name, weight in everywhere[0]["weights"].items():
-        assert torch.allclose(in_pairs[0]["weights"][name], weight, rtol=1e-5, atol=1e-6), name
-    refused = finish(start(partial(fit_in_groups, *files, 3), ranks=4, folder=tmp_path / "3"), tmp_path / "3")
-    assert all("trainer.strategy.group: expected a divisor of 4 processes, found 3" in one["error"] for one in refused)
-
-
-def test_fsdp_is_an_object_where_lightning_refuses_its_name() -> None:
-    assert isinstance(named_strategy("fsdp"), FSDP1Strategy)
-    assert named_strategy("fsdp2") == "fsdp2"
+    environment = {**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}
+    run = start(partial(fit_in_groups, *files), ranks=4, folder=tmp_path, environment=environment)
+    found = finish(run, tmp_path)[0]
+    assert (found[4]["shape"], found[2]["shape"]) == ((4,), (2, 2))
+    for name, weight in found[4]["weights"].items():
+        assert torch.allclose(found[2]["weights"][name], weight, rtol=1e-5, atol=1e-6), name
+    assert "trainer.strategy.group: expected a divisor of 4 processes, found 3" in found[3]

@@ -15,9 +15,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from bco_lightning import checkpointing
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpointing import newest_verified, read_checkpoint, saved_steps, verify_checkpoint
+from bco_lightning.checkpoints import newest_verified, read_checkpoint, saved_steps, verify_checkpoint
 from bco_lightning.cli import app as cli
 from bco_lightning.errors import PreemptedError
 from tests.reliability.tiny_run import STEPS, assert_same, make_log, start, tiny_fit, wait
@@ -45,7 +44,7 @@ class Slow(Callback):
             time.sleep(0.02)
             flush(descriptor)
 
-        checkpointing.os.fsync = slow  # type: ignore[attr-defined]
+        os.fsync = slow  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step >= 1:
@@ -115,7 +114,7 @@ def test_a_signal_at_any_moment_keeps_the_work(byte_model: str, feedback: str, t
             again = tiny_fit(byte_model, feedback, ckpt_path=str(newest), callbacks=[RunCheckpoint()], **more)
             for name in ("weights", "moments", "shift", "learning_rate"):
                 assert_same(again[name], whole[accumulation][name], name)
-            step = read_checkpoint(str(newest))["global_step"]
+            step = read_checkpoint(newest)["global_step"]
             before = {row: values for row, values in whole[accumulation]["rows"].items() if row >= step}
             assert again["rows"] == before
             for number, values in whole[accumulation]["values"].items():
@@ -142,8 +141,8 @@ def test_a_signal_to_one_process_stops_both(byte_model: str, feedback: str, tmp_
 
 def on_slurm(model: str, log: str, folder: str) -> None:
     class Ask(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 3:
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
     tiny_fit(model, log, callbacks=[Ask(), RunCheckpoint()], trainer_options={"default_root_dir": folder})
@@ -184,8 +183,8 @@ def add_to_command(callback: Callback) -> None:
 
 def stopped_command(model: str, log: str, stop_at: int) -> None:
     class Ask(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == stop_at:
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == stop_at - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     add_to_command(Ask())
@@ -218,8 +217,8 @@ def test_the_command_says_where_it_stopped_and_goes_on(byte_model: str, feedback
 
 def test_handlers_are_put_back_and_a_later_fit_is_not_stopped(byte_model: str, feedback: str, tmp_path: Path) -> None:
     class Ask(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 3:
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
     before = [signal.getsignal(number) for number in SIGNALS]

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 
 from bco_lightning import BCOModule, Source
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpointing import resolve_checkpoint, saved_steps, step_folder
+from bco_lightning.checkpoints import resolve_checkpoint, saved_steps, step_folder
 from bco_lightning.errors import CheckpointError
 from tests.reliability.tiny_run import ROWS, ROWS_PER_STEP, STEPS, assert_same, finish, make_log, start, tiny_fit
 from tests.trials import Trials
@@ -42,9 +42,9 @@ def saving(model: str, log: str, folder: str, steps: list[int], options: dict[st
     """Trains to the end and keeps the checkpoints of the given steps, taken on the way."""
 
     class Keep(RunCheckpoint):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.every_n_steps = trainer.global_step if trainer.global_step in steps else 10**9
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        def on_step_end(self, trainer: Any, module: Any, summary: Any) -> None:
+            self.every_n_steps = summary.step if summary.step in steps else 10**9
+            super().on_step_end(trainer, module, summary)
 
     options = {**options, "trainer_options": {**options["trainer_options"], "default_root_dir": folder}}
     return tiny_fit(model, log, callbacks=[Keep(keep=10**6)], **options, **more)

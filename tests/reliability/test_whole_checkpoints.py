@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
-from bco_lightning import checkpointing
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpointing import (
+from bco_lightning.checkpoints import (
     newest_verified,
-    prune,
     read_checkpoint,
-    remove_orphans,
     saved_steps,
     step_folder,
     verify_checkpoint,
     write_checkpoint,
 )
+from bco_lightning.checkpoints.choosing import prune
+from bco_lightning.checkpoints.folders import remove_orphans
 from bco_lightning.errors import CheckpointError
 from tests.reliability.tiny_run import STEPS, start, tiny_fit, wait
 from tests.trials import Trials
@@ -41,7 +41,7 @@ def state(step: int, size: int = 200_000) -> dict[str, Any]:
 
 
 def assert_whole(folder: Path, step: int) -> None:
-    checkpoint = read_checkpoint(str(folder))
+    checkpoint = read_checkpoint(folder)
     assert checkpoint["global_step"] == step
     assert bool((checkpoint["weights"] == float(step)).all())
 
@@ -87,7 +87,8 @@ def test_a_killed_writer_leaves_the_newest_whole_checkpoint(tmp_path: Path, tria
             shutil.rmtree(folder)
 
 
-POINTS = ("open", "write", "fsync of the file", "fsync of the manifest", "fsync of the folder", "rename", "prune")
+FSYNC = ("fsync of the tensors", "fsync of a file", "fsync of the last file", "fsync of the folder")
+POINTS = ("open", "write", *FSYNC, "rename", "prune")
 
 
 def fail_at(point: str, hard: bool) -> Callable[[], None]:
@@ -111,13 +112,13 @@ def fail_at(point: str, hard: bool) -> Callable[[], None]:
         if point == "open":
             Path.mkdir = after(0, Path.mkdir)  # type: ignore[method-assign]
         elif point == "write":
-            torch.save = fault
+            safetensors.torch.save = fault
         elif point.startswith("fsync"):
-            os.fsync = after(["file", "manifest", "folder"].index(point.split()[-1]), os.fsync)
+            os.fsync = after((0, 1, 3, 4)[FSYNC.index(point)], os.fsync)
         elif point == "rename":
             Path.rename = fault  # type: ignore[method-assign]
         else:
-            checkpointing.shutil.rmtree = fault  # type: ignore[attr-defined]
+            shutil.rmtree = fault  # type: ignore[assignment]
 
     return patch
 
@@ -141,7 +142,7 @@ def save_with_fault(folder: str, point: str, hard: bool) -> str:
 
 @pytest.mark.promise("R7", "A fault at any point of a save leaves the previous step, and no half-written one is used")
 def test_a_fault_at_any_point_of_a_save_leaves_the_previous_step(tmp_path: Path, trials: Trials) -> None:
-    for trial in trials([(point, hard) for point in POINTS for hard in (False, True)], quick=14):
+    for trial in trials([(point, hard) for point in POINTS for hard in (False, True)], quick=8):
         with trial as (point, hard):
             folder = tmp_path / f"{point}-{hard}"
             codes = wait(processes := start(save_with_fault, str(folder), point, hard, folder=folder))
@@ -171,7 +172,7 @@ def three_steps(byte_model: str, feedback: str, tmp_path: Path) -> Path:
 def assert_refused_and_passed_over(checkpoints: Path, damaged: Path) -> None:
     told: list[CheckpointError] = []
     with pytest.raises(CheckpointError, match=f"{damaged.parent.name}/"):
-        read_checkpoint(str(damaged.parent))
+        read_checkpoint(damaged.parent)
     assert newest_verified(checkpoints, told.append) == step_folder(checkpoints, 16)
     assert len(told) == 1
     assert damaged.name in told[0].where or "manifest" in told[0].where
@@ -188,9 +189,11 @@ def test_a_damaged_file_is_refused_and_the_step_before_is_taken(three_steps: Pat
     for number in range(200):
         file = files[number % len(files)]
         cases.append(("flip", file.name, drawn.randrange(file.stat().st_size)))
-    cases += [("cut", files[n % 2].name, drawn.randrange(files[n % 2].stat().st_size)) for n in range(20)]
+    for number in range(20):
+        file = files[number % len(files)]
+        cases.append(("cut", file.name, drawn.randrange(file.stat().st_size)))
     cases += [("delete", file.name, 0) for file in files] + [("swap", file.name, 0) for file in files]
-    for trial in trials(cases, quick=60):
+    for trial in trials(cases, quick=40):
         with trial as (damage, name, place):
             path, whole = newest / name, (newest / name).read_bytes()
             try:
@@ -203,7 +206,9 @@ def test_a_damaged_file_is_refused_and_the_step_before_is_taken(three_steps: Pat
                 else:
                     path.write_bytes((step_folder(three_steps, 16) / name).read_bytes())
                 if damage == "swap" and name == "manifest.json":
-                    path = newest / "state.ckpt"  # the other manifest is whole; what it describes is not here
+                    path = next(
+                        newest.glob("*.safetensors")
+                    )  # the other manifest is whole; what it describes is not here
                 assert_refused_and_passed_over(three_steps, path)
             finally:
                 (newest / name).write_bytes(whole)
@@ -291,7 +296,7 @@ def test_a_damaged_step_does_not_count_and_a_failing_delete_does_not_stop(
 ) -> None:
     for step in range(1, 5):
         write_checkpoint(state(step, 1000), step_folder(tmp_path / "a", step))
-    (step_folder(tmp_path / "a", 4) / "state.ckpt").write_bytes(b"damaged")
+    (step_folder(tmp_path / "a", 4) / "values.json").write_bytes(b"damaged")
     assert prune(tmp_path / "a", 2, checks_out) == [step_folder(tmp_path / "a", 1)]
 
     real = shutil.rmtree
@@ -301,7 +306,7 @@ def test_a_damaged_step_does_not_count_and_a_failing_delete_does_not_stop(
             raise OSError(errno.EBUSY, "Device or resource busy")
         real(path, ignore_errors=ignore_errors, **options)
 
-    monkeypatch.setattr(checkpointing.shutil, "rmtree", stuck)
+    monkeypatch.setattr(shutil, "rmtree", stuck)
     with pytest.warns(UserWarning, match="an old checkpoint could not be removed"):
         result = tiny_fit(
             byte_model, feedback, callbacks=[RunCheckpoint(every_n_steps=4, keep=2)],

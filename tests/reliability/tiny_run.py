@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bco_lightning import BCOModule, FeedbackDataModule
-from bco_lightning.models.parallel import whole
+from bco_lightning.parallel.sharding import whole
 
 ROOT = Path(__file__).parents[2]
 ROWS, UP, STEPS, ROWS_PER_STEP = 96, 64, 24, 8

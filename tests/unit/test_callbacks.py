@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bco_lightning import ImplicitRewardMetrics
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
-from bco_lightning.checkpointing import read_checkpoint
+from bco_lightning.checkpoints import read_checkpoint
 from bco_lightning.demo.generation import sample_completions
 from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import ConfigError

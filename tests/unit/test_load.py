@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from bco_lightning import LoraSettings
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.load import (
-    final_dtype,
     load_language_model,
     load_policy,
     load_tokenizer,
     locate_model,
     resolve_dtype,
-    take_final_dtype,
 )
+from bco_lightning.parallel.sharding import final_dtype, take_final_dtype
 from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL
 

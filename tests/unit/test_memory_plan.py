@@ -22,11 +22,11 @@ from bco_lightning.cli import app as cli
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models import fused_layers
 from bco_lightning.models.log_probs import Tile, completion_log_probs, token_log_probs
-from bco_lightning.models.parallel import Sharding, make_mesh, shard
 from bco_lightning.options import LoraSettings
+from bco_lightning.parallel.sharding import Sharding, make_mesh, shard
+from bco_lightning.parallel.strategy import named_strategy
 from bco_lightning.planning.memory_plan import MemoryPlan, MemorySettings, head_memory, plan_memory
 from bco_lightning.planning.model_shape import NAMED_SHAPES, shape_of, shape_of_model
-from bco_lightning.strategies import named_strategy
 from tests.conftest import REAL_MODEL
 from tests.reliability.tiny_run import byte_tokenizer, finish, make_log, make_model, start, tiny_fit
 from tests.unit.test_log_probs import LiveBytes, make_batch

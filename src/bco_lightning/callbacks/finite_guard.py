@@ -15,10 +15,10 @@ from typing_extensions import override
 from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.distributed import gather_over_ranks
 from bco_lightning.errors import ConfigError, NonFiniteError
-from bco_lightning.models.parallel import own_part, plain_name
 from bco_lightning.module import BCOModule
+from bco_lightning.parallel.collectives import gather_over_ranks
+from bco_lightning.parallel.sharding import own_part
 
 _SHOWN = 5
 _SCORES = ("policy_log_probs_B", "reference_log_probs_B", "losses_B")
@@ -93,7 +93,7 @@ def _gradients(trainer: Trainer, module: BCOModule) -> dict[str, Tensor]:
     """This process's parts of them; of a tensor with few rows it may have nothing, of which no norm can be taken."""
     if trainer.precision == "16-mixed":  # its scaler expects infinities, and skips such steps itself
         return {}
-    return {plain_name(name): own_part(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+    return {name: own_part(p.grad) for name, p in module.named_parameters() if p.grad is not None}
 
 
 def _findings(trainer: Trainer, module: BCOModule) -> list[str]:

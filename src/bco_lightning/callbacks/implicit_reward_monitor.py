@@ -13,9 +13,9 @@ from typing_extensions import override
 from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.distributed import sum_tensor_over_ranks
 from bco_lightning.metrics import ImplicitRewardMetrics
 from bco_lightning.module import BCOModule
+from bco_lightning.parallel.collectives import sum_tensor_over_ranks
 
 # A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
 _EXPLODED = 20.0

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import re
-import shutil
 import signal
-import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -19,25 +14,19 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from bco_lightning.checkpointing import (
-    VerifiedCheckpointIO,
-    prune,
-    remove_orphans,
-    saved_steps,
-    step_folder,
-    step_of,
-    verify_checkpoint,
-)
-from bco_lightning.distributed import gather_over_ranks, max_over_ranks, sharding_of
+from bco_lightning.batch import StepSummary
+from bco_lightning.callbacks.step_callback import StepCallback
+from bco_lightning.callbacks.stop_signals import STOP_SIGNALS, StopSignals, requeue_slurm_job
+from bco_lightning.checkpoints import saved_steps, step_folder, step_of, verify_checkpoint
+from bco_lightning.checkpoints.choosing import prune
+from bco_lightning.checkpoints.folders import remove_orphans
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
 from bco_lightning.identity import random_state, set_random_state
-from bco_lightning.module import BCOModule
-from bco_lightning.shards import has_shards
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from bco_lightning.parallel.collectives import errors_of_all, gather_over_ranks, max_over_ranks
+from bco_lightning.parallel.sharding import sharding_of
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(Checkpoint, StepCallback):
     """Writes ``checkpoints/step-N`` folders into the run's folder: each whole, verified, and resumed exactly.
 
     SIGTERM, SIGINT and SIGUSR1 are noted; all processes then save at the next optimizer-step boundary (or at once,
@@ -79,19 +68,18 @@ class RunCheckpoint(Checkpoint):
         self.run_folder: str | None = None  # where the logger writes, unless it is set
         self.folder = Path("checkpoints")
         self.saved: Path | None = None
-        self._first_step = self._last_step = self._num_steps = 0
+        self._first_step = self._num_steps = 0
         self._ended = False
         self._saved_at = time.monotonic()
         self._whole: set[Path] = set()
-        self._signals = _StopSignals()
+        self._signals = StopSignals()
         self._progress: dict[str, Any] = {}
+        self._accumulation = 1
         self._validation_batches = 0
         self._random_states: list[dict[str, Any]] = []
 
     @override
-    def setup(self, trainer: Trainer, pl_module: BCOModule, stage: str) -> None:  # type: ignore[override]
-        if not isinstance(trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
-            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             log_dir = trainer.log_dir  # a broadcast: every process has to ask
             run_folder = trainer.strategy.broadcast(self.run_folder)
@@ -100,10 +88,9 @@ class RunCheckpoint(Checkpoint):
                 rank_zero_info(f"{self.folder}: removed {len(removed)} unfinished checkpoints of a killed run.")
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        self._first_step = self._last_step = trainer.global_step
-        self._num_steps, self._ended = pl_module.num_steps(), False
-        self._saved_at = time.monotonic()
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._first_step, self._num_steps, self._ended = trainer.global_step, pl_module.num_steps(), False
+        self._saved_at, self._accumulation = time.monotonic(), trainer.accumulate_grad_batches
         resumed_from = step_folder(self.folder, trainer.global_step)
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
         _require_one_step(trainer)
@@ -111,7 +98,7 @@ class RunCheckpoint(Checkpoint):
             _require_one_folder(self.folder, trainer)
         if trainer.is_global_zero:
             self._set_later_steps_aside(trainer.global_step)
-        self._remember_progress(trainer)
+        self._progress = trainer.fit_loop.state_dict()
         # Lightning's own handlers, set just before, would save in the middle of an accumulation or hang one process.
         self._signals.install()
         if trainer.global_rank < len(self._random_states):
@@ -119,58 +106,53 @@ class RunCheckpoint(Checkpoint):
         self._random_states = []  # a later fit begins with numbers of its own
 
     @override
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: Trainer, pl_module: BCOModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._last_step:
-            return
-        self._last_step = step = trainer.global_step
-        self._remember_progress(trainer)
-        signal_number, time_due = max_over_ranks([float(self._signals.received), float(self._time_due())], trainer)
-        last = step == self._num_steps
-        if step % self.every_n_steps == 0 or time_due or signal_number or last:
+    def numbers_of_step(self, trainer: Trainer, module: Any) -> dict[str, float]:
+        due = 0 < self.every_minutes * 60 <= time.monotonic() - self._saved_at
+        asked = {number.name: float(self._signals.received == number) for number in STOP_SIGNALS}
+        return {**asked, "checkpoint is due": float(due)}
+
+    @override
+    def on_step_end(self, trainer: Trainer, module: Any, summary: StepSummary) -> None:
+        self._progress = trainer.fit_loop.state_dict()
+        asked = next((number for number in STOP_SIGNALS if summary.totals[number.name]), None)
+        due, last = summary.totals["checkpoint is due"], summary.step == self._num_steps
+        if summary.step % self.every_n_steps == 0 or due or asked or last:
             self._save(trainer)
         if last:
             self._signals.remove()  # everything is saved: whoever stops what follows may do so at once
-        elif signal_number:
-            self._leave(trainer, int(signal_number))
+        elif asked:
+            self._leave(trainer, asked)
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.should_stop and trainer.global_step > self._first_step:
             self._ended = True
             self._save(trainer)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         # Before Lightning puts back the handlers that it found: these here would put back Lightning's own.
         self._signals.remove()
 
     @override
-    def on_validation_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         batches = sum(int(number) for number in trainer.num_val_batches)
         # Processes may have one batch more or less; they can only agree after batches that all of them have.
         self._validation_batches = -int(max_over_ranks([-float(batches)], trainer)[0])
 
     @override
-    def on_validation_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: BCOModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not self._signals.installed or trainer.sanity_checking or batch_idx >= self._validation_batches:
             return
-        signal_number = max_over_ranks([float(self._signals.received)], trainer)[0]
-        if signal_number:
+        asked = int(max_over_ranks([float(self._signals.received)], trainer)[0])
+        if asked:
             self._save(trainer)
-            self._leave(trainer, int(signal_number))
+            self._leave(trainer, signal.Signals(asked))
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: BCOModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         epochs = trainer.fit_loop.epoch_loop
         if self._progress and (trainer.validating or self._ended):
             # Saved as of the step boundary before, so that a resumed run validates again from the first row on.
@@ -180,10 +162,15 @@ class RunCheckpoint(Checkpoint):
             checkpoint["validation_due"] = bool(epochs._should_check_val_fx(trainer.fit_loop._data_fetcher))  # type: ignore[arg-type]
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: BCOModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        if trainer.training and trainer.enable_validation and checkpoint.get("validation_due"):
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if not trainer.training:
+            return
+        progress = checkpoint["loops"]["fit_loop"]
+        then = checkpoint["callbacks"].get(self.state_key, {}).get("accumulation")
+        if then not in (None, trainer.accumulate_grad_batches):
+            _recut(progress, then, trainer.accumulate_grad_batches)
+        if trainer.enable_validation and checkpoint.get("validation_due"):
             # Lightning takes up a validation that had begun, but skips one that was about to; so this one "had begun".
-            progress = checkpoint["loops"]["fit_loop"]
             for counts in progress["epoch_loop.batch_progress"].values():
                 if isinstance(counts, dict):
                     counts["completed"] = counts["processed"]
@@ -197,14 +184,14 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"random_states": self._random_states}
+        return {"random_states": self._random_states, "accumulation": self._accumulation}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random_states = state_dict["random_states"]
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: BCOModule, exception: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self._signals.remove()
 
     def _set_later_steps_aside(self, step: int) -> None:
@@ -215,34 +202,26 @@ class RunCheckpoint(Checkpoint):
             folder.rename(aside)
             rank_zero_info(f"{folder}: this run goes on from step {step}; set aside as {aside.name}.")
 
-    def _remember_progress(self, trainer: Trainer) -> None:
-        self._progress = trainer.fit_loop.state_dict()
-
-    def _time_due(self) -> bool:
-        return 0 < self.every_minutes * 60 <= time.monotonic() - self._saved_at
-
     def _save(self, trainer: Trainer) -> None:
         target = step_folder(self.folder, trainer.global_step)
         if self.saved == target:
             return
         self._random_states = gather_over_ranks(random_state(), trainer)
-        failure: CheckpointError | None = None
+        errors: list[Exception] = []
         try:
             trainer.save_checkpoint(target)
         except CheckpointError as error:
-            failure = error
+            errors.append(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait for this one
         self._saved_at = time.monotonic()
-        failed = max_over_ranks([float(failure is not None)], trainer)[0]
-        if not failed:
+        errors = errors_of_all(errors, trainer)
+        if not errors:
             self.saved = target
             self._prune(trainer)
         elif self.if_saving_fails == "stop":
-            raise failure or CheckpointError(
-                str(target), "expected a checkpoint, but the first process could not write it."
-            )
+            raise errors[0]
         else:
-            rank_zero_warn(f"{failure}\nGoing on without it, as checkpoint.if_saving_fails says.")
+            rank_zero_warn(f"{errors[0]}\nGoing on without it, as checkpoint.if_saving_fails says.")
 
     def _prune(self, trainer: Trainer) -> None:
         self._read_back(trainer)
@@ -255,27 +234,41 @@ class RunCheckpoint(Checkpoint):
 
     def _read_back(self, trainer: Trainer) -> None:
         """Reads each checkpoint once in a run, as far as ``keep`` asks for; parts are shared out over processes."""
+        share = (trainer.global_rank, trainer.world_size) if sharding_of(trainer) is not None else (0, 1)
         steps = trainer.strategy.broadcast(saved_steps(self.folder))[-self.keep :]
         for folder in [step for step in steps if step not in self._whole]:
-            failure = ""
-            if trainer.is_global_zero or has_shards(folder):
-                try:
-                    verify_checkpoint(folder, (trainer.global_rank, trainer.world_size))
-                except CheckpointError as error:
-                    failure = str(error)
-            told = [said for said in gather_over_ranks(failure, trainer) if said]
-            if told:
-                rank_zero_warn(f"{told[0]} It does not count as a checkpoint to keep.")
+            errors: list[Exception] = []
+            try:
+                if trainer.is_global_zero or share[1] > 1:
+                    verify_checkpoint(folder, share)
+            except CheckpointError as error:
+                errors.append(error)
+            if errors := errors_of_all(errors, trainer):
+                rank_zero_warn(f"{errors[0]} It does not count as a checkpoint to keep.")
             else:
                 self._whole.add(folder)
 
-    def _leave(self, trainer: Trainer, signal_number: int) -> None:
-        if signal_number == signal.SIGUSR1 and trainer.is_global_zero:
-            _requeue_slurm_job()
+    def _leave(self, trainer: Trainer, asked: signal.Signals) -> None:
+        if asked == signal.SIGUSR1 and trainer.is_global_zero:
+            requeue_slurm_job()
         where = str(self.saved or "no checkpoint")
         if self.saved != step_folder(self.folder, trainer.global_step):
             where += " (that of this step could not be written)"
-        raise PreemptedError(signal_number, trainer.global_step, where)
+        raise PreemptedError(asked, trainer.global_step, where)
+
+
+def _recut(progress: dict[str, Any], then: int, now: int) -> None:
+    """Counts Lightning's micro-batches anew where the same steps are now cut into more or fewer of them.
+
+    Checkpoints are written at the end of a step, so every count but that of completed batches, which Lightning raises a
+    moment later, is a whole number of steps.
+    """
+    batches = progress["epoch_loop.batch_progress"]
+    for counts in (batches["total"], batches["current"]):
+        behind = counts["ready"] - counts["completed"]
+        for name in ("ready", "started", "processed"):
+            counts[name] = counts[name] // then * now
+        counts["completed"] = counts["ready"] - behind
 
 
 def _require_one_step(trainer: Trainer) -> None:
@@ -303,51 +296,3 @@ def _require_one_folder(folder: Path, trainer: Trainer) -> None:
             f"expected a folder that all processes see, found that {seen.count(False)} of {len(seen)} do not.",
             "Give a run_folder on a file system of all nodes.",
         )
-
-
-class _StopSignals:
-    """Takes note of a signal and does nothing else, so it may come at any moment."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[signal.Signals, Any] = {}
-
-    @property
-    def installed(self) -> bool:
-        return bool(self._before)
-
-    def install(self) -> None:
-        self.received = 0
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-
-    def remove(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _note(self, number: int, _: Any) -> None:
-        if not self.received:
-            # os.write, since a signal may come while the same stream is being written to
-            text = f"\n{signal.Signals(number).name}: saving at the end of this optimizer step, then stopping.\n"
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode())
-            self.received = number
-
-
-def _requeue_slurm_job() -> None:
-    """Asks SLURM to start this job again; the same command with ``--ckpt_path auto`` then goes on."""
-    job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
-    if array is not None:
-        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
-    program = shutil.which("scontrol")
-    if job is None:
-        return
-    if program is None or not re.fullmatch(r"\d+(_\d+)?", job):
-        rank_zero_warn(f"SLURM job {job!r}: expected a job number and the program scontrol; it is not requeued.")
-        return
-    done = subprocess.run([program, "requeue", job], check=False)  # noqa: S603
-    if done.returncode:
-        rank_zero_warn(f"scontrol requeue {job} failed with status {done.returncode}.")
-    else:
-        rank_zero_info(f"SLURM job {job} is requeued.")

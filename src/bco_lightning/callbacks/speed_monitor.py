@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch, StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
-from bco_lightning.distributed import max_over_ranks
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.module import BCOModule
+from bco_lightning.parallel.collectives import max_over_ranks
 
 _GIB = 2**30
 _COUNTS = ("rows", "tokens", "positions", "padding", "flops")

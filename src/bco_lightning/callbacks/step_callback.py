@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows, StepSummary
-from bco_lightning.distributed import sum_tensor_over_ranks
 from bco_lightning.errors import ConfigError
+from bco_lightning.parallel.collectives import sum_tensor_over_ranks
 
 _REWARDS = ("sum_up", "num_up", "sum_down", "num_down")
 

@@ -13,7 +13,6 @@ import platform
 import re
 import signal
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -40,22 +39,22 @@ from bco_lightning.callbacks import (
     SpeedMonitor,
     StepProgressBar,
 )
-from bco_lightning.checkpointing import VerifiedCheckpointIO, fetch_checkpoint, resolve_checkpoint
+from bco_lightning.checkpoints import VerifiedCheckpointIO, resolve_checkpoint
 from bco_lightning.cli import safety
 from bco_lightning.cli.faults import in_words, watch_processes
 from bco_lightning.cli.help import keeping_help
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.options import Columns, Rating, Source
 from bco_lightning.demo.trial import KnownRewardTrial
-from bco_lightning.distributed import is_in_a_group
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, UserError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect_command import inspect_command, split_arguments
 from bco_lightning.module import BCOModule
 from bco_lightning.options import LoraSettings, PromptFeatures
+from bco_lightning.parallel.collectives import is_in_a_group
+from bco_lightning.parallel.strategy import named_strategy
 from bco_lightning.planning.plan_command import plan_command
-from bco_lightning.strategies import ShardedStrategy, named_strategy
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
 `inspect`, which reports on the data of a config before it is trained on, `export`, which writes a checkpoint as a
@@ -218,17 +217,13 @@ class BCOCLI(LightningCLI):
             options.ckpt_path = self._chosen_checkpoint(options.ckpt_path, Path(options.run_folder))
 
     def _chosen_checkpoint(self, asked: str, run_folder: Path) -> str | None:
-        """The folder or file that ``last``, ``auto``, a path or a URL with a digest means."""
-        if "://" in asked:
-            self._fetched = tempfile.TemporaryDirectory()  # goes when this process goes
-            return str(fetch_checkpoint(asked, Path(self._fetched.name)))
+        """The folder that ``last``, ``auto`` or a path means."""
         if asked not in ("last", "auto") and not Path(asked).exists():
             raise CheckpointError(asked, "expected a checkpoint, or the word 'last' or 'auto', found no such file.")
         try:
             place = run_folder if asked in ("last", "auto") else Path(asked)
-            # Parts are large: sharded processes verify them together, when they have met.
-            share = None if "fsdp" in str(self.config[self.subcommand].trainer.strategy).lower() else (0, 1)
-            found = resolve_checkpoint(place, lambda error: rank_zero_info(f"checkpoint: skipped {error}"), share)
+            # By sizes alone: bytes are compared when they are read, once, by processes together.
+            found = resolve_checkpoint(place, lambda error: rank_zero_info(f"checkpoint: skipped {error}"), share=None)
             self._step_was_chosen = found != place
         except CheckpointError as error:
             if asked != "auto":
@@ -248,9 +243,7 @@ class BCOCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
                 callback.run_folder = logger.log_dir  # wherever another logger writes
-        trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
-        if isinstance(trainer.strategy, ShardedStrategy):
-            trainer.strategy.may_fall_back = self._step_was_chosen
+        trainer.strategy.checkpoint_io = VerifiedCheckpointIO(may_fall_back=self._step_was_chosen)
         if hasattr(trainer.strategy, "_timeout"):  # half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
         return trainer

@@ -32,7 +32,7 @@ ALLOWED_IMPORTS = (
     "bco_lightning.data.options",
     "bco_lightning.options.PromptFeatures",
     "bco_lightning.options.LoraSettings",
-    "bco_lightning.strategies",
+    "bco_lightning.parallel.strategy",
     "lightning.pytorch.accelerators",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.loggers",

@@ -32,9 +32,10 @@ from bco_lightning.data.source import FormatName, LossOn, Rating, RowFormat, Sou
 from bco_lightning.data.streaming import StreamDataset, StreamedRows
 from bco_lightning.data.table_rows import TableRows
 from bco_lightning.data.tokenize import LengthLimits, LongCompletions, LongPrompts, RowTokenizer, chosen_template
-from bco_lightning.distributed import errors_of_all, sharding_of
 from bco_lightning.errors import ConfigError, FaultError, FeedbackRowError
 from bco_lightning.options import chosen_seed
+from bco_lightning.parallel.collectives import errors_of_all
+from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
 
 # Columns that batches are made of; those at the end are there once they are known.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bco_lightning.distributed import made_once_per_node
 from bco_lightning.errors import FeedbackRowError, UserError, causes_of
+from bco_lightning.parallel.collectives import made_once_per_node
 
 
 def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict[str, Any]:

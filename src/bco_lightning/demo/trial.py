@@ -20,11 +20,11 @@ from bco_lightning.data.collate import collate
 from bco_lightning.demo.generation import SampledCompletion, sample_completions
 from bco_lightning.demo.known_reward import KNOWN_REWARDS
 from bco_lightning.demo.report import Alignment, Samples, measure_alignment
-from bco_lightning.distributed import sharding_of
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.module import BCOModule
 from bco_lightning.options import chosen_seed
+from bco_lightning.parallel.sharding import sharding_of
 
 
 class KnownRewardTrial(Callback):

@@ -22,9 +22,9 @@ from bco_lightning.data.messages import said_in
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_tokenizer, digest_of_values
 from bco_lightning.importance.ratio import Array
-from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states, run
-from bco_lightning.models.parallel import is_sharded
+from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states
 from bco_lightning.options import REFERENCE, PromptFeatures
+from bco_lightning.parallel.sharding import is_sharded, run_gathered
 from bco_lightning.places import resolve_packaged
 
 BATCH_TOKENS = 4096
@@ -120,7 +120,7 @@ class ReferenceEncoder:
             batch = batch.to(next(causal_lm.parameters()).device)
             cut = contextlib.nullcontext() if is_sharded(causal_lm) else only_layers(causal_lm, slice(self.depth))
             with self.watching(model), cut:
-                run(causal_lm, partial(predicting_states, batch=batch))
+                run_gathered(causal_lm, partial(predicting_states, batch=batch))
         return self.features_in_step(batch).cpu()
 
     def num_truncated(self, dataset: Any, rows: Array) -> int:

@@ -24,12 +24,12 @@ from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.distributed import gather_over_ranks, sum_tensor_over_ranks
 from bco_lightning.errors import ConfigError, FaultError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_values
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import Array, DensityRatio, clipped_ratios, fit_density_ratio, too_few
 from bco_lightning.importance.report import TrustReport, make_report
+from bco_lightning.parallel.collectives import gather_over_ranks, sum_tensor_over_ranks
 
 MOST_PROMPTS = 20_000
 METHOD_VERSION = 2  # to be raised when the same prompts and thumbs come to give other weights or another report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -15,19 +15,12 @@ from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.attention import PACKED, PackedRows
 
 Layout = Literal["packed", "padded"]
-RUN_GATHERED = "run_gathered"  # the method that a sharded model gets
 _PROBE_LENGTH = 6
 
 
 def causal_lm_of(model: Any) -> Any:
     """The causal language model itself, without PEFT around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def run(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
-    """``function(causal_lm)``, with the weights of a sharded model gathered as they are needed."""
-    gathered = getattr(causal_lm, RUN_GATHERED, None)
-    return gathered(function) if gathered else function(causal_lm)
 
 
 def decoder_layers_of(causal_lm: Any) -> tuple[str, nn.ModuleList]:

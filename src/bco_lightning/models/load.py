@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -137,7 +137,7 @@ def load_language_model(
         dtype: Data type of the weights.
         quantization: ``nf4`` keeps linear layers in four bits by bitsandbytes and computes in ``dtype``.
         mapped: Leave weights as views of their memory-mapped files where these allow it, which takes no memory of the
-            process; :func:`take_final_dtype` gives a parameter its ``dtype`` then.
+            process; :func:`~bco_lightning.parallel.sharding.take_final_dtype` gives a parameter its ``dtype`` then.
         cache_folder: As for :func:`load_tokenizer`.
 
     Returns:
@@ -242,16 +242,6 @@ def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device)
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Without AMX tiles bfloat16 is slower than float32 on a CPU.
     return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
-
-
-def final_dtype(parameter: Tensor) -> torch.dtype:
-    """The data type that a parameter has, or is to have."""
-    return getattr(parameter, "final_dtype", parameter.dtype)
-
-
-def take_final_dtype(parameter: nn.Parameter) -> None:
-    """Casts a parameter of a mapped model, in place."""
-    parameter.data = parameter.data.to(final_dtype(parameter))
 
 
 def _stored_dtype(location: str) -> torch.dtype | None:

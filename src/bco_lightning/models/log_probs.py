@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.models.layout import causal_lm_of, first_layers, predicting_states, run
+from bco_lightning.models.layout import causal_lm_of, first_layers, predicting_states
+from bco_lightning.parallel.sharding import run_gathered
 
 _PROBE_LENGTH = 8
 # Below these, products are denormal numbers, which make a matrix product on a CPU a hundred times slower.
@@ -63,7 +64,7 @@ def completion_log_probs(
         Shape ``(B,)``, float32, in nats.
     """
     score = partial(_score_completions, batch=batch, tile=tile, trunk_states_SH=trunk_states_SH)
-    return run(causal_lm_of(model), score)  # type: ignore[no-any-return]
+    return run_gathered(causal_lm_of(model), score)  # type: ignore[no-any-return]
 
 
 def _score_completions(

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
-from bco_lightning.models.load import final_dtype
 from bco_lightning.models.log_probs import completion_log_probs
-from bco_lightning.models.parallel import is_sharded
+from bco_lightning.parallel.sharding import final_dtype, is_sharded
 
 
 class Reference:

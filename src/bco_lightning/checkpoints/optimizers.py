@@ -1,0 +1,71 @@
+"""An optimizer's state in a checkpoint: by names of parameters, and checked before it reaches an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.optim import Optimizer
+
+from bco_lightning.errors import CheckpointError
+
+
+def states_by_name(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
+    """The states of optimizers of a module, by the names of its parameters; the tensors are theirs, not copies."""
+    return [dict(get_optimizer_state_dict(module, optimizer)) for optimizer in optimizers]
+
+
+@torch.no_grad()
+def restore_states(module: nn.Module, optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+    """Gives optimizers, before their first step, what :func:`states_by_name` has told.
+
+    Each value goes into the tensor that the optimizer itself has made for it, so that it has the shape, data type,
+    strides and device that the optimizer's kernels expect, whatever a checkpoint says.
+
+    Raises:
+        CheckpointError: If a state is of other parameters, or a value of another shape or type.
+    """
+    if len(optimizers) != len(states):
+        raise _other(f"{len(optimizers)} optimizers", f"{len(states)}")
+    for optimizer, saved in zip(optimizers, states, strict=True):
+        optimizer.zero_grad()
+        own: Any = get_optimizer_state_dict(module, optimizer)  # makes one by a step without gradients
+        names = [group["params"] for group in own["param_groups"]]
+        found = [group["params"] for group in saved["param_groups"]]
+        unknown = saved["state"].keys() - own["state"].keys()
+        if list(map(set, names)) != list(map(set, found)) or unknown:
+            raise _other(f"the state of {sum(map(len, names))} parameters", "that of others")
+        groups = [{**group, "params": own} for group, own in zip(saved["param_groups"], names, strict=True)]
+        filled = {  # a parameter that never had a gradient has no state
+            name: _filled(value, saved["state"][name], name)
+            for name, value in own["state"].items()
+            if name in saved["state"]
+        }
+        optimizer.load_state_dict({"state": filled, "param_groups": groups})
+
+
+def _filled(own: Any, found: Any, where: str) -> Any:
+    if isinstance(own, Tensor):
+        if not isinstance(found, Tensor) or (found.shape, found.dtype) != (own.shape, own.dtype):
+            raise _other(f"{where} of shape {_described(own)}", _described(found))
+        return own.copy_(found)
+    if isinstance(own, Mapping):
+        if not isinstance(found, Mapping) or found.keys() != own.keys():
+            raise _other(f"{', '.join(map(str, own))} of {where}", "others")
+        return {key: _filled(value, found[key], f"{key} of {where}") for key, value in own.items()}
+    return found
+
+
+def _described(value: Any) -> str:
+    return f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _other(expected: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        "checkpoint",
+        f"expected {expected}, found {found}.",
+        "Use the same model.optimizer, model.name_or_path and model.lora as the run that wrote it.",
+    )

@@ -1,0 +1,145 @@
+"""Tensors in files: one process writes them, or each its parts; any number of others read them.
+
+This is PyTorch's distributed checkpoint (DCP) over safetensors files, whose headers say which part of which tensor a
+file holds. DCP's own format has an index that is pickled, and would run code when read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from bco_lightning.errors import CheckpointError
+from bco_lightning.parallel.sharding import is_cut, own_part
+
+_FILE_BYTES = 2**30  # the writer holds one file at a time in memory
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes tensors; where some are cut up, each process writes its parts, and all of them call this.
+
+    Args:
+        tensors: By name. What is not cut up, the first process has to give, and no other.
+        folder: Where to write.
+
+    Returns:
+        Size and SHA-256 digest of each file that this process has written, by name; they are on the disk.
+
+    Raises:
+        OSError: In every process, if one cannot write.
+    """
+    files, together = _HashedFiles(), any(map(is_cut, tensors.values()))
+    writer = HuggingFaceStorageWriter(str(folder), _numbers_of_files(tensors), save_distributed=True)
+    writer.fs = files
+    try:
+        with _quiet():
+            save(_each_by_itself(tensors), storage_writer=writer, no_dist=not together)
+    except CheckpointException as error:
+        raise _cause_of(error) from error
+    return files.written
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and data type of each tensor in the files of a folder.
+
+    Raises:
+        CheckpointError: If the files are none that :func:`write_tensors` wrote.
+    """
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
+    return {name: (about.size, about.properties.dtype) for name, about in found.items()}  # type: ignore[union-attr]
+
+
+def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills tensors from files; where some are cut up, each process reads its parts, and all of them call this.
+
+    Raises:
+        CheckpointError: If a tensor lacks, is of another shape, or a file is unreadable; where processes read together,
+            in every one of them.
+    """
+    together = any(map(is_cut, tensors.values()))
+    try:
+        with _quiet():
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not together)
+    except CheckpointException as error:
+        raise _unreadable(folder, _cause_of(error)) from error
+
+
+class _HashedFiles(FileSystem):
+    """Takes the digest of files while they are written."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with _HashedFile(io.FileIO(path, mode.replace("b", ""))) as file:
+            yield file
+        self.written[Path(path).name] = {"bytes": Path(path).stat().st_size, "sha256": file.digest.hexdigest()}
+
+
+class _HashedFile(io.BufferedWriter):
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
+def _numbers_of_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which of a process's files a tensor goes into."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        part = own_part(tensor)
+        if size and size + part.nbytes > _FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + part.nbytes
+    return numbers
+
+
+def _each_by_itself(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In order and without shared memory, which safetensors refuses."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        memory = own_part(tensor).untyped_storage()
+        shared = not is_cut(tensor) and (memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes)
+        seen.add(memory.data_ptr())
+        found[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist says
+        yield
+
+
+def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return CheckpointError(str(folder), f"expected the tensors of this model, found others ({said}).")
+
+
+def _cause_of(error: CheckpointException) -> BaseException:
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])

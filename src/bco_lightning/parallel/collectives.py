@@ -1,0 +1,137 @@
+"""What processes tell each other; other collectives are those of metrics, of strategies and of sharded tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bco_lightning.errors import UserError
+
+
+def is_in_a_group() -> bool:
+    """Whether this process has met others, or waits for none."""
+    return torch.distributed.is_initialized()
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who takes part, where no trainer is at hand; one process alone if nothing is said."""
+
+    world_size: int = 1
+    global_rank: int = 0
+
+    @classmethod
+    def all(cls) -> Processes:
+        """All that have met."""
+        return cls(torch.distributed.get_world_size(), torch.distributed.get_rank()) if is_in_a_group() else cls()
+
+
+def sum_over_ranks(values: list[float], trainer: Any) -> list[float]:
+    """Adds numbers over all processes, in float64 and in one collective.
+
+    Args:
+        values: The same number of values on each rank.
+        trainer: The Lightning trainer.
+
+    Returns:
+        The sums, equal on every rank.
+    """
+    return [float(value) for value in sum_tensor_over_ranks(torch.tensor(values, dtype=torch.float64), trainer)]
+
+
+def sum_tensor_over_ranks(values: Tensor, trainer: Any) -> Tensor:
+    """Adds a tensor of the same shape and data type over all processes; the result is on the CPU."""
+    if trainer.world_size == 1:
+        return values.cpu()
+    summed = values.to(trainer.strategy.root_device, copy=True)
+    torch.distributed.all_reduce(summed)
+    return summed.cpu()
+
+
+def max_over_ranks(values: list[float], trainer: Any) -> list[float]:
+    """The largest of each number over all processes, in one collective; NaN is not allowed."""
+    return [float(value) for value in max_tensor_over_ranks(torch.tensor(values, dtype=torch.float64), trainer)]
+
+
+def max_tensor_over_ranks(values: Tensor, trainer: Any) -> Tensor:
+    """The largest of each entry over all processes; the result is on the CPU. NaN is not allowed."""
+    if trainer.world_size == 1:
+        return values.cpu()
+    largest = values.to(trainer.strategy.root_device, copy=True)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return largest.cpu()
+
+
+def gather_rows_over_ranks(rows: Tensor, trainer: Any) -> Tensor:
+    """Rows of numbers of all processes, one below the other in order of rank, on every rank and on its CPU.
+
+    Args:
+        rows: Shape ``(rows, columns)``; each process may have another number of rows.
+        trainer: The Lightning trainer.
+
+    Returns:
+        Shape ``(rows of all processes, columns)``.
+    """
+    if trainer.world_size == 1:
+        return rows.cpu()
+    (most,) = max_over_ranks([float(len(rows))], trainer)
+    table = rows.new_zeros(trainer.world_size, int(most), 1 + rows.shape[1])
+    table[trainer.global_rank, : len(rows), 0] = 1  # which rows there are
+    table[trainer.global_rank, : len(rows), 1:] = rows
+    gathered = sum_tensor_over_ranks(table, trainer).flatten(0, 1)
+    return gathered[gathered[:, 0] > 0, 1:]
+
+
+def gather_over_ranks(value: Any, trainer: Any) -> list[Any]:
+    """Plain values of all processes, in order of rank, on every rank; for rare events, since it is slow."""
+    if trainer.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def errors_of_all(errors: list[Exception], trainer: Any) -> list[Exception]:
+    """What any process has met, this one's own first; empty in all of them or in none."""
+    told = [
+        error if isinstance(error, (UserError, OSError)) else RuntimeError(f"{type(error).__name__}: {error}")
+        for error in errors  # other kinds may not survive the way
+    ]
+    return [*errors, *(error for own in gather_over_ranks(told, trainer) for error in own)]
+
+
+def made_once_per_node(make: Callable[[], Any], trainer: Any) -> list[Any]:
+    """What the first process of each node makes, in every process.
+
+    The other processes of a node wait however long that takes, idle; they end with an error if the first one ends. The
+    nodes then wait for each other as long as in any collective.
+
+    Args:
+        make: Gives a plain value; called in the first process of each node. What it raises, only that process raises.
+        trainer: The Lightning trainer.
+
+    Returns:
+        The values, in order of the processes that made them.
+    """
+    nodes = gather_over_ranks(trainer.node_rank, trainer)
+    # gloo, whatever the processes speak otherwise: it can wait for long, and notices when one of them is gone. The
+    # group stays until the process ends, since another one with its name would find its addresses; and those outside
+    # of it must not be asked to join in making it: over NCCL that would split their communicator, and hang.
+    node = torch.distributed.new_group(
+        [rank for rank, other in enumerate(nodes) if other == trainer.node_rank],
+        timeout=timedelta(days=365),
+        backend="gloo",
+        use_local_synchronization=True,
+    )
+    made = [make()] if trainer.local_rank == 0 else []
+    waiting = torch.distributed.all_reduce(torch.zeros(1), group=node, async_op=True)
+    while not waiting.is_completed():  # a signal is heard between two looks
+        time.sleep(0.02)
+    waiting.wait()
+    return [value for values in gather_over_ranks(made, trainer) for value in values]

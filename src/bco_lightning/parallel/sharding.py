@@ -1,0 +1,151 @@
+"""What FSDP2 cuts up, and how parts become whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from bco_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How models are cut up over processes.
+
+    Args:
+        mesh: Device mesh of one dimension; of two, ``(copies, parts)``, for weights that are cut up over some of the
+            processes only.
+        compute_dtype: What decoder layers are gathered in, gradients being reduced in float32; as they are if left
+            out. The states that pass from layer to layer stay as they are under autocast.
+        cpu_offload: Keep parts and moments in host memory.
+    """
+
+    mesh: Any
+    compute_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+
+
+def make_mesh(device_type: str, processes: int, group: int | None = None) -> Any:
+    """The mesh of all processes; with ``group``, copies of the weights that are each cut up over so many."""
+    if group is None or group == processes:
+        return init_device_mesh(device_type, (processes,), mesh_dim_names=("parts",))
+    return init_device_mesh(device_type, (processes // group, group), mesh_dim_names=("copies", "parts"))
+
+
+def sharding_of(trainer: Any) -> Sharding | None:
+    """How the trainer's strategy cuts up models; ``None`` where each process has whole ones."""
+    return getattr(trainer.strategy, "sharding", None)
+
+
+def shard(
+    causal_lm: Any,
+    layers: Sequence[nn.Module],
+    sharding: Sharding,
+    prepare: Callable[[Iterable[nn.Module]], object] = lambda modules: None,
+) -> None:
+    """Cuts up a language model in place: each decoder layer for itself, and what is left of it.
+
+    No more than one of these units is whole, and in its final data type, at a time; embedding and head, which are
+    large, take theirs in parts.
+
+    Args:
+        causal_lm: A causal language model without PEFT around it, its weights perhaps mapped from files.
+        layers: Its decoder layers, for a model that does not name the classes of what is not to be split.
+        sharding: How.
+        prepare: Is given the modules of each unit while it is whole.
+
+    Raises:
+        ConfigError: If the model has no layers to cut.
+    """
+    named = set(causal_lm._no_split_modules or ())
+    units = [module for module in causal_lm.modules() if type(module).__name__ in named] or list(layers)
+    if not units:
+        raise ConfigError(
+            "trainer.strategy", f"expected a model with a list of layers, found {type(causal_lm).__name__}.", "Use ddp."
+        )
+    done: set[nn.Module] = set()
+    later = _embedding_and_head(causal_lm)
+    for unit in [*reversed(units), causal_lm]:  # the inner before the outer
+        own = [module for module in unit.modules() if module not in done]
+        done.update(own)
+        for module in own if unit is not causal_lm else [module for module in own if module not in later]:
+            for parameter in module.parameters(recurse=False):
+                take_final_dtype(parameter)
+        prepare(own)
+        _cut(unit, sharding, sharding.compute_dtype if unit is not causal_lm else None)
+    for module, dtype in later.items():
+        module.to(dtype)
+    # Functions of the model enter it by a side door; FSDP2 gathers weights for the doors it knows.
+    causal_lm._call_with = MethodType(lambda causal_lm, function: function(causal_lm), causal_lm)
+    register_fsdp_forward_method(causal_lm, "_call_with")
+
+
+def _embedding_and_head(causal_lm: Any) -> dict[nn.Module, torch.dtype]:
+    """Both with their final data type, unless they are adapted."""
+    found = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    return {module: final_dtype(module.weight) for module in found if type(module) in (nn.Embedding, nn.Linear)}
+
+
+def _cut(unit: nn.Module, sharding: Sharding, dtype: torch.dtype | None) -> None:
+    offload = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
+    fully_shard(
+        unit,
+        mesh=sharding.mesh,
+        mp_policy=MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
+        offload_policy=offload if sharding.cpu_offload else OffloadPolicy(),
+    )
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether :func:`shard` was called on a model, perhaps with PEFT around it."""
+    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, FSDPModule)
+
+
+def run_gathered(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
+    """``function(causal_lm)``, with the weights of a sharded model gathered as they are needed."""
+    if not isinstance(causal_lm, FSDPModule):
+        return function(causal_lm)
+    found = causal_lm._call_with(function)
+    if not torch.is_grad_enabled():
+        causal_lm.reshard()  # FSDP2 leaves what is outside of layers to a backward pass, which does not come
+    return found
+
+
+def final_dtype(parameter: Tensor) -> torch.dtype:
+    """The data type that a parameter has, or is to have once it is cut up."""
+    return getattr(parameter, "final_dtype", parameter.dtype)
+
+
+def take_final_dtype(parameter: nn.Parameter) -> None:
+    """Casts a parameter of a mapped model, in place."""
+    parameter.data = parameter.data.to(final_dtype(parameter))
+
+
+def whole(value: Any) -> Any:
+    """A sharded tensor as a whole one on the CPU, by a collective; anything else as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def own_part(value: Any) -> Any:
+    """What this process has of a sharded tensor; anything else as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def is_cut(value: Any) -> bool:
+    """Whether a tensor is spread over processes."""
+    return isinstance(value, DTensor)

@@ -1,0 +1,123 @@
+"""``--trainer.strategy fsdp2`` (and ``fsdp``): Lightning's sharded strategy, with weights cut up as they load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from bco_lightning.errors import ConfigError
+from bco_lightning.parallel.sharding import Sharding, make_mesh
+
+_PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """``fsdp2``: weights, gradients and moments are cut up over processes by ``fully_shard``.
+
+    Checkpoints hold the parts that each process has, in a form that any other number of processes, ``ddp``, one device
+    and ``export`` read; the checkpoints of those are read too.
+
+    Args:
+        group: How many processes share one copy of the weights, such as those of a node; all, if left out. Groups
+            exchange gradients alone.
+        cpu_offload: Keep weights and moments in host memory, and update them there: less GPU memory, much slower.
+        options: What else :class:`~lightning.pytorch.strategies.ModelParallelStrategy` takes.
+    """
+
+    sharding: Sharding
+
+    def __init__(self, group: int | None = None, cpu_offload: bool = False, **options: Any) -> None:
+        super().__init__(data_parallel_size="auto", tensor_parallel_size=1, save_distributed_checkpoint=True, **options)
+        self.group, self.cpu_offload = group, cpu_offload
+
+    @override
+    def setup_environment(self) -> None:
+        # Lightning's "auto" is the number of nodes.
+        self._data_parallel_size = processes = self.num_nodes * self.num_processes
+        if self.group is not None and (self.group < 1 or processes % self.group):
+            raise ConfigError(
+                "trainer.strategy.group", f"expected a divisor of {processes} processes, found {self.group}."
+            )
+        if self.cpu_offload and self.process_group_backend is None and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # offloaded gradients are summed where they are
+        super().setup_environment()
+        dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        mesh = make_mesh(self.root_device.type, self.world_size, self.group)
+        self.sharding = Sharding(mesh, dtype, self.cpu_offload)
+
+    @override
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self._module.state_dict()  # type: ignore[no-any-return]
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return optimizer.state_dict()  # type: ignore[no-any-return]
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Every process writes its parts: the checkpoint IO is asked in all of them."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint, of each tensor only what this process has of it."""
+        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
+        return self.checkpoint_io.load_checkpoint(  # type: ignore[call-arg]
+            checkpoint_path, weights=self._module.state_dict(), moments=fitting
+        )
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes the weights of a checkpoint; the module has checked that none lacks."""
+        self._module.load_state_dict(checkpoint["state_dict"], strict=False)
+
+    @property
+    def _module(self) -> Any:
+        return self.lightning_module
+
+
+def refuse_unknown_sharding(strategy: Any, precision: str) -> None:
+    """Refuses Lightning's own sharded strategies, which know nothing of this package's models.
+
+    Raises:
+        ConfigError: If the strategy, or what it would have to do, is none that was tried.
+    """
+    if isinstance(strategy, FSDP2Strategy):
+        if precision not in _PRECISIONS:
+            raise ConfigError(
+                "trainer.precision", f"expected {' or '.join(_PRECISIONS)} with this strategy, found {precision}."
+            )
+    elif isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        raise ConfigError(
+            "trainer.strategy",
+            f"expected one of this package, found Lightning's {type(strategy).__name__}.",
+            "Use fsdp2, or from Python strategy=bco_lightning.parallel.strategy.FSDP2Strategy().",
+        )
+
+
+def named_strategy(name: str) -> Any:
+    """What a name of ``trainer.strategy`` stands for; names that Lightning takes itself come back as they are."""
+    if name == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True)  # or all gradients are held twice
+    return name.replace("fsdp", "fsdp2") if name in ("fsdp", "fsdp_cpu_offload") else name
+
+
+def _register() -> None:
+    for name in ("fsdp2", "fsdp"):  # Lightning refuses the latter name on a CPU, whatever it stands for
+        for suffix, options in (("", {}), ("_cpu_offload", {"cpu_offload": True})):
+            StrategyRegistry.register(
+                name + suffix, FSDP2Strategy, "Fully sharded data parallel training (FSDP2)", override=True, **options
+            )
+
+
+_register()
