@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, LoraSettings
-from bco_lightning.callbacks import RunCheckpoint, ThroughputMonitor
+from bco_lightning.callbacks import RunCheckpoint, SpeedMonitor
 from bco_lightning.parallel.sharding import is_sharded, whole
 from bco_lightning.parallel.strategy import named_strategy
 from tests.reliability.tiny_run import ROWS_PER_STEP, tiny_fit
@@ -84,7 +84,7 @@ def run(
         "",
         log,
         module=module,
-        callbacks=[gradients, saving, ThroughputMonitor()],
+        callbacks=[gradients, saving, SpeedMonitor()],
         ckpt_path=ckpt_path,
         trainer_options=trainer_options,
         data_options={"batch_size": ROWS_PER_STEP // processes // case.accumulation, "validation_files": heldout},

@@ -21,6 +21,7 @@ from bco_lightning import BCOModule
 from bco_lightning.cli import app as cli
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models import fused_layers
+from bco_lightning.models.layout import causal_lm_of
 from bco_lightning.models.log_probs import Tile, completion_log_probs, token_log_probs
 from bco_lightning.options import LoraSettings
 from bco_lightning.parallel.sharding import Sharding, make_mesh, shard
@@ -250,7 +251,7 @@ def fsdp2_peaks(folder: str) -> list[tuple[str, int, int, int, int]]:
             folder, lora=LoraSettings(r=settings.lora_r) if settings.lora_r else None, dtype=settings.dtype
         ).policy
         dtype = torch.bfloat16 if settings.is_mixed else None
-        shard(policy, Sharding("fsdp2", make_mesh("cpu", 2), dtype), lambda modules: None)
+        shard(causal_lm_of(policy), [], Sharding(make_mesh("cpu", 2), dtype))
         if checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             policy.enable_input_require_grads()
