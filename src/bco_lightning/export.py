@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -59,7 +59,9 @@ base = load_language_model("{base}", torch.float32)
 model = PeftModel.from_pretrained(base, "FOLDER")"""
 
 
-def export_checkpoint(ckpt_path: Path, output_dir: Path, *, merge: bool = False, dtype: str = "float32") -> None:
+def export_checkpoint(
+    ckpt_path: Path, output_dir: Path, *, merge: bool = False, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> None:
     """Writes model or adapter, tokenizer with chat template, reward shift and model card.
 
     The folder appears under its name only when it is complete.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bco_lightning.checkpoints import read_checkpoint, saved_steps
-from bco_lightning.cli import main
+from bco_lightning.cli import app, main
 from bco_lightning.data.chat import PLAIN_TEMPLATE
+from bco_lightning.errors import PreemptedError
 from bco_lightning.models.load import load_language_model, load_tokenizer
-from tests.conftest import REAL_MODEL, write_jsonl
+from tests.conftest import REAL_MODEL
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -132,9 +134,12 @@ def test_an_adapter_that_came_in_is_trained_on_and_its_export_names_its_base(tin
     assert not all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("option", ["enable_progress_bar", "enable_checkpointing", "fast_dev_run"])
-def test_trainer_switches_work(option: str, tiny_model: str, log: str) -> None:
-    assert command("fit", tiny_model, log, f"--trainer.{option}={'true' if option == 'fast_dev_run' else 'false'}") == 0
+@pytest.mark.parametrize(
+    "switches",
+    [["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"], ["--trainer.fast_dev_run=true"]],
+)
+def test_trainer_switches_work(switches: list[str], tiny_model: str, log: str) -> None:
+    assert command("fit", tiny_model, log, *(f"--trainer.{switch}" for switch in switches)) == 0
 
 
 @pytest.mark.real_model
@@ -178,84 +183,12 @@ def test_the_real_model_trains_and_its_exports_generate_text(log: str) -> None:
     assert len(texts[0]) > len("user\nWhat is rain?\nassistant\n")
 
 
-def damaged(kind: str, tmp_path: Path, rows: list[dict[str, Any]]) -> str:
-    path = tmp_path / "bad.jsonl"
-    if kind == "missing file":
-        return str(tmp_path / "nowhere.jsonl")
-    if kind == "missing column":
-        rows[4].pop("completion")
-    elif kind == "unknown label":
-        rows[4]["label"] = "great"
-    elif kind == "empty prompt":
-        rows[4]["prompt"] = ""
-    elif kind == "empty completion":
-        rows[4]["completion"] = " "
-    elif kind == "one class":
-        rows = [{**row, "label": True} for row in rows]
-    write_jsonl(path, rows)
-    content = path.read_bytes()
-    if kind == "not UTF-8":
-        path.write_bytes(content.replace(b"answer 4", b"answer \xff"))
-    if kind == "malformed JSON":
-        path.write_bytes(content.replace(b'"Tell me about thing 4."', b'"Tell me', 1))
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("missing file", "nowhere.jsonl: expected a feedback log, found no such file."),
-        ("missing column", "bad.jsonl:5: expected a column 'completion', found 'prompt', 'label'."),
-        ("unknown label", 'bad.jsonl:5: label must be one of true/false, 1/0, 1/-1, "up"/"down", "true"/"false"'),
-        ("empty prompt", "bad.jsonl:5: 'prompt' must hold text"),
-        ("empty completion", "bad.jsonl:5: 'completion' must hold text"),
-        ("one class", "bad.jsonl: expected thumbs of both kinds to train on, found 24 rows that are all thumbs-up."),
-        ("not UTF-8", "bad.jsonl:5: expected UTF-8, found byte 0xff"),
-        ("malformed JSON", "bad.jsonl:5: expected one JSON object per line, found malformed JSON"),
-    ],
-)
-def test_a_bad_log_gives_one_message_and_leaves_nothing(
-    kind: str,
-    message: str,
-    tiny_model: str,
-    tmp_path: Path,
-    rows: list[dict[str, Any]],
-    capsys: pytest.CaptureFixture[str],
+def test_a_model_that_is_not_there_gives_one_message_and_leaves_nothing(
+    log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("fit", tiny_model, damaged(kind, tmp_path, rows)) == 2
+    assert command("fit", "./gone", log) == 2
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last_line.startswith("error: ")
-    assert message in last_line
-    assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize("kind", ["encoder-decoder", "no chat template", "no EOS", "no such folder"])
-def test_a_model_that_cannot_be_aligned_gives_one_message_and_leaves_nothing(
-    kind: str, tiny_model: str, log: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "model"
-    tokenizer = load_tokenizer(tiny_model)
-    if kind == "encoder-decoder":
-        config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-        T5ForConditionalGeneration(config).save_pretrained(folder)
-    else:
-        AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
-    if kind == "no chat template":
-        tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder)
-    if kind == "no EOS":
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
-    name = str(tmp_path / "gone") if kind == "no such folder" else str(folder)
-    assert command("fit", name, log) == 2
-    messages = {
-        "encoder-decoder": "found an encoder-decoder model",
-        "no chat template": "expected a tokenizer with a chat template, found one without.",
-        "no EOS": "expected a tokenizer with an end-of-sequence token, found one without.",
-        "no such folder": "expected a model folder or .gguf file, found nothing there.",
-    }
-    last_line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert messages[kind] in last_line
+    assert last_line.startswith("error: ./gone: expected a model folder or .gguf file, found nothing there.")
     assert not Path("runs").exists()
 
 
@@ -263,6 +196,7 @@ def test_a_model_that_cannot_be_aligned_gives_one_message_and_leaves_nothing(
     ("option", "messages"),
     [
         ("--model.betaa=1", ["model.betaa", "Did you mean --model.beta?"]),
+        ("--config=c.yaml", ["betaa", "model.beta?"]),
         ("--data.batchsize=1", ["data.batchsize", "Did you mean --data.batch_size?"]),
         ("--model.objective=dpo", ["model.objective", "'bco', 'bce'"]),
         ("--data.batch_size=many", ["data.batch_size", "int"]),
@@ -271,22 +205,14 @@ def test_a_model_that_cannot_be_aligned_gives_one_message_and_leaves_nothing(
 def test_a_misspelt_option_is_named(
     option: str, messages: list[str], tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        command("fit", tiny_model, log, option)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert all(message in error for message in messages), error
+    Path("c.yaml").write_text("model: {betaa: 0.1}\n")
+    for name in ("fit", "inspect"):
+        with pytest.raises(SystemExit, match="2"):
+            main([name, f"--model.name_or_path={tiny_model}", f"--data.train_files={log}", option])
+        error = capsys.readouterr().err
+        assert re.match(r"usage: python -m bco_lightning.*\ntip: .*--help\nerror: ", error)
+        assert all(message in error for message in messages), error
     assert not Path("runs").exists()
-
-
-def test_a_misspelt_key_in_a_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text("model:\n  name_or_path: x\n  betaa: 0.1\n")
-    with pytest.raises(SystemExit):
-        main(["fit", f"--config={path}"])
-    error = capsys.readouterr().err
-    assert "betaa" in error
-    assert "model.beta?" in error
 
 
 @pytest.mark.parametrize(
@@ -351,28 +277,68 @@ def test_features_of_prompts_are_options_and_come_back_from_the_config_of_a_run(
     ("options", "said"),
     [
         (["--model.prompt_features.pooling=max"], "model.prompt_features"),
-        (["--model.prompt_features.layer=9"], "prompt_features.layer: expected a decoder layer from 1 to 2, found 9"),
         (
             ["--model.prompt_features.encoder=some/model", "--model.prompt_features.layer=1"],
-            "model.prompt_features.layer: expected none with a sentence-transformers model",
+            "error: model.prompt_features.layer: expected none with a sentence-transformers model",
         ),
-        (["--model.prompt_features.encoder=no_such_folder"], "no_such_folder: expected a sentence-transformers model"),
-        (["--model.importance_clip=[2,10]"], "importance_clip: expected 0 < low <= 1 <= high, not both 1, found 2.0"),
+        (["--model.importance_clip=[2,10]"], "importance_clip: expected 0 < low <= 1 <= high, not both 1, found"),
+        (["--model.lora.r=0"], "error: model.lora.r: expected at least 1 dimension, found 0"),
+        (["--data.train_files=[{path: log.jsonl, wieght: 2}]"], "Option 'wieght' is not accepted"),
+        (["--data.train_files={path: log.jsonl}"], "Expected a <class 'list'>"),
+        (["--data.columns.thumbs.good=banana"], "banana"),
     ],
-    ids=["pooling", "layer", "layer of an encoder", "encoder", "clip"],
-)  # fmt: skip
-def test_wrong_features_of_prompts_are_named(
-    options: list[str], said: str, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+)
+def test_parts_of_options_that_are_wrong_are_named(
+    options: list[str], said: str, tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        {"prompt": f"Question {number}?", "completion": f"Answer {number}.", "label": number % 2}
-        for number in range(120)
-    ]
-    log = write_jsonl(tmp_path / "log.jsonl", rows)
-    given = [f"--model.name_or_path={tiny_model}", f"--data.train_files={log}", "--trainer.max_steps=1"]
-    try:
-        status = main(["fit", *given, "--model.importance_weights=auto", *options])
-    except SystemExit as left:
-        status = int(left.code or 0)
-    assert status == 2
-    assert said in capsys.readouterr().err
+    for name in ("fit", "inspect"):
+        try:
+            status: Any = main([name, f"--model.name_or_path={tiny_model}", f"--data.train_files={log}", *options])
+        except SystemExit as left:
+            status = left.code
+        assert status == 2
+        assert said in capsys.readouterr().err
+
+
+# --- errors that are nobody's, and signals
+
+
+class Broken(RuntimeError):
+    """An error that is nobody's, and says what a user wrote."""
+
+
+def leave_by(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the commands fail before they do anything."""
+
+    def leave(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.delenv("BCO_DEBUG", raising=False)
+    monkeypatch.setattr(app, "plan_command", leave)
+    monkeypatch.setattr(app, "BCOCLI", leave)
+
+
+@pytest.mark.parametrize("words", [["plan", "--model", "8B"], ["fit", "--model.name_or_path=x"]])
+def test_an_error_of_this_package_is_one_message_without_what_users_wrote(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_by(Broken("secret words of a user"), monkeypatch)
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"error: internal error: Broken at \S+\.py:\d+\. Run the same command again with --debug", said)
+    assert "secret words" not in said
+    for place in range(len(words) + 1):
+        with pytest.raises(Broken):
+            main([*words[:place], "--debug", *words[place:]])
+
+
+@pytest.mark.parametrize("leaving", [KeyboardInterrupt(), SystemExit(3)])
+def test_what_ends_a_process_ends_it_still(leaving: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_by(leaving, monkeypatch)
+    with pytest.raises(type(leaving)):
+        main(["plan"])
+
+
+def test_a_run_that_was_asked_to_stop_keeps_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_by(PreemptedError(15, 4, "here"), monkeypatch)
+    assert main(["plan"]) == 143

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from bco_lightning.cli import app as cli
 from bco_lightning.cli import main
-from bco_lightning.errors import PreemptedError
 from tests.conftest import tiny_data, write_jsonl
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -188,68 +186,12 @@ def test_the_ratings_of_chitchat_are_read_and_every_row_is_accounted_for(capsys:
 # --- errors of this package
 
 
-class Broken(RuntimeError):
-    """An error that is nobody's, and says what a user wrote."""
-
-
-def broken(*_: object) -> None:
-    raise Broken("secret words of a user")
-
-
-@pytest.mark.parametrize("command", [["plan", "--model", "8B"], ["fit", "--model.name_or_path=x"]])
-def test_an_error_of_this_package_is_one_message_without_what_users_wrote(
-    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("BCO_DEBUG", raising=False)
-    monkeypatch.setattr(cli, "plan_command", broken)
-    monkeypatch.setattr(cli, "_lightning_cli", broken)
-    assert main(command) == 1
-    said = capsys.readouterr().err
-    assert re.search(r"error: internal error: Broken at \S+\.py:\d+\. Run the same command again with --debug", said)
-    assert "secret words" not in said
-
-
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_debug_shows_the_traceback_wherever_it_stands(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "plan_command", broken)
-    words = ["plan", "--model=8B"]
-    with pytest.raises(Broken):
-        main([*words[:place], "--debug", *words[place:]])
-
-
-def test_debug_is_no_option_of_the_command_that_it_stands_with(
-    tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", "--model", "8B", "--debug"]) == 0
-    assert inspect(tiny_model, log, "--debug") == 0
-    with pytest.raises(cli.UserError):
-        inspect(tiny_model, "gone.jsonl", "--debug")
-
-
-@pytest.mark.parametrize("leaving", [KeyboardInterrupt(), SystemExit(3)])
-def test_what_ends_a_process_ends_it_still(leaving: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    def leave(*_: object) -> None:
-        raise leaving
-
-    monkeypatch.setattr(cli, "plan_command", leave)
-    with pytest.raises(type(leaving)):
-        main(["plan"])
-
-
-def test_a_run_that_was_asked_to_stop_keeps_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: object) -> None:
-        raise PreemptedError(15, 4, "here")
-
-    monkeypatch.setattr(cli, "plan_command", stop)
-    assert main(["plan"]) == 143
-
-
 def test_help_says_what_inspect_takes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["inspect", "--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for option in ("--report FILE.html", "--examples N", "--hide_examples", "--config FILE"):
+    for option in ("--report REPORT", "--examples EXAMPLES", "--hide_examples", "--config CONFIG", "--data.max_length"):
         assert option in said
 
 

@@ -1228,7 +1228,6 @@ def test_a_word_that_was_said_a_trillion_times_does_not_stall_the_start() -> Non
 
 # ---- The command line. ----
 
-SOURCES = "expected a list of files and of mappings with path, name, weight, format, columns, rating; "
 TYPED: dict[str, tuple[Case, list[str]]] = {
     "a malformed row": (ROWS_OF_TEXT["prompt is a number"], []),
     "a malformed message": (ROWS_OF_MESSAGES["content is an image"], []),
@@ -1260,20 +1259,6 @@ TYPED: dict[str, tuple[Case, list[str]]] = {
         Case({"log.jsonl": LOG}, "data.rating", "expected down below up, found 4 and 2."),
         ["--data.train_files=[{path: log.jsonl, rating: {up: 2, down: 4}}]"],
     ),
-    **{
-        f"a source with {name}": (
-            Case({"log.jsonl": LOG}, "data.train_files", rf"{SOURCES}found {re.escape(found)}\."),
-            [f"--data.train_files={source}"],
-        )
-        for name, source, found in [
-            ("a word misspelt", "[{path: log.jsonl, wieght: 2}]", "{'wieght': 2} in number 1"),
-            ("a word for its weight", "[log.jsonl, {path: a.jsonl, weight: x}]", "{'weight': 'x'} in number 2"),
-            ("an unknown format", "[{path: log.jsonl, format: banana}]", "{'format': 'banana'} in number 1"),
-            ("a rule of no such kind", "[{path: log.jsonl, rating: {upp: 3}}]", "{'rating': {'upp': 3}} in number 1"),
-            ("nothing but a number", "[3]", "3 in number 1"),
-            ("no list around it", "{path: log.jsonl}", "a mapping in no list"),
-        ]
-    },
 }
 
 
@@ -1298,22 +1283,6 @@ def test_a_command_says_it_in_one_message(
     assert "Traceback" not in said.err + said.out
     assert SAID not in said.err + said.out
     assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    "option", ["format", "loss_on", "conflicts", "bad_rows", "long_prompts", "rating", "columns.thumbs.good"]
-)
-def test_a_word_that_an_option_does_not_know_is_refused_before_anything_is_read(
-    byte_model: str, capfd: pytest.CaptureFixture[str], option: str
-) -> None:
-    try:
-        status = cli.main(typed("inspect", byte_model, "no.jsonl", f"--data.{option}=banana"))
-    except SystemExit as stopped:  # as argparse has it
-        status = stopped.code
-    said = capfd.readouterr()
-    assert status == 2
-    assert "banana" in said.err
-    assert "Traceback" not in said.err + said.out
 
 
 @pytest.mark.parametrize("command", ["inspect", "fit"])

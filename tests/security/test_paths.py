@@ -183,7 +183,7 @@ def test_an_export_takes_its_folder_from_the_command_line_alone(capsys: pytest.C
     Path("config.yaml").write_text("output_dir: /nowhere/else\nckpt_path: x\n")
     with pytest.raises(SystemExit):
         main(["export", "--config=config.yaml"])
-    assert "--output_dir" in capsys.readouterr().err
+    assert "unrecognized arguments: --config=config.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from bco_lightning.cli import main
-from bco_lightning.cli.safety import Refusal, load_yaml
+from bco_lightning.cli.plain_yaml import Refusal
+from bco_lightning.cli.secrets import load_without_secrets
 from tests.reliability.tiny_run import ROOT, make_model
 from tests.trials import Trials
 
@@ -189,7 +190,7 @@ def test_a_secret_that_is_written_down_is_refused_and_not_shown(
     ],
 )
 def test_what_only_sounds_like_a_secret_is_read(text: str) -> None:
-    assert load_yaml(text) == yaml.safe_load(text)
+    assert load_without_secrets(text) == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_what_only_sounds_like_a_secret_is_read(text: str) -> None:
 )
 def test_known_kinds_of_tokens_are_recognized_under_any_key(value: str) -> None:
     with pytest.raises(Refusal) as caught:
-        load_yaml(yaml.safe_dump({"a": {"b": [f"x {value} y"]}}))
+        load_without_secrets(yaml.safe_dump({"a": {"b": [f"x {value} y"]}}))
     assert caught.value.user_error.where == "a.b.0"
     assert value not in str(caught.value.user_error)
 

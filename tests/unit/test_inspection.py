@@ -12,7 +12,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bco_lightning import LoraSettings
 from bco_lightning.data.messages import said_in
 from bco_lightning.inspection import cost as cost_module
 from bco_lightning.inspection.cost import (
@@ -22,7 +21,6 @@ from bco_lightning.inspection.cost import (
     cost_of,
     machine_of,
     num_steps,
-    useful_flops_of,
     work_of_epoch,
 )
 from bco_lightning.inspection.lengths import Histogram, Lengths, LengthSummary, length_bias
@@ -30,9 +28,8 @@ from bco_lightning.inspection.personal_data import Hits, count_personal_data, fi
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
 from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
 from bco_lightning.metrics import Auc, auc, clustered_auc
-from bco_lightning.models.load import load_policy
+from bco_lightning.models.unloaded import unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
-from bco_lightning.planning.model_shape import shape_of
 
 WORDS = ["river", "stone", "cloud", "ember", "lantern", "meadow", "harbor", "violet", "copper", "willow"]
 
@@ -359,22 +356,6 @@ def test_tool_calls_and_parts_of_a_message_are_read_too() -> None:
 # --- cost
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(r=4), LoraSettings(r=4, top_layers=1)])
-def test_operations_by_shapes_are_those_counted_on_the_policy(lora: LoraSettings | None, tiny_model: str) -> None:
-    policy = load_policy(tiny_model, torch.float32, lora, seed=0)
-    expected = UsefulFlops.of(policy)
-    found = useful_flops_of(shape_of(tiny_model), lora)
-    assert found.per_token == expected.per_token
-    assert found.per_completion_token == expected.per_completion_token
-    assert found.per_squared_length == expected.per_squared_length
-
-
-def test_adapters_of_named_modules_alone_are_counted(tiny_model: str) -> None:
-    lora = LoraSettings(r=4, target_modules="q_proj,v_proj")
-    expected = UsefulFlops.of(load_policy(tiny_model, torch.float32, lora, seed=0))
-    assert useful_flops_of(shape_of(tiny_model), lora).per_token == expected.per_token
-
-
 def test_balanced_sampling_draws_the_rarer_class_again() -> None:
     up = np.array([True, True, True, False])
     work = work_of_epoch(np.array([10, 20, 30, 100]), np.array([1, 1, 1, 5]), up, share_up=0.5, rows=6)
@@ -388,7 +369,7 @@ def test_time_is_operations_over_the_speed_of_products_and_devices(
     machine = Machine(torch.device("cpu"), "this CPU", num_devices=2, dtype=torch.float32)
     work = Work(rows=8, tokens=100, completion_tokens=40, squared_lengths=1500)
     cost = cost_of(work, tiny_model, None, machine, rows_per_step=4, steps_per_epoch=2, steps=6)
-    useful = useful_flops_of(shape_of(tiny_model), None)
+    useful = UsefulFlops.of(unloaded_model(tiny_model))
     flops = 100 * useful.per_token + 40 * useful.per_completion_token + 1500 * useful.per_squared_length
     assert cost.flops == pytest.approx(flops)
     seconds = 3 * flops / 2e6  # three epochs, two devices

@@ -14,8 +14,6 @@ import threading
 import time
 from typing import Any
 
-import torch
-
 from bco_lightning.errors import FaultError, UserError, causes_of
 
 _MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
@@ -29,8 +27,6 @@ _WAITED = re.compile(r"(?:after|waiting|Timeout\(ms\)=)\s*(\d+)\s*(seconds)?", r
 _NOT_ALL_CAME = re.compile(r"(\d+)/(\d+) clients joined")
 _OTHER_NUMBER = re.compile(r"You set `(?:devices=|num_nodes=|--ntasks=)|multiplied should equal the world size")
 _PLACE_IN_LIBRARY = re.compile(r"^\[\S+:\d+\] ")
-_LAST_WORDS, _LOOK_EVERY = 30.0, 0.5  # seconds
-_OUTLIVE = 5.0
 _DISK = {
     errno.ENOSPC: ("the disk is full", "Free some space."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space."),
@@ -38,6 +34,7 @@ _DISK = {
     errno.EACCES: ("permission is missing", "See who may read and write it."),
     errno.EPERM: ("permission is missing", "See who may read and write it."),
 }
+_LAST_WORDS, _LOOK_EVERY, _OUTLIVE = 30.0, 0.5, 5.0  # seconds
 
 
 def in_words(error: BaseException) -> UserError | None:
@@ -49,21 +46,23 @@ def in_words(error: BaseException) -> UserError | None:
     Returns:
         What happened and what to do, or ``None`` for an error that is nobody's but ours.
     """
-    for cause in causes_of(error):
-        if isinstance(cause, UserError):
-            return cause
-    for cause in causes_of(error):
-        fault = _fault_of(cause)
-        if fault is not None:
-            return fault
-    return None
+    causes = causes_of(error)
+    told = [cause for cause in causes if isinstance(cause, UserError)]
+    return next((fault for fault in (*told, *map(_fault_of, causes)) if fault is not None), None)
 
 
 def _fault_of(error: BaseException) -> UserError | None:
     text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and _MEMORY.search(text)
-    ):
+    if isinstance(error, OSError) and error.errno in _DISK:
+        problem, remedy = _DISK[error.errno]
+        return FaultError(str(error.filename or "disk"), f"expected to use it, found that {problem}.", remedy)
+    if isinstance(error, (RuntimeError, ValueError)) and _OTHER_NUMBER.search(text):
+        return FaultError(
+            "trainer.devices",
+            f"expected as many processes as were started ({_first_line(text)}).",
+            "trainer.num_nodes is the number of nodes, trainer.devices that of processes on each.",
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
         return FaultError(
             "memory",
             f"expected the step to fit, found none left ({_first_line(text)}).",
@@ -78,44 +77,29 @@ def _fault_of(error: BaseException) -> UserError | None:
         )
     if isinstance(error, RuntimeError) and (_TOO_LONG.search(text) or _GONE.search(text)):
         return _fault_of_another_process(text)
-    if isinstance(error, (RuntimeError, ValueError)) and _OTHER_NUMBER.search(text):
-        return FaultError(
-            "trainer.devices",
-            f"expected as many processes as were started ({_first_line(text)}).",
-            "trainer.num_nodes is the number of nodes, trainer.devices that of processes on each.",
-        )
-    if isinstance(error, OSError) and error.errno in _DISK:
-        problem, remedy = _DISK[error.errno]
-        return FaultError(str(error.filename or "disk"), f"expected to use it, found that {problem}.", remedy)
     return None
 
 
 def _fault_of_another_process(text: str) -> FaultError:
     """What gloo, NCCL or the store that they meet at have to say of a process that does not answer."""
     first = _first_line(_PLACE_IN_LIBRARY.sub("", text.strip())).rstrip(".")
-    seconds = _WAITED.search(text)
+    seconds, came = _WAITED.search(text), _NOT_ALL_CAME.search(text)
     waited = "process_timeout"
     if seconds:
         waited = f"{int(seconds[1]) / (1 if seconds[2] else 1000):g} s (process_timeout)"
-    came = _NOT_ALL_CAME.search(text)
     if came:
         return FaultError(
             "processes",
             f"expected {came[2]} processes to start, found {came[1]} after {waited}.",
             "Start it on every node, with the same first node and port, or raise process_timeout.",
         )
-    where_to_look = "Look for the first error in the output of the others"
+    gone = "expected an answer of every process, found that one is gone or hangs"
+    look = "Look for the first error in the output of the others"
     if _TOO_LONG.search(text):
-        return FaultError(
-            "processes",
-            f"expected an answer of every process, found that one is gone or hangs: none in {waited}. {first}.",
-            f"{where_to_look}; raise process_timeout if one of them only took long.",
-        )
-    return FaultError(
-        "processes",
-        f"expected an answer of every process, found that one is gone or hangs ({first}).",
-        f"{where_to_look}; one without any may have been killed for want of memory.",
-    )
+        remedy = f"{look}; raise process_timeout if one of them only took long."
+        return FaultError("processes", f"{gone}: none in {waited}. {first}.", remedy)
+    remedy = f"{look}; one without any may have been killed for want of memory."
+    return FaultError("processes", f"{gone} ({first}).", remedy)
 
 
 def _first_line(text: str) -> str:
@@ -140,22 +124,19 @@ def _watch(processes: list[subprocess.Popen[Any]], over: threading.Event) -> Non
     while not any(process.poll() for process in processes):
         if over.wait(_LOOK_EVERY):
             return
-    number, process = next((number, process) for number, process in enumerate(processes, 1) if process.poll())
+    number, status = next((number, process.poll()) for number, process in enumerate(processes, 1) if process.poll())
     if over.wait(_LAST_WORDS):  # mostly this process meets an error of its own
         return
+    ended = f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
     fault = FaultError(
         "processes",
-        f"expected process {number} to live, found that it {_end_in_words(process.returncode)} {_LAST_WORDS:g} s ago.",
+        f"expected process {number} to live, found that it {ended} {_LAST_WORDS:g} s ago.",
         "Look for the first error in its output; one without any may have been killed for want of memory.",
     )
     print(f"error: {fault}", file=sys.stderr, flush=True)
     for other in processes:
         other.kill()
     os._exit(2)  # the main thread may wait for a device, where no exception reaches it
-
-
-def _end_in_words(status: int) -> str:
-    return f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
 
 
 def _end_with_this_one(processes: list[subprocess.Popen[Any]], over: threading.Event) -> None:

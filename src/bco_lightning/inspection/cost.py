@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +13,9 @@ import torch
 from bco_lightning.errors import UserError
 from bco_lightning.metrics import Array
 from bco_lightning.models.load import resolve_dtype
+from bco_lightning.models.unloaded import unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.options import LoraSettings
-from bco_lightning.planning.model_shape import ModelShape, Weight, shape_of
 
 # Shares of the speed of a large matrix product that training reaches: small models and short rows are near the lower
 # end. The reference's pass is not in the useful operations and is paid out of this share too.
@@ -116,37 +115,6 @@ def work_of_epoch(lengths: Array, loss_tokens: Array, thumbs_up: Array, share_up
     return Work(rows, *(rows * mean for mean in means))
 
 
-def useful_flops_of(shape: ModelShape, lora: LoraSettings | None) -> UsefulFlops:
-    """The operations of a training step, from the shapes of a model's weights alone.
-
-    Args:
-        shape: The model's.
-        lora: Adapter settings, or ``None`` for full fine-tuning.
-
-    Returns:
-        What :meth:`UsefulFlops.of` counts on the policy itself.
-    """
-    num_layers = len(shape.layers)
-    lowest = max(0, num_layers - lora.top_layers) if lora and lora.top_layers else 0
-    per_token = 0
-    for number, layer in enumerate(shape.layers):
-        has_gradient = number >= lowest
-        matrices = sum(math.prod(weight.shape) for weight in layer if len(weight.shape) >= 2)
-        per_token += 2 * (1 + has_gradient + (lora is None)) * matrices
-        if lora is not None and has_gradient:
-            per_token += 6 * lora.r * sum(sum(weight.shape) for weight in layer if _is_adapted(weight, lora))
-    return UsefulFlops(
-        per_token=per_token,
-        per_completion_token=(4 if lora else 6) * shape.hidden * shape.vocabulary,
-        per_squared_length=2 * shape.attention * (num_layers + 2 * (num_layers - lowest)),
-    )
-
-
-def _is_adapted(weight: Weight, lora: LoraSettings) -> bool:
-    names = [name.strip() for name in lora.target_modules.split(",")]
-    return weight.is_linear and (names == ["all-linear"] or weight.name in names)
-
-
 def machine_of(trainer: Mapping[str, Any], dtype: str, lora: LoraSettings | None) -> Machine:
     """The devices that a config asks for, as far as plain numbers and this machine say.
 
@@ -200,7 +168,7 @@ def cost_of(
     """
     cost = Cost(work, rows_per_step, steps_per_epoch, steps)
     try:
-        flops = work.flops(useful_flops_of(shape_of(model), lora))
+        flops = work.flops(UsefulFlops.of(unloaded_model(model, lora)))
     except UserError as error:
         return replace(cost, why_not=f"the model's operations cannot be counted ({error.problem.rstrip('.')})")
     rate = matmul_ceiling(machine.device, machine.dtype) * machine.num_devices

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,53 +28,25 @@ class InspectOptions:
     """What ``inspect`` takes beside the options of ``fit``.
 
     Args:
-        report: The page to write.
-        num_examples: Rows of either class to show; 0 shows none.
-    """
-
-    report: Path
-    num_examples: int
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[InspectOptions, list[str]]:
-    """Takes what is for ``inspect`` out of a command line.
-
-    Args:
-        arguments: What comes after ``inspect``.
-
-    Returns:
-        Its own options, and those of ``fit``.
+        report: The page to write, which needs no other file.
+        examples: Rows of either class to show.
+        hide_examples: Show no row's text, neither here nor on the page.
 
     Raises:
         ConfigError: If an option is out of range, or the page cannot be a file.
     """
-    options, rest = _parser().parse_known_args(list(arguments))
-    if options.examples < 0:
-        raise ConfigError("--examples", f"expected a number from 0 on, found {options.examples}.")
-    if options.report.is_dir() or not options.report.parent.is_dir():
-        found = "a folder" if options.report.is_dir() else "no such folder"
-        raise ConfigError("--report", f"expected a file to write in a folder that exists, found {found}.")
-    return InspectOptions(options.report, 0 if options.hide_examples else options.examples), rest
 
+    report: str = "inspect.html"
+    examples: int = 3
+    hide_examples: bool = False
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bco_lightning inspect",
-        description="Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left "
-        "out and cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. "
-        "No weight is loaded, except for model.importance_weights.",
-        epilog="It also takes --config FILE and every other option of `fit`: see `fit --help`.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--report", type=Path, default=Path("inspect.html"), metavar="FILE.html",
-        help="the page to write, which needs no other file (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--examples", type=int, default=3, metavar="N", help="rows of either class to show (default: %(default)s)"
-    )
-    parser.add_argument("--hide_examples", action="store_true", help="show no row's text, neither here nor on the page")
-    return parser
+    def __post_init__(self) -> None:
+        if self.examples < 0:
+            raise ConfigError("--examples", f"expected a number from 0 on, found {self.examples}.")
+        page = Path(self.report)
+        if page.is_dir() or not page.parent.is_dir():
+            found = "a folder" if page.is_dir() else "no such folder"
+            raise ConfigError("--report", f"expected a file to write in a folder that exists, found {found}.")
 
 
 def inspect_command(
@@ -92,6 +63,7 @@ def inspect_command(
     Raises:
         UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
     """
+    module = BCOModule(**model_options)
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
     problem: UserError | None = _read(data)
     notes = []
@@ -100,7 +72,6 @@ def inspect_command(
     dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
     trust = None
     if config.model.importance_weights != "off":
-        module = BCOModule(**model_options)
         weights = module.find_importance(data)
         trust, refused = weights.report, weights.problem(config.model.importance_weights)
         if refused is not None:
@@ -112,7 +83,7 @@ def inspect_command(
         )
     report = _report(data, dataset, config, options, tuple(notes), trust)
     print_report(report, Console())
-    write_page(report, options.report)
+    write_page(report, Path(options.report))
     print(f"\nPage   {options.report}")
     if problem is not None:
         raise problem
@@ -146,7 +117,7 @@ def _report(
         limits={name: limit for name, limit in limits.items() if limit is not None},
         arrays=arrays,
         cost=_cost(data, config, arrays),
-        num_examples=options.num_examples,
+        num_examples=0 if options.hide_examples else options.examples,
         notes=notes,
         trust=trust,
     )

@@ -1,0 +1,247 @@
+"""The commands that LightningCLI runs, and ``inspect``, which takes the same options."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from bco_lightning.callbacks import (
+    FiniteGuard,
+    PredictionWriter,
+    RunCheckpoint,
+    SpeedMonitor,
+    StepProgressBar,
+)
+from bco_lightning.checkpoints import VerifiedCheckpointIO, resolve_checkpoint
+from bco_lightning.cli import safety
+from bco_lightning.cli.parser import BCOArgumentParser, refuse_misread_sources
+from bco_lightning.cli.plain_yaml import refusals_as_errors
+from bco_lightning.data import FeedbackDataModule
+from bco_lightning.demo.trial import KnownRewardTrial
+from bco_lightning.errors import CheckpointError, UserError
+from bco_lightning.identity import git_revision, versions
+from bco_lightning.inspection.inspect_command import InspectOptions, inspect_command
+from bco_lightning.module import BCOModule
+from bco_lightning.parallel.strategy import named_strategy
+
+_DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
+`inspect`, which reports on the data of a config before it is trained on, `export`, which writes a checkpoint as a
+folder that transformers and peft load, and `plan`, which works out what a run would take of each GPU's memory: see
+`inspect --help`, `export --help` and `plan --help`. Any command takes --debug, which shows the traceback of an
+error."""
+_INSPECT = """Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left out and
+cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. No weight is loaded,
+except for model.importance_weights. It takes every option of `fit`."""
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved config once data and model are there, so that a failed start leaves no folder."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Waits for :meth:`on_fit_start`."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Writes ``config.yaml``, and ``provenance.json``: seed, versions, git revision and digests of the inputs."""
+        self.config.ckpt_path = None  # or this config would go on from a checkpoint that may be gone
+        super().setup(trainer, pl_module, "fit")
+        log_dir = trainer.log_dir  # a broadcast: every process has to ask
+        if trainer.is_global_zero and log_dir is not None:
+            provenance = {
+                "seed": pl_module.hparams["seed"],
+                "python": platform.python_version(),
+                "versions": versions(),
+                "git_revision": git_revision(),
+                "fingerprints": pl_module.fingerprints(),
+            }
+            text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False)
+            (Path(log_dir) / "provenance.json").write_text(text + "\n", encoding="utf-8")
+
+
+class BCOCLI(LightningCLI):
+    """LightningCLI with this package's module, data and callbacks, and one folder of runs.
+
+    Args:
+        arguments: The command line.
+        options: What LightningCLI takes besides.
+    """
+
+    _step_was_chosen = False  # not named by the user
+
+    def __init__(self, arguments: list[str], **options: Any) -> None:
+        with refusals_as_errors():
+            super().__init__(
+                BCOModule,
+                FeedbackDataModule,
+                save_config_callback=RunConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=BCOArgumentParser,
+                trainer_defaults={
+                    "use_distributed_sampler": False,
+                    "enable_model_summary": False,
+                    "max_epochs": 1,
+                    "num_sanity_val_steps": 0,  # seconds, for a forward pass that is the training step's own
+                },
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                seed_everything_default=0,
+                args=arguments,
+                **{"parser_kwargs": {"prog": "python -m bco_lightning", "description": _DESCRIPTION}, **options},
+            )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_folder", type=str, default="runs/bco", help="Each run gets a folder version_N in this one."
+        )
+        parser.add_argument(
+            "--process_timeout",
+            type=float,
+            default=600.0,
+            help="Seconds to wait for another process before the run ends with an error; the others also wait while "
+            "the first one writes a checkpoint and reads it back.",
+        )
+        parser.add_class_arguments(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(FiniteGuard, "guard")
+        parser.add_lightning_class_args(KnownRewardTrial, "known_reward")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with safety.safe_parsing():
+            super().parse_arguments(parser, args)
+            options = self.config.get(str(self.config.get("subcommand")), self.config)
+            refuse_misread_sources(options.data)
+        safety.check_resolved(options, args)
+        options.weights_only = True  # Lightning's own default would unpickle whatever a checkpoint holds
+        if options.ckpt_path is not None and self.config.get("subcommand"):
+            options.ckpt_path = self._chosen_checkpoint(options.ckpt_path, Path(options.run_folder))
+
+    def _chosen_checkpoint(self, asked: str, run_folder: Path) -> str | None:
+        """The folder that ``last``, ``auto`` or a path means."""
+        if asked not in ("last", "auto") and not Path(asked).exists():
+            raise CheckpointError(asked, "expected a checkpoint, or the word 'last' or 'auto', found no such file.")
+        place = run_folder if asked in ("last", "auto") else Path(asked)
+        try:
+            # By sizes alone: bytes are compared when they are read, once, by processes together.
+            found = resolve_checkpoint(place, lambda error: rank_zero_info(f"checkpoint: skipped {error}"), share=None)
+        except CheckpointError as error:
+            if asked != "auto":
+                raise
+            rank_zero_info(f"checkpoint: {error} Starting a new run, as 'auto' says.")
+            return None
+        self._step_was_chosen = found != place
+        rank_zero_info(f"checkpoint: {found}")
+        return str(found)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init[self.subcommand]
+        asked = options.trainer
+        logger = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options))
+        if asked.logger is None or asked.logger is True:
+            kwargs["logger"] = logger if self.subcommand != "predict" else False
+        if isinstance(asked.strategy, str):
+            kwargs["strategy"] = named_strategy(asked.strategy)
+        callbacks = [asked.callbacks] if not isinstance(asked.callbacks, (list, type(None))) else asked.callbacks or []
+        if asked.enable_progress_bar is not False:
+            callbacks = [*callbacks, StepProgressBar()]
+        if asked.enable_checkpointing is not False:
+            options.checkpoint.run_folder = logger.log_dir  # wherever another logger writes
+            callbacks = [*callbacks, options.checkpoint]
+        trainer = super().instantiate_trainer(**kwargs, callbacks=[*callbacks, SpeedMonitor()])
+        trainer.strategy.checkpoint_io = VerifiedCheckpointIO(may_fall_back=self._step_was_chosen)
+        if hasattr(trainer.strategy, "_timeout"):  # of the process group; half an hour, if left alone
+            trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
+        return trainer
+
+    def _version_of_checkpoint(self, options: Any) -> str | None:
+        """A run goes on, and is evaluated, in its own folder."""
+        if options.ckpt_path is None:
+            return None
+        run = Path(options.ckpt_path).parent.parent
+        return run.name if run.parent.resolve() == Path(options.run_folder).resolve() else None
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:  # Lightning has no hook for a run that has failed
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError:
+            self._discard_unstarted_run()
+            raise
+
+    def _discard_unstarted_run(self) -> None:
+        """Removes the run folder that Lightning makes before it looks at data and model, if nothing else is in it."""
+        logger = self.trainer.logger  # trainer.log_dir would wait for processes that have not failed
+        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
+            return
+        run = Path(logger.log_dir)
+        contents = list(run.iterdir()) if run.is_dir() else []
+        if contents and all(path.name.startswith("events.out.tfevents") for path in contents):
+            for path in contents:
+                path.unlink()
+            with contextlib.suppress(OSError):  # other runs are in there
+                os.removedirs(run)
+
+    def after_fit(self) -> None:
+        """Says where everything is and what to type next."""
+        log_dir = self.trainer.log_dir  # a broadcast: every process has to ask
+        if not self.trainer.is_global_zero or log_dir is None:
+            return
+        run = Path(log_dir)
+        saved = [found.saved for found in self.trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)]
+        print(f"\nRun folder   {run}")
+        if saved and saved[0] is not None:
+            shift = self.model.reward_shift.value
+            print(f"Checkpoint   {saved[0]} ({self.trainer.global_step} optimizer steps, reward shift {shift:.4f})")
+        if (run / "alignment.json").exists():
+            print(f"Alignment    {run / 'alignment.json'}")
+        print(
+            f"\nNext:\n"
+            f"  tensorboard --logdir {self.config[self.subcommand].run_folder}\n"
+            f"  python -m bco_lightning export --ckpt_path {run} --output_dir exports/{run.name} --merge\n"
+            f"  python -m bco_lightning predict --config {run / 'config.yaml'} --run_folder {run.parent} "
+            f"--ckpt_path {run} --data.predict_files FILE"
+        )
+
+
+class InspectCLI(BCOCLI):
+    """Parses and checks what ``fit`` would run with, and reports on its data instead; there is no trainer.
+
+    Args:
+        arguments: The command line.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        told = {"prog": "python -m bco_lightning inspect", "description": _INSPECT}
+        super().__init__(arguments, run=False, parser_kwargs=told)
+        options = InspectOptions(self.config.report, self.config.examples, self.config.hide_examples)
+        inspect_command(options, self.config, self.data_options, self.model_options)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])  # the config of a run has them
+        parser.add_class_arguments(InspectOptions, skip={"hide_examples"})
+        parser.add_flag("hide_examples", "Show no row's text, neither here nor on the page.")  # type: ignore[attr-defined]
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Makes the arguments of data module and module alone."""
+        parser = BCOArgumentParser()
+        parser.add_class_arguments(FeedbackDataModule, "data", fail_untyped=False, instantiate=False)
+        parser.add_class_arguments(BCOModule, "model", fail_untyped=False, instantiate=False)
+        options = parser.instantiate(Namespace(data=self.config.data, model=self.config.model))
+        self.data_options, self.model_options = vars(options.data), vars(options.model)
