@@ -136,7 +136,7 @@ def test_an_adapter_that_came_in_is_trained_on_and_its_export_names_its_base(tin
 
 @pytest.mark.parametrize(
     "switches",
-    [["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"], ["--trainer.fast_dev_run=true"]],
+    [["enable_progress_bar=false", "enable_checkpointing=false"], ["fast_dev_run=true"]],
 )
 def test_trainer_switches_work(switches: list[str], tiny_model: str, log: str) -> None:
     assert command("fit", tiny_model, log, *(f"--trainer.{switch}" for switch in switches)) == 0

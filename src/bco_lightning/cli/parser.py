@@ -20,7 +20,9 @@ from bco_lightning.data.options import Source
 from bco_lightning.errors import ConfigError
 from bco_lightning.options import Options
 
-_UNKNOWN = re.compile(r"(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)")
+_UNKNOWN = re.compile(
+    r"(?:Group '([\w.]+)' does not )?(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)"
+)
 
 
 class BCOArgumentParser(LightningArgumentParser):
@@ -52,7 +54,8 @@ class BCOArgumentParser(LightningArgumentParser):
         safety.refuse_import_named_in(message)
         unknown = _UNKNOWN.search(message)
         if unknown and "xpected a" not in message:
-            close = difflib.get_close_matches(unknown[1], _options_of(self), n=1, cutoff=0.7)
+            given = ".".join(filter(None, unknown.groups()))
+            close = difflib.get_close_matches(given, _options_of(self), n=1, cutoff=0.7)
             message += f"\nDid you mean --{close[0]}?" if close else ""
         super().error(message, ex)
 
