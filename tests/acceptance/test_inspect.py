@@ -154,12 +154,11 @@ def test_a_misspelt_option_is_met_with_the_one_that_was_meant(
     assert "Did you mean --data.max_length?" in capsys.readouterr().err
 
 
-def test_a_config_names_no_page(tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("config.yaml").write_text("report: elsewhere.html\n")
-    with pytest.raises(SystemExit):
-        inspect(tiny_model, log, "--config=config.yaml")
-    assert "report" in capsys.readouterr().err
-    assert not Path("elsewhere.html").exists()
+def test_a_config_names_no_page_outside(tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text("report: ../elsewhere.html\n")
+    assert inspect(tiny_model, log, "--config=config.yaml") == 2
+    assert "error: report: expected a place inside the working directory" in capsys.readouterr().err
+    assert not Path("../elsewhere.html").exists()
 
 
 @pytest.mark.parametrize("config", ["bco.yaml", "lora.yaml"])
