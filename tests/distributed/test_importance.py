@@ -87,7 +87,7 @@ def run(model: str, log: str, folder: Path, kind: str, strategy: str) -> dict[st
     assert found is not None
     state = found.state_dict()
     state["told"]["report"] = {name: of for name, of in state["told"]["report"].items() if name != "seconds"}
-    return {**state["tensors"], "told": state["told"], "steps": weights.of_rows, "batches": batches}
+    return {**state["ratio"], **state["rows"], "told": state["told"], "steps": weights.of_rows, "batches": batches}
 
 
 Cases = tuple[tuple[str, str], ...]

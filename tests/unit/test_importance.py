@@ -206,10 +206,10 @@ def test_a_checkpoint_brings_its_weights(tiny_model: str, diverging: str, tmp_pa
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint["importance"], tmp_path / "importance.pt")
     state = torch.load(tmp_path / "importance.pt", weights_only=True)
-    doubled = state["tensors"]["row_weights"] * 2  # as another machine might have rounded them
-    state["tensors"]["row_weights"] = doubled
+    doubled = state["rows"]["row_weights"] * 2  # as another machine might have rounded them
+    state["rows"]["row_weights"] = doubled
     module._load_importance(state)
-    state["told"]["key"], state["tensors"]["row_weights"] = "of other rows", torch.ones(1)
+    state["told"]["key"], state["rows"]["row_weights"] = "of other rows", torch.ones(1)
     module._load_importance(state)
     assert torch.equal(module.importance.row_weights, doubled)  # type: ignore[union-attr]
     column = module.trainer.datamodule.train_dataset["importance_weight"]  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.errors import ConfigError
-from bco_lightning.importance.report import CalibrationBin
 from bco_lightning.inspection import pictures
 from bco_lightning.inspection.cost import Cost, Work
 from bco_lightning.inspection.data_report import DataReport, Example, Finding
@@ -253,11 +252,11 @@ def test_a_trust_report_with_less_in_it_is_shown_too(changes: dict[str, Any]) ->
 
 
 def test_points_of_the_calibration_are_where_their_shares_are() -> None:
-    bins = (CalibrationBin(10, 0.42, 0.5), CalibrationBin(20, 0.6, 0.78))
+    bins = ((10, 0.42, 0.5), (20, 0.6, 0.78))
     picture = str(pictures.calibration_plot(bins))
     found = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', picture)]
     left, top, size = 150, 8, 250  # the axes go from 40 % to 80 %
-    expected = [(left + size * (of.predicted - 0.4) / 0.4, top + size * (0.8 - of.observed) / 0.4) for of in bins]
+    expected = [(left + size * (x - 0.4) / 0.4, top + size * (0.8 - y) / 0.4) for _, x, y in bins]
     assert found == [pytest.approx(point, abs=0.01) for point in expected]
     assert ">40%<" in picture
     assert ">80%<" in picture
@@ -265,7 +264,7 @@ def test_points_of_the_calibration_are_where_their_shares_are() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
 def test_a_calibration_with_a_single_share_can_be_drawn(share: float) -> None:
-    picture = str(pictures.calibration_plot((CalibrationBin(10, share, share),)))
+    picture = str(pictures.calibration_plot(((10, share, share),)))
     x, y = (float(value) for value in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', picture)[0])
     assert 150 <= x <= 400
     assert 8 <= y <= 258

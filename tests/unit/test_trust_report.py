@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bco_lightning.callbacks import ImportanceMonitor
 from bco_lightning.importance.ratio import FittedRatio, K, fit_density_ratio
 from bco_lightning.importance.report import (
-    CalibrationBin,
     TrustReport,
     calibration_bins,
     make_report,
@@ -48,7 +47,7 @@ def trust(**changes: Any) -> TrustReport:
         "log_loss": 0.51234,
         "constant_log_loss": 0.56234,
         "strengths": (0.001, 0.01),
-        "calibration": (CalibrationBin(600.0, 0.61, 0.63), CalibrationBin(600.0, 0.89, 0.87)),
+        "calibration": ((600.0, 0.61, 0.63), (600.0, 0.89, 0.87)),
         "histogram": ((0.25, 0.5, 0.0), (0.5, 1.0, 0.2), (1.0, 2.0, 0.8), (2.0, 4.0, 0.0)),
         "effective_share": 0.617,
         "mass": 1.04,
@@ -88,7 +87,7 @@ def test_areas_are_the_closed_form_of_two_gaussians_and_with_right_weights_one_h
     assert report.has_evidence and report.evidence == fitted.evidence and report.strengths == fitted.strengths
     assert (report.log_loss, report.constant_log_loss) == (fitted.log_loss, fitted.constant_log_loss)
     assert report.num_prompts == report.num_fitted == 800
-    assert sum(of.count for of in report.calibration) == report.num_up + report.num_down
+    assert sum(count for count, _, _ in report.calibration) == report.num_up + report.num_down
     assert TrustReport.from_values(json.loads(json.dumps(report.to_values(), allow_nan=False))) == report
 
 
@@ -166,7 +165,7 @@ def test_calibration_bins_are_tenths_of_the_rows_by_prediction() -> None:
 def test_the_rows_of_a_prompt_stay_in_one_calibration_bin() -> None:
     up, down = np.array([0.0, 45.0, 1.0, 1.0]), np.array([2.0, 45.0, 0.0, 0.0])
     bins = calibration_bins(np.array([-2.0, 0.0, 1.0, 2.0]), up, down)
-    assert [(of.count, of.observed) for of in bins] == [(2.0, 0.0), (90.0, 0.5), (2.0, 1.0)]
+    assert [(count, observed) for count, _, observed in bins] == [(2.0, 0.0), (90.0, 0.5), (2.0, 1.0)]
 
 
 @pytest.mark.slow
@@ -177,7 +176,7 @@ def test_right_weights_make_the_classes_match_at_any_distance(distance: float) -
     assert report.auc.low > 0.6
     assert 0.44 < report.matched_auc.value < 0.57
     assert 0.85 < report.mass < 1.15
-    assert all(abs(of.predicted - of.observed) < 0.08 for of in report.calibration)
+    assert all(abs(predicted - observed) < 0.08 for _, predicted, observed in report.calibration)
 
 
 # --- what is said

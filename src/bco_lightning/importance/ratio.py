@@ -28,7 +28,7 @@ ENOUGH_EVIDENCE = 3.0
 _STRENGTHS = tuple(10 ** (step / 2) for step in range(-10, 1))
 _MOST_AXES = 256
 _FEWEST_ROWS, _FEWEST_PROMPTS, _FEWEST_OF_CLASS = 20, 50, 5  # the last: distinct prompts with rows of a class
-_CHUNK = 16_384  # prompts whose products are in memory at once
+_CHUNK = 1024  # prompts whose products are in memory at once
 Array = np.ndarray[Any, Any]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from bco_lightning.data.messages import printable
 from bco_lightning.importance.ratio import ENOUGH_EVIDENCE, Array, FittedRatio, K, clipped_ratios
@@ -21,20 +22,6 @@ _FEWEST_EFFECTIVE = 0.1  # of the thumbs-down rows
 _CLEARLY_UNEVEN = 0.6  # AUC
 _SOUND_MASS = (0.8, 1.25)
 _MOST_AT_HIGH = 0.25
-
-
-class CalibrationBin(NamedTuple):
-    """Held-out rows with about the same predicted probability of a thumbs-up.
-
-    Args:
-        count: Rows, each weighted by its passes per epoch.
-        predicted: Their mean predicted probability.
-        observed: The share of them that has a thumbs-up.
-    """
-
-    count: float
-    predicted: float
-    observed: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ class TrustReport:
         log_loss: Held-out log loss of the classifier, in nats per row.
         constant_log_loss: That of a constant.
         strengths: Inverse strength of the L2 penalty (scikit-learn's ``C``) chosen in each fold.
-        calibration: Predicted and observed shares of thumbs-up, by quantiles of the prediction.
+        calibration: Rows, and their predicted and observed shares of thumbs-up, by tenths of the prediction.
         histogram: Lower edge, upper edge, and share of the thumbs-down rows whose weight lies between.
         effective_share: Effective sample size of the weighted thumbs-down rows over their number, 0 to 1.
         mass: Mean over thumbs-down rows of the density ratio before clipping; 1 if it is right.
@@ -80,7 +67,7 @@ class TrustReport:
     log_loss: float | None = None
     constant_log_loss: float | None = None
     strengths: tuple[float, ...] = ()
-    calibration: tuple[CalibrationBin, ...] = ()
+    calibration: tuple[tuple[float, float, float], ...] = ()
     histogram: tuple[tuple[float, float, float], ...] = ()
     effective_share: float = 1.0
     mass: float = 1.0
@@ -151,12 +138,8 @@ class TrustReport:
             TypeError: If there is one too many.
         """
         areas = {name: None if values[name] is None else Auc(**values[name]) for name in ("auc", "matched_auc")}
-        lists = {
-            "strengths": tuple(values["strengths"]),
-            "calibration": tuple(CalibrationBin(*of) for of in values["calibration"]),
-            "histogram": tuple(tuple(of) for of in values["histogram"]),
-        }
-        return cls(**{**values, **areas, **lists})
+        tables = {name: tuple(tuple(row) for row in values[name]) for name in ("calibration", "histogram")}
+        return cls(**{**values, **areas, **tables, "strengths": tuple(values["strengths"])})
 
 
 def make_report(
@@ -223,59 +206,37 @@ def weighted_auc(scores_P: Array, up_P: Array, down_P: Array, keys_P: Array) -> 
     return Auc.with_variance(float(np.mean(values)), float(np.sum(variances)) / len(areas) ** 2)
 
 
-def calibration_bins(logits_P: Array, up_P: Array, down_P: Array) -> tuple[CalibrationBin, ...]:
-    """Predicted and observed shares of thumbs-up in tenths of the rows, from the lowest prediction to the highest.
+def calibration_bins(logits_P: Array, up_P: Array, down_P: Array) -> tuple[tuple[float, float, float], ...]:
+    """Rows, and predicted and observed shares of thumbs-up, in tenths of the rows from the lowest prediction on.
 
-    Args:
-        logits_P: Predicted log odds of a thumbs-up for each prompt.
-        up_P: Its thumbs-up rows.
-        down_P: Its thumbs-down rows.
-
-    Returns:
-        At most ten bins, fewer where prompts with many rows fill several; the rows of a prompt stay together.
+    Fewer than ten where prompts with many rows fill several; the rows of a prompt stay together.
     """
     order = np.argsort(logits_P, kind="stable")
     rows = (up_P + down_P)[order]
     bins = np.minimum(((np.cumsum(rows) - rows / 2) / rows.sum() * _BINS).astype(int), _BINS - 1)
     predicted = np.exp(-np.logaddexp(0, -logits_P[order]))
     count, expected, observed = (np.bincount(bins, of, _BINS) for of in (rows, rows * predicted, up_P[order]))
-    return tuple(
-        CalibrationBin(float(count[of]), float(expected[of] / count[of]), float(observed[of] / count[of]))
-        for of in np.flatnonzero(count)
-    )
+    filled = count > 0
+    shares = ((of[filled] / count[filled]).tolist() for of in (expected, observed))
+    return tuple(zip(count[filled].tolist(), *shares, strict=True))
 
 
 def weight_histogram(weights_P: Array, down_P: Array) -> tuple[tuple[float, float, float], ...]:
-    """Shares of the thumbs-down rows by weight, in 20 steps of equal ratio from 0.05 to 20; the ends take the rest.
-
-    Args:
-        weights_P: Weight of each prompt's thumbs-down rows, of mean 1 over them.
-        down_P: Its thumbs-down rows.
-
-    Returns:
-        Lower edge, upper edge and share of each step.
-    """
+    """Lower edge, upper edge and share of the thumbs-down rows, in 20 steps of equal ratio; the ends take the rest."""
     shares = np.histogram(np.clip(weights_P, _EDGES[0], _EDGES[-1]), _EDGES, weights=down_P)[0] / down_P.sum()
     return tuple(zip(_EDGES[:-1].tolist(), _EDGES[1:].tolist(), shares.tolist(), strict=True))
 
 
-def weight_summary(log_ratios_P: Any, down_P: Array, clip: tuple[float, float]) -> dict[str, float]:
-    """What weights do to the thumbs-down rows, in the words of :class:`TrustReport`.
-
-    Args:
-        log_ratios_P: Log density ratio of each prompt, in nats; a tensor.
-        down_P: Its thumbs-down rows.
-        clip: Least and largest ratio.
-    """
-    ratios_P, log_ratios_P = clipped_ratios(log_ratios_P, clip).cpu().numpy(), log_ratios_P.double().cpu().numpy()
-    low, high = (log_ratios_P <= math.log(clip[0])), (log_ratios_P >= math.log(clip[1]))
-    num_down, mass = down_P.sum(), down_P @ ratios_P
+def weight_summary(log_ratios_P: Tensor, down_P: Array, clip: tuple[float, float]) -> dict[str, float]:
+    """What weights do to the thumbs-down rows of prompts, in the words of :class:`TrustReport`."""
+    ratios_P, logs_P = clipped_ratios(log_ratios_P, clip).cpu().numpy(), log_ratios_P.double().cpu().numpy()
+    high_P, num_down, mass = logs_P >= math.log(clip[1]), down_P.sum(), down_P @ ratios_P
     return {
         "effective_share": float(mass**2 / (down_P @ ratios_P**2) / num_down),
-        "mass": float(down_P @ np.exp(np.minimum(log_ratios_P, 99.0)) / num_down),  # larger ones would overflow
-        "at_low": float(down_P @ low / num_down),
-        "at_high": float(down_P @ high / num_down),
-        "mass_at_high": float((down_P * ratios_P) @ high / mass),
+        "mass": float(down_P @ np.exp(np.minimum(logs_P, 99.0)) / num_down),  # larger ones would overflow
+        "at_low": float(down_P @ (logs_P <= math.log(clip[0])) / num_down),
+        "at_high": float(down_P @ high_P / num_down),
+        "mass_at_high": float((down_P * ratios_P) @ high_P / mass),
     }
 
 
@@ -333,7 +294,7 @@ def trust_rows(report: TrustReport) -> list[tuple[str, str]]:
         ("C of the folds", ", ".join(f"{strength:.1g}" for strength in report.strengths)),
         (
             "predicted and observed shares up, by tenths",
-            ", ".join(f"{of.predicted:.0%} {of.observed:.0%}" for of in report.calibration),
+            ", ".join(f"{predicted:.0%} {observed:.0%}" for _, predicted, observed in report.calibration),
         ),
     ]
     if report.has_evidence:

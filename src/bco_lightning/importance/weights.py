@@ -75,9 +75,11 @@ class ImportanceWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, no prompt among them."""
-        tensors = {"row_weights": self.row_weights, "thumbs_up": self.thumbs_up, **_parts(self.ratio, Tensor)}
-        told = {"encoder_fingerprint": self.encoder, "key": self.key, "report": self.report.to_values()}
-        return {"tensors": tensors, "told": {**told, "ratio": _parts(self.ratio, (bool, float, tuple))}}
+        of_ratio = vars(self.ratio)
+        tensors = {name: value for name, value in of_ratio.items() if isinstance(value, Tensor)}
+        told = {"ratio": {name: value for name, value in of_ratio.items() if name not in tensors}}
+        told |= {"encoder_fingerprint": self.encoder, "key": self.key, "report": self.report.to_values()}
+        return {"ratio": tensors, "rows": {"row_weights": self.row_weights, "thumbs_up": self.thumbs_up}, "told": told}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ImportanceWeights:
@@ -87,10 +89,10 @@ class ImportanceWeights:
             KeyError: If a value is missing.
             TypeError: If there is one too many.
         """
-        tensors, told = dict(state["tensors"]), state["told"]
-        rows = tensors.pop("row_weights"), tensors.pop("thumbs_up")
-        ratio = DensityRatio(**tensors, **{**told["ratio"], "clip": tuple(told["ratio"]["clip"])})
-        return cls(ratio, TrustReport.from_values(told["report"]), *rows, told["encoder_fingerprint"], told["key"])
+        told = state["told"]
+        ratio = DensityRatio(**state["ratio"], **{**told["ratio"], "clip": tuple(told["ratio"]["clip"])})
+        report, others = TrustReport.from_values(told["report"]), (told["encoder_fingerprint"], told["key"])
+        return cls(ratio, report, state["rows"]["row_weights"], state["rows"]["thumbs_up"], *others)
 
     def save(self, file: Path, *, rows: bool = False, **others: Any) -> None:
         """Writes what the weight of any prompt takes as a safetensors file; plain values are its metadata, as JSON.
@@ -101,7 +103,7 @@ class ImportanceWeights:
             others: Plain values to go with it.
         """
         state = self.state_dict()
-        tensors = state["tensors"] if rows else _parts(self.ratio, Tensor)
+        tensors = {**state["ratio"], **(state["rows"] if rows else {})}
         told = {**state["told"], **others, "digest": digest_of_tensors(tensors.items())}
         save_file(tensors, file, metadata={name: json.dumps(value) for name, value in told.items()})
 
@@ -110,14 +112,15 @@ class ImportanceWeights:
         """Reads what :meth:`save` has written with its rows.
 
         Raises:
-            SafetensorError: If the file is damaged, as ``ValueError`` and ``KeyError`` too.
+            SafetensorError: If the file is damaged, as ``ValueError``, ``TypeError`` and ``KeyError`` too.
         """
         with safe_open(file, framework="pt") as opened:
             told = {name: json.loads(text) for name, text in opened.metadata().items()}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if digest_of_tensors(tensors.items()) != told["digest"]:
             raise ValueError("the digest is another")
-        return cls.from_state_dict({"tensors": tensors, "told": told})
+        rows = {name: tensors.pop(name) for name in ("row_weights", "thumbs_up")}
+        return cls.from_state_dict({"ratio": tensors, "rows": rows, "told": told})
 
 
 class StepWeigher:
@@ -167,114 +170,94 @@ def find_weights(
     Raises:
         FaultError: If the first process cannot fit; in all of them.
     """
-    trainer, clip = trainer or ALONE, (clip[0], clip[1])
+    trainer = trainer or ALONE
     dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
-    table = _PromptTable.of(dataset, data.passes_of(dataset))
-    file = folder / f"{_key(table, encoder, clip)}.safetensors"
-    known = _of_first_process(lambda: _read(file), trainer)
+    prompts = _Prompts(dataset, data.passes_of(dataset), encoder, trainer)
+    file = folder / f"{prompts.key(clip)}.safetensors"
+    known: ImportanceWeights | None = _of_first_process(lambda: _read(file), trainer)
     if known is not None:
-        return ImportanceWeights.from_state_dict(known)
+        return known
     began = time.monotonic()
-    ratio, report, log_ratios_P = _fitted(dataset, table, encoder, clip, trainer)
+    ratio, report, log_ratios_P = prompts.fitted((clip[0], clip[1]))
 
-    def finish() -> dict[str, Any]:
-        weights_R = ratio.weights(log_ratios_P)[torch.from_numpy(table.numbers_R)]
-        up_R = torch.from_numpy(table.up_R)
-        truncated = encoder.num_truncated(dataset, table.first_rows_P)
+    def finish() -> ImportanceWeights:
+        up_R, weights_R = torch.from_numpy(prompts.up_R), ratio.weights(log_ratios_P)[prompts.numbers_R]
+        truncated = encoder.num_truncated(dataset, prompts.first_rows_P)
         told = replace(report, num_truncated=truncated, seconds=time.monotonic() - began)
         weights = ImportanceWeights(
             ratio, told, torch.where(up_R, 1.0, weights_R), up_R, encoder.fingerprint, file.stem
         )
         _write(weights, file)
-        return weights.state_dict()
+        return weights
 
-    return ImportanceWeights.from_state_dict(_of_first_process(finish, trainer))
+    found: ImportanceWeights = _of_first_process(finish, trainer)
+    return found
 
 
-@dataclass(frozen=True)
-class _PromptTable:
+class _Prompts:
     """Distinct prompts in the order of their keys, ``P``, and the prompt of each row, ``R``, as a place among them."""
 
-    keys_P: Array
-    first_rows_P: Array
-    num_up_P: Array
-    num_down_P: Array
-    numbers_R: Array
-    up_R: Array
+    def __init__(self, dataset: Any, row_passes: Array | None, encoder: Encoder, trainer: Any) -> None:
+        self._dataset, self._encoder, self._trainer = dataset, encoder, trainer
+        keys_R, self.up_R = (np.array(dataset.data.column(name)) for name in ("prompt_key", "thumbs_up"))
+        passes_R = np.ones(len(keys_R)) if row_passes is None else row_passes
+        self.keys_P, self.first_rows_P, self.numbers_R = np.unique(keys_R, return_index=True, return_inverse=True)
+        self.num_up_P, self.num_down_P = (
+            np.bincount(self.numbers_R, passes_R * chosen, len(self.keys_P)) for chosen in (self.up_R, ~self.up_R)
+        )
 
-    @classmethod
-    def of(cls, dataset: Any, row_passes: Array | None) -> _PromptTable:
-        keys_R, up_R = (np.array(dataset.data.column(name)) for name in ("prompt_key", "thumbs_up"))
-        passes_R = np.ones(len(up_R)) if row_passes is None else np.asarray(row_passes, dtype=np.float64)
-        keys_P, first_rows_P, numbers_R = np.unique(keys_R, return_index=True, return_inverse=True)
-        num_up_P, num_down_P = (np.bincount(numbers_R, passes_R * of, len(keys_P)) for of in (up_R, ~up_R))
-        return cls(keys_P, first_rows_P, num_up_P, num_down_P, numbers_R, up_R)
+    def key(self, clip: Sequence[float]) -> str:
+        """A digest of all that weights depend on."""
+        rows = hashlib.sha256()
+        for values in (self.keys_P, self.num_up_P, self.num_down_P, self.numbers_R, self.up_R):
+            rows.update(values.tobytes())
+        described = {"version": METHOD_VERSION, "encoder": self._encoder.fingerprint, "clip": list(clip)}
+        return digest_of_values({**described, "rows": rows.hexdigest()})[:32]
 
-    @property
-    def totals(self) -> dict[str, Any]:
-        return {
-            "num_up": float(self.num_up_P.sum()),
-            "num_down": float(self.num_down_P.sum()),
-            "num_prompts": len(self.keys_P),
-        }
+    def fitted(self, clip: tuple[float, float]) -> tuple[DensityRatio, TrustReport, Tensor]:
+        """The density ratio with its report, and the log ratio of each prompt; the same in every process."""
+        # Keys are digests: the lowest ones are a random choice.
+        fitted_on, others = np.split(np.arange(len(self.keys_P)), [MOST_PROMPTS])
+        counts = self.num_up_P[fitted_on], self.num_down_P[fitted_on], self.keys_P[fitted_on]
+        # Features take long, and are not needed to see that there are too few rows.
+        features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else self._apply(lambda of, _: of, fitted_on)
+        totals = {"num_up": float(self.num_up_P.sum()), "num_down": float(self.num_down_P.sum())}
 
+        def fit() -> tuple[DensityRatio, TrustReport, Tensor]:
+            fitted = fit_density_ratio(features, *counts, clip=clip)
+            report = make_report(fitted, *counts, encoder=self._encoder.name, num_prompts=len(self.keys_P), **totals)
+            return fitted.ratio, report, fitted.log_ratios_P
 
-def _fitted(
-    dataset: Any, table: _PromptTable, encoder: Encoder, clip: tuple[float, float], trainer: Any
-) -> tuple[DensityRatio, TrustReport, Tensor]:
-    """The density ratio with its report, and the log ratio of each prompt; the same in every process."""
-    # Keys are digests: the lowest ones are a random choice.
-    fitted_on, others = np.split(np.arange(len(table.keys_P)), [MOST_PROMPTS])
-    counts = table.num_up_P[fitted_on], table.num_down_P[fitted_on], table.keys_P[fitted_on]
+        ratio, report, log_ratios_P = _of_first_process(fit, self._trainer)
+        if len(others) and ratio.has_evidence:
+            keys_P = torch.from_numpy(self.keys_P)
+            found = self._apply(lambda of, places: ratio.log_ratios(of, keys_P[places])[:, None], others)
+            log_ratios_P = torch.cat([log_ratios_P.double(), found[:, 0].double()])
+            mean = np.average(clipped_ratios(log_ratios_P, clip).numpy(), weights=self.num_down_P)
+            ratio = replace(ratio, normaliser=float(mean))
+        elif len(others):
+            log_ratios_P = torch.zeros(len(self.keys_P))
+        return ratio, report, log_ratios_P
 
-    def of(chosen: Array, function: Callable[[Tensor, Array], Tensor]) -> Tensor:
-        return _of_prompts(dataset, table, encoder, chosen, function, trainer)
+    def _apply(self, function: Callable[[Tensor, Array], Tensor], chosen: Array) -> Tensor:
+        """``(chosen, columns)``: what is made of the features and the places of prompts, which are side by side.
 
-    # Features take long, and are not needed to see that there are too few rows.
-    features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else of(fitted_on, lambda found, _: found)
-
-    def fit() -> tuple[DensityRatio, TrustReport, Tensor]:
-        fitted = fit_density_ratio(features, *counts, clip=clip)
-        return fitted.ratio, make_report(fitted, *counts, encoder=encoder.name, **table.totals), fitted.log_ratios_P
-
-    ratio, report, log_ratios_P = _of_first_process(fit, trainer)
-    if len(others) and ratio.has_evidence:
-        keys_P = torch.from_numpy(table.keys_P)
-        found = of(others, lambda found, places: ratio.log_ratios(found, keys_P[places])[:, None])
-        log_ratios_P = torch.cat([log_ratios_P.double(), found[:, 0].double()])
-        mean = np.average(clipped_ratios(log_ratios_P, clip).numpy(), weights=table.num_down_P)
-        ratio = replace(ratio, normaliser=float(mean))
-    elif len(others):
-        log_ratios_P = torch.zeros(len(table.keys_P))
-    return ratio, report, log_ratios_P
-
-
-def _of_prompts(
-    dataset: Any,
-    table: _PromptTable,
-    encoder: Encoder,
-    chosen: Array,
-    function: Callable[[Tensor, Array], Tensor],
-    trainer: Any,
-) -> Tensor:
-    """Numbers of each chosen prompt, ``(chosen, columns)``, made of its features and its place in the table.
-
-    Every process makes as many passes, as sharded models need it: one without a batch of its own repeats another's.
-    """
-    batches = encoder.batches(dataset, table.first_rows_P[chosen])
-    found: Any = None
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with tqdm(total=len(chosen), desc="prompt features", unit="prompt", disable=not shown) as bar:
-        while group := list(islice(batches, trainer.world_size)):
-            rows, batch = group[trainer.global_rank % len(group)]
-            places = table.numbers_R[rows]
-            values = function(encoder.features(batch), places)
-            if found is None:
-                found = values.new_zeros(len(chosen), values.shape[1])
-            if trainer.global_rank < len(group):
-                found[places - chosen[0]] = values
-            bar.update(sum(len(rows) for rows, _ in group))
-    return sum_tensor_over_ranks(found, trainer)
+        Every process makes as many passes, as sharded models need it: one without a batch of its own repeats another's.
+        """
+        trainer, batches = self._trainer, self._encoder.batches(self._dataset, self.first_rows_P[chosen])
+        made: Any = None
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with tqdm(total=len(chosen), desc="prompt features", unit="prompt", disable=not shown) as bar:
+            while group := list(islice(batches, trainer.world_size)):
+                rows, batch = group[trainer.global_rank % len(group)]
+                places = self.numbers_R[rows]
+                values = function(self._encoder.features(batch), places)
+                if made is None:
+                    made = values.new_zeros(len(chosen), values.shape[1])
+                if trainer.global_rank < len(group):
+                    made[places - chosen[0]] = values
+                bar.update(sum(len(rows) for rows, _ in group))
+        return sum_tensor_over_ranks(made, trainer)
 
 
 def _of_first_process(make: Callable[[], Any], trainer: Any) -> Any:
@@ -300,19 +283,11 @@ def _of_first_process(make: Callable[[], Any], trainer: Any) -> Any:
     return made
 
 
-def _key(table: _PromptTable, encoder: Encoder, clip: tuple[float, float]) -> str:
-    digest = hashlib.sha256()
-    for values in vars(table).values():
-        digest.update(np.ascontiguousarray(values).tobytes())
-    described = {"version": METHOD_VERSION, "encoder": encoder.fingerprint, "clip": list(clip)}
-    return digest_of_values({**described, "rows": digest.hexdigest()})[:32]
-
-
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path) -> ImportanceWeights | None:
     if not file.exists():
         return None
     try:
-        return ImportanceWeights.load(file).state_dict()
+        return ImportanceWeights.load(file)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         rank_zero_warn(
             f"{file}: expected importance weights of an earlier run, found that they cannot be used "
@@ -333,7 +308,3 @@ def _write(weights: ImportanceWeights, file: Path) -> None:
             f"{file}: importance weights could not be written; this run goes on with them, a later one will compute "
             "them again. model.cache_folder names another place."
         )
-
-
-def _parts(ratio: DensityRatio, kinds: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(ratio).items() if isinstance(value, kinds)}

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from markupsafe import Markup
 
 from bco_lightning.data.messages import printable
-from bco_lightning.importance.report import CalibrationBin
 from bco_lightning.inspection.lengths import Histogram, LengthBias
 from bco_lightning.metrics import Auc
 
@@ -235,18 +234,18 @@ def roc_curve(shares: Sequence[float]) -> Markup:
 # --- importance weights
 
 
-def calibration_plot(bins: Sequence[CalibrationBin]) -> Markup:
+def calibration_plot(bins: Sequence[tuple[float, float, float]]) -> Markup:
     """Observed against predicted shares of thumbs-up; points on the line say that probabilities are right."""
     size, left, top = 250, 150.0, 8.0
-    shares = [share for of in bins for share in (of.predicted, of.observed)]
+    shares = [share for of in bins for share in of[1:]]
     # Where one class is rare all points are near 0 or 1, so the axes end at the tenths around them.
     least = max(0, math.floor(min(shares) * 10 - 1e-9)) / 10
     most = min(10, math.ceil(max(shares) * 10 + 1e-9)) / 10
     scale = size / (most - least)
     parts = [_box(left, top, size, size, "frame"), _line(left, top + size, left + size, top)]
-    for of in bins:
-        said = f"{of.count:,.0f} rows: predicted {of.predicted:.1%}, observed {of.observed:.1%}"
-        x, y = left + (of.predicted - least) * scale, top + size - (of.observed - least) * scale
+    for count, predicted, observed in bins:
+        said = f"{count:,.0f} rows: predicted {predicted:.1%}, observed {observed:.1%}"
+        x, y = left + (predicted - least) * scale, top + size - (observed - least) * scale
         parts.append(tag("circle", tag("title", said), cx=float(x), cy=float(y), r=5.0, class_="up"))
     for place in (0, 0.5, 1):
         share = f"{least + (most - least) * place:.0%}"
