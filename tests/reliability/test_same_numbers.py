@@ -111,7 +111,7 @@ def test_the_cut_of_a_step_does_not_change_the_trajectory(
     expected = losses(first)
     cases = [(4, 2, 1, ""), (2, 4, 1, ""), (1, 8, 1, "")]
     cases += [(rows, 4 // rows, 2, strategy) for rows in (4, 2, 1) for strategy in ("ddp", "fsdp2")]
-    for trial in trials(cases, quick=5):
+    for trial in trials(cases, quick=3):
         with trial as (rows, accumulation, ranks, strategy):
             folder = tmp_path / f"{rows}{ranks}{strategy}"
             results = run(byte_model, feedback, folder, rows, accumulation, ranks, strategy)
@@ -191,7 +191,7 @@ def test_logged_metrics_are_those_of_the_rows(byte_model: str, tmp_path: Path, t
 @pytest.mark.promise("R14", "The reference does not change, and every implicit reward is exactly 0 at step 0")
 def test_the_reference_stays_as_it_was(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
     cases = [(*how, adapted) for how in ((1, ""), (2, "ddp"), (2, "fsdp2")) for adapted in (False, True)]
-    for trial in trials(cases, quick=6):
+    for trial in trials(cases, quick=4):
         with trial as (ranks, strategy, adapted):
             options = cut(8 // ranks, 1, ranks, strategy)
             options["module_options"] = {
@@ -215,9 +215,8 @@ def test_the_same_seed_gives_the_same_run(byte_model: str, feedback: str, trials
     orders = []
     for trial in trials(range(5), quick=2):
         with trial as seed:
-            runs = [tiny_fit(byte_model, feedback, data_options={"seed": seed}) for _ in range(3)]
-            assert_same(runs[0], runs[1])
-            assert_same(runs[0], runs[2])
+            runs = [tiny_fit(byte_model, feedback, data_options={"seed": seed}) for _ in range(2)]
+            assert_same(*runs)
             assert runs[0]["rows"] not in orders
             orders.append(runs[0]["rows"])
 
@@ -307,7 +306,7 @@ def test_an_exported_model_gives_the_logits_of_the_policy(
 ) -> None:
     tokens = torch.arange(40).view(2, 20)
     cases = [(*how, adapted) for how in ((1, ""), (2, "ddp"), (2, "fsdp2")) for adapted in (False, True)]
-    for trial in trials(cases, quick=6):
+    for trial in trials(cases, quick=4):
         with trial as (ranks, strategy, adapted):
             folder = tmp_path / f"{ranks}{strategy}{adapted}"
             one = partial(logits_after_training, byte_model, feedback, str(folder), ranks, strategy, adapted, tokens)

@@ -33,7 +33,6 @@ def sample_completions(
     *,
     max_new_tokens: int,
     seed: int,
-    temperature: float = 1.0,
 ) -> list[SampledCompletion]:
     """Samples one completion for each prompt, from the whole distribution (no top-k, no top-p).
 
@@ -43,7 +42,6 @@ def sample_completions(
         prompts: Prompts as text with the chat template applied. They form one batch.
         max_new_tokens: Limit of each completion, in tokens.
         seed: Seed of this call; the same call gives the same answers.
-        temperature: Divides the logits.
 
     Returns:
         One completion for each prompt, in order.
@@ -59,7 +57,7 @@ def sample_completions(
             input_ids=encoded["input_ids"].to(device),
             attention_mask=encoded["attention_mask"].to(device),
             do_sample=True,
-            temperature=temperature,
+            temperature=1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,

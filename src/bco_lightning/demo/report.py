@@ -43,23 +43,19 @@ class Samples:
 class Alignment:
     """Policy against reference on held-out prompts, by fresh samples of both.
 
+    Intervals are 95 % intervals over prompts, by bootstrap.
+
     Args:
-        gain: Mean true reward of the policy less that of the reference.
-        gain_low: Lower end of its 95 % interval over prompts (bootstrap).
-        gain_high: Upper end.
-        reward_policy: Mean true reward of the policy's samples.
-        reward_reference: Mean true reward of the reference's samples.
-        win_rate: Probability that a policy sample beats a reference sample for the same prompt; ties count half.
-        win_rate_low: Lower end of its 95 % interval over prompts.
-        win_rate_high: Upper end.
+        gain, gain_low, gain_high: Mean true reward of the policy less that of the reference, and its interval.
+        reward_policy, reward_reference: Mean true reward of each model's samples.
+        win_rate, win_rate_low, win_rate_high: Probability that a policy sample beats a reference sample for the same
+            prompt, ties counting half, and its interval.
         kl: KL(policy, reference) per answer, in nats, estimated on the policy's samples.
-        perplexity: Perplexity of the policy's samples under the reference.
-        perplexity_reference: Perplexity of the reference's own samples under the reference, to compare with.
-        tokens_policy: Mean length of the policy's samples, in tokens.
-        tokens_reference: Mean length of the reference's samples, in tokens.
+        perplexity, perplexity_reference: Perplexity of each model's samples under the reference.
+        tokens_policy, tokens_reference: Mean length of each model's samples.
         num_prompts: Held-out prompts.
         samples_per_prompt: Samples of each model for each prompt.
-        seed: Seed of the samples.
+        seed: Seed of the samples and of the bootstrap.
     """
 
     gain: float
