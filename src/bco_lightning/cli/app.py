@@ -60,7 +60,7 @@ def _run(words: list[str]) -> int:
     _quiet_libraries()
     # Lightning offers no way to choose who watches the processes that it starts: see faults.py.
     subprocess_script._launch_process_observer = watch_processes  # type: ignore[attr-defined]
-    given = [word for word in words if word != DEBUG]
+    given, is_first = [word for word in words if word != DEBUG], getattr(rank_zero_only, "rank", 0) == 0
     try:
         refuse_secrets(given)
         with keeping_help(given):
@@ -71,7 +71,7 @@ def _run(words: list[str]) -> int:
             f"is in {stopped.checkpoint}. The same command with --ckpt_path last goes on."
         )
         # Lightning's launcher kills the first process, which may still be at work, when another ends with an error.
-        return int(stopped.code) if rank_zero_only.rank == 0 else 0  # type: ignore[arg-type, attr-defined]
+        return 128 + stopped.signal_number if is_first else 0
     except SIGTERMException:  # before the first step there is nothing to save
         return 128 + signal.SIGTERM
     except Exception as error:
@@ -96,15 +96,16 @@ def _internal(error: Exception) -> str:
 
 
 def _dispatch(given: list[str]) -> None:
-    besides = {"inspect": InspectCLI, "export": _export, "plan": _plan}
+    besides: dict[str, Callable[[list[str]], object]] = {"inspect": InspectCLI, "export": _export, "plan": _plan}
     if given and given[0] in besides:
-        besides[given[0]](given[1:])  # type: ignore[operator]
+        besides[given[0]](given[1:])
     else:
         BCOCLI(given)
 
 
 def _export(arguments: list[str]) -> None:
-    parser = BCOArgumentParser(prog="python -m bco_lightning export", description=_first_line(export_checkpoint))
+    told = "Write a folder that transformers (merged) or peft (adapter) load."
+    parser = BCOArgumentParser(prog="python -m bco_lightning export", description=told)
     parser.add_function_arguments(export_checkpoint, skip={"merge"})
     parser.add_flag("merge", "Merge the adapter into the model's weights.")
     options = _parsed(parser, arguments)
@@ -123,11 +124,7 @@ def _plan(arguments: list[str]) -> None:
 
 def _parsed(parser: BCOArgumentParser, arguments: list[str]) -> dict[str, Any]:
     with safety.safe_parsing():
-        return vars(parser.parse_args(arguments))  # type: ignore[no-any-return]
-
-
-def _first_line(function: Callable[..., Any]) -> str:
-    return (function.__doc__ or "").splitlines()[0]
+        return dict(vars(parser.parse_args(arguments)))
 
 
 def _quiet_libraries() -> None:
@@ -151,7 +148,7 @@ def _quiet_libraries() -> None:
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(
             lambda record: not re.search(r"litlogger|weights_only|TPU available", record.getMessage())
         )
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+    if getattr(rank_zero_only, "rank", 0) != 0:
         disable_progress_bar()
         for name in ("fabric", "pytorch"):
             logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)

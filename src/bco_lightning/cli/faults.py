@@ -16,8 +16,6 @@ from typing import Any
 
 from bco_lightning.errors import FaultError, UserError, causes_of
 
-_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
-_WORKER = re.compile(r"DataLoader worker .*(?:killed|exited unexpectedly)", re.DOTALL)
 _TOO_LONG = re.compile(r"timed out|wait timeout|watchdog|timeout caused pair closure", re.IGNORECASE)
 _GONE = re.compile(
     r"Connection (?:closed by peer|reset|refused)|Broken pipe|connectFullMesh|remote process exit|NCCL communicator",
@@ -25,7 +23,6 @@ _GONE = re.compile(
 )
 _WAITED = re.compile(r"(?:after|waiting|Timeout\(ms\)=)\s*(\d+)\s*(seconds)?", re.IGNORECASE)
 _NOT_ALL_CAME = re.compile(r"(\d+)/(\d+) clients joined")
-_OTHER_NUMBER = re.compile(r"You set `(?:devices=|num_nodes=|--ntasks=)|multiplied should equal the world size")
 _PLACE_IN_LIBRARY = re.compile(r"^\[\S+:\d+\] ")
 _DISK = {
     errno.ENOSPC: ("the disk is full", "Free some space."),
@@ -34,6 +31,28 @@ _DISK = {
     errno.EACCES: ("permission is missing", "See who may read and write it."),
     errno.EPERM: ("permission is missing", "See who may read and write it."),
 }
+# Where, what a library says, what was expected, and what to do.
+_SAID = (
+    (
+        "trainer.devices",
+        re.compile(r"You set `(?:devices=|num_nodes=|--ntasks=)|multiplied should equal the world size"),
+        "expected as many processes as were started",
+        "trainer.num_nodes is the number of nodes, trainer.devices that of processes on each.",
+    ),
+    (
+        "memory",
+        re.compile(r"can't allocate memory|out of memory|not enough memory", re.IGNORECASE),
+        "expected the step to fit, found none left",
+        "Lower data.batch_size and raise trainer.accumulate_grad_batches by the same factor, lower data.max_length, "
+        "set model.gradient_checkpointing: true, or train adapters (model.lora).",
+    ),
+    (
+        "data.num_workers",
+        re.compile(r"DataLoader worker .*(?:killed|exited unexpectedly)", re.DOTALL),
+        "expected loader workers to live, found one dead",
+        "Often the machine ran out of memory; data.num_workers: 0 loads in the training process.",
+    ),
+)
 _LAST_WORDS, _LOOK_EVERY, _OUTLIVE = 30.0, 0.5, 5.0  # seconds
 
 
@@ -52,29 +71,14 @@ def in_words(error: BaseException) -> UserError | None:
 
 
 def _fault_of(error: BaseException) -> UserError | None:
-    text = str(error)
+    text = "out of memory" if isinstance(error, MemoryError) else str(error)
     if isinstance(error, OSError) and error.errno in _DISK:
         problem, remedy = _DISK[error.errno]
         return FaultError(str(error.filename or "disk"), f"expected to use it, found that {problem}.", remedy)
-    if isinstance(error, (RuntimeError, ValueError)) and _OTHER_NUMBER.search(text):
-        return FaultError(
-            "trainer.devices",
-            f"expected as many processes as were started ({_first_line(text)}).",
-            "trainer.num_nodes is the number of nodes, trainer.devices that of processes on each.",
-        )
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(text)):
-        return FaultError(
-            "memory",
-            f"expected the step to fit, found none left ({_first_line(text)}).",
-            "Lower data.batch_size and raise trainer.accumulate_grad_batches by the same factor, lower "
-            "data.max_length, set model.gradient_checkpointing: true, or train adapters (model.lora).",
-        )
-    if isinstance(error, RuntimeError) and _WORKER.search(text):
-        return FaultError(
-            "data.num_workers",
-            f"expected loader workers to live, found one dead ({_first_line(text)}).",
-            "Often the machine ran out of memory; data.num_workers: 0 loads in the training process.",
-        )
+    if isinstance(error, (RuntimeError, ValueError, MemoryError)):
+        for where, pattern, expected, remedy in _SAID:
+            if pattern.search(text):
+                return FaultError(where, f"{expected} ({_first_line(text)}).", remedy)
     if isinstance(error, RuntimeError) and (_TOO_LONG.search(text) or _GONE.search(text)):
         return _fault_of_another_process(text)
     return None
@@ -84,14 +88,11 @@ def _fault_of_another_process(text: str) -> FaultError:
     """What gloo, NCCL or the store that they meet at have to say of a process that does not answer."""
     first = _first_line(_PLACE_IN_LIBRARY.sub("", text.strip())).rstrip(".")
     seconds, came = _WAITED.search(text), _NOT_ALL_CAME.search(text)
-    waited = "process_timeout"
-    if seconds:
-        waited = f"{int(seconds[1]) / (1 if seconds[2] else 1000):g} s (process_timeout)"
+    waited = f"{int(seconds[1]) / (1 if seconds[2] else 1000):g} s (process_timeout)" if seconds else "process_timeout"
     if came:
+        remedy = "Start it on every node, with the same first node and port, or raise process_timeout."
         return FaultError(
-            "processes",
-            f"expected {came[2]} processes to start, found {came[1]} after {waited}.",
-            "Start it on every node, with the same first node and port, or raise process_timeout.",
+            "processes", f"expected {came[2]} processes to start, found {came[1]} after {waited}.", remedy
         )
     gone = "expected an answer of every process, found that one is gone or hangs"
     look = "Look for the first error in the output of the others"
@@ -124,7 +125,7 @@ def _watch(processes: list[subprocess.Popen[Any]], over: threading.Event) -> Non
     while not any(process.poll() for process in processes):
         if over.wait(_LOOK_EVERY):
             return
-    number, status = next((number, process.poll()) for number, process in enumerate(processes, 1) if process.poll())
+    number, status = next((n, status) for n, process in enumerate(processes, 1) if (status := process.poll()))
     if over.wait(_LAST_WORDS):  # mostly this process meets an error of its own
         return
     ended = f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"

@@ -14,16 +14,14 @@ from pathlib import Path
 from bco_lightning.places import cache_root
 
 COMMANDS = ("fit", "validate", "test", "predict", "inspect", "export", "plan")
-_SOURCE = Path(__file__).parents[1]
 
 
 def kept_help(arguments: Sequence[str]) -> str | None:
     """What this command line printed before, if it asks for help alone and nothing has changed since."""
     place = _place_of(arguments)
-    if place is not None:
-        with contextlib.suppress(OSError, UnicodeError):
-            made_from, _, text = place.read_text(encoding="utf-8").partition("\n")
-            return text if made_from == _made_from() else None
+    with contextlib.suppress(OSError, UnicodeError):
+        made_from, _, text = place.read_text(encoding="utf-8").partition("\n") if place else ("", "", "")
+        return text if made_from == _made_from() else None
     return None
 
 
@@ -31,15 +29,17 @@ def kept_help(arguments: Sequence[str]) -> str | None:
 def keeping_help(arguments: Sequence[str]) -> Iterator[None]:
     """Keeps what is printed within it for :func:`kept_help`, if the command line asks for help alone."""
     place, printed = _place_of(arguments), io.StringIO()
+    if place is None:
+        yield
+        return
     try:
-        with contextlib.nullcontext() if place is None else contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed):
             yield
     except SystemExit:
         sys.stdout.write(printed.getvalue())
-        if place is not None:
-            with contextlib.suppress(OSError):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_text(f"{_made_from()}\n{printed.getvalue()}", encoding="utf-8")
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(f"{_made_from()}\n{printed.getvalue()}", encoding="utf-8")
         raise
 
 
@@ -53,6 +53,6 @@ def _place_of(arguments: Sequence[str]) -> Path | None:
 
 def _made_from() -> str:
     """A digest of the versions of what writes help, and of the state of our own files."""
-    files = sorted((str(path), path.stat().st_mtime_ns) for path in _SOURCE.rglob("*.py"))
+    files = sorted((str(path), path.stat().st_mtime_ns) for path in Path(__file__).parents[1].rglob("*.py"))
     versions = [sys.version, *map(version, ("lightning", "jsonargparse"))]
     return hashlib.sha256(repr((versions, files)).encode()).hexdigest()

@@ -33,7 +33,8 @@ class BCOArgumentParser(LightningArgumentParser):
         if theclass is FeedbackDataModule:
             kwargs["skip"] = {*(kwargs.get("skip") or ()), "tokenizer"}
             kwargs["sub_configs"] = False  # a log's lines would be taken for a list of logs
-        return super().add_class_arguments(theclass, *args, **kwargs)  # type: ignore[no-any-return]
+        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
+        return added
 
     def add_flag(self, name: str, told: str) -> None:
         """Adds an option that takes no value."""

@@ -37,14 +37,7 @@ def refusals_as_errors() -> Iterator[None]:
 
 
 def load_measured(text: str, where: str) -> Any:
-    """Reads YAML of a size that can be read.
-
-    Args:
-        text: YAML.
-        where: What it is, for messages.
-
-    Returns:
-        Plain values, numbers as jsonargparse reads them (``1e-6`` is one).
+    """Reads YAML of a size that can be read, numbers as jsonargparse has them (``1e-6`` is one).
 
     Raises:
         Refusal: If it is too large, swells by aliases, or holds Python tags.

@@ -231,11 +231,11 @@ class InspectCLI(BCOCLI):
         inspect_command(options, self.config, self.data_options, self.model_options)
 
     @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])  # the config of a run has them
         parser.add_class_arguments(InspectOptions, skip={"hide_examples"})
-        parser.add_flag("hide_examples", "Show no row's text, neither here nor on the page.")  # type: ignore[attr-defined]
+        parser.add_flag("hide_examples", "Show no row's text, neither here nor on the page.")
 
     @override
     def instantiate_classes(self) -> None:

@@ -73,20 +73,8 @@ def safe_parsing() -> Iterator[None]:
 # --- imports
 
 
-def allowed_imports() -> tuple[str, ...]:
-    """Import paths that a config may name, those of ``BCO_ALLOWED_IMPORTS`` included."""
-    return (*ALLOWED_IMPORTS, *_granted_by_environment())
-
-
 def refuse_import_named_in(message: str) -> None:
-    """Turns jsonargparse's message about an import that is not allowed into one that says what is.
-
-    Args:
-        message: What jsonargparse has to say about a value.
-
-    Raises:
-        Refusal: If the message is about such an import.
-    """
+    """Turns jsonargparse's message about an import that is not allowed into a :class:`Refusal` that says what is."""
     refused = re.search(r"Importing '([^']+)' is not allowed", message)
     if refused:
         key = re.search(r'(?:Parser key "|^--)([^":]+)', message)
@@ -94,9 +82,10 @@ def refuse_import_named_in(message: str) -> None:
 
 
 def _refuse_import(where: str, name: str) -> NoReturn:
+    allowed = ", ".join([*ALLOWED_IMPORTS, *_granted_by_environment()])
     raise Refusal(
         where,
-        f"expected a class of {', '.join(allowed_imports())}; found {name}, which was not imported.",
+        f"expected a class of {allowed}; found {name}, which was not imported.",
         f"To allow a package of your own, name it in the environment: {ALLOWED_IMPORTS_VARIABLE}=my_package",
     )
 

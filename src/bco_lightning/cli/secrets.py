@@ -27,13 +27,6 @@ _SECRET_VALUE = re.compile(
 def load_without_secrets(text: str, path: str = "") -> Any:
     """Reads a config file, or a value of the command line: YAML of a size that can be read, without secrets.
 
-    Args:
-        text: YAML.
-        path: Name of the file, for messages.
-
-    Returns:
-        Plain values.
-
     Raises:
         Refusal: If it is too large, swells, holds Python tags or something that looks like a secret.
     """
@@ -51,9 +44,6 @@ def load_without_secrets(text: str, path: str = "") -> Any:
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
     """Refuses a command line that holds something that looks like a secret; says where, never what.
-
-    Args:
-        arguments: The command line.
 
     Raises:
         ConfigError: Naming the option.
