@@ -633,7 +633,8 @@ class BCOModule(LightningModule):
         """
         finite = [bool(own_part(value).isfinite().all()) for value in checkpoint["state_dict"].values()]
         if self._sharding is not None:  # a process that went on alone would wait for the others
-            finite = [not broken for broken in max_over_ranks([float(not own) for own in finite], self.trainer)]
+            not_finite = torch.tensor([not own for own in finite], dtype=torch.uint8)
+            finite = [not broken for broken in max_over_ranks(not_finite, self.trainer)]
         broken = [name for name, own in zip(checkpoint["state_dict"], finite, strict=True) if not own]
         if broken:
             raise NonFiniteError(

@@ -18,7 +18,7 @@ from bco_lightning.data.collate import collate
 from bco_lightning.identity import digest_of_values, versions
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
 from bco_lightning.models.layout import layout_of
-from bco_lightning.parallel.collectives import gather_rows_over_ranks, max_tensor_over_ranks
+from bco_lightning.parallel.collectives import gather_over_ranks, max_over_ranks
 from bco_lightning.parallel.sharding import final_dtype
 from bco_lightning.reference_store import KEY_BYTES, RECORD, ReferenceStore
 
@@ -160,7 +160,7 @@ class ReferenceCache:
         """
         if name not in self._slots or self.is_complete(name):
             return
-        row_ids, values = gather_rows_over_ranks(_ids_and_values(scored), self._trainer).numpy().T
+        row_ids, values = torch.cat(gather_over_ranks(_ids_and_values(scored).cpu(), self._trainer)).numpy().T
         self._put(self._slots[name][row_ids.astype(np.int64)], values)
         if not self._trainer.is_global_zero:
             self._unsaved[:] = False  # the first process writes for all
@@ -246,7 +246,7 @@ class ReferenceCache:
     def _agree(self) -> None:
         """Makes all processes know what one of them knows; their disks may differ."""
         known = torch.from_numpy(np.nan_to_num(self._values, nan=-np.inf))
-        agreed = max_tensor_over_ranks(known, self._trainer).numpy()
+        agreed = max_over_ranks(known, self._trainer).numpy()
         self._values = np.where(np.isinf(agreed), np.float32(np.nan), agreed)
 
     def _samples(self, name: str, rows: np.ndarray[Any, Any]) -> list[dict[str, Any]]:

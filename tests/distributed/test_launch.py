@@ -227,7 +227,7 @@ BAD_ROW = r"error: \S*bad\.jsonl:7: expected a column 'label', found 'prompt', '
     ("launcher", "option", "message"),
     [
         ("Lightning", "--data.train_files=FILES/bad.jsonl", BAD_ROW),
-        pytest.param("torchrun", "--data.train_files=FILES/bad.jsonl", BAD_ROW),
+        pytest.param("torchrun", "--data.train_files=FILES/bad.jsonl", BAD_ROW, marks=pytest.mark.slow),
         pytest.param("torchrun", "--data.batch_sise=4", "error: unrecognized arguments: .*", marks=pytest.mark.slow),
         pytest.param("Lightning", "--data.batch_sise=4", "error: unrecognized arguments: .*", marks=pytest.mark.slow),
     ],

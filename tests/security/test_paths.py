@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_a_packaged_name_stays_in_its_package(name: str) -> None:
 
 def test_predictions_are_not_written_through_a_link(outside: Path, tmp_path: Path) -> None:
     model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
-    for name in ("scores.jsonl", ".scores.jsonl.partial"):
+    for name in ("scores.jsonl", f".scores.jsonl.partial-{os.getpid()}"):
         Path(name).symlink_to(outside / "keep.txt")
     before = snapshot(outside)
     arguments = ["--predictions.path=scores.jsonl", f"--data.predict_files={log}"]

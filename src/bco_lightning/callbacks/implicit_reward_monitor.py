@@ -15,7 +15,7 @@ from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, 
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.metrics import ImplicitRewardMetrics
 from bco_lightning.module import BCOModule
-from bco_lightning.parallel.collectives import sum_tensor_over_ranks
+from bco_lightning.parallel.collectives import sum_over_ranks
 
 # A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
 _EXPLODED = 20.0
@@ -64,7 +64,7 @@ class ImplicitRewardMonitor(StepCallback):
     def state_dict(self) -> dict[str, Tensor]:
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return {}
-        return {"sums_GKC": sum_tensor_over_ranks(self._metrics["train"].sums_GKC, self._trainer)}
+        return {"sums_GKC": sum_over_ranks(self._metrics["train"].sums_GKC, self._trainer)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows
+from bco_lightning.checkpoints.folders import written_whole
 
 
 class PredictionWriter(Callback):
@@ -26,16 +28,16 @@ class PredictionWriter(Callback):
     def __init__(self, path: str = "predictions.jsonl") -> None:
         self.path = Path(path)
         self._file: TextIO | None = None
+        self._writing = ExitStack()
         self._places: list[str] = []
 
     @override
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.world_size > 1:
             self.path = self.path.with_suffix(f".rank{trainer.global_rank}{self.path.suffix}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._places = list(trainer.datamodule.predict_dataset["place"])
-        self._partial.unlink(missing_ok=True)  # it may be a link that leads elsewhere
-        self._file = self._partial.open("x", encoding="utf-8")
+        partial = self._writing.enter_context(written_whole(self.path))
+        self._file = self._writing.enter_context(partial.open("x", encoding="utf-8"))
 
     @override
     def on_predict_batch_end(
@@ -56,21 +58,9 @@ class PredictionWriter(Callback):
 
     @override
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        self._close()
-        self._partial.replace(self.path)
+        self._writing.close()
         rank_zero_info(f"scores of {len(self._places)} rows: {self.path}")
 
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if self._close():
-            self._partial.unlink(missing_ok=True)
-
-    def _close(self) -> bool:
-        """Closes the file; whether there is one."""
-        if self._file is not None:
-            self._file.close()
-        return self._file is not None
-
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.partial")
+        self._writing.__exit__(type(exception), exception, exception.__traceback__)

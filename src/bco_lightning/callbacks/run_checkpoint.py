@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -138,7 +139,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         batches = sum(int(number) for number in trainer.num_val_batches)
         # Processes may have one batch more or less; they can only agree after batches that all of them have.
-        self._validation_batches = -int(max_over_ranks([-float(batches)], trainer)[0])
+        self._validation_batches = -int(max_over_ranks(torch.tensor(-batches), trainer))
 
     @override
     def on_validation_batch_end(
@@ -146,7 +147,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
     ) -> None:
         if not self._signals.installed or trainer.sanity_checking or batch_idx >= self._validation_batches:
             return
-        asked = int(max_over_ranks([float(self._signals.received)], trainer)[0])
+        asked = int(max_over_ranks(torch.tensor(self._signals.received), trainer))
         if asked:
             self._save(trainer)
             self._leave(trainer, signal.Signals(asked))

@@ -95,7 +95,8 @@ class SpeedMonitor(StepCallback):
             torch.accelerator.synchronize(device)  # what was asked for is still being computed
         self._stop()
         self._running_since = self._clock()
-        self._seconds, memory = max_over_ranks([self._seconds, float(peak_memory(device))], trainer)
+        most = torch.tensor([self._seconds, float(peak_memory(device))], dtype=torch.float64)
+        self._seconds, memory = max_over_ranks(most, trainer).tolist()
         rates = self._update()
         values = {
             "speed/tokens_per_second": rates["device/items_per_sec"],

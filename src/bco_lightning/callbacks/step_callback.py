@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows, StepSummary
 from bco_lightning.errors import ConfigError
-from bco_lightning.parallel.collectives import sum_tensor_over_ranks
+from bco_lightning.parallel.collectives import sum_over_ranks
 
 _REWARDS = ("sum_up", "num_up", "sum_down", "num_down")
 
@@ -120,4 +120,4 @@ def _sum_over_ranks(numbers: Mapping[str, float | Tensor], trainer: Trainer) -> 
             *(value.to(device).double().reshape(1) for value in awaited.values()),
         ]
     )
-    return dict(zip([*known, *awaited], sum_tensor_over_ranks(values, trainer).tolist(), strict=True))
+    return dict(zip([*known, *awaited], sum_over_ranks(values, trainer).tolist(), strict=True))

@@ -127,8 +127,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
             _by_all(lambda: finish(folder, all_files) if first else None, writers)
     except Exception as error:
         errors.append(_in_words(target, error))
-    for error in errors_of_all(errors, writers):
-        raise error
+    for told in errors_of_all(errors, writers):
+        raise told
 
 
 def read_checkpoint(path: Path | str, *, moments: bool = True) -> dict[str, Any]:
@@ -236,8 +236,8 @@ def _by_all(act: Callable[[], Any], writers: Processes) -> Any:
         result = act()
     except Exception as error:
         errors.append(error)
-    for error in errors_of_all(errors, writers):
-        raise error
+    for told in errors_of_all(errors, writers):
+        raise told
     return result
 
 

@@ -29,7 +29,7 @@ from bco_lightning.identity import digest_of_tensors, digest_of_values
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import Array, DensityRatio, clipped_ratios, fit_density_ratio, too_few
 from bco_lightning.importance.report import TrustReport, make_report
-from bco_lightning.parallel.collectives import gather_over_ranks, sum_tensor_over_ranks
+from bco_lightning.parallel.collectives import gather_over_ranks, sum_over_ranks
 
 MOST_PROMPTS = 20_000
 METHOD_VERSION = 2  # to be raised when the same prompts and thumbs come to give other weights or another report
@@ -257,7 +257,7 @@ class _Prompts:
                 if trainer.global_rank < len(group):
                     made[places - chosen[0]] = values
                 bar.update(sum(len(rows) for rows, _ in group))
-        return sum_tensor_over_ranks(made, trainer)
+        return sum_over_ranks(made, trainer)
 
 
 def _of_first_process(make: Callable[[], Any], trainer: Any) -> Any:

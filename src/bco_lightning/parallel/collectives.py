@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -32,60 +32,22 @@ class Processes:
         return cls(torch.distributed.get_world_size(), torch.distributed.get_rank()) if is_in_a_group() else cls()
 
 
-def sum_over_ranks(values: list[float], trainer: Any) -> list[float]:
-    """Adds numbers over all processes, in float64 and in one collective.
-
-    Args:
-        values: The same number of values on each rank.
-        trainer: The Lightning trainer.
-
-    Returns:
-        The sums, equal on every rank.
-    """
-    return [float(value) for value in sum_tensor_over_ranks(torch.tensor(values, dtype=torch.float64), trainer)]
-
-
-def sum_tensor_over_ranks(values: Tensor, trainer: Any) -> Tensor:
+def sum_over_ranks(values: Tensor, trainer: Any) -> Tensor:
     """Adds a tensor of the same shape and data type over all processes; the result is on the CPU."""
-    if trainer.world_size == 1:
-        return values.cpu()
-    summed = values.to(trainer.strategy.root_device, copy=True)
-    torch.distributed.all_reduce(summed)
-    return summed.cpu()
+    return _reduced(values, trainer, torch.distributed.ReduceOp.SUM)
 
 
-def max_over_ranks(values: list[float], trainer: Any) -> list[float]:
-    """The largest of each number over all processes, in one collective; NaN is not allowed."""
-    return [float(value) for value in max_tensor_over_ranks(torch.tensor(values, dtype=torch.float64), trainer)]
-
-
-def max_tensor_over_ranks(values: Tensor, trainer: Any) -> Tensor:
+def max_over_ranks(values: Tensor, trainer: Any) -> Tensor:
     """The largest of each entry over all processes; the result is on the CPU. NaN is not allowed."""
+    return _reduced(values, trainer, torch.distributed.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, trainer: Any, how: Any) -> Tensor:
     if trainer.world_size == 1:
         return values.cpu()
-    largest = values.to(trainer.strategy.root_device, copy=True)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return largest.cpu()
-
-
-def gather_rows_over_ranks(rows: Tensor, trainer: Any) -> Tensor:
-    """Rows of numbers of all processes, one below the other in order of rank, on every rank and on its CPU.
-
-    Args:
-        rows: Shape ``(rows, columns)``; each process may have another number of rows.
-        trainer: The Lightning trainer.
-
-    Returns:
-        Shape ``(rows of all processes, columns)``.
-    """
-    if trainer.world_size == 1:
-        return rows.cpu()
-    (most,) = max_over_ranks([float(len(rows))], trainer)
-    table = rows.new_zeros(trainer.world_size, int(most), 1 + rows.shape[1])
-    table[trainer.global_rank, : len(rows), 0] = 1  # which rows there are
-    table[trainer.global_rank, : len(rows), 1:] = rows
-    gathered = sum_tensor_over_ranks(table, trainer).flatten(0, 1)
-    return gathered[gathered[:, 0] > 0, 1:]
+    reduced = values.to(trainer.strategy.root_device, copy=True)
+    torch.distributed.all_reduce(reduced, op=how)
+    return reduced.cpu()
 
 
 def gather_over_ranks(value: Any, trainer: Any) -> list[Any]:
@@ -97,7 +59,7 @@ def gather_over_ranks(value: Any, trainer: Any) -> list[Any]:
     return gathered
 
 
-def errors_of_all(errors: list[Exception], trainer: Any) -> list[Exception]:
+def errors_of_all(errors: Sequence[Exception], trainer: Any) -> list[Exception]:
     """What any process has met, this one's own first; empty in all of them or in none."""
     told = [
         error if isinstance(error, (UserError, OSError)) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -54,7 +54,7 @@ def sharding_of(trainer: Any) -> Sharding | None:
 
 def shard(
     causal_lm: Any,
-    layers: Sequence[nn.Module],
+    layers: Iterable[nn.Module],
     sharding: Sharding,
     prepare: Callable[[Iterable[nn.Module]], object] = lambda modules: None,
 ) -> None:
@@ -118,7 +118,7 @@ def is_sharded(model: Any) -> bool:
 
 def run_gathered(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
     """``function(causal_lm)``, with the weights of a sharded model gathered as they are needed."""
-    if not isinstance(causal_lm, FSDPModule):
+    if not is_sharded(causal_lm):
         return function(causal_lm)
     found = causal_lm._call_with(function)
     if not torch.is_grad_enabled():
