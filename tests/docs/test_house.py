@@ -12,12 +12,11 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
 ORDER = (
     {"errors", "options", "batch", "places", "identity"},
-    {"parallel"},
+    {"parallel", "checkpoints"},
     {"objectives", "models", "data"},
     {"reference", "importance", "metrics"},
     {"callbacks"},
     {"module"},
-    {"checkpoints"},
     {"export", "inspection", "demo"},
     {"cli"},
     {"__init__", "__main__"},
