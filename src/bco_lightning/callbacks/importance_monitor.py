@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,7 +12,9 @@ from rich.console import Console
 from typing_extensions import override
 
 from bco_lightning.importance.report import TrustReport, print_trust, trust_rows
-from bco_lightning.module import BCOModule
+
+if TYPE_CHECKING:
+    from bco_lightning.module import BCOModule
 
 
 class ImportanceMonitor(Callback):

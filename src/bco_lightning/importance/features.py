@@ -265,7 +265,8 @@ def _check_parts(name: str, location: str) -> None:
     """Refuses a model with parts whose code or weights could run code."""
 
     def file(path: str) -> str | None:
-        return cached_file(location, path, _raise_exceptions_for_missing_entries=False)
+        found: str | None = cached_file(location, path, _raise_exceptions_for_missing_entries=False)
+        return found
 
     listed = file("modules.json")
     if listed is None:

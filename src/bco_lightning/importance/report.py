@@ -156,13 +156,19 @@ def make_report(
         others: What is known of the whole data set, such as ``num_prompts``, in place of the numbers of the fit.
     """
     up_P, down_P = (np.asarray(of, dtype=np.float64) for of in (num_up_P, num_down_P))
-    known = {"num_up": float(up_P.sum()), "num_down": float(down_P.sum()), "num_prompts": len(up_P), **others}
+    known: dict[str, Any] = {
+        "num_up": float(up_P.sum()),
+        "num_down": float(down_P.sum()),
+        "num_prompts": len(up_P),
+        **others,
+    }
     if fitted.why_not:
         return TrustReport(encoder, num_fitted=0, why_not=fitted.why_not, **known)
     scores_P = fitted.log_ratios_P.double().cpu().numpy()
     weights_P = fitted.ratio.weights(fitted.log_ratios_P).double().cpu().numpy()
     has_evidence = fitted.ratio.has_evidence
-    of_weights = weight_summary(fitted.log_ratios_P, down_P, fitted.ratio.clip) if has_evidence else {}
+    if has_evidence:
+        known |= weight_summary(fitted.log_ratios_P, down_P, fitted.ratio.clip)
     return TrustReport(
         encoder,
         num_fitted=len(up_P),
@@ -176,7 +182,6 @@ def make_report(
         histogram=weight_histogram(weights_P, down_P),
         matched_auc=weighted_auc(scores_P, up_P, down_P * weights_P, keys_P),
         **known,
-        **of_weights,
     )
 
 

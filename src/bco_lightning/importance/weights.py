@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class ImportanceWeights:
         """Tensors and plain values, no prompt among them."""
         of_ratio = vars(self.ratio)
         tensors = {name: value for name, value in of_ratio.items() if isinstance(value, Tensor)}
-        told = {"ratio": {name: value for name, value in of_ratio.items() if name not in tensors}}
+        told: dict[str, Any] = {"ratio": {name: value for name, value in of_ratio.items() if name not in tensors}}
         told |= {"encoder_fingerprint": self.encoder, "key": self.key, "report": self.report.to_values()}
         return {"ratio": tensors, "rows": {"row_weights": self.row_weights, "thumbs_up": self.thumbs_up}, "told": told}
 
@@ -147,7 +147,7 @@ class StepWeigher:
     def weights(self, batch: FeedbackBatch) -> Tensor:
         """Weights of a micro-batch that was just scored, for those with thumbs-down; shape ``(B,)``, float32."""
         features_BH = self._encoder.features_in_step(batch)
-        return self._ratio.weights(self._ratio.log_ratios(features_BH, batch.prompt_keys_B))
+        return self._ratio.weights(self._ratio.log_ratios(features_BH, cast(Tensor, batch.prompt_keys_B)))
 
 
 def find_weights(
@@ -221,12 +221,12 @@ class _Prompts:
         counts = self.num_up_P[fitted_on], self.num_down_P[fitted_on], self.keys_P[fitted_on]
         # Features take long, and are not needed to see that there are too few rows.
         features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else self._apply(lambda of, _: of, fitted_on)
-        totals = {"num_up": float(self.num_up_P.sum()), "num_down": float(self.num_down_P.sum())}
 
         def fit() -> tuple[DensityRatio, TrustReport, Tensor]:
             fitted = fit_density_ratio(features, *counts, clip=clip)
-            report = make_report(fitted, *counts, encoder=self._encoder.name, num_prompts=len(self.keys_P), **totals)
-            return fitted.ratio, report, fitted.log_ratios_P
+            num_up, num_down = float(self.num_up_P.sum()), float(self.num_down_P.sum())
+            totals: dict[str, Any] = {"num_prompts": len(self.keys_P), "num_up": num_up, "num_down": num_down}
+            return fitted.ratio, make_report(fitted, *counts, encoder=self._encoder.name, **totals), fitted.log_ratios_P
 
         ratio, report, log_ratios_P = _of_first_process(fit, self._trainer)
         if len(others) and ratio.has_evidence:
