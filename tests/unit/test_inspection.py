@@ -1,10 +1,10 @@
-"""What `inspect` measures: areas under curves, lengths, prompts, personal data, work and time."""
+"""What `inspect` measures: lengths, prompts, personal data, work and time."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import product
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -12,140 +12,63 @@ import pytest
 import torch
 from datasets import Dataset
 
+from bco_lightning import LoraSettings
 from bco_lightning.data.messages import said_in
 from bco_lightning.inspection import cost as cost_module
-from bco_lightning.inspection.cost import (
-    EFFICIENCY,
-    Machine,
-    Work,
-    cost_of,
-    machine_of,
-    num_steps,
-    work_of_epoch,
-)
-from bco_lightning.inspection.lengths import Histogram, Lengths, LengthSummary, length_bias
+from bco_lightning.inspection.cost import EFFICIENCY, cost_of, num_steps, useful_flops
+from bco_lightning.inspection.numbers import LengthBias, RowArrays, length_summary, over_limits, prompts_of, texts_of
 from bco_lightning.inspection.personal_data import Hits, count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
-from bco_lightning.inspection.rows import RowArrays, prompts_of, texts_of
-from bco_lightning.metrics import Auc, auc, clustered_auc
-from bco_lightning.models.unloaded import unloaded_model
+from bco_lightning.models.load import load_policy
 from bco_lightning.models.useful_flops import UsefulFlops
 
 WORDS = ["river", "stone", "cloud", "ember", "lantern", "meadow", "harbor", "violet", "copper", "willow"]
 
 
-def area_by_pairs(scores: Any, positive: Any) -> float:
-    pairs = list(product(scores[positive], scores[~positive]))
-    return sum(1.0 if up > down else 0.5 if up == down else 0.0 for up, down in pairs) / len(pairs)
-
-
-# --- areas
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_area_is_that_of_counting_all_pairs_ties_half(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    scores, positive = generator.integers(0, 6, 40).astype(float), generator.random(40) < 0.4
-    assert clustered_auc(scores, positive, np.arange(40))[0] == pytest.approx(
-        area_by_pairs(scores, positive), abs=1e-12
-    )
-
-
-def test_without_clusters_the_variance_is_that_of_delong_spelled_out() -> None:
-    generator = np.random.default_rng(1)
-    scores, positive = generator.normal(size=30), np.arange(30) < 12
-    wins = np.array([[float(up > down) for down in scores[~positive]] for up in scores[positive]])
-    expected = np.var(wins.mean(1), ddof=1) / 12 + np.var(wins.mean(0), ddof=1) / 18
-    assert clustered_auc(scores, positive, np.arange(30))[1] == pytest.approx(expected, rel=1e-12)
-
-
-def test_rows_of_one_prompt_count_as_little_as_one_of_them() -> None:
-    """Each row ten times over has the variance of the rows once, up to the small factor of clusters."""
-    generator = np.random.default_rng(2)
-    scores, positive = generator.normal(size=60), np.arange(60) % 3 == 0
-    once = clustered_auc(scores, positive, np.arange(60))
-    tenfold = clustered_auc(np.repeat(scores, 10), np.repeat(positive, 10), np.repeat(np.arange(60), 10))
-    assert tenfold == pytest.approx(once, rel=1e-9)
-
-
-def test_the_interval_covers_the_true_area_about_19_times_in_20() -> None:
-    generator, covered = np.random.default_rng(3), 0
-    for _ in range(300):
-        of_prompt = generator.normal(size=40)
-        prompts = generator.integers(0, 40, 160)
-        up = generator.random(160) < 0.5
-        found = auc(of_prompt[prompts] + generator.normal(size=160), up, prompts)
-        assert found is not None
-        covered += found.low <= 0.5 <= found.high
-    assert 0.9 <= covered / 300 <= 0.98
-
-
-def test_there_is_no_area_of_one_class_and_no_interval_of_one_prompt() -> None:
-    scores = np.array([1.0, 2.0, 3.0])
-    assert auc(scores, np.array([True, True, True]), np.arange(3)) is None
-    found = auc(scores, np.array([True, False, False]), np.zeros(3))
-    assert found is not None
-    assert (found.low, found.high) == (0.0, 1.0)
+def arrays_of(lengths: Any, up: Any) -> RowArrays:
+    """Rows with completions of these lengths and prompts of one token."""
+    lengths, ones = np.asarray(lengths), np.ones(len(lengths), dtype=int)
+    return RowArrays(np.asarray(up), ones, lengths, lengths + 1, lengths, np.arange(len(lengths)))
 
 
 # --- lengths
 
 
 def test_a_summary_of_lengths_has_the_numbers_of_the_sorted_list() -> None:
-    summary = LengthSummary.of(np.arange(101))
-    assert summary == LengthSummary(101, 0, 50.0, 50.0, (90.0, 95.0, 99.0), 100)
-    assert LengthSummary.of(np.array([], dtype=int)) is None
+    assert length_summary(np.arange(101)) == [101, 0, 50, 50, 90, 95, 99, 100]
+    assert length_summary(np.array([], dtype=int)) == []
 
 
-@pytest.mark.parametrize("lengths", [[5], [0, 0], [1, 2, 3, 4000], list(range(500))])
-def test_every_row_is_in_one_bin_of_the_histogram(lengths: list[int]) -> None:
-    up = np.arange(len(lengths)) % 2 == 0
-    histogram = Histogram.of(np.array(lengths), up)
-    assert sum(histogram.up) == pytest.approx(1.0)
-    assert sum(histogram.down) == pytest.approx(float((~up).any()))
-    assert len(histogram.edges) == len(histogram.up) + 1
-    assert histogram.has_overflow == (max(lengths) >= histogram.edges[-1])
-
-
-def test_a_bin_holds_the_lengths_between_its_borders() -> None:
-    lengths, up = np.array([0, 9, 10, 10, 77, 120]), np.array([True, True, True, False, True, True])
-    histogram = Histogram.of(lengths, up)
-    for left, right, share in zip(histogram.edges[:-2], histogram.edges[1:-1], histogram.up[:-1], strict=True):
-        assert share == pytest.approx(sum(left <= length < right for length in lengths[up]) / 5)
-
-
-def test_lengths_by_class_leave_out_a_class_without_rows() -> None:
-    lengths = Lengths.of(np.array([3, 5]), np.array([True, True]))
-    assert (lengths.up, lengths.down) == (lengths.every, None)
+def test_rows_over_a_limit_are_counted_by_its_name() -> None:
+    arrays = arrays_of([4, 9, 10], [True, False, True])
+    assert over_limits(arrays, {"data.max_length": 10, "data.max_prompt_length": 1}) == {
+        "data.max_length": 1,
+        "data.max_prompt_length": 0,
+    }
 
 
 def test_thumbs_that_follow_length_are_warned_of() -> None:
     lengths, up = np.concatenate([np.arange(100, 200), np.arange(50, 150)]), np.arange(200) < 100
-    bias = length_bias(lengths, up, np.arange(200))
+    bias = LengthBias.of(arrays_of(lengths, up))
     assert bias.auc is not None
-    assert bias.auc.value == pytest.approx(area_by_pairs(lengths, up))
-    assert (bias.mean_up, bias.mean_down) == (149.5, 99.5)
-    assert bias.is_clear
+    pairs = np.sign(lengths[up][:, None] - lengths[~up][None]).mean()
+    assert bias.auc.value == pytest.approx((pairs + 1) / 2)
     assert "thumbs follow length. A model may learn to write longer" in bias.verdict
-    assert "write shorter" in length_bias(lengths, ~up, np.arange(200)).verdict
+    assert "write shorter" in LengthBias.of(arrays_of(lengths, ~up)).verdict
 
 
-def test_thumbs_that_do_not_follow_length_are_not_warned_of() -> None:
-    bias = length_bias(np.tile(np.arange(50), 4), np.arange(200) % 2 == 0, np.arange(200))
+@pytest.mark.parametrize(
+    ("lengths", "up", "said"),
+    [
+        (np.tile(np.arange(50), 4), np.arange(200) % 2 == 0, "do not clearly follow length"),
+        (np.array([9, 8, 7, 1, 2, 3]), np.arange(6) < 3, "3 rows of the rarer class: too few"),
+        (np.array([1, 2]), np.array([True, True]), "thumbs of one kind"),
+    ],
+)
+def test_thumbs_that_do_not_show_that_they_follow_length_are_not_warned_of(lengths: Any, up: Any, said: str) -> None:
+    bias = LengthBias.of(arrays_of(lengths, up))
     assert not bias.is_clear
-    assert "do not clearly follow length" in bias.verdict
-
-
-def test_a_few_rows_are_too_few_to_tell_whether_thumbs_follow_length() -> None:
-    bias = length_bias(np.array([9, 8, 7, 1, 2, 3]), np.arange(6) < 3, np.arange(6))
-    assert not bias.is_clear
-    assert "3 rows of the rarer class: too few" in bias.verdict
-
-
-def test_length_bias_of_one_class_is_not_known() -> None:
-    bias = length_bias(np.array([1, 2]), np.array([True, True]), np.arange(2))
-    assert bias.auc is None
-    assert "thumbs of one kind" in bias.verdict
+    assert said in bias.verdict
 
 
 # --- prompts
@@ -356,38 +279,41 @@ def test_tool_calls_and_parts_of_a_message_are_read_too() -> None:
 # --- cost
 
 
-def test_balanced_sampling_draws_the_rarer_class_again() -> None:
-    up = np.array([True, True, True, False])
-    work = work_of_epoch(np.array([10, 20, 30, 100]), np.array([1, 1, 1, 5]), up, share_up=0.5, rows=6)
-    assert work == Work(6, tokens=3 * 20 + 3 * 100, completion_tokens=3 + 15, squared_lengths=1400 + 3 * 10_000)
+@pytest.mark.parametrize(
+    "lora", [None, LoraSettings(r=4, top_layers=1), LoraSettings(r=4, target_modules="q_proj,v_proj")]
+)
+def test_operations_without_weights_are_those_counted_on_the_policy(lora: LoraSettings | None, tiny_model: str) -> None:
+    assert useful_flops(tiny_model, lora) == UsefulFlops.of(load_policy(tiny_model, torch.float32, lora, seed=0))
+
+
+def config(model: str, **trainer: Any) -> Namespace:
+    options = {"accelerator": "cpu", "max_epochs": 3, "max_steps": -1, "num_nodes": 1, **trainer}
+    return Namespace(trainer=Namespace(**options), model=Namespace(name_or_path=model, lora=None, dtype="auto"))
 
 
 def test_time_is_operations_over_the_speed_of_products_and_devices(
     tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost_module, "matmul_ceiling", lambda device, dtype: 1e6)
-    machine = Machine(torch.device("cpu"), "this CPU", num_devices=2, dtype=torch.float32)
-    work = Work(rows=8, tokens=100, completion_tokens=40, squared_lengths=1500)
-    cost = cost_of(work, tiny_model, None, machine, rows_per_step=4, steps_per_epoch=2, steps=6)
-    useful = UsefulFlops.of(unloaded_model(tiny_model))
-    flops = 100 * useful.per_token + 40 * useful.per_completion_token + 1500 * useful.per_squared_length
-    assert cost.flops == pytest.approx(flops)
+    monkeypatch.setattr(cost_module, "_matmul_rate", lambda device, dtype: 1e6)
+    arrays = arrays_of([9, 19, 29, 99], [True, True, True, False])
+    cost = cost_of(arrays, 0.75, config(tiny_model, devices=2), batch_size=1, micro_batches_per_epoch=4)
+    assert (cost.rows_per_step, cost.steps_per_epoch, cost.steps) == (2, 2, 6)
+    useful = useful_flops(tiny_model, None)
+    flops = useful.per_token * 160 + useful.per_completion_token * 156 + useful.per_squared_length * 11_400
+    assert (cost.tokens, cost.completion_tokens, cost.flops) == pytest.approx((160, 156, flops))
     seconds = 3 * flops / 2e6  # three epochs, two devices
     assert cost.seconds == pytest.approx((seconds / EFFICIENCY[1], seconds / EFFICIENCY[0]))
-    assert cost.machine == "2 × this CPU"
+    assert cost.machine.startswith("2 × this CPU")
 
 
-def test_the_ceiling_is_measured_once_and_leaves_the_random_state_alone() -> None:
-    state = torch.get_rng_state()
-    first = cost_module.matmul_ceiling(torch.device("cpu"), torch.float32)
-    assert 1e8 < first < 1e15
-    assert cost_module.matmul_ceiling(torch.device("cpu"), torch.float32) == first
-    assert torch.equal(torch.get_rng_state(), state)
+def test_balanced_sampling_draws_the_rarer_class_again(tiny_model: str) -> None:
+    arrays = arrays_of([9, 19, 29, 99], [True, True, True, False])
+    cost = cost_of(arrays, 0.5, config(tiny_model, devices=1), batch_size=6, micro_batches_per_epoch=1)
+    assert cost.tokens == pytest.approx(3 * 20 + 3 * 100)
 
 
 def test_a_model_whose_operations_are_not_known_leaves_the_time_out_and_says_why() -> None:
-    machine = Machine(torch.device("cpu"), "this CPU", 1, torch.float32)
-    cost = cost_of(Work(1, 1, 1, 1), "./gone", None, machine, rows_per_step=1, steps_per_epoch=1, steps=None)
+    cost = cost_of(arrays_of([1], [True]), 1.0, config("./gone"), 1, 1)
     assert cost.seconds is None
     assert "found nothing there" in cost.why_not
 
@@ -404,18 +330,3 @@ def test_a_model_whose_operations_are_not_known_leaves_the_time_out_and_says_why
 )
 def test_a_run_ends_with_its_epochs_or_its_steps(trainer: dict[str, Any], steps: int | None) -> None:
     assert num_steps(trainer, 10) == steps
-
-
-@pytest.mark.parametrize(
-    ("options", "number"),
-    [({"devices": 4}, 4), ({"devices": "2", "num_nodes": 3}, 6), ({"devices": [0, 2]}, 2), ({"devices": "auto"}, 1)],
-)
-def test_devices_are_those_of_the_config(options: dict[str, Any], number: int) -> None:
-    machine = machine_of({"accelerator": "cpu", "num_nodes": 1, **options}, "auto", None)
-    assert machine.num_devices == number
-    assert machine.device.type == "cpu"
-    assert "this CPU" in machine.name
-
-
-def test_an_interval_stays_within_0_and_1() -> None:
-    assert Auc.with_variance(0.98, 0.01) == Auc(0.98, pytest.approx(0.784, abs=1e-3), 1.0)

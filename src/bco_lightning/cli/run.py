@@ -32,7 +32,7 @@ from bco_lightning.data import FeedbackDataModule
 from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import CheckpointError, UserError
 from bco_lightning.identity import git_revision, versions
-from bco_lightning.inspection.inspect_command import InspectOptions, inspect_command
+from bco_lightning.inspection.inspect import InspectOptions, inspect_command
 from bco_lightning.module import BCOModule
 from bco_lightning.parallel.strategy import named_strategy
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss, roc_curve
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
 
 from bco_lightning.metrics import Array, Auc, clustered_auc
 
@@ -80,90 +84,40 @@ def prompt_shift(prompts: Sequence[str], thumbs_up: Array, seed: int) -> PromptS
         prompts: The prompt of each row as text; of long ones the first and last 2,000 characters count.
         thumbs_up: The thumb of each row.
         seed: Seed of the folds.
-
-    Returns:
-        What came out.
     """
-    texts, numbers = np.unique(np.array([_shortened(prompt) for prompt in prompts], dtype=object), return_inverse=True)
+    texts = np.array([_shortened(prompt) for prompt in prompts], dtype=object)
+    numbers = np.unique(texts, return_inverse=True)[1]
+    num_rows, num_prompts = len(texts), int(numbers.max(initial=-1)) + 1
     num_up, num_down = int(thumbs_up.sum()), int((~thumbs_up).sum())
     if min(num_up, num_down) < _FEWEST_ROWS:
         why = f"expected at least {_FEWEST_ROWS} rows of either class, found {num_up} up and {num_down} down"
-        return PromptShift(len(prompts), len(texts), why_not=why)
-    if len(texts) < _FEWEST_PROMPTS:
-        why = f"expected at least {_FEWEST_PROMPTS} distinct prompts, found {len(texts)}"
-        return PromptShift(len(prompts), len(texts), why_not=why)
-    return _tested(texts, numbers, thumbs_up, seed)
-
-
-def _tested(texts: Array, numbers: Array, up: Array, seed: int) -> PromptShift:
-    from sklearn.model_selection import GroupKFold
-
-    words = _words(texts)
-    if words is None:
-        return PromptShift(len(up), len(texts), why_not="the prompts have no words")
-    folds = []
-    for train, held_out in GroupKFold(_FOLDS, shuffle=True, random_state=seed).split(up, groups=numbers):
-        if len(np.unique(up[train])) < 2 or len(np.unique(up[held_out])) < 2:
+        return PromptShift(num_rows, num_prompts, why_not=why)
+    if num_prompts < _FEWEST_PROMPTS:
+        why = f"expected at least {_FEWEST_PROMPTS} distinct prompts, found {num_prompts}"
+        return PromptShift(num_rows, num_prompts, why_not=why)
+    words = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, norm=None, alternate_sign=False).transform(texts)
+    if not words.nnz:
+        return PromptShift(num_rows, num_prompts, why_not="the prompts have no words")
+    areas, variances, losses, curves = [], [], [], []
+    for train, held_out in GroupKFold(_FOLDS, shuffle=True, random_state=seed).split(words, groups=numbers):
+        if len(np.unique(thumbs_up[train])) < 2 or len(np.unique(thumbs_up[held_out])) < 2:
             why = "too few prompts have thumbs of the rarer class to hold some out"
-            return PromptShift(len(up), len(texts), why_not=why)
-        scores = _scores(words, numbers, up, train, held_out)
-        folds.append(_Fold(scores, up[held_out], numbers[held_out]))
-    areas, variances = zip(*(clustered_auc(fold.scores, fold.up, fold.numbers) for fold in folds), strict=True)
+            return PromptShift(num_rows, num_prompts, why_not=why)
+        # Weights of the classes make the constant's log loss log 2, however rare one of them is.
+        classifier = make_pipeline(
+            TfidfTransformer(sublinear_tf=True), LogisticRegression(class_weight="balanced", max_iter=200)
+        ).fit(words[train], thumbs_up[train])
+        up, scores = thumbs_up[held_out], classifier.decision_function(words[held_out])
+        area, variance = clustered_auc(scores, up, numbers[held_out])
+        balanced = np.where(up, 1 / up.mean(), 1 / (~up).mean())
+        areas.append(area)
+        variances.append(variance)
+        losses.append(log_loss(up, classifier.predict_proba(words[held_out])[:, 1], sample_weight=balanced))
+        curves.append(np.interp(_GRID, *roc_curve(up, scores)[:2]))
     # Scores of different classifiers are not compared with each other.
-    area = Auc.with_variance(float(np.mean(areas)), float(np.sum(variances)) / _FOLDS**2)
-    return PromptShift(
-        len(up),
-        len(texts),
-        area,
-        log_loss=float(np.mean([fold.log_loss for fold in folds])),
-        roc=tuple(float(share) for share in np.mean([fold.roc for fold in folds], axis=0)),
-    )
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """Rows that a classifier has not seen, and the logits that it gives them."""
-
-    scores: Array
-    up: Array
-    numbers: Array
-
-    @property
-    def log_loss(self) -> float:
-        losses = np.logaddexp(0, np.where(self.up, -self.scores, self.scores))
-        return float(losses[self.up].mean() + losses[~self.up].mean()) / 2
-
-    @property
-    def roc(self) -> Array:
-        thresholds = np.unique(self.scores)[::-1]
-        false_alarms, found = (_shares_at(np.sort(self.scores[rows]), thresholds) for rows in (~self.up, self.up))
-        curve: Array = np.interp(_GRID, np.concatenate([[0], false_alarms]), np.concatenate([[0], found]))
-        return curve
-
-
-def _shares_at(ordered: Array, thresholds: Array) -> Array:
-    return 1 - np.searchsorted(ordered, thresholds, "left") / len(ordered)
-
-
-def _words(texts: Array) -> Any:
-    """Counts of words and pairs of words in each distinct prompt, as a sparse matrix; nothing if there are no words."""
-    from sklearn.feature_extraction.text import HashingVectorizer
-
-    vectorizer = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, norm=None, alternate_sign=False)
-    counts = vectorizer.transform(texts)
-    return counts if counts.nnz else None
-
-
-def _scores(words: Any, numbers: Array, up: Array, train: Array, held_out: Array) -> Array:
-    from sklearn.feature_extraction.text import TfidfTransformer
-    from sklearn.linear_model import LogisticRegression
-
-    weighting = TfidfTransformer(sublinear_tf=True).fit(words[np.unique(numbers[train])])
-    # Weights of the classes make the constant's log loss log 2, however rare one of them is.
-    classifier = LogisticRegression(class_weight="balanced", max_iter=200)
-    classifier.fit(weighting.transform(words[numbers[train]]), up[train])
-    scores: Any = classifier.decision_function(weighting.transform(words[numbers[held_out]]))
-    return np.asarray(scores, dtype=np.float64)
+    mean = Auc.with_variance(float(np.mean(areas)), float(np.sum(variances)) / _FOLDS**2)
+    roc = tuple(float(share) for share in np.mean(curves, axis=0))
+    return PromptShift(num_rows, num_prompts, mean, log_loss=float(np.mean(losses)), roc=roc)
 
 
 def _shortened(prompt: str) -> str:

@@ -1,0 +1,113 @@
+"""``python -m bco_lightning inspect``: what a config's data looks like, before GPU hours are spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bco_lightning.data import FeedbackDataModule
+from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
+from bco_lightning.importance.report import TrustReport
+from bco_lightning.importance.weights import MOST_PROMPTS
+from bco_lightning.inspection.cost import cost_of
+from bco_lightning.inspection.numbers import LengthBias, RowArrays, prompts_of, texts_of
+from bco_lightning.inspection.page import print_report, write_page
+from bco_lightning.inspection.personal_data import count_personal_data
+from bco_lightning.inspection.prompts import drawn_rows, prompt_shift
+from bco_lightning.inspection.report import DataReport, Finding, examples_of
+from bco_lightning.metrics import auc
+from bco_lightning.models.load import load_tokenizer
+from bco_lightning.module import BCOModule
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What ``inspect`` takes beside the options of ``fit``.
+
+    Args:
+        report: The page to write, which needs no other file.
+        examples: Rows of either class to show.
+        hide_examples: Show no row's text, neither in the terminal nor on the page.
+
+    Raises:
+        ConfigError: If an option is out of range, or the page cannot be a file.
+    """
+
+    report: str = "inspect.html"
+    examples: int = 3
+    hide_examples: bool = False
+
+    def __post_init__(self) -> None:
+        if self.examples < 0:
+            raise ConfigError("--examples", f"expected a number from 0 on, found {self.examples}.")
+        path = Path(self.report)
+        if path.is_dir() or not path.parent.is_dir():
+            found = "a folder" if path.is_dir() else "no such folder"
+            raise ConfigError("--report", f"expected a file to write in a folder that exists, found {found}.")
+
+
+def inspect_command(
+    options: InspectOptions, config: Any, data_options: Mapping[str, Any], model_options: Mapping[str, Any]
+) -> None:
+    """Reads, reports to the terminal, and writes the page.
+
+    Args:
+        options: Those of ``inspect``.
+        config: The resolved options of ``fit``.
+        data_options: Arguments of :class:`FeedbackDataModule`.
+        model_options: Arguments of :class:`BCOModule`, which is only made where importance weights are wanted.
+
+    Raises:
+        UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
+    """
+    data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
+    problem: UserError | None = _read(data)
+    dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
+    trust: TrustReport | None = None
+    if config.model.importance_weights != "off":
+        weights = BCOModule(**model_options).find_importance(data)
+        trust = weights.report
+        problem = problem or weights.problem(config.model.importance_weights)
+    notes = [] if problem is None else [Finding("problem", f"fit would not start: {problem.problem}")]
+    if data.streaming:
+        text = f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it."
+        notes.append(Finding("note", text))
+    arrays = RowArrays.of(dataset)
+    limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
+    up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), data.seed)
+    report = DataReport(
+        model=config.model.name_or_path,
+        counts=tuple(data.counts),
+        feedback=data.feedback_summary,
+        arrays=arrays,
+        limits={name: limit for name, limit in limits.items() if limit is not None},
+        # The data module knows of no trainer here: its steps are micro-batches of one device.
+        cost=cost_of(arrays, data.class_frequencies[0], config, data.batch_size, data.steps_per_epoch),
+        prompts=prompt_shift(prompts_of(dataset, drawn), up[drawn], data.seed),
+        prompt_bias=auc(arrays.prompt_lengths, up, arrays.prompts),
+        bias=LengthBias.of(arrays),
+        personal_data=count_personal_data((row.prompt, row.completion) for row in texts_of(dataset, data.tokenizer)),
+        examples=examples_of(dataset, data.tokenizer, up, 0 if options.hide_examples else options.examples, data.seed),
+        notes=tuple(notes),
+        trust=trust,
+    )
+    print_report(report, Console())
+    write_page(report, Path(options.report))
+    print(f"\nPage   {options.report}")
+    if problem is not None:
+        raise problem
+
+
+def _read(data: FeedbackDataModule) -> FeedbackRowError | None:
+    """Reads the rows; an error that comes after they are there is handed back."""
+    try:
+        data.setup("fit")
+    except FeedbackRowError as error:
+        if data.train_dataset is None:
+            raise
+        return error
+    return None
