@@ -168,7 +168,7 @@ class InTurn(Callback):
         """Keeps what the run has found."""
         if not pl_module.importance.report.has_evidence:
             raise SystemExit("expected prompts that tell the classes apart, found none: nothing would be weighed.")
-        self._found = pl_module._step_weigher
+        self._found = pl_module.weighing.in_step
         self._turn(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -179,7 +179,7 @@ class InTurn(Callback):
     def _turn(self, module: Any) -> None:
         step = len(self.seconds)
         self._with = step % 4 in (0, 3)  # with, without, without, with
-        module._step_weigher = self._found if self._with else None
+        module.weighing.in_step = self._found if self._with else None
         self._began = time.perf_counter()
 
     @property

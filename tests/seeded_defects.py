@@ -142,8 +142,8 @@ DEFECTS = [
         (f"{SAME}::test_logged_metrics_are_those_of_the_rows",),
     ),
     Defect(
-        "R14", "policy and reference share weights", "models/reference.py",
-        "copy.deepcopy(self._policy) if copied", "copy.copy(self._policy) if copied",
+        "R14", "policy and reference share weights", "reference/model.py",
+        "model = copy.deepcopy(self.policy)", "model = copy.copy(self.policy)",
         (f"{SAME}::test_the_reference_stays_as_it_was",),
     ),
     Defect(

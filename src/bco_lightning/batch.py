@@ -123,7 +123,6 @@ class FeedbackBatch:
         row_spans: The span that each row ends with.
         reference_log_probs_B: Log-probability of each completion under the reference, in nats, float32, where it is
             known; else it is computed.
-        trunk_states_SH: What comes out of the policy's frozen trunk, in the policy's data type, where it is known.
         prompt_keys_B: The key of each row's prompt, the same for the same messages and tools, where it is known; int64.
         prompts: The words of each row's prompt, where they are wanted.
         prompt_folds_B: Which of the classifiers of prompts weighs each row, where that is done in the step; int64.
@@ -141,7 +140,6 @@ class FeedbackBatch:
     spans: tuple[Span, ...]
     row_spans: tuple[Span, ...]
     reference_log_probs_B: Tensor | None = None
-    trunk_states_SH: Tensor | None = None
     prompt_keys_B: Tensor | None = None
     prompts: tuple[str, ...] | None = None
     prompt_folds_B: Tensor | None = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bco_lightning.errors import CheckpointError
@@ -62,7 +63,7 @@ def digest_of_code(*names: str) -> str:
     """
     digest = hashlib.sha256()
     for name in names:
-        path = Path(__file__).with_name(name)
+        path = Path(__file__).parent / name
         for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
             digest.update(f"{file.relative_to(path.parent).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
@@ -106,32 +107,67 @@ def _shortened(value: Any) -> str:
     return str(value) if len(str(value)) <= 20 else f"{str(value)[:12]}…".replace("\n", " ")
 
 
-def accepted_differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], accepted: Collection[str], *, goes_on: bool
-) -> list[str]:
-    """Compares a run with the one that wrote a checkpoint.
+def refuse_other_weights(ours: Mapping[str, tuple[int, ...]], checkpoint: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of other trained parameters.
 
     Args:
-        then: Fingerprints of the run that wrote it.
-        now: Fingerprints of this one.
-        accepted: Names that may differ.
-        goes_on: Whether this run goes on with it; one that only evaluates it may say less of itself.
-
-    Returns:
-        The differences that were accepted, in words.
+        ours: Shapes of this module's, by name.
+        checkpoint: With ``state_dict`` and ``trained_parameters``.
 
     Raises:
-        CheckpointError: If there are others.
+        CheckpointError: If a name or a shape differs.
     """
-    changed = differences({name: value for name, value in then.items() if goes_on or name in now}, now)
-    if refused := [text for name, text in changed.items() if name not in accepted]:
+    weights, theirs = checkpoint["state_dict"], set(checkpoint["trained_parameters"])
+    found = {name: tuple(weights[name].shape) for name in ours if name in weights}
+    problems = [
+        f"expected {name} of shape {ours[name]}, found {shape}" for name, shape in found.items() if shape != ours[name]
+    ]
+    if theirs != ours.keys() or found.keys() != ours.keys():
+        unmatched = f"{len(theirs ^ ours.keys())} of them with no match"
+        problems = [f"expected {len(ours)} trained parameters as configured, found {len(theirs)}, {unmatched}"]
+    if problems:
+        remedy = "Use the same model.name_or_path and model.lora as the run that wrote it."
+        raise CheckpointError("checkpoint", f"{problems[0]}.", remedy)
+
+
+def changes_to_accept(
+    checkpoint: Mapping[str, Any],
+    fingerprints: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    accepted: Collection[str] | None,
+) -> list[str]:
+    """Compares a run with the one that wrote a checkpoint, and says what is another now.
+
+    Args:
+        checkpoint: With the ``fingerprints`` and ``hyper_parameters`` of the run that wrote it.
+        fingerprints: What this run is made of; one that only evaluates the checkpoint may say less of itself.
+        settings: Options that may be changed on purpose, such as the learning rate; worth a remark.
+        accepted: Names of fingerprints that may differ; ``None`` for a run that does not go on.
+
+    Returns:
+        The accepted differences, in words, with the step at which they came.
+
+    Raises:
+        CheckpointError: If a fingerprint differs that may not.
+    """
+    then, goes_on = checkpoint.get("fingerprints", {}), accepted is not None
+    changed = differences(
+        {name: value for name, value in then.items() if goes_on or name in fingerprints}, fingerprints
+    )
+    if refused := [text for name, text in changed.items() if name not in (accepted or ())]:
         remedy = f", or name what may differ: --checkpoint.accept_changes '[{', '.join(changed)}]'" if goes_on else ""
         raise CheckpointError(
             "checkpoint",
             f"expected the run that wrote it, found another ({'; '.join(refused)}).",
             f"Use the files and options of that run{remedy}.",
         )
-    return list(changed.values())
+    before = checkpoint.get("hyper_parameters", {})
+    told = [name for name in settings if name in before and name not in then] if goes_on else []
+    for text in differences({name: before[name] for name in told}, {name: settings[name] for name in told}).values():
+        rank_zero_info(f"checkpoint: model.{text}.")
+    for text in changed.values():
+        rank_zero_info(f"checkpoint: {text}, as checkpoint.accept_changes allows.")
+    return [f"step {checkpoint['global_step']}: {text}" for text in changed.values()]
 
 
 def random_state() -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from bco_lightning.errors import ConfigError
-from bco_lightning.optimizers import OptimizerName, make_optimizer
+from bco_lightning.models.build import make_optimizer
+from bco_lightning.options import ModelOptions, OptimizerName
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
 
@@ -18,8 +19,11 @@ def trained(name: OptimizerName | None, steps: int = 5) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     start, slope = torch.randn(5000, generator=generator), torch.randn(5000, generator=generator)
     weight = nn.Parameter(start if name else start.double())
-    options = {"lr": 1e-2, "weight_decay": 0.1}
-    optimizer = make_optimizer(name, [weight], **options) if name else torch.optim.AdamW([weight], **options)
+    if name:
+        options = ModelOptions("any", optimizer=name, learning_rate=1e-2, weight_decay=0.1)
+        optimizer = make_optimizer(options, [weight])
+    else:
+        optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
     for _ in range(steps):
         weight.grad = slope.to(weight.dtype)
         optimizer.step()
@@ -34,7 +38,7 @@ def test_fused_adamw_is_adamw() -> None:
 def test_without_bitsandbytes_it_says_what_to_install(name: OptimizerName, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(ConfigError, match=rf"(?s)model.optimizer: expected bitsandbytes .* for {name}.*quantized"):
-        make_optimizer(name, [nn.Parameter(torch.zeros(2))], lr=1e-3)
+        make_optimizer(ModelOptions("any", optimizer=name), [nn.Parameter(torch.zeros(2))])
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is not installed")

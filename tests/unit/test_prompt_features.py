@@ -19,11 +19,12 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaC
 from bco_lightning.data.collate import collate
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
+from bco_lightning.models.build import ModelBuilder
 from bco_lightning.models.layout import choose_layout
 from bco_lightning.models.log_probs import completion_log_probs
-from bco_lightning.models.reference import Reference
-from bco_lightning.options import PromptFeatures
+from bco_lightning.options import ModelOptions, PromptFeatures
 from bco_lightning.places import resolve_packaged
+from bco_lightning.reference.model import Reference
 from tests.unit.test_log_probs import SMALL
 from tests.unit.test_trunk import MODELS, adapted
 
@@ -79,7 +80,7 @@ def test_the_reference_pass_of_whole_rows_leaves_the_states_of_each_prompt_alone
     policy = adapted(top=5)
     if layout == "padded":
         policy.get_base_model().config._attn_implementation = "sdpa"
-    reference = Reference(policy, lambda: pytest.fail("the reference is the policy without its adapter"))
+    reference = Reference(policy, ModelBuilder(ModelOptions("no/model"), torch.device("cpu")))
     samples = samples_of([(6, 9), (6, 1), (6, 20)] if layout == "shared" else LENGTHS, same_prompt=layout == "shared")
     batch, encoder = collate(samples), encoder_of(policy, layer=3, pooling=pooling)
     assert (batch.num_computed < batch.num_tokens) is (layout == "shared")

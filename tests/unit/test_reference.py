@@ -40,7 +40,7 @@ def test_rewards_are_exactly_zero_before_the_first_step(
     name = adapter_folder if kind.startswith("adapter") else tiny_model
     lora = LoraSettings(r=4) if kind in ("lora", "adapter continued") else None
     module = BCOModule(name, lora=lora, dtype=dtype).train()
-    _, rows = module.rewarded_rows(first_batch(module, log))
+    _, rows = module(first_batch(module, log))
     assert torch.equal(rows.rewards_B, torch.zeros_like(rows.rewards_B))
     assert rows.losses_B.tolist() == pytest.approx([0.693147] * 4, abs=1e-6)
 
@@ -63,7 +63,7 @@ def test_it_stays_frozen_while_the_policy_learns(kind: str, tiny_model: str, ada
     before = module.reference.log_probs(batch)
     tiny_trainer(max_steps=4).fit(module, tiny_data(log))
     assert torch.equal(module.reference.log_probs(batch), before)
-    _, rows = module.rewarded_rows(batch)
+    _, rows = module(batch)
     assert (rows.rewards_B != 0).all()
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert trained
@@ -74,12 +74,12 @@ def test_a_named_reference_takes_the_place_of_the_policy(tiny_model: str, adapte
     module = tiny_module(adapter_folder, lora=None, reference_name_or_path=tiny_model)
     batch = first_batch(module, log)
     assert torch.equal(module.reference.log_probs(batch), tiny_module(tiny_model).reference.log_probs(batch))
-    assert (module.rewarded_rows(batch)[1].rewards_B != 0).all()
+    assert (module(batch)[1].rewards_B != 0).all()
 
 
 @pytest.mark.real_model
 def test_rewards_of_the_real_model_are_exactly_zero_before_the_first_step(log: str) -> None:
     module = BCOModule(REAL_MODEL, lora=LoraSettings(top_layers=2))
-    _, rows = module.rewarded_rows(first_batch(module, log))
+    _, rows = module(first_batch(module, log))
     assert torch.equal(rows.rewards_B, torch.zeros_like(rows.rewards_B))
     assert (rows.policy_log_probs_B < 0).all()

@@ -25,13 +25,25 @@ LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
 PEAK = 1e6
 
 
+@pytest.fixture(autouse=True)
+def _known_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout stands for a policy that has it, except where a model is trained."""
+    layout_of, of = speed_monitor.layout_of, UsefulFlops.of
+    dtype_of = speed_monitor.dtype_of_matrices
+    counted = UsefulFlops(10, 100, 1)
+    monkeypatch.setattr(speed_monitor, "layout_of", lambda p: p if isinstance(p, str) else layout_of(p))
+    monkeypatch.setattr(
+        speed_monitor, "dtype_of_matrices", lambda p: torch.float32 if isinstance(p, str) else dtype_of(p)
+    )
+    monkeypatch.setattr(UsefulFlops, "of", lambda p: counted if isinstance(p, str) else of(p))
+
+
 @dataclass
 class Batch:
     """Counts of three rows, two of which share a prompt of 4 tokens."""
 
     lengths: tuple[int, ...] = (10, 6, 8)
     num_computed: int = 20
-    trunk_states_SH: None = None
     num_completion_tokens: int = 9
 
     @property
@@ -61,9 +73,7 @@ class Run:
         )
         self.bar: dict[str, float] = {}
         self.module: Any = SimpleNamespace(
-            layout=layout,
-            useful_flops=UsefulFlops(10, 100, 1),
-            matmul_dtype=torch.float32,
+            policy=layout,
             log=lambda name, value, **_: self.bar.update({name: value}),
             log_dict=lambda values, **_: None,
         )

@@ -17,6 +17,8 @@ from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch, StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
+from bco_lightning.models.build import dtype_of_matrices
+from bco_lightning.models.layout import layout_of
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.module import BCOModule
 from bco_lightning.parallel.collectives import max_over_ranks
@@ -58,10 +60,10 @@ class SpeedMonitor(StepCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
-        peak = get_available_flops(trainer.strategy.root_device, mixed or pl_module.matmul_dtype)
+        peak = get_available_flops(trainer.strategy.root_device, mixed or dtype_of_matrices(pl_module.policy))
         # Counts are those of all processes, as if they were one device; a window of two updates is one interval.
         self._throughput = Throughput(available_flops=(peak or 0) * trainer.world_size, window_size=2)
-        self._useful: UsefulFlops = pl_module.useful_flops
+        self._useful, self._layout = UsefulFlops.of(pl_module.policy), layout_of(pl_module.policy)
         self._of_step: Counter[str] = Counter()
         self._total: Counter[str] = Counter()
         self._seconds, self._running_since, self._steps = 0.0, None, 0
@@ -71,7 +73,7 @@ class SpeedMonitor(StepCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: FeedbackBatch, batch_idx: int) -> None:
         if self._running_since is None:
             self._running_since = self._clock()
-        padded = len(batch) * max(batch.lengths) if pl_module.layout == "padded" else 0
+        padded = len(batch) * max(batch.lengths) if self._layout == "padded" else 0
         self._of_step["rows"] += len(batch)
         self._of_step["tokens"] += batch.num_tokens
         self._of_step["positions"] += padded or batch.num_computed

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from bco_lightning.errors import CheckpointError
+from bco_lightning.errors import CheckpointError, NonFiniteError
+from bco_lightning.parallel.collectives import max_over_ranks
 from bco_lightning.parallel.sharding import is_cut, own_part
 
 _FILE_BYTES = 2**30  # the writer holds one file at a time in memory
@@ -143,3 +144,20 @@ def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
 def _cause_of(error: CheckpointException) -> BaseException:
     causes = [cause for cause, _ in error.failures.values()]
     return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+
+
+def refuse_not_finite(weights: Mapping[str, Any], step: int, trainer: Any) -> None:
+    """Refuses weights that would be of no use in a checkpoint; a collective where they are cut up.
+
+    Raises:
+        NonFiniteError: If a value is not finite, in every process.
+    """
+    broken = torch.tensor([not own_part(value).isfinite().all() for value in weights.values()], dtype=torch.uint8)
+    if any(is_cut(value) for value in weights.values()):  # a process that went on alone would wait for the others
+        broken = max_over_ranks(broken, trainer)
+    if names := [name for name, is_broken in zip(weights, broken, strict=True) if is_broken]:
+        raise NonFiniteError(
+            f"optimizer step {step}",
+            f"expected finite weights to save, found {names[0]} ({len(names)} parameters) not finite.",
+            "The checkpoints before are finite. A lower model.learning_rate often helps.",
+        )

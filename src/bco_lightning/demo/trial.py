@@ -92,7 +92,7 @@ class KnownRewardTrial(Callback):
         """
         asked = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
         by_policy = self._sample(module.policy, module.tokenizer, asked, "policy samples")
-        with module.reference.active_model() as reference:
+        with module.reference.model() as reference:
             by_reference = self._sample(reference, module.tokenizer, asked, "reference samples")
         of_policy = self._measured(module, asked, by_policy, partial(completion_log_probs, module.policy))
         of_reference = self._measured(module, asked, by_reference)

@@ -31,7 +31,6 @@ class UsefulFlops:
         per_token: Of the decoder's matrices, for a token.
         per_completion_token: Of the head, for a token that carries loss.
         per_squared_length: Of attention, for a row of length 1.
-        of_trunk: Those parts of ``per_token`` and ``per_squared_length`` that fall away with cached trunk states.
 
     Source:
         Kaplan et al. 2020, "Scaling Laws for Neural Language Models", arXiv:2001.08361, section 2.1; attention as in
@@ -41,7 +40,6 @@ class UsefulFlops:
     per_token: int
     per_completion_token: int
     per_squared_length: int
-    of_trunk: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, policy: nn.Module) -> UsefulFlops:
@@ -54,15 +52,13 @@ class UsefulFlops:
         head = policy.get_output_embeddings()  # type: ignore[operator]
         of_head = {id(module) for module in head.modules()}
         lowest = _lowest_trained_layer(policy)
-        per_token = per_token_of_trunk = 0
+        per_token = 0
         for name, module in policy.named_modules():
             if id(module) in of_head or isinstance(module, nn.Embedding):
                 continue
             for weight in (p for p in module.parameters(recurse=False) if p.ndim >= 2):
                 gradients = (_layer(name) >= lowest) + weight.requires_grad
-                operations = 2 * (1 + gradients) * _num_weights(module, weight, config)
-                per_token += operations
-                per_token_of_trunk += operations if 0 <= _layer(name) < lowest else 0
+                per_token += 2 * (1 + gradients) * _num_weights(module, weight, config)
         trained_head = any(p.requires_grad for p in head.parameters())
         num_layers = int(config.num_hidden_layers)
         heads = int(config.num_attention_heads)
@@ -72,17 +68,15 @@ class UsefulFlops:
             per_token=per_token,
             per_completion_token=(6 if trained_head else 4) * int(config.hidden_size) * int(config.vocab_size),
             per_squared_length=2 * width * (num_layers + 2 * with_gradient),
-            of_trunk=(per_token_of_trunk, 2 * width * (num_layers - with_gradient)),
         )
 
     def of_batch(self, batch: FeedbackBatch) -> int:
         """Operations of a micro-batch."""
         squares = sum(length * length for length in batch.lengths)
-        spared = self.of_trunk if batch.trunk_states_SH is not None else (0, 0)
         return (
-            (self.per_token - spared[0]) * batch.num_computed
+            self.per_token * batch.num_computed
             + self.per_completion_token * batch.num_completion_tokens
-            + (self.per_squared_length - spared[1]) * squares * batch.num_computed // max(batch.num_tokens, 1)
+            + self.per_squared_length * squares * batch.num_computed // max(batch.num_tokens, 1)
         )
 
 

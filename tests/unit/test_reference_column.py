@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from lightning.pytorch import Callback
 from peft import LoraConfig, get_peft_model
 
-from bco_lightning import BCOModule, LoraSettings, reference_cache
+from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.errors import NonFiniteError
+from bco_lightning.identity import versions
 from bco_lightning.models.load import load_language_model
-from bco_lightning.models.reference import Reference
-from bco_lightning.reference_cache import key_of_log_probs, keys_and_lengths
+from bco_lightning.reference import column
+from bco_lightning.reference.column import key_of_log_probs
+from bco_lightning.reference.model import Reference
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
 
@@ -34,24 +37,18 @@ class Passes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows = self.models = 0
-        score, by_policy, hold = Reference.log_probs, Reference.log_probs_by_policy, Reference.hold
+        score, hold = Reference.log_probs, Reference.hold
 
-        def counted(inner: Any, reference: Reference, batch: Any, *others: Any) -> Any:
+        def counted(reference: Reference, batch: Any, *others: Any) -> Any:
             self.rows += len(batch)
-            return inner(reference, batch, *others)
+            return score(reference, batch, *others)
 
         def held(reference: Reference) -> None:
             before = reference.own_model
             hold(reference)
             self.models += before is None and reference.own_model is not None
 
-        def policy_or_own(reference: Reference, batch: Any) -> Any:
-            if reference.is_policy_without_adapter or not reference.policy_is_pristine:
-                return by_policy(reference, batch)  # which is counted below
-            return counted(by_policy, reference, batch)
-
-        monkeypatch.setattr(Reference, "log_probs", lambda *arguments: counted(score, *arguments))
-        monkeypatch.setattr(Reference, "log_probs_by_policy", policy_or_own)
+        monkeypatch.setattr(Reference, "log_probs", counted)
         monkeypatch.setattr(Reference, "hold", held)
 
 
@@ -76,10 +73,12 @@ def fit(model: str, log: str, *, epochs: int = 2, trainer: Any = None, data: Any
     return module, losses.values
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("mode", ["auto", "before"])
-def test_a_run_with_cached_values_has_the_losses_of_one_that_computes_them(
+@pytest.mark.parametrize(
+    ("mode", "kind", "layout"),
+    [("auto", FULL, "packed"), ("before", LORA, "padded"), ("auto", LORA, "packed")],
+    ids=["full", "lora padded", "lora"],
+)
+def test_a_run_with_known_values_has_the_losses_of_one_that_computes_them(
     mode: str, kind: dict[str, Any], layout: str, tiny_model: str, log: str
 ) -> None:
     _, expected = fit(tiny_model, log, reference_log_probs="online", layout=layout, **kind)
@@ -89,14 +88,12 @@ def test_a_run_with_cached_values_has_the_losses_of_one_that_computes_them(
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
-def test_cached_values_are_those_of_the_model_that_came_in(kind: dict[str, Any], tiny_model: str, log: str) -> None:
-    module, _ = fit(tiny_model, log, **kind)
-    fresh, cache = tiny_module(tiny_model, **kind), module._reference_cache
-    data = tiny_data(log, tokenizer=fresh.tokenizer)
-    data.setup("fit")
+def test_the_column_holds_the_values_of_the_model_that_came_in(kind: dict[str, Any], tiny_model: str, log: str) -> None:
+    data, fresh = tiny_data(log), tiny_module(tiny_model, **kind)
+    tiny_trainer(max_epochs=2).fit(tiny_module(tiny_model, **kind), data)
     for batch in data.train_dataloader():
-        found = cache.lookup("train", batch.row_ids_B)
-        assert torch.allclose(found, fresh.reference.log_probs(batch), atol=1e-5 * 64, rtol=0)
+        expected = fresh.reference.log_probs(replace(batch, reference_log_probs_B=None))
+        assert torch.allclose(batch.reference_log_probs_B, expected, atol=1e-5 * 64, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
@@ -104,11 +101,9 @@ def test_a_second_run_makes_no_pass_and_no_second_model(
     kind: dict[str, Any], tiny_model: str, log: str, passes: Passes
 ) -> None:
     _, first = fit(tiny_model, log, **kind)
-    # In two epochs with two validations each row once; a step that fills up with the next pass computes 3 rows again.
-    computed = passes.rows
-    assert computed == (24 if kind is FULL else 27)
+    assert (passes.rows, passes.models) == (24, 0)
     _, second = fit(tiny_model, log, **kind)
-    assert (passes.rows, passes.models) == (computed, 0)
+    assert (passes.rows, passes.models) == (24, 0)
     assert second == first
 
 
@@ -119,11 +114,15 @@ def test_online_reads_and_writes_nothing(tiny_model: str, log: str, passes: Pass
     assert not (Path(os.environ["BCO_CACHE"]) / "reference_log_probs").exists()
 
 
-def test_a_run_of_less_than_an_epoch_computes_only_what_it_sees(tiny_model: str, log: str, passes: Passes) -> None:
-    fit(tiny_model, log, trainer={"max_epochs": -1, "max_steps": 2, "limit_val_batches": 0}, **FULL)
+def test_a_run_that_sees_few_rows_or_each_once_without_a_second_model_leaves_them_to_the_steps(
+    tiny_model: str, log: str, passes: Passes
+) -> None:
+    short = {"max_epochs": -1, "max_steps": 2, "limit_val_batches": 0}
+    fit(tiny_model, log, trainer=short, **FULL)
     assert (passes.rows, passes.models) == (8, 1)
-    fit(tiny_model, log, trainer={"max_epochs": -1, "max_steps": 2, "limit_val_batches": 0}, **FULL)
-    assert passes.rows == 8
+    fit(tiny_model, log, epochs=1, trainer={"limit_val_batches": 0}, **LORA)
+    assert (passes.rows, passes.models) == (8 + 24, 1)
+    assert not (Path(os.environ["BCO_CACHE"]) / "reference_log_probs").exists()
 
 
 def test_a_changed_row_is_computed_and_the_others_are_found(
@@ -135,7 +134,7 @@ def test_a_changed_row_is_computed_and_the_others_are_found(
     assert passes.rows == 24 + 1
 
 
-@pytest.mark.parametrize("change", ["weight", "dtype", "layout", "precision", "version"])
+@pytest.mark.parametrize("change", ["weight", "dtype", "layout", "precision", "libraries", "code"])
 def test_values_of_another_reference_or_way_of_computing_are_not_used(
     change: str, tiny_model: str, log: str, tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,8 +146,10 @@ def test_values_of_another_reference_or_way_of_computing_are_not_used(
         other.policy.save_pretrained(tmp_path / "other")
         other.tokenizer.save_pretrained(tmp_path / "other")
         tiny_model = str(tmp_path / "other")
-    if change == "version":
-        monkeypatch.setattr("bco_lightning.reference_cache.LAYOUT_VERSION", 1000)
+    if change == "libraries":
+        monkeypatch.setattr(column, "versions", lambda: {**versions(), "transformers": "0.0.1"})
+    if change == "code":
+        monkeypatch.setattr(column, "digest_of_code", lambda *_: "another")
     options = {"dtype": {"dtype": "bfloat16"}, "layout": {"layout": "padded"}}.get(change, {})
     fit(
         tiny_model, log, trainer={"precision": "bf16-mixed" if change == "precision" else "32-true"},
@@ -160,9 +161,9 @@ def test_values_of_another_reference_or_way_of_computing_are_not_used(
 def test_a_pass_that_was_killed_goes_on(
     tiny_model: str, log: str, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_cache, "_BATCH_TOKENS", 200)
-    monkeypatch.setattr(reference_cache, "_SECONDS_BETWEEN_WRITES", 0.0)
-    score = Reference.log_probs_by_policy
+    monkeypatch.setattr(column, "_BATCH_TOKENS", 200)
+    monkeypatch.setattr(column, "_SECONDS_BETWEEN_WRITES", 0.0)
+    score = Reference.log_probs
 
     def killed_later(reference: Reference, batch: Any) -> Any:
         if passes.rows >= 12:
@@ -170,7 +171,7 @@ def test_a_pass_that_was_killed_goes_on(
         return score(reference, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Reference, "log_probs_by_policy", killed_later)
+        patch.setattr(Reference, "log_probs", killed_later)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(tiny_model, log, **FULL)
     assert 12 <= passes.rows < 24
@@ -178,18 +179,20 @@ def test_a_pass_that_was_killed_goes_on(
     assert passes.rows == 24
 
 
-def test_a_row_whose_value_is_not_finite_is_computed_by_the_step_that_needs_it(
-    tiny_model: str, log: str, passes: Passes, monkeypatch: pytest.MonkeyPatch
+def test_a_value_that_is_not_finite_is_warned_of_and_never_written(
+    tiny_model: str, log: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = Reference.log_probs_by_policy
+    score = Reference.log_probs
     monkeypatch.setattr(
-        Reference, "log_probs_by_policy", lambda r, batch: score(r, batch).where(batch.row_ids_B != 5, torch.nan)
+        Reference, "log_probs", lambda r, batch, *_: score(r, batch).where(batch.row_ids_B != 5, torch.nan)
     )
-    with pytest.warns(UserWarning, match="1 reference log-probs are not finite"):
-        _, losses = fit(tiny_model, log, epochs=1, data={"validation_fraction": 0.0}, **FULL)
-    assert np.isfinite(losses).all()
-    assert passes.models == 1
-    assert passes.rows == 24 + 4
+    with (
+        pytest.warns(UserWarning, match="1 reference log-probs are not finite"),
+        pytest.raises(NonFiniteError, match=r"reference_log_probs nan in rows .*log\.jsonl"),
+    ):
+        fit(tiny_model, log, epochs=1, data={"validation_fraction": 0.0}, **FULL)
+    (file,) = (Path(os.environ["BCO_CACHE"]) / "reference_log_probs").rglob("*.npy")
+    assert len(np.load(file)) == 23
 
 
 def test_a_second_fit_of_the_same_module_still_compares_with_the_model_that_came_in(
@@ -201,7 +204,7 @@ def test_a_second_fit_of_the_same_module_still_compares_with_the_model_that_came
     tiny_trainer(max_epochs=1).fit(module, data)
     batch = next(iter(data.train_dataloader()))
     expected = tiny_module(tiny_model, **FULL).reference.log_probs(batch)
-    assert torch.allclose(module._reference_cache.lookup("train", batch.row_ids_B), expected, atol=1e-4)
+    assert torch.allclose(batch.reference_log_probs_B, expected, atol=1e-4)
     assert module.reference.own_model is None  # it was loaded, and given back
 
 
@@ -277,9 +280,8 @@ class _Kill(Callback):
 
 
 @pytest.mark.parametrize("kind", [None, LoraSettings(r=2)], ids=["full", "lora"])
-@pytest.mark.parametrize("meanwhile", [False, True], ids=["alone", "another run between"])
-def test_a_killed_run_goes_on_with_the_same_values_to_the_bit(
-    kind: Any, meanwhile: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_run_goes_on_with_the_same_values_to_the_bit_and_without_a_second_model(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
     run = partial(tiny_fit, model, log, module_options={"lora": kind})
@@ -289,27 +291,47 @@ def test_a_killed_run_goes_on_with_the_same_values_to_the_bit(
     checkpoint = RunCheckpoint(every_n_steps=5)
     with pytest.raises(RuntimeError, match="killed"):
         run(callbacks=[checkpoint, _Kill(8)])
-    if meanwhile:  # what it leaves of rows that the killed run had not seen rounds differently
-        run(module_options={"lora": kind, "reference_log_probs": "before"})
-    resumed = run(callbacks=[RunCheckpoint(every_n_steps=5)], ckpt_path=str(checkpoint.saved))
+    passes, taken = Passes(monkeypatch), _Taken()
+    resumed = run(callbacks=[RunCheckpoint(every_n_steps=5), taken], ckpt_path=str(checkpoint.saved))
+    assert (passes.rows, passes.models) == (0, 0)
+    assert taken.values
+    assert all(bool(values.isfinite().all()) for values in taken.values)
     for name in ("weights", "moments", "shift"):
         assert_same(resumed[name], whole[name], name)
+
+
+class _Taken(Callback):
+    """The reference log-probs that batches bring."""
+
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(batch.reference_log_probs_B)
 
 
 def two_processes(model: str, log: str, cache: str, strategy: str, lora: bool) -> dict[str, Any]:
     # Each process has a disk of its own.
     os.environ["BCO_CACHE"] = f"{cache}.{os.environ.get('RANK', '0')}"
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    reference_cache._BATCH_TOKENS = 400  # several passes, which do not divide
+    column._BATCH_TOKENS = 400  # several passes, which do not divide
     module = BCOModule(model, learning_rate=1e-3, dtype="float32", lora=LoraSettings(r=2) if lora else None)
+    known: list[torch.Tensor] = []
+    fill_in = column.KnownLogProbs.compute
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> None:
+        fill_in(self, *arguments, **options)
+        known.append(torch.from_numpy(self.column("train").copy()))
+
+    column.KnownLogProbs.compute = noted  # type: ignore[method-assign]
     result = tiny_fit(
         model, log, module=module, trainer_options={"devices": ranks, "strategy": strategy if ranks > 1 else "auto"},
         data_options={"batch_size": 8 // ranks, "validation_files": log},
     )  # fmt: skip
-    return {**result, "known": torch.from_numpy(module._reference_cache._values)}
+    return {**result, "known": known[0]}
 
 
-@pytest.mark.parametrize(("strategy", "lora"), [("ddp", False), ("ddp", True), ("fsdp2", False), ("fsdp2", True)])
+@pytest.mark.parametrize(("strategy", "lora"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
 def test_two_processes_know_the_values_of_one(strategy: str, lora: bool, tmp_path: Path) -> None:
     model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl", num_rows=32)
     fit_it = partial(two_processes, model, log, str(tmp_path / "cache"), strategy, lora)
@@ -327,34 +349,16 @@ def test_two_processes_know_the_values_of_one(strategy: str, lora: bool, tmp_pat
 def test_prompts_are_shared_only_where_steps_share_them(
     tiny_model: str, log: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, score = [], Reference.log_probs_by_policy
+    shared, score = [], Reference.log_probs
 
     def noted(reference: Reference, batch: Any) -> Any:
         shared.append(any(span.prefix for span in batch.spans))
         return score(reference, batch)
 
-    monkeypatch.setattr(Reference, "log_probs_by_policy", noted)
+    monkeypatch.setattr(Reference, "log_probs", noted)
     for grouped in (True, False):
         fit(tiny_model, log, epochs=1, data={"validation_fraction": 0.0, "group_by_prompt": grouped}, **FULL)
     assert shared == [True, False]
-
-
-def test_keys_depend_on_tokens_and_mask_alone() -> None:
-    rows = [
-        {"input_ids": [1, 2, 3], "completion_mask": [False, False, True], "thumbs_up": True},
-        {"input_ids": [1, 2, 3], "completion_mask": [False, False, True], "thumbs_up": False},
-        {"input_ids": [1, 2, 3], "completion_mask": [False, True, True], "thumbs_up": True},
-        {"input_ids": [1, 2, 3, 4], "completion_mask": [False, False, True, True], "thumbs_up": True},
-        {"input_ids": [1, 2, 259], "completion_mask": [False, False, True], "thumbs_up": True},
-    ]
-    dataset = Dataset.from_list(rows * 300)
-    keys, lengths = keys_and_lengths(dataset)
-    assert len(keys) == len(lengths) == 1500
-    assert (keys[:5] == keys[-5:]).all()
-    assert [list(keys[:5]).index(key) for key in keys[:5]] == [0, 0, 2, 3, 4]
-    assert lengths[:5].tolist() == [3, 3, 3, 4, 3]
-    shuffled, _ = keys_and_lengths(dataset.select(range(1499, -1, -1)))
-    assert (shuffled == keys[::-1]).all()
 
 
 def test_the_key_of_a_continued_adapter_is_the_same_in_every_process(tiny_model: str, tmp_path: Path) -> None:
@@ -363,7 +367,7 @@ def test_the_key_of_a_continued_adapter_is_the_same_in_every_process(tiny_model:
     program = (
         "import sys, torch; from types import SimpleNamespace as N\n"
         "from bco_lightning.models.load import load_policy; from bco_lightning.options import LoraSettings\n"
-        "from bco_lightning.reference_cache import key_of_log_probs\n"
+        "from bco_lightning.reference.column import key_of_log_probs\n"
         "policy = load_policy(sys.argv[1], torch.float32, LoraSettings(r=2), 0)\n"
         "trainer = N(strategy=N(root_device=torch.device('cpu')), precision='32-true')\n"
         "print(key_of_log_probs(policy, trainer))"
@@ -373,7 +377,7 @@ def test_the_key_of_a_continued_adapter_is_the_same_in_every_process(tiny_model:
             [sys.executable, "-c", program, str(tmp_path / "adapter")],
             env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True,
         ).stdout
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")
     ]  # fmt: skip
     assert len(keys[0]) > 30
     assert len(set(keys)) == 1

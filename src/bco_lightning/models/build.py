@@ -1,0 +1,179 @@
+"""What a run trains: policy and reference, made alike, so that equal weights give equal bits; and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
+
+from bco_lightning.errors import ConfigError
+from bco_lightning.models.fused_layers import fuse_layers
+from bco_lightning.models.layout import causal_lm_of, choose_layout, compile_layers, decoder_layers_of
+from bco_lightning.models.load import (
+    load_language_model,
+    load_policy,
+    resolve_dtype,
+)
+from bco_lightning.models.log_probs import check_head
+from bco_lightning.models.refusals import require_bitsandbytes
+from bco_lightning.options import ModelOptions
+from bco_lightning.parallel.sharding import Sharding, final_dtype, is_sharded, shard
+
+_FUSED = {"cpu", "cuda", "mps", "xpu"}
+
+
+@dataclass(frozen=True)
+class ModelBuilder:
+    """Makes the models of a run.
+
+    Args:
+        options: Those of the module.
+        device: Where they will live.
+        sharding: How they are cut up; ``None`` where each process has whole ones.
+    """
+
+    options: ModelOptions
+    device: torch.device
+    sharding: Sharding | None = None
+
+    @property
+    def reference_name(self) -> str:
+        """Name or path of the reference, which is the policy's own if none is named."""
+        return self.options.reference_name_or_path or self.options.name_or_path
+
+    @property
+    def is_whole_and_plain(self) -> bool:
+        """Whether a model can be copied, and cut between two layers, without rounding differently."""
+        return self.sharding is None and not self.options.compile
+
+    def policy(self) -> tuple[PreTrainedModel, str]:
+        """The policy with what is trained of it, and how its rows are laid out, for people.
+
+        Raises:
+            ConfigError: If its optimizer does not take weights that are cut up.
+        """
+        options = self.options
+        if self.sharding is not None and options.optimizer != "adamw":
+            raise ConfigError(
+                "model.optimizer", f"expected adamw for weights that are cut up, found {options.optimizer}."
+            )
+        model = load_policy(
+            options.name_or_path,
+            self._dtype,
+            options.lora,
+            options.seed or 0,
+            options.quantization,
+            mapped=self.sharding is not None,
+            cache_folder=options.cache_folder,
+        )
+        return model, self._prepare(model)
+
+    def reference(self) -> PreTrainedModel:
+        """The reference as a model of its own."""
+        model = load_language_model(
+            self.reference_name,
+            self._dtype,
+            self.options.quantization,
+            mapped=self.sharding is not None,
+            cache_folder=self.options.cache_folder,
+        )
+        self._prepare(model)
+        return model
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Cuts a model up, if the strategy says so; until then its weights are whole, and could be looked at."""
+        if self.sharding is not None:
+            fuse: Callable[[Iterable[nn.Module]], object] = lambda modules: None  # noqa: E731
+            causal_lm = causal_lm_of(model)
+            layers = list(decoder_layers_of(causal_lm)[1])
+            shard(causal_lm, layers, self.sharding, fuse if self.options.compile else fuse_layers)
+
+    def recompute(self, policy: Any) -> None:
+        """Has activations computed again in the backward pass, if that is asked for."""
+        if self.options.gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.enable_input_require_grads()
+            policy.train()  # transformers recomputes in training mode only; dropout is off in either
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return resolve_dtype(self.options.dtype, self.options.lora, self.device)
+
+    def _prepare(self, model: Any) -> str:
+        check_head(model)
+        layout = choose_layout(model, self.options.layout)
+        if self.options.compile:
+            compile_layers(model)
+        elif self.sharding is None:
+            fuse_layers(model.modules())
+        return layout
+
+
+def refuse_precision(precision: str) -> None:
+    """Refuses a precision that would cast the policy and not the reference.
+
+    Raises:
+        ConfigError: If it is such a one.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise ConfigError(
+            "trainer.precision",
+            f"expected 32-true or bf16-mixed, found {precision}, which would cast the policy and not the reference.",
+            "Set model.dtype: bfloat16 for bfloat16 weights.",
+        )
+
+
+def require_sharded(model: nn.Module, sharding: Sharding | None) -> None:
+    """Refuses a model that was built whole and is now to be cut up.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if sharding is not None and not is_sharded(model):
+        raise ConfigError(
+            "trainer.strategy",
+            "expected a module whose model is not built yet, found one that is built and not sharded.",
+            "Make a new BCOModule for it.",
+        )
+
+
+def said_of_weights(model: nn.Module) -> str:
+    """How many parameters there are, how many of them are trained, and their data type, in words."""
+    parameters = list(model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in parameters)
+    return f"{trained:,} of {total:,} parameters trained, weights in {parameters[0].dtype}"
+
+
+def dtype_of_matrices(model: nn.Module) -> torch.dtype:
+    """The data type in which a model multiplies: that of its matrices, of quantized ones bfloat16."""
+    found = next(final_dtype(parameter) for parameter in model.parameters() if parameter.ndim >= 2)
+    return found if found.is_floating_point else torch.bfloat16
+
+
+def make_optimizer(options: ModelOptions, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """AdamW of what is trained, in one of its variants.
+
+    ``adamw`` updates all weights in one pass; ``adamw_8bit`` keeps its moments in eight bits, a quarter of the memory;
+    ``paged_adamw_8bit`` also lets them move to host memory, under CUDA.
+
+    Raises:
+        ConfigError: If its library is not installed.
+    """
+    settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if options.optimizer == "adamw":
+        optimizer = AdamW(parameters, fused=all(p.device.type in _FUSED for p in parameters), **settings)
+        # Left to itself, a fused optimizer takes the scaling of float16 gradients upon itself, so that Lightning
+        # refuses to clip them under any mixed precision. There is no public way to say so.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
+    require_bitsandbytes("model.optimizer", options.optimizer)
+    import bitsandbytes
+
+    kinds = {"adamw_8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit}
+    return kinds[options.optimizer](parameters, **settings)  # type: ignore[no-any-return]

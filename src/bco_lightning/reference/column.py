@@ -1,0 +1,259 @@
+"""Reference log-probs that are known before the first step: a column of the table, kept by content on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bco_lightning.batch import FeedbackBatch
+from bco_lightning.data.collate import collate
+from bco_lightning.data.datamodule import FeedbackDataModule
+from bco_lightning.errors import ConfigError
+from bco_lightning.identity import digest_of_code, digest_of_values, versions
+from bco_lightning.models.adapters import REFERENCE_ADAPTER
+from bco_lightning.models.layout import layout_of
+from bco_lightning.options import ModelOptions
+from bco_lightning.parallel.collectives import max_over_ranks
+from bco_lightning.parallel.sharding import final_dtype
+from bco_lightning.places import cache_root
+from bco_lightning.reference.model import Reference
+from bco_lightning.reference.records import RECORD, keys_and_lengths, read_records, write_records
+
+_COLUMNS = ["row_id", "input_ids", "completion_mask", "thumbs_up"]
+_BATCH_TOKENS = 4096
+_SECONDS_BETWEEN_WRITES = 30.0
+_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype")  # the last one has its own place
+# What the bits of a log-prob depend on.
+_CODE = ("batch.py", "data/collate.py", "models", "reference")
+_PACKAGES = ("bco-lightning", "torch", "transformers", "peft")
+_Array = np.ndarray[Any, Any]
+
+
+def fill_in_log_probs(
+    data: FeedbackDataModule | None, stage: str, reference: Reference, options: ModelOptions, trainer: Any
+) -> bool:
+    """Makes reference log-probs a column of the tables that a stage reads, or leaves them to the steps.
+
+    The weights of a checkpoint are restored after ``setup``: until then the policy is the reference.
+
+    Args:
+        data: The rows.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        reference: The reference.
+        options: Those of the module.
+        trainer: The Lightning trainer, of a :class:`~bco_lightning.BCOModule`.
+
+    Returns:
+        Whether they are known; else the reference has a model of its own, if it needs one.
+
+    Raises:
+        ConfigError: If they are to be known, and rows are read as steps need them.
+    """
+    wanted = options.reference_log_probs
+    tables = data.datasets_of(stage) if data is not None else {}
+    if data is None or not tables or (stage == "fit" and "train" not in tables):
+        if wanted == "before":
+            raise ConfigError(
+                "model.reference_log_probs",
+                "expected auto or online where no FeedbackDataModule is used, or data.streaming is true; found before.",
+            )
+        reference.hold()
+        return False
+    known = None if wanted == "online" else _known(data, tables, stage, reference, options, trainer)
+    for name in tables:
+        column = known.column(name) if known is not None else None
+        data.set_column({"validate": "validation"}.get(name, name), "reference_log_prob", column)
+    if known is None:
+        reference.hold()
+    return known is not None
+
+
+def _known(
+    data: FeedbackDataModule,
+    tables: Mapping[str, Dataset],
+    stage: str,
+    reference: Reference,
+    options: ModelOptions,
+    trainer: Any,
+) -> KnownLogProbs | None:
+    """Log-probs of all rows, found on disk, or computed now if that is worth it."""
+    model = reference.own_model or reference.policy
+    key = key_of_log_probs(
+        model,
+        trainer,
+        reference=reference.digest,
+        shared_prompts=data.group_by_prompt,
+        compiled=options.compile,
+        quantization=options.quantization,
+    )
+    known = KnownLogProbs(tables, cache_root(options.cache_folder) / "reference_log_probs" / key[:32], trainer)
+    unknown, passes = known.num_unknown, _passes(stage, trainer)
+    saves = passes >= 2 or (passes >= 1 and not reference.is_policy_without_adapter)
+    computes = saves or options.reference_log_probs == "before"
+    fate = f"{unknown:,} are computed now" if computes else "steps compute them as they need them"
+    rank_zero_info(
+        f"reference log-probs: {known.num_rows - unknown:,} of {known.num_rows:,} known from {known.folder}, "
+        f"{fate if unknown else 'nothing is left to compute'}"
+    )
+    if unknown and not computes:
+        return None
+
+    def score(batch: FeedbackBatch) -> Tensor:
+        with reference.before_training(trainer) as model:
+            return reference.log_probs(batch.to(next(model.parameters()).device))
+
+    # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone.
+    known.compute(score, by_length=layout_of(model) == "padded", share_prompts=data.group_by_prompt)
+    if known.num_unknown:
+        rank_zero_warn(f"{known.num_unknown:,} reference log-probs are not finite.")
+    return known
+
+
+def _passes(stage: str, trainer: Any) -> float:
+    """How often a run sees each row, at least."""
+    if stage == "fit":
+        return float(trainer.lightning_module.num_steps() / trainer.datamodule.steps_per_epoch)
+    limits = {
+        "validate": trainer.limit_val_batches,
+        "test": trainer.limit_test_batches,
+        "predict": trainer.limit_predict_batches,
+    }
+    return float(isinstance(limits[stage], float) and limits[stage] == 1)  # as an integer, 1 is one batch
+
+
+def key_of_log_probs(model: Any, trainer: Any, **choices: Any) -> str:
+    """A digest of all that a reference log-prob depends on, besides its row and what else is in its micro-batch.
+
+    Args:
+        model: The reference's own model, or the policy, whose code and layout it shares.
+        trainer: The Lightning trainer.
+        choices: What else its numbers depend on, such as a digest of the reference's weights.
+    """
+    device, config = trainer.strategy.root_device, model.config.to_dict()
+    names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: str(torch.cpu.get_capabilities())}
+    adapters = getattr(model, "peft_config", {})
+    came_in = adapters[REFERENCE_ADAPTER].to_dict() if REFERENCE_ADAPTER in adapters else {}
+    return digest_of_values(
+        {
+            **choices,
+            "config": {name: value for name, value in config.items() if name not in _NO_PART_OF_A_MODEL},
+            # PEFT keeps names in sets, whose order is another one in every process.
+            "adapter": {name: sorted(value) if isinstance(value, set) else value for name, value in came_in.items()},
+            "dtype": str(final_dtype(next(model.parameters()))),
+            "precision": trainer.precision,
+            "device": device.type,
+            "device_name": names[device.type](device) if device.type in names else "",
+            "layout": layout_of(model),
+            "attention": model.config.get_text_config()._attn_implementation,
+            "code": digest_of_code(*_CODE),
+            "versions": {name: versions()[name] for name in _PACKAGES},
+        }
+    )
+
+
+class KnownLogProbs:
+    """Reference log-probs of tables of rows, found by what is in a row; the same in every process.
+
+    Args:
+        datasets: The tables, by name.
+        folder: Where values are kept: those of one reference, computed in one way.
+        trainer: The Lightning trainer.
+    """
+
+    def __init__(self, datasets: Mapping[str, Dataset], folder: Path, trainer: Any) -> None:
+        self.datasets, self.folder, self._trainer = dict(datasets), folder, trainer
+        found = [keys_and_lengths(dataset) for dataset in self.datasets.values()]
+        self._keys, slots = np.unique(np.concatenate([keys for keys, _ in found]), return_inverse=True)
+        self._slots = dict(
+            zip(datasets, np.split(slots, np.cumsum([len(keys) for keys, _ in found])[:-1]), strict=True)
+        )
+        self._lengths = {name: lengths for name, (_, lengths) in zip(datasets, found, strict=True)}
+        self._values = np.full(len(self._keys), np.nan, dtype=np.float32)
+        self._unsaved = np.zeros(len(self._keys), dtype=bool)
+        records = read_records(folder)
+        places = np.searchsorted(self._keys, records["key"]).clip(max=len(self._keys) - 1)
+        ours = self._keys[places] == records["key"]
+        self._put(places[ours], records["value"][ours])
+        self._unsaved[:] = False
+        self._agree()
+
+    @property
+    def num_rows(self) -> int:
+        """Distinct rows of all tables."""
+        return len(self._keys)
+
+    @property
+    def num_unknown(self) -> int:
+        """Distinct rows whose value is not known."""
+        return int(np.isnan(self._values).sum())
+
+    def column(self, name: str) -> _Array:
+        """Values of all rows of a table, float32, in nats; NaN where one is not known, or not finite."""
+        return self._values[self._slots[name]]
+
+    def compute(self, score: Callable[[FeedbackBatch], Tensor], *, by_length: bool, share_prompts: bool) -> None:
+        """Computes what is not known, each process a share, and writes it now and then; all processes know it after.
+
+        Every process runs as many passes, as sharded models need it: one with fewer micro-batches repeats some.
+
+        Args:
+            score: Gives the log-probs of a micro-batch that is on the CPU.
+            by_length: Put rows of like length together, for models that pad.
+            share_prompts: Compute a prompt once for neighbouring rows that have it.
+        """
+        batches = [(name, rows) for name in self.datasets for rows in self._micro_batches(name, by_length=by_length)]
+        trainer, written_at = self._trainer, time.monotonic()
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        with tqdm(total=self.num_unknown, desc="reference log-probs", unit="row", disable=not shown) as bar:
+            for first in range(0, len(batches), trainer.world_size):
+                name, rows = batches[(first + trainer.global_rank) % len(batches)]
+                columns = self.datasets[name].select_columns(_COLUMNS)[rows]
+                samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                self._put(self._slots[name][rows], score(collate(samples, share_prompts=share_prompts)).cpu().numpy())
+                bar.update(sum(len(rows) for _, rows in batches[first : first + trainer.world_size]))
+                if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:
+                    self._write()
+                    written_at = time.monotonic()
+        self._write()
+        self._agree()
+
+    def _write(self) -> None:
+        records = np.empty(int(self._unsaved.sum()), RECORD)
+        records["key"], records["value"] = self._keys[self._unsaved], self._values[self._unsaved]
+        write_records(self.folder, records)
+        self._unsaved[:] = False
+
+    def _put(self, slots: _Array, values: _Array) -> None:
+        """Sets values that are finite and new; the first of several for a row stands."""
+        new = np.isnan(self._values[slots]) & np.isfinite(values)
+        slots, first = np.unique(slots[new], return_index=True)
+        self._values[slots] = values[new][first]
+        self._unsaved[slots] = True
+
+    def _agree(self) -> None:
+        """Makes all processes know what one of them knows; their disks may differ."""
+        known = torch.from_numpy(np.nan_to_num(self._values, nan=-np.inf))
+        agreed = max_over_ranks(known, self._trainer).numpy()
+        self._values = np.where(np.isinf(agreed), np.float32(np.nan), agreed)
+
+    def _micro_batches(self, name: str, *, by_length: bool) -> Iterator[_Array]:
+        """Rows to compute, each content once, cut where they would have too many tokens."""
+        slots, lengths = self._slots[name], self._lengths[name]
+        _, first = np.unique(slots, return_index=True)
+        rows = np.sort(first[np.isnan(self._values[slots[first]])])
+        if by_length:
+            rows = rows[np.argsort(-lengths[rows], kind="stable")]
+        while len(rows):
+            sums = np.cumsum(lengths[rows[:_BATCH_TOKENS]])  # a row has a token at least
+            count = max(1, int(np.searchsorted(sums, _BATCH_TOKENS, side="right")))
+            yield rows[:count]
+            rows = rows[count:]
