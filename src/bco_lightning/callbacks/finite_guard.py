@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,9 +16,11 @@ from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError, NonFiniteError
-from bco_lightning.module import BCOModule
 from bco_lightning.parallel.collectives import gather_over_ranks
 from bco_lightning.parallel.sharding import own_part
+
+if TYPE_CHECKING:
+    from bco_lightning.module import BCOModule
 
 _SHOWN = 5
 _SCORES = ("policy_log_probs_B", "reference_log_probs_B", "losses_B")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,8 +14,10 @@ from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.metrics import ImplicitRewardMetrics
-from bco_lightning.module import BCOModule
 from bco_lightning.parallel.collectives import sum_over_ranks
+
+if TYPE_CHECKING:
+    from bco_lightning.module import BCOModule
 
 # A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
 _EXPLODED = 20.0

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.throughput import Throughput, get_available_flops
@@ -20,8 +20,10 @@ from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, 
 from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.models.layout import layout_of
 from bco_lightning.models.useful_flops import UsefulFlops
-from bco_lightning.module import BCOModule
 from bco_lightning.parallel.collectives import max_over_ranks
+
+if TYPE_CHECKING:
+    from bco_lightning.module import BCOModule
 
 _GIB = 2**30
 _COUNTS = ("rows", "tokens", "positions", "padding", "flops")

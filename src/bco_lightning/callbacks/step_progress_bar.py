@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -10,7 +10,9 @@ from typing_extensions import override
 
 from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback
-from bco_lightning.module import BCOModule
+
+if TYPE_CHECKING:
+    from bco_lightning.module import BCOModule
 
 
 class StepProgressBar(StepCallback, TQDMProgressBar):
