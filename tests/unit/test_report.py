@@ -35,13 +35,13 @@ def test_gain_win_rate_kl_perplexity_and_lengths() -> None:
 
 def test_the_interval_covers_the_true_gain_about_95_times_in_100() -> None:
     covered = 0
-    for seed in range(100):
+    for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
         reference = torch.randn(40, 4, generator=generator)
         policy = torch.randn(40, 4, generator=generator) + 0.3
         result = measured(policy.tolist(), reference.tolist())
         covered += result.gain_low <= 0.3 <= result.gain_high
-    assert 88 <= covered <= 99
+    assert 180 <= covered <= 199
 
 
 def test_it_says_so_when_nothing_improved() -> None:
