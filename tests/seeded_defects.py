@@ -189,8 +189,8 @@ DEFECTS = [
         (f"{SAME}::test_an_exported_model_gives_the_logits_of_the_policy",),
     ),
     Defect(
-        "S1", "files are unpickled", "checkpoints/format.py",
-        "    if folder.is_file():\n", "    if folder.is_file():\n        torch.load(folder, weights_only=False)\n",
+        "S1", "files are unpickled", "checkpoints/choosing.py",
+        "    if path.is_file():\n", "    if path.is_file():\n        __import__('torch').load(path, weights_only=False)\n",
         (f"{CHECKPOINTS}::test_no_reader_runs_code_out_of_a_checkpoint",),
     ),
     Defect(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bco_lightning.checkpoints.folders import discard
 from bco_lightning.checkpoints.manifest import MANIFEST_FILE, verify_checkpoint
-from bco_lightning.errors import CheckpointError
+from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -60,7 +60,7 @@ def resolve_checkpoint(
 
     Args:
         path: A step's folder, a run's folder (its newest whole step), or a folder of runs (that of its newest run that
-            has one). A file comes back as it is, to be refused by whoever reads it.
+            has one).
         skipped: Is told why each newer step was passed over.
         share: As for :func:`verify_checkpoint`.
 
@@ -69,14 +69,33 @@ def resolve_checkpoint(
 
     Raises:
         CheckpointError: If there is none.
+        UnsafeCheckpointError: If it is a file.
     """
-    if path.is_file() or (path / MANIFEST_FILE).exists() or _STEP_FOLDER.fullmatch(path.name):
+    require_folder(path)
+    if (path / MANIFEST_FILE).exists() or _STEP_FOLDER.fullmatch(path.name):
         return path
     runs = [path / "checkpoints", path, *(run / "checkpoints" for run in _newest_first(path.glob("version_*")))]
     for checkpoints in runs:
         if (found := newest_verified(checkpoints, skipped, share)) is not None:
             return found
     raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
+
+
+def require_folder(path: Path) -> None:
+    """Refuses what is no folder, before anything else looks into it.
+
+    Raises:
+        CheckpointError: If it is not there.
+        UnsafeCheckpointError: If it is a file.
+    """
+    if path.is_file():
+        raise UnsafeCheckpointError(
+            str(path),
+            "expected the folder of a checkpoint, found a file, which may hold objects that would run code when read.",
+            "Do not use this file.",
+        )
+    if not path.is_dir():
+        raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
 
 
 def _newest_first(runs: Iterator[Path]) -> list[Path]:

@@ -16,11 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from bco_lightning.checkpoints.choosing import saved_steps
+from bco_lightning.checkpoints.choosing import require_folder, saved_steps
 from bco_lightning.checkpoints.folders import discard, written_whole
 from bco_lightning.checkpoints.manifest import verify_checkpoint, write_manifest
 from bco_lightning.checkpoints.tensors import read_tensors, shapes_of, write_tensors
-from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
+from bco_lightning.errors import CheckpointError
 from bco_lightning.parallel.collectives import Processes, errors_of_all, gather_over_ranks
 from bco_lightning.parallel.sharding import is_cut
 
@@ -72,7 +72,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         while True:
             errors: list[Exception] = []
             try:
-                _require_folder(folder)
+                require_folder(folder)
                 verify_checkpoint(folder, share)
             except CheckpointError as error:
                 errors.append(error)
@@ -148,20 +148,9 @@ def read_checkpoint(path: Path | str, *, moments: bool = True) -> dict[str, Any]
     folder = Path(path)
     if "://" in str(path):
         raise CheckpointError(str(path), "expected a local checkpoint, found a URL.", "Fetch it first.")
-    _require_folder(folder)
+    require_folder(folder)
     verify_checkpoint(folder)
     return _read(folder, None, moments)
-
-
-def _require_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise UnsafeCheckpointError(
-            str(folder),
-            "expected the folder of a checkpoint, found a file, which may hold objects that would run code when read.",
-            "Do not use this file.",
-        )
-    if not folder.is_dir():
-        raise CheckpointError(str(folder), "expected a checkpoint, found none.")
 
 
 def _read(folder: Path, weights: Mapping[str, Tensor] | None, moments: bool) -> dict[str, Any]:
