@@ -29,7 +29,7 @@ import rows as benchmark_rows
 import speed
 
 HERE = Path(__file__).parent
-STREAMING = {"streaming": True, "streaming_sample": 2000}
+STREAMING = {"streaming": True}
 DEMAND = "at least 4 times the rows per second of TRL 1.13, and memory that does not grow with rows"
 
 

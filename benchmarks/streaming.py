@@ -20,9 +20,8 @@ from rows import MODEL
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
 ROWS = (100_000, 1_000_000, 10_000_000)
-MODES = ("first pass", "sample")
 NUM_FILES, CHUNK = 20, 10_000
-ROWS_PER_STEP, STEPS, SHUFFLE_BUFFER, SAMPLE = 64, 100, 10_000, 10_000
+ROWS_PER_STEP, STEPS, SHUFFLE_BUFFER = 64, 100, 10_000
 TEXT = "the quick brown fox jumps over a lazy dog and writes some code about models tokens rows and steps"
 
 
@@ -42,79 +41,74 @@ def write_files(folder: Path, num_rows: int) -> str:
     return str(folder / "rows-*.jsonl")
 
 
-def measure(files: str, mode: str) -> dict[str, Any]:
+def measure(files: str) -> dict[str, Any]:
     """Reads and loads in this process.
 
     Args:
         files: A glob.
-        mode: Whether all rows or a sample of them are read in advance.
 
     Returns:
-        Seconds, and by how many MiB anonymous memory peaked in them, here and with all processes of the pass.
+        Seconds, and by how many MiB anonymous memory peaked in them.
     """
-    from bco_lightning.data.reading import ReadingOptions
-    from bco_lightning.data.source import Source
-    from bco_lightning.data.streaming import StreamedRows
     from bco_lightning.models.load import load_tokenizer
 
-    tokenizer, options = load_tokenizer(MODEL), ReadingOptions()
-    sample = SAMPLE if mode == "sample" else None
+    tokenizer = load_tokenizer(MODEL)
     with tempfile.TemporaryDirectory() as name, Peak():  # what the first use loads is no matter of the number of rows
-        _load(
-            StreamedRows.read("train", [Source(write_files(Path(name), 2000))], options, tokenizer, 100), tokenizer, 1
-        )
+        _load(_read(write_files(Path(name), 2000), tokenizer), 1)
     started = time.perf_counter()
     with Peak() as peak:
-        rows = StreamedRows.read("train", [Source(files)], options, tokenizer, sample)
+        module = _read(files, tokenizer)
         read = time.perf_counter() - started
-        first = _load(rows, tokenizer, 1)
-        steps = _load(rows, tokenizer, STEPS)
+        first = _load(module, 1)
+        steps = _load(module, STEPS)
+    [counts] = module.counts
     return {
-        "rows": rows.index.num_rows,
-        "blocks": len(rows.index.blocks),
-        "thumbs_up": rows.class_counts[0] / sum(rows.class_counts),
+        "rows": counts.used,
+        "thumbs_up": module.class_frequencies[0],
         "pass_seconds": read,
-        "rows_per_second_of_pass": rows.index.num_rows / read,
+        "rows_per_second_of_pass": counts.used / read,
         "first_batch_seconds": first,
         "rows_per_second_of_loading": STEPS * ROWS_PER_STEP / steps,
         **peak.found,
     }
 
 
-def _load(rows: Any, tokenizer: Any, steps: int) -> float:
+def _read(files: str, tokenizer: Any) -> Any:
+    from bco_lightning import FeedbackDataModule
+
+    options = {"batch_size": ROWS_PER_STEP, "shuffle_buffer": SHUFFLE_BUFFER, "streaming": True, "cache_rows": False}
+    module = FeedbackDataModule(files, tokenizer=tokenizer, **options)
+    module.setup("fit")
+    return module
+
+
+def _load(module: Any, steps: int) -> float:
     """Seconds of a loader's first steps, from nothing."""
     started = time.perf_counter()
-    order = rows.order(ROWS_PER_STEP, balanced=False, shuffle_buffer=SHUFFLE_BUFFER)
-    dataset = rows.dataset(tokenizer, ROWS_PER_STEP, ROWS_PER_STEP, False, SHUFFLE_BUFFER)
-    for step in range(steps):
-        dataset.__getitems__(order.rows_of_step(step))
+    batches = iter(module.train_dataloader())
+    for _ in range(steps):
+        next(batches)
     return time.perf_counter() - started
 
 
 class Peak:
-    """By how much anonymous memory peaks, looked at every hundredth of a second, its processes every fifth."""
+    """By how much anonymous memory peaks, looked at every hundredth of a second."""
 
     def __enter__(self) -> Peak:
-        self._own = [_anonymous(), 0.0]
-        self._all = [_of_all(), 0.0]
+        self._before, self._most = _anonymous(), 0.0
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
         return self
 
     def _watch(self) -> None:
-        looks = 0
         while not self._ended.wait(0.01):
-            looks += 1
-            self._own[1] = max(self._own[1], _anonymous())
-            if looks % 20 == 0:
-                self._all[1] = max(self._all[1], _of_all())
+            self._most = max(self._most, _anonymous())
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._watcher.join()
-        before, peak = self._own
-        self.found = {"mib": peak - before, "mib_of_all_processes": max(peak - before, self._all[1] - self._all[0])}
+        self.found = {"mib": self._most - self._before}
 
 
 def _anonymous() -> float:
@@ -122,44 +116,28 @@ def _anonymous() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
-def _of_all() -> float:
-    """Anonymous memory of this process and its children; what they share is counted once."""
-    children = Path("/proc/self/task").glob("*/children")
-    numbers = ["self", *(number for file in children for number in file.read_text(encoding="utf-8").split())]
-    total = 0
-    for number in numbers:
-        try:
-            lines = Path(f"/proc/{number}/smaps_rollup").read_text(encoding="utf-8").splitlines()
-            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
-        except (OSError, StopIteration):  # it has ended meanwhile
-            continue
-    return total / 1024
-
-
-def in_a_process(files: str, mode: str) -> dict[str, Any]:
+def in_a_process(files: str) -> dict[str, Any]:
     """Measures in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--point", json.dumps([files, mode])],
+        [sys.executable, __file__, "--point", files],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
-    return {"mode": mode, **json.loads(done.stdout.splitlines()[-1])}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def table(points: list[dict[str, Any]]) -> Table:
-    """All figures, a row for each number of rows and mode."""
-    made = Table("rows", "in advance", "seconds", "rows/s", "first batch, s", "loading, rows/s", "MiB", "of all, MiB")
+    """All figures, a row for each number of rows."""
+    made = Table("rows", "seconds", "rows/s", "first batch, s", "loading, rows/s", "MiB")
     for point in points:
         made.add_row(
             f"{point['rows']:,}",
-            point["mode"],
             f"{point['pass_seconds']:.1f}",
             f"{point['rows_per_second_of_pass']:,.0f}",
             f"{point['first_batch_seconds']:.3f}",
             f"{point['rows_per_second_of_loading']:,.0f}",
             f"{point['mib']:.0f}",
-            f"{point['mib_of_all_processes']:.0f}",
         )
     return made
 
@@ -171,15 +149,15 @@ def main() -> None:
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
-        print(json.dumps(measure(*json.loads(options.point))))
+        print(json.dumps(measure(options.point)))
         return
     points = []
     for num_rows in options.rows:
         with tempfile.TemporaryDirectory() as name:
             files = write_files(Path(name), num_rows)
-            points += [in_a_process(files, mode) for mode in MODES]
+            points.append(in_a_process(files))
     Console().print(table(points))
-    settings = {"rows_per_step": ROWS_PER_STEP, "steps": STEPS, "shuffle_buffer": SHUFFLE_BUFFER, "sample": SAMPLE}
+    settings = {"rows_per_step": ROWS_PER_STEP, "steps": STEPS, "shuffle_buffer": SHUFFLE_BUFFER}
     told = {"machine": machine.describe(), "settings": settings, "points": points}
     RESULTS.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 

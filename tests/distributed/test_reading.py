@@ -16,7 +16,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, FeedbackDataModule, cli
-from bco_lightning.data.loading import RowLoader
+from bco_lightning.data.row_sets import RowReader
 from bco_lightning.data.tokenize import RowTokenizer
 from tests.reliability.tiny_run import finish, make_log, make_model, start, tiny_fit, wait
 
@@ -164,7 +164,7 @@ def test_no_temporary_file_is_left(runs: dict) -> None:
 
 def fails(model: str, log: str, how: str) -> None:
     tempfile.tempdir = f"{Path(log).parent}/temporary"
-    load = RowLoader.load
+    load = RowReader.read_training
 
     def slow_load(self: Any, *arguments: Any) -> Any:
         if how == "killed":
@@ -175,7 +175,7 @@ def fails(model: str, log: str, how: str) -> None:
             raise KeyError("an error of ours")
         return load(self, *arguments)
 
-    RowLoader.load = slow_load  # type: ignore[method-assign]
+    RowReader.read_training = slow_load  # type: ignore[method-assign]
     options = {
         "model.name_or_path": model, "data.train_files": log, "trainer.accelerator": "cpu", "trainer.devices": "2",
         "trainer.strategy": "ddp", "process_timeout": "5",

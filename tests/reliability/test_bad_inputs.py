@@ -23,9 +23,9 @@ import pytest
 from datasets import Dataset
 
 from bco_lightning import FeedbackDataModule, cli
+from bco_lightning.data.counts import Counted
 from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK
-from bco_lightning.data.row_counts import Counted
 from bco_lightning.data.source import Rating, Source
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
 from tests.reliability.tiny_run import byte_tokenizer
@@ -1292,7 +1292,7 @@ def test_an_error_of_this_package_is_told_without_the_text_that_led_to_it(
     def fail(*_: object) -> Any:
         raise KeyError(SAID)
 
-    monkeypatch.setattr("bco_lightning.data.loading.read_records", fail)
+    monkeypatch.setattr("bco_lightning.data.row_sets.record_file", fail)
     write({"log.jsonl": LOG})
     assert cli.main(typed(command, byte_model, "log.jsonl")) == 1
     said = capfd.readouterr()

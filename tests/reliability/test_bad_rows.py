@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bco_lightning import FeedbackDataModule
-from bco_lightning.data.row_counts import Counted
+from bco_lightning.data.counts import Counted
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
@@ -125,16 +125,10 @@ def test_a_file_of_nothing_but_malformed_rows_is_refused_whatever_the_share(tmp_
 
 def test_a_row_that_is_left_out_does_not_narrow_the_label_vocabulary(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
-    template = tmp_path / "template.jinja"
-    template.write_text(
-        "{% for m in messages %}{% if m['content'] == 'odd' %}{{ raise_exception('odd') }}{% endif %}"
-        "{{ m['content'] }}{% endfor %}"
-    )
-    # The first rows fail in a column and in the template; only then does the source speak true/false.
-    rows = [row(prompt="", label=1), row(prompt="odd", label="up"), row(label=True), row(label=False)]
-    log.write_bytes(b"\n".join(rows))
-    module = start(log, bad_rows="skip", max_bad_rows=0.5, chat_template=str(template))
-    assert module.train_dataset["place"] == [f"{log}:3", f"{log}:4"]
+    # The first row fails in a column; only then does the source speak true/false.
+    log.write_bytes(b"\n".join([row(prompt="", label=1), row(label=True), row(label=False)]))
+    module = start(log, bad_rows="skip", max_bad_rows=0.5)
+    assert module.train_dataset["place"] == [f"{log}:2", f"{log}:3"]
 
 
 def test_a_malformed_file_is_refused_even_where_rows_are_skipped(tmp_path: Path) -> None:

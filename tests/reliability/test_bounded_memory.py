@@ -90,28 +90,36 @@ def test_memory_does_not_grow_with_the_log(trials: Trials, tmp_path: Path) -> No
             assert found["seconds"] < 60, found
 
 
-def open_files_in(folder: Path) -> set[str]:
-    """Descriptors of files in a folder, also of those without a name any more."""
-    links = (path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
-    return {str(link) for link in links if str(link).startswith(str(folder))}
-
-
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     module = FeedbackDataModule(make_log(tmp_path / "log.jsonl"), tokenizer=byte_tokenizer(), cache_rows=False)
     module.setup("fit")
-    assert not list(scratch.iterdir())  # so that even a killed process leaves nothing
+    assert [oct(folder.stat().st_mode) for folder in scratch.iterdir()] == ["0o40700"]  # for its owner alone
     assert list(pickle.loads(pickle.dumps(module.train_dataset))) == list(module.train_dataset)  # noqa: S301
-    assert len(open_files_in(scratch)) == 2
     del module
-    (tmp_path / "bad.jsonl").write_text("no JSON")
-    with pytest.raises(FeedbackRowError, match=r"bad\.jsonl:1"):
-        FeedbackDataModule("bad.jsonl", tokenizer=byte_tokenizer()).setup("fit")
     gc.collect()
     assert not list(scratch.iterdir())
-    assert not open_files_in(scratch)
+    (tmp_path / "bad.jsonl").write_text("no JSON")
+    with pytest.raises(FeedbackRowError, match=r"bad\.jsonl:1"):
+        FeedbackDataModule("bad.jsonl", tokenizer=byte_tokenizer(), cache_rows=False).setup("fit")
+    assert not list(scratch.iterdir())
+    # What still lies there when the process ends goes with it.
+    processes = start(_reads, make_log(tmp_path / "log.jsonl"), str(scratch), folder=tmp_path / "child")
+    assert finish(processes, tmp_path / "child") == [1]
+    assert not list(scratch.iterdir())
+
+
+def _reads(log: str, scratch: str) -> int:
+    tempfile.tempdir = scratch
+    module = FeedbackDataModule(log, tokenizer=byte_tokenizer(), cache_rows=False)
+    module.setup("fit")
+    _alive.append(module)
+    return len(list(Path(scratch).iterdir()))
+
+
+_alive: list[FeedbackDataModule] = []
 
 
 def test_loader_workers_that_are_started_afresh_read_the_rows_too(tmp_path: Path) -> None:
@@ -128,7 +136,7 @@ def test_rows_are_those_of_a_data_set_in_memory(tmp_path: Path) -> None:
     for dataset in (module.train_dataset, module.validation_dataset):
         assert isinstance(dataset, Dataset)
         assert dataset.column_names[:6] == ["row_id", "input_ids", "completion_mask", "thumbs_up", "prompt", "place"]
-        assert dataset.column_names[6:] == ["source", "prompt_length", "completion_length"]
+        assert dataset.column_names[6:] == ["source", "prompt_key", "prompt_length", "completion_length"]
         assert list(dataset["row_id"]) == list(range(len(dataset)))
         lines = (tmp_path / "log.jsonl").read_text().splitlines()
         for row in dataset:

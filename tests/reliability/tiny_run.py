@@ -5,6 +5,7 @@ Nothing here needs pytest: trials in fresh processes import it too.
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -252,6 +253,7 @@ def _child(function: Callable[..., Any], arguments: Any, environment: dict[str, 
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    atexit._run_exitfuncs()
     _wait_for_others(Path(folder), rank, int(environment.get("WORLD_SIZE", 1)))
     os._exit(code)  # what a dead process group's threads still hold must not keep this one
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -16,9 +15,7 @@ import pytest
 import torch
 
 from bco_lightning import FeedbackDataModule
-from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.row_counts import Counted
-from bco_lightning.data.row_table import held_out_prompts, prompt_key
+from bco_lightning.data.counts import Counted
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer
@@ -42,19 +39,6 @@ def test_a_prompt_never_stands_on_both_sides_of_the_split(tokenizer: Any, log: s
     assert len(train) == 6
     assert len(held_out) == 2
     assert not train & held_out
-
-
-def test_the_split_does_not_depend_on_the_order_of_the_rows_but_on_the_seed() -> None:
-    rows = [FeedbackRow([{"role": "user", "content": str(n % 30)}], [], True, str(n)) for n in range(60)]
-
-    def held_out(rows: list[FeedbackRow], seed: int) -> set[str]:
-        keys = np.array([prompt_key(row) for row in rows])
-        return {row.place for row, out in zip(rows, held_out_prompts(keys, 0.2, seed), strict=True) if out}
-
-    chosen = held_out(rows, seed=0)
-    assert len(chosen) == 12
-    assert held_out(rows[::-1], seed=0) == chosen
-    assert held_out(rows, seed=1) != chosen
 
 
 def test_validation_files_take_the_place_of_the_split(tokenizer: Any, log: str, rows: list, tmp_path: Path) -> None:
@@ -131,13 +115,6 @@ def test_testing_reads_the_test_files_alone(tokenizer: Any, log: str) -> None:
     module.setup("test")
     assert sum(len(batch) for batch in module.test_dataloader()) == 24
     assert [count.name for count in module.counts] == ["test"]
-
-
-def test_messages_may_carry_more_than_role_and_content(tokenizer: Any, rows: list, tmp_path: Path) -> None:
-    for number, row in enumerate(rows):
-        row["prompt"] = [{"role": "user", "content": row["prompt"], "id": number}]
-    module = data(tokenizer, write_jsonl(tmp_path / "x.jsonl", rows), validation_fraction=0.25)
-    assert len(module.validation_dataset) == 6  # two prompts of three rows each, whatever their ids
 
 
 def test_limited_epochs_are_refused(tiny_model: str, log: str) -> None:
@@ -290,14 +267,3 @@ def test_a_column_goes_into_the_batches(tokenizer: Any, log: str) -> None:
     assert next(iter(module.train_dataloader())).reference_log_probs_B is None
     with pytest.raises(ValueError, match="values for importance_weight"):
         module.set_column("train", "importance_weight", np.ones(1))
-
-
-def test_the_prompt_key_is_that_of_messages_and_tools() -> None:
-    def key(prompt: str = "a", completion: str = "b", **others: Any) -> int:
-        said = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
-        return prompt_key(FeedbackRow(*said, True, "x:1", **others))
-
-    assert key() == key(completion="c") == key(num_trailing=1)
-    assert len({key(), key(prompt="b"), key(tools=[{"name": "f"}]), key(tools=[{"name": "g"}])}) == 4
-    first = hashlib.sha256(b'[{"content": "a", "role": "user"}]').digest()[:8]
-    assert key() == int.from_bytes(first, "big", signed=True)

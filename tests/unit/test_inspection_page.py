@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bco_lightning.data.row_counts import Counted, FeedbackSummary, RowCounts
+from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.errors import ConfigError
 from bco_lightning.importance.report import TrustReport
 from bco_lightning.inspection import figures

@@ -10,6 +10,12 @@ from torch import Tensor
 
 from bco_lightning.batch import FeedbackBatch, Span
 
+# Columns that batches are made of; those at the end are there once they are known.
+COLUMNS = (
+    "row_id", "input_ids", "completion_mask", "thumbs_up", "source", "prompt_key",
+    "reference_log_prob", "importance_weight",
+)  # fmt: skip
+
 
 def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True) -> FeedbackBatch:
     """Lays rows out one after the other, without padding; a prompt that several of them share is there once.
@@ -64,7 +70,7 @@ def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True)
         targets_N=targets_N.contiguous(),
         rows_N=rows_N.contiguous(),
         thumbs_up_B=torch.tensor([bool(sample["thumbs_up"]) for sample in samples]),
-        importance_weights_B=_known(samples, "importance_weight", torch.float32, torch.ones(len(samples))),
+        importance_weights_B=torch.tensor([float(sample.get("importance_weight", 1)) for sample in samples]),
         row_ids_B=torch.tensor([sample["row_id"] for sample in samples]),
         sources_B=torch.tensor([sample.get("source", 0) for sample in samples]),
         spans=tuple(spans),
@@ -75,10 +81,8 @@ def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True)
     )
 
 
-def _known(
-    samples: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype, otherwise: Tensor | None = None
-) -> Tensor | None:
-    return torch.tensor([sample[name] for sample in samples], dtype=dtype) if name in samples[0] else otherwise
+def _known(samples: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype) -> Tensor | None:
+    return torch.tensor([sample[name] for sample in samples], dtype=dtype) if name in samples[0] else None
 
 
 def _prompt(sample: Mapping[str, Any]) -> tuple[int, ...]:

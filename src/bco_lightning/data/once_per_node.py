@@ -13,7 +13,7 @@ def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict
     """What the first process of this node has read; the others wait for it, without a limit of time.
 
     Args:
-        read: Gives plain values, and under ``row_sets`` what :meth:`RowSet.told` says of each.
+        read: Gives plain values of each read, of which ``contents`` have to be the same on every node.
         trainer: The Lightning trainer, with several processes.
 
     Raises:
@@ -38,16 +38,12 @@ def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict
         if "error" in known:
             raise known["error"]
     read_by = {known["node"]: known["read"] for known in outcomes}
-    _require_same_rows({node: _contents(found["row_sets"]) for node, found in read_by.items()})
+    _require_same_rows({node: _contents(found) for node, found in read_by.items()})
     return read_by[trainer.node_rank]  # type: ignore[no-any-return]
 
 
-def _contents(row_sets: dict[str, Any]) -> dict[str, Any]:
-    """Digest and numbers of each; places and paths may be others on another node."""
-    return {
-        name: [told["digest"], *(number for number in told["counts"].values() if isinstance(number, int))]
-        for name, told in row_sets.items()
-    }
+def _contents(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: content for read in found.values() for name, content in read["contents"].items()}
 
 
 def _require_same_rows(contents: dict[int, dict[str, Any]]) -> None:

@@ -255,15 +255,8 @@ class DataOptions(Options):
         "folders that are larger than memory or disk. Nothing is held out; give ``validation_files``.",
         default=False,
     )
-    streaming_sample: int | None = option(
-        "Rows to read before the first step, for class weights and counts; all of them if left out, without keeping "
-        "any.",
-        default=None,
-        fits=at_least(1, "row"),
-        on_resume="refused",
-    )
     shuffle_buffer: int = option(
-        "Rows of a stream that are mixed with each other; those of a step come from all over the files.",
+        "Rows of a stream that are mixed with each other, from places all over the files.",
         default=10_000,
         fits=at_least(1, "row"),
         on_resume="refused",
@@ -286,12 +279,25 @@ class DataOptions(Options):
         for name in ("train_files", "validation_files", "test_files", "predict_files"):
             self._set(name, _sources(getattr(self, name), name))
         super().__post_init__()
-        self._set("rating", chosen_rating(self.rating))
+        chosen_rating(self.rating)
+
+    def sources(self, name: str) -> list[Source]:
+        """The logs of ``train``, ``validation``, ``test`` or ``predict``; files given by name alone are sources too."""
+        return list(getattr(self, f"{name}_files"))
+
+    @property
+    def row_seed(self) -> int:
+        """The seed given, or the one that stands for none."""
+        return self.seed or 0
+
+    @property
+    def rule(self) -> Rating | None:
+        """The rule of ratings, if there is one."""
+        return chosen_rating(self.rating)
 
     def check(self) -> None:
         """Also refuses options that do not go together."""
         super().check()
-        sample = self.streaming_sample
         for name, fits, expected in (
             (
                 "group_by_prompt", not (self.group_by_prompt and (self.balanced_sampling or self.streaming)),
@@ -300,15 +306,6 @@ class DataOptions(Options):
             (
                 "batch_size", not (self.balanced_sampling and self.batch_size % 2),
                 f"an even number with balanced_sampling, found {self.batch_size}",
-            ),
-            ("streaming_sample", sample is None or self.streaming, f"none without data.streaming, found {sample}"),
-            (
-                "streaming_sample", sample is None or not self.balanced_sampling,
-                f"none with balanced_sampling, which needs the class of every row, found {sample}",
-            ),
-            (
-                "conflicts", self.conflicts == "keep" or not self.streaming,
-                f"keep with data.streaming, which does not compare rows, found {self.conflicts}",
             ),
         ):  # fmt: skip
             if not fits:

@@ -99,13 +99,16 @@ class RowTokenizer:
     """
 
     def __init__(self, tokenizer: Any, limits: LengthLimits, chat_template: str | None = None) -> None:
-        self.tokenizer, self.limits = tokenizer, limits
+        self.tokenizer, self.limits, self._given_template = tokenizer, limits, chat_template
         self.chat_template = chosen_template(tokenizer, chat_template)
         self._control = ControlTokens(tokenizer)
         self._template = ChatTemplate(tokenizer, self.chat_template, self._control)
         self._is_blank = lru_cache(maxsize=64)(lambda token_ids: not tokenizer.decode(token_ids).strip())
         first = self._encode("a", add_special_tokens=True)[:1]
         self._own_bos = first if first == [tokenizer.bos_token_id] else []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowTokenizer, (self.tokenizer, self.limits, self._given_template)  # to loader workers of a stream
 
     def render_prompt(self, prompt: list[Message]) -> str:
         """The prompt as text, up to where the assistant begins to speak."""

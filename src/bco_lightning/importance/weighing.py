@@ -66,11 +66,10 @@ class PromptWeighing:
         self.weights = weights
         if data is None:
             return
-        if not data.streaming:
+        if not data.options.streaming:
             data.set_column("train", "importance_weight", weights.row_weights)
         elif weights.ratio.has_evidence and self._encoder is not None:
             self.in_step = StepWeigher(self._encoder, weights.ratio)
-            data.with_words = self._encoder.takes_words
 
     def load_state_dict(self, state: Mapping[str, Any] | None, data: FeedbackDataModule | None) -> None:
         """Goes on with the bits of a run that had the same rows, encoder and options.

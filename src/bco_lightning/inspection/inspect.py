@@ -66,19 +66,19 @@ def inspect_command(
     """
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
     problem: UserError | None = _read(data)
-    dataset = data.training_rows(data.streaming_sample or MOST_PROMPTS)
+    dataset = data.training_rows(MOST_PROMPTS)
     trust: TrustReport | None = None
     if config.model.importance_weights != "off":
         weights = BCOModule(**model_options).find_importance(data)
         trust = weights.report
         problem = problem or weights.problem(config.model.importance_weights)
     notes = [] if problem is None else [Finding("problem", f"fit would not start: {problem.problem}")]
-    if data.streaming:
+    if data.options.streaming:
         text = f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it."
         notes.append(Finding("note", text))
     arrays = RowArrays.of(dataset)
     limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
-    up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), data.seed)
+    up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), data.options.seed)
     report = DataReport(
         model=config.model.name_or_path,
         counts=tuple(data.counts),
@@ -86,12 +86,14 @@ def inspect_command(
         arrays=arrays,
         limits={name: limit for name, limit in limits.items() if limit is not None},
         # The data module knows of no trainer here: its steps are micro-batches of one device.
-        cost=cost_of(arrays, data.class_frequencies[0], config, data.batch_size, data.steps_per_epoch),
-        prompts=prompt_shift(prompts_of(dataset, drawn), up[drawn], data.seed),
+        cost=cost_of(arrays, data.class_frequencies[0], config, data.options.batch_size, data.steps_per_epoch),
+        prompts=prompt_shift(prompts_of(dataset, drawn), up[drawn], data.options.seed),
         prompt_bias=auc(arrays.prompt_lengths, up, arrays.prompts),
         bias=LengthBias.of(arrays),
         personal_data=count_personal_data((row.prompt, row.completion) for row in texts_of(dataset, data.tokenizer)),
-        examples=examples_of(dataset, data.tokenizer, up, 0 if options.hide_examples else options.examples, data.seed),
+        examples=examples_of(
+            dataset, data.tokenizer, up, 0 if options.hide_examples else options.examples, data.options.seed
+        ),
         notes=tuple(notes),
         trust=trust,
     )

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
+from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.messages import printable
-from bco_lightning.data.row_counts import FeedbackSummary, RowCounts
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import EFFICIENCY, Cost

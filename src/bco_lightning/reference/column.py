@@ -91,7 +91,7 @@ def _known(
         model,
         trainer,
         reference=reference.digest,
-        shared_prompts=data.group_by_prompt,
+        shared_prompts=data.options.group_by_prompt,
         compiled=options.compile,
         quantization=options.quantization,
     )
@@ -112,7 +112,7 @@ def _known(
             return reference.log_probs(batch.to(next(model.parameters()).device))
 
     # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone.
-    known.compute(score, by_length=layout_of(model) == "padded", share_prompts=data.group_by_prompt)
+    known.compute(score, by_length=layout_of(model) == "padded", share_prompts=data.options.group_by_prompt)
     if known.num_unknown:
         rank_zero_warn(f"{known.num_unknown:,} reference log-probs are not finite.")
     return known

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+
+Array = np.ndarray[Any, Any]
 
 
 class Pool:
@@ -20,9 +22,12 @@ class Pool:
     Args:
         rows: Row positions.
         seed: Seed of the permutations.
-        sources: The number of each row's source; one source if left out.
+        sources: The number of each position's source; one source if left out.
         weights: Passes over each source in one pass of the pool; 1 if left out.
-        groups: A number for each row; in every pass rows with the same number follow each other.
+        groups: A number for each position; in every pass rows with the same number follow each other.
+        regions: A number for each position, of the part of a file where its row lies; a pass mixes the rows of some
+            regions, then those of some others, so that few of them are read at a time.
+        window: Rows of those regions together, about.
 
     Example:
         >>> pool = Pool([0, 1, 2], [0])
@@ -32,17 +37,20 @@ class Pool:
 
     def __init__(
         self,
-        rows: Sequence[int] | np.ndarray[Any, Any],
+        rows: Sequence[int] | Array,
         seed: Sequence[int],
-        sources: np.ndarray[Any, Any] | None = None,
+        sources: Array | None = None,
         weights: Sequence[float] | None = None,
-        groups: np.ndarray[Any, Any] | None = None,
+        *,
+        groups: Array | None = None,
+        regions: Array | None = None,
+        window: int = 1,
     ) -> None:
-        self._seed, self._groups = list(seed), groups
+        self._seed, self._groups, self._regions, self._window = list(seed), groups, regions, window
         self._rows = np.asarray(rows, dtype=np.int64)
-        self._parts: list[tuple[np.ndarray[Any, Any], int]] = []
+        self._parts: list[tuple[Array, int]] = []
         if sources is not None and weights is not None and any(weight != 1 for weight in weights):
-            members = [self._rows[sources == number] for number in range(len(weights))]
+            members = [self._rows[sources[self._rows] == number] for number in range(len(weights))]
             taken = [max(1, round(weight * len(rows))) if len(rows) else 0 for rows, weight in zip(members, weights)]  # noqa: B905
             self._parts = list(zip(members, taken, strict=True))
         # A step touches one pass, or two at a border.
@@ -51,28 +59,40 @@ class Pool:
     def __len__(self) -> int:
         return sum(taken for _, taken in self._parts) if self._parts else len(self._rows)
 
-    def _make_pass(self, number: int) -> np.ndarray[Any, Any]:
+    def _make_pass(self, number: int) -> Array:
         taken = [self._taken(part, number) for part in range(len(self._parts))]
-        rows: np.ndarray[Any, Any] = np.concatenate(taken or [self._rows])
-        permutation = np.random.default_rng([*self._seed, number]).permutation(len(rows))
-        if self._groups is None:
-            return rows[permutation]
-        _, first, member = np.unique(self._groups[rows][permutation], return_index=True, return_inverse=True)
-        # Each row moves up to the place of the first row of its group.
-        return rows[permutation[np.argsort(first[member], kind="stable")]]
+        rows: Array = np.concatenate(taken or [self._rows])
+        random = np.random.default_rng([*self._seed, number])
+        rows = rows[random.permutation(len(rows))]
+        if self._groups is not None:
+            # Each row moves up to the place of the first row of its group.
+            _, first, member = np.unique(self._groups[rows], return_index=True, return_inverse=True)
+            return rows[np.argsort(first[member], kind="stable")]
+        if self._regions is not None:
+            _, region, sizes = np.unique(self._regions[rows], return_inverse=True, return_counts=True)
+            order, window = random.permutation(len(sizes)), np.empty(len(sizes), np.int64)
+            window[order] = (np.cumsum(sizes[order]) - sizes[order]) // self._window
+            return rows[np.argsort(window[region], kind="stable")]
+        return rows
 
-    def _taken(self, part: int, number: int) -> np.ndarray[Any, Any]:
+    def _taken(self, part: int, number: int) -> Array:
         """What a pass takes of one source: the next rows of an endless row of permutations."""
         rows, taken = self._parts[part]
         if not taken:
             return rows
         start, stop = number * taken, (number + 1) * taken
         cycles = range(start // len(rows), (stop - 1) // len(rows) + 1)
-        endless: np.ndarray[Any, Any] = np.concatenate(
+        endless: Array = np.concatenate(
             [np.random.default_rng([*self._seed, part, cycle]).permutation(len(rows)) for cycle in cycles]
         )
         offset = cycles.start * len(rows)
         return np.take(rows, endless[start - offset : stop - offset])
+
+
+def pools_of(thumbs_up: Array, seed: int, *, by_class: bool, **options: Any) -> list[Pool]:
+    """One pool of all rows, or one of thumbs-up and one of thumbs-down; ``options`` are those of :class:`Pool`."""
+    chosen = [thumbs_up, ~thumbs_up] if by_class else [np.ones(len(thumbs_up), bool)]
+    return [Pool(np.flatnonzero(rows), [seed, number], **options) for number, rows in enumerate(chosen)]
 
 
 class RowOrder:
@@ -109,17 +129,6 @@ class RowOrder:
         return [row for _, _, row in sorted(drawn)]
 
 
-class StepOrder(Protocol):
-    """Says which rows an optimizer step trains on."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
-
-    def rows_of_step(self, step: int) -> list[int]:
-        """Row numbers of optimizer step ``step``, from 0."""
-
-
 class StepBatchSampler(Sampler[list[int]]):
     """Micro-batches of one rank, from the current optimizer step to the end of the epoch.
 
@@ -138,14 +147,14 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        order: StepOrder,
+        order: RowOrder,
         *,
         batch_size: int,
         accumulation: int,
         rank: int,
         world_size: int,
         current_step: Callable[[], int],
-        lengths: np.ndarray[Any, Any] | None = None,
+        lengths: Array | None = None,
     ) -> None:
         self._lengths = lengths
         self._order, self._batch_size, self._accumulation = order, batch_size, accumulation

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bco_lightning.data.sampling import Pool, RowOrder, StepBatchSampler
+from bco_lightning.data.order import Pool, RowOrder, StepBatchSampler
 
 NUM_ROWS, ROWS_PER_STEP = 23, 8
 

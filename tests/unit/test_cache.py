@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import stat
@@ -12,8 +13,7 @@ from typing import Any
 import pytest
 
 from bco_lightning import FeedbackDataModule
-from bco_lightning.data import Columns, Rating, Source
-from bco_lightning.data.row_cache import _find
+from bco_lightning.data import Columns, Source, cache, row_sets
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer
 
@@ -62,17 +62,27 @@ def test_what_was_printed_at_first_is_printed_again(log: str, folder: Path, capl
     assert [line.split(" ", 3)[-1] for line in again] == [line.split(" ", 3)[-1] for line in first]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_rows_read_in_another_way_are_not_taken(log: str, folder: Path, tokenizer: Any, caplog: Any) -> None:
+    start(log, folder)
+    two_templates = byte_tokenizer()
+    two_templates.chat_template = {"default": two_templates.chat_template, "tool_use": "one"}
+    for change in (
         {"max_length": 48}, {"seed": 7}, {"validation_fraction": 0.3}, {"chat_template": "plain"},
         {"conflicts": "drop"}, {"long_prompts": "keep_start"}, {"bad_rows": "skip"}, {"loss_on": "all_turns"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_rows_read_with_other_options_are_not_taken(log: str, folder: Path, change: dict, caplog: Any) -> None:
+        {"format": "unpaired"}, {"max_bad_rows": 0.5}, {"train_files": [Source(log, name="n")]},
+        {"columns": Columns(messages="talk")}, {"tokenizer": tokenizer}, {"tokenizer": two_templates},
+    ):  # fmt: skip
+        start(**{"log": log, "folder": folder, **change})
+        assert not was_found(caplog), change
+
+
+@pytest.mark.parametrize("changed", ["version", "_digest_of_code"])
+def test_rows_of_other_libraries_or_code_are_not_taken(
+    changed: str, log: str, folder: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start(log, folder)
-    start(log, folder, **change)
+    monkeypatch.setattr(row_sets, changed, lambda *_: "another")
+    start(log, folder)
     assert not was_found(caplog)
 
 
@@ -85,12 +95,6 @@ def test_a_changed_byte_of_the_log_is_noticed(log: str, folder: Path, caplog: An
     assert again.fingerprints()["row_digest"] != first.fingerprints()["row_digest"]
     changed = [old["place"] for old, new in zip(first.train_dataset, again.train_dataset, strict=True) if old != new]
     assert changed == [f"{log}:4"]
-
-
-def test_another_tokenizer_is_noticed(log: str, folder: Path, tokenizer: Any, caplog: Any) -> None:
-    start(log, folder)
-    start(log, folder, tokenizer=tokenizer)
-    assert not was_found(caplog)
 
 
 def test_options_of_training_do_not_matter(log: str, folder: Path, caplog: Any) -> None:
@@ -109,11 +113,6 @@ def test_a_damaged_file_is_read_anew(log: str, folder: Path, caplog: Any) -> Non
     assert not was_found(caplog)
     start(log, folder)
     assert was_found(caplog)
-
-
-def test_only_the_owner_can_look_into_it(log: str, folder: Path) -> None:
-    start(log, folder)
-    assert [stat.S_IMODE(entry.stat().st_mode) for entry in (folder / "tokenized_rows").iterdir()] == [0o700]
 
 
 def test_nothing_is_kept_if_that_was_asked_for(log: str, folder: Path) -> None:
@@ -139,38 +138,32 @@ def test_what_nobody_used_for_thirty_days_is_removed(log: str, folder: Path, row
     [old] = (folder / "tokenized_rows").iterdir()
     long_ago = time.time() - 31 * 24 * 3600
     os.utime(old, (long_ago, long_ago))
+    start(log, folder)  # one in use is young again
+    assert time.time() - old.stat().st_mtime < 60
+    os.utime(old, (long_ago, long_ago))
     start(write_jsonl(tmp_path / "other.jsonl", rows[:20]), folder)
     assert not old.exists()
     assert len(list((folder / "tokenized_rows").iterdir())) == 1
 
 
-def test_an_entry_in_use_is_young_again(log: str, folder: Path) -> None:
-    start(log, folder)
-    [entry] = (folder / "tokenized_rows").iterdir()
-    os.utime(entry, (0, 0))
-    start(log, folder)
-    assert time.time() - entry.stat().st_mtime < 60
-
-
-def test_a_manifest_of_any_other_shape_is_no_more_than_a_miss(tmp_path: Path, log: str, folder: Path) -> None:
+def test_a_manifest_of_any_other_shape_is_no_more_than_a_miss(log: str, folder: Path, caplog: Any) -> None:
     start(log, folder)
     [entry] = (folder / "tokenized_rows").iterdir()
     good = json.loads((entry / "manifest.json").read_text())
-    assert _find(entry) is not None
-    row_sets = good["row_sets"]
-    damaged = [
-        [], "{", {}, {"row_sets": []}, {"row_sets": {"train": {}}, "summary": None}, {"row_sets": row_sets},
-        {"row_sets": row_sets, "summary": 1}, {"row_sets": row_sets, "summary": {"rows": 1}},
-        {"row_sets": {"../train": row_sets["train"]}, "summary": None},
-        {"row_sets": {"train": {**row_sets["train"], "counts": []}}, "summary": None},
-        {"row_sets": {"validation": row_sets["train"]}, "summary": None},
+    values, train = good["values"], good["values"]["row_sets"]["train"]
+    damaged: list[Any] = [
+        [], "{", {}, {**good, "files": []}, {**good, "values": 1}, {**good, "values": {**values, "summary": 1}},
+        {**good, "values": {**values, "row_sets": {"../train": train}}},
+        {**good, "values": {**values, "row_sets": {"train": {**train, "counts": []}}}},
+        {**good, "files": {"../manifest.json": ""}},
     ]  # fmt: skip
     for manifest in damaged:
         (entry / "manifest.json").write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
-        assert _find(entry) is None, manifest
+        start(log, folder)
+        assert not was_found(caplog), manifest
 
 
-def test_what_lies_beside_the_entries_is_never_removed(log: str, folder: Path, rows: list, tmp_path: Path) -> None:
+def test_what_lies_beside_the_entries_is_never_removed(log: str, folder: Path) -> None:
     foreign = folder / "tokenized_rows" / "mine"
     unfinished = folder / "tokenized_rows" / ".draft-of-a-killed-start"
     for path in (foreign, unfinished):
@@ -181,19 +174,18 @@ def test_what_lies_beside_the_entries_is_never_removed(log: str, folder: Path, r
     assert not unfinished.exists()
 
 
-def test_an_entry_that_others_can_write_is_not_taken(log: str, folder: Path, caplog: Any) -> None:
+@pytest.mark.parametrize("how", ["others can write", "a link"])
+def test_an_entry_that_another_may_have_put_there_is_not_taken(
+    how: str, log: str, folder: Path, tmp_path: Path, caplog: Any
+) -> None:
     start(log, folder)
     [entry] = (folder / "tokenized_rows").iterdir()
-    entry.chmod(0o755)
-    start(log, folder)
-    assert not was_found(caplog)
-
-
-def test_a_link_is_not_taken(log: str, folder: Path, tmp_path: Path, caplog: Any) -> None:
-    start(log, folder)
-    [entry] = (folder / "tokenized_rows").iterdir()
-    entry.rename(tmp_path / "elsewhere")
-    entry.symlink_to(tmp_path / "elsewhere")
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o700
+    if how == "a link":
+        entry.rename(tmp_path / "elsewhere")
+        entry.symlink_to(tmp_path / "elsewhere")
+    else:
+        entry.chmod(0o755)
     start(log, folder)
     assert not was_found(caplog)
 
@@ -201,31 +193,26 @@ def test_a_link_is_not_taken(log: str, folder: Path, tmp_path: Path, caplog: Any
 def test_a_full_disk_costs_the_cache_and_no_more(
     log: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    fill = cache._fill
 
-    monkeypatch.setattr("bco_lightning.data.row_cache._write_manifest", full)
+    def full(entry: Path, make: Any) -> None:
+        if entry.is_relative_to(folder):
+            raise OSError(28, "No space left on device")
+        fill(entry, make)
+
+    monkeypatch.setattr(cache, "_fill", full)
     assert len(start(log, folder).train_dataset) > 0
     assert "rows: not kept for the next start (No space left on device" in caplog.text
     assert not list((folder / "tokenized_rows").iterdir())
 
 
-def test_other_columns_ratings_and_formats_are_not_taken(tmp_path: Path, folder: Path, caplog: Any) -> None:
-    rows = [{"prompt": "p", "q": f"q{n}", "completion": "a", "label": n % 2, "stars": 3 * (n % 2)} for n in range(9)]
-    log = write_jsonl(tmp_path / "x.jsonl", rows)
-    start(log, folder)
-    for change in (
-        {"columns": Columns(prompt="q")}, {"rating": Rating("stars", up=2, down=1)},
-        {"rating": Rating("stars", up=3, down=1)}, {"format": "unpaired"}, {"max_bad_rows": 0.5},
-        {"train_files": [Source(log, name="n")]},
-    ):  # fmt: skip
-        start(**{"log": log, "folder": folder, **change})
-        assert not was_found(caplog), change
-
-
-def test_another_template_for_tools_is_not_taken(log: str, folder: Path, caplog: Any) -> None:
-    for text in ("one", "two"):
-        tokenizer = byte_tokenizer()
-        tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": text}
-        start(log, folder, tokenizer=tokenizer)
-        assert not was_found(caplog)
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_public_data_set_can_be_mapped_and_has_a_file_of_a_name(log: str, folder: Path, kept: bool) -> None:
+    module = start(log, folder, cache_rows=kept)
+    [file] = module.train_dataset.cache_files
+    assert Path(file["filename"]).is_file()
+    lengths = module.train_dataset.map(lambda row: {"length": len(row["input_ids"])})
+    assert lengths["length"][:] == [len(row["input_ids"]) for row in module.train_dataset]
+    del module
+    gc.collect()
+    assert Path(file["filename"]).is_file() is kept  # with the cache off, files go with the data module

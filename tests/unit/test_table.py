@@ -1,7 +1,9 @@
-"""Answers with thumbs of both kinds are kept, or lose rows by a rule."""
+"""What rows are known by, and which of them are held out or left out for it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bco_lightning import FeedbackDataModule
-from bco_lightning.data.conflicts import CONFLICTING, Conflicts, rows_in_conflict
+from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.options import Conflicts
+from bco_lightning.data.table import CONFLICTING, RowLog, held_out_prompts, prompt_key, rows_in_conflict
 from bco_lightning.errors import FeedbackRowError
 from tests.conftest import write_jsonl
 
@@ -67,3 +71,46 @@ def test_a_log_that_disputes_every_answer_is_refused_with_the_reason(tokenizer: 
     module = FeedbackDataModule(log, tokenizer=tokenizer, validation_fraction=0.0, conflicts="drop")
     with pytest.raises(FeedbackRowError, match=r"found none \(2 left out, 0 malformed\)\. conflicting thumbs"):
         module.setup("fit")
+
+
+def row(prompt: str = "a", completion: str = "b", *, more: dict[str, Any] | None = None, **others: Any) -> FeedbackRow:
+    said = [{"role": "user", "content": prompt, **(more or {})}], [{"role": "assistant", "content": completion}]
+    return FeedbackRow(*said, **{"thumbs_up": True, "place": "x:1", **others})
+
+
+def test_the_prompt_key_is_that_of_what_is_said_and_of_the_tools() -> None:
+    assert prompt_key(row()) == prompt_key(row(completion="c", num_trailing=1, more={"id": 7}))
+    tools = [{"name": "f", "parameters": {}}], [{"parameters": {}, "name": "f"}], [{"name": "g"}]
+    keys = [prompt_key(row(tools=known)) for known in (None, *tools)]
+    assert keys[1] == keys[2]
+    assert len({*keys, prompt_key(row("b"))}) == 4
+    told = json.dumps([[["user", "a", None]], None]).encode()
+    assert keys[0] == int.from_bytes(hashlib.sha256(told).digest()[:8], "big", signed=True)  # in every process
+
+
+def test_the_digest_of_rows_is_of_all_that_they_say() -> None:
+    def digest(*rows: FeedbackRow) -> str:
+        log = RowLog(["x"])
+        for known in rows:
+            log.note(known, 0)
+        return log.digest(np.ones(len(rows), bool))
+
+    others = [
+        [row("b")], [row(completion="c")], [row(thumbs_up=False)], [row(tools=[{"name": "f"}])],
+        [row(template_options={"enable_thinking": False})], [row(more={"name": "n"})], [row(), row()], [],
+    ]  # fmt: skip
+    assert len({digest(row()), *(digest(*rows) for rows in others)}) == 9
+    assert digest(row()) == digest(row(place="y:7"))
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows_but_on_the_seed() -> None:
+    rows = [row(str(n % 30), place=str(n)) for n in range(60)]
+
+    def held_out(rows: list[FeedbackRow], seed: int) -> set[str]:
+        keys = np.array([prompt_key(known) for known in rows])
+        return {known.place for known, out in zip(rows, held_out_prompts(keys, 0.2, seed), strict=True) if out}
+
+    chosen = held_out(rows, seed=0)
+    assert len(chosen) == 12
+    assert held_out(rows[::-1], seed=0) == chosen
+    assert held_out(rows, seed=1) != chosen

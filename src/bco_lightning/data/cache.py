@@ -1,0 +1,153 @@
+"""Folders of files by the content of everything that they depend on: made once, then found again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_info
+
+_Opened = TypeVar("_Opened")
+_DAYS_UNUSED, _DAYS_UNFINISHED = 30, 1
+_MANIFEST, _DRAFT = "manifest.json", ".draft-"
+
+
+class FolderCache:
+    """One folder for each content, which only its owner can look into; one that nobody used for 30 days is removed.
+
+    Args:
+        root: Where they are kept; it is made when it is needed. Without, a folder goes with what was opened of it.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = root
+
+    def get(
+        self, key: str | None, make: Callable[[Path], Mapping[str, Any]], open_: Callable[[Path, Any], _Opened]
+    ) -> _Opened:
+        """What the folder of that key holds; it is made now if there is none.
+
+        Args:
+            key: Digest of all that it depends on, in hexadecimal digits; ``None`` where that is not known.
+            make: Leaves files in the folder that it is given, and returns plain values to be kept with them.
+            open_: Opens them, by the folder and these values; it raises a ``ValueError``, ``TypeError`` or
+                ``LookupError`` if the values are not such.
+        """
+        if self._root is None or key is None:
+            return self._temporary(make, open_)
+        entry = self._root / key
+        found = _opened(entry, open_)
+        if found is not None:
+            rank_zero_info(f"rows: found as they were tokenized before, in {entry} (data.cache_rows)")
+            with contextlib.suppress(OSError):
+                os.utime(entry)
+            return found
+        draft = None
+        try:
+            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=self._root))  # for its owner alone
+            _fill(draft, make)
+            found = _put(draft, entry, open_)
+            self._remove_unused()
+            return found
+        except OSError as error:
+            rank_zero_info(
+                f"rows: not kept for the next start ({error.strerror or type(error).__name__}: {self._root})"
+            )
+        finally:
+            if draft is not None:
+                shutil.rmtree(draft, ignore_errors=True)
+        return self._temporary(make, open_)
+
+    def _temporary(self, make: Callable[[Path], Mapping[str, Any]], open_: Callable[[Path, Any], _Opened]) -> _Opened:
+        folder = Path(tempfile.mkdtemp(prefix="bco_lightning-"))
+        try:
+            _fill(folder, make)
+            opened = open_(folder, values_in(folder))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(opened, _remove, folder, os.getpid())
+        return opened
+
+    def _remove_unused(self) -> None:
+        """Removes what this class has made, and nothing else that may lie there."""
+        for path in self._root.iterdir() if self._root else ():
+            is_entry = re.fullmatch(r"[0-9a-f]{64}", path.name) is not None and (path / _MANIFEST).is_file()
+            if not is_entry and not path.name.startswith(_DRAFT):
+                continue
+            days = _DAYS_UNUSED if is_entry else _DAYS_UNFINISHED
+            with contextlib.suppress(OSError):
+                if not path.is_symlink() and time.time() - path.stat().st_mtime > days * 24 * 3600:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def values_in(folder: Path) -> Any:
+    """The values that were kept with the files of a folder.
+
+    Raises:
+        OSError: If there are none, as where another process of the node sees no such folder.
+    """
+    return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["values"]
+
+
+def _fill(folder: Path, make: Callable[[Path], Mapping[str, Any]]) -> None:
+    values = make(folder)
+    files = {path.name: _digest_of(path) for path in folder.iterdir()}
+    (folder / _MANIFEST).write_text(json.dumps({"values": values, "files": files}), encoding="utf-8")
+
+
+def _put(draft: Path, entry: Path, open_: Callable[[Path, Any], _Opened]) -> _Opened:
+    try:
+        draft.rename(entry)
+    except OSError:
+        if (found := _opened(entry, open_)) is not None:  # another process was faster
+            return found
+        shutil.rmtree(entry)  # a damaged one
+        draft.rename(entry)
+    return open_(entry, values_in(entry))
+
+
+def _opened(entry: Path, open_: Callable[[Path, Any], _Opened]) -> _Opened | None:
+    try:
+        return open_(entry, values_in(entry)) if _is_whole(entry) else None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # of another shape than ours
+        return None
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether only this user can have put it there (rows of a stranger would be trained on), as it was written."""
+    try:
+        status = entry.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            return False
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o077):
+            return False
+        files = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all(Path(name).name == name and _digest_of(entry / name) == known for name, known in files.items())
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return False
+
+
+def _digest_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # a forked loader worker has the same files, and must not take them from the others
+        shutil.rmtree(folder, ignore_errors=True)

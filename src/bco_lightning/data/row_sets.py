@@ -1,0 +1,335 @@
+"""From the sources of a data set to its rows: read now, or found as they were read before."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from datasets import Dataset
+
+from bco_lightning import batch
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.cache import FolderCache
+from bco_lightning.data.chat import chosen_template
+from bco_lightning.data.counts import FeedbackSummary, OtherRows, RowCounts
+from bco_lightning.data.files import content_key, expand
+from bco_lightning.data.options import DataOptions
+from bco_lightning.data.records import RecordFile, record_file, seekable_files
+from bco_lightning.data.remote import public_name
+from bco_lightning.data.rows import RatedRow, RowMaker
+from bco_lightning.data.source import RowFormat, Source, chosen_rating
+from bco_lightning.data.stream import PlaceTable, RowPlace, StreamRows
+from bco_lightning.data.table import Array, RowTable, held_out_prompts
+from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
+from bco_lightning.errors import FeedbackRowError
+from bco_lightning.identity import digest_of_tokenizer, digest_of_values
+
+_VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
+_BATCH_ROWS, _BATCH_CHARACTERS = 128, 2**20
+# Rows are many small objects without cycles; looking for some after every 700 of them took a fifth of the time.
+_COLLECT_AFTER = (50_000, 20, 50)
+_OF_ROWS = (
+    "format", "columns", "rating", "loss_on", "conflicts", "max_length", "max_prompt_length", "long_prompts",
+    "long_completions", "seed", "bad_rows", "max_bad_rows", "streaming",
+)  # fmt: skip
+Outcome = TokenizedSample | LeftOut | FeedbackRowError
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
+
+
+@dataclass
+class RowSet:
+    """The rows of a data set.
+
+    Args:
+        counts: What became of them.
+        digest: SHA-256 over prompt, completion and thumb of every row, whether it is used or not.
+        dataset: Those that are used, memory-mapped, or left in their files; ``None`` if there are none.
+    """
+
+    counts: RowCounts
+    digest: str
+    dataset: Dataset | StreamRows | None = None
+
+
+@dataclass
+class ReadRows:
+    """What reading has found, in a folder that other processes of this node open too.
+
+    Args:
+        folder: Where its files lie.
+        row_sets: Rows by the name of their data set.
+        summary: What the log looks like, where it is one to train on.
+    """
+
+    folder: Path
+    row_sets: dict[str, RowSet]
+    summary: FeedbackSummary | None = None
+
+    @classmethod
+    def opened(cls, folder: Path, values: Mapping[str, Any]) -> ReadRows:
+        """Opens the files of a folder, given what was kept with them.
+
+        Raises:
+            OSError: If one cannot be read.
+            ValueError: If what was kept is of another shape than ours, which may also be a ``TypeError``.
+        """
+        row_sets = {}
+        for name, told in values["row_sets"].items():
+            counts = RowCounts.from_values(told["counts"])
+            if counts.name != name or not name.isidentifier():
+                raise ValueError(name)
+            row_sets[name] = RowSet(counts, told["digest"])
+            if "files" in told:
+                row_sets[name].dataset = StreamRows(folder / f"{name}.places", told["files"])
+            elif counts.used:
+                row_sets[name].dataset = Dataset.from_file(str(folder / f"{name}.arrow"))
+        return cls(folder, row_sets, FeedbackSummary(**values["summary"]) if values["summary"] else None)
+
+    def contents(self) -> dict[str, Any]:
+        """Digest and numbers of each data set, which are the same on every node; places may differ."""
+        return {
+            name: [known.digest, *(number for number in asdict(known.counts).values() if isinstance(number, int))]
+            for name, known in self.row_sets.items()
+        }
+
+
+class RowReader:
+    """Reads data sets.
+
+    Args:
+        options: What is read, and how.
+        tokenizer: A transformers tokenizer.
+    """
+
+    def __init__(self, options: DataOptions, tokenizer: Any) -> None:
+        self._options, self._tokenizer = options, tokenizer
+        self.row_tokenizer = RowTokenizer(tokenizer, limits_of(options), options.chat_template)
+
+    def read(self, name: str, sources: Sequence[Source], rows: FolderCache, *, labelled: bool = True) -> ReadRows:
+        """All rows of ``sources`` as one data set.
+
+        Raises:
+            FeedbackRowError: On a missing source or a malformed row.
+        """
+
+        def make(folder: Path) -> dict[str, Any]:
+            return {"row_sets": self._whole(folder, name, sources, labelled=labelled)[0], "summary": None}
+
+        return rows.get(self._key({name: sources}, labelled=labelled), make, ReadRows.opened)
+
+    def read_training(self, rows: FolderCache) -> ReadRows:
+        """Rows to train on, and those to validate with: of their own sources, or held out by prompt.
+
+        Raises:
+            FeedbackRowError: On a missing source or a malformed row.
+        """
+        options = self._options
+        sources = {name: options.sources(name) for name in ("train", "validation")}
+
+        def make(folder: Path) -> dict[str, Any]:
+            log = self._log(folder, sources["train"], streamed=options.streaming)
+            others = self._fill(log, sources["train"])
+            summary = log.summary()
+            log.leave_out_conflicts(options.conflicts)
+            row_sets: dict[str, Any] = {}
+            chosen = {"train": np.ones(len(log), bool)}
+            if sources["validation"]:
+                row_sets, prompt_keys = self._whole(folder, "validation", sources["validation"])
+                summary.validation_prompts_in_training = int(np.isin(prompt_keys, log.prompt_keys).sum())
+            elif options.validation_fraction and not options.streaming:
+                held_out = held_out_prompts(log.prompt_keys, options.validation_fraction, options.row_seed)
+                chosen = {"train": ~held_out, **({"validation": held_out} if held_out.any() else {})}
+            return {"row_sets": {**self._divided(log, chosen, others), **row_sets}, "summary": asdict(summary)}
+
+        key = self._key(sources, validation_fraction=options.validation_fraction)
+        return rows.get(key, make, ReadRows.opened)
+
+    def tokenized(self, rows: Iterable[tuple[FeedbackRow, int]], sources: Sequence[Source]) -> Dataset:
+        """The usable ones of some rows, each given with the number of its source, as a table.
+
+        Raises:
+            FeedbackRowError: If none of them is usable.
+        """
+
+        def make(folder: Path) -> dict[str, Any]:
+            log = RowTable(folder, [source.label for source in sources])
+            for row, number, outcome in _ahead(self._tokenized, _batches(rows)):
+                if isinstance(row, FeedbackRow) and isinstance(outcome, (TokenizedSample, LeftOut)):
+                    log.append(row, number, outcome)
+            row_sets = self._divided(log, {"train": np.ones(len(log), bool)}, OtherRows())
+            return {"row_sets": row_sets, "summary": None}
+
+        found = FolderCache(None).get(None, make, ReadRows.opened).row_sets["train"]
+        found.counts.require_used()
+        return found.dataset
+
+    def _whole(
+        self, folder: Path, name: str, sources: Sequence[Source], *, labelled: bool = True
+    ) -> tuple[dict[str, Any], Array]:
+        """All rows of sources as one data set, and the keys of their prompts."""
+        log = self._log(folder, sources)
+        others = self._fill(log, sources, labelled=labelled)
+        return self._divided(log, {name: np.ones(len(log), bool)}, others), log.prompt_keys
+
+    def _log(self, folder: Path, sources: Sequence[Source], *, streamed: bool = False) -> RowTable | PlaceTable:
+        labels = [source.label for source in sources]
+        return PlaceTable(folder, labels) if streamed else RowTable(folder, labels)
+
+    def _divided(
+        self, log: RowTable | PlaceTable, chosen: Mapping[str, Array], others: OtherRows
+    ) -> dict[str, dict[str, Any]]:
+        counts = log.divide(chosen)
+        next(iter(counts.values())).add(others)
+        told = {"files": log.files} if isinstance(log, PlaceTable) else {}
+        return {
+            name: {"counts": asdict(counts[name]), "digest": log.digest(rows), **told} for name, rows in chosen.items()
+        }
+
+    def _fill(self, log: RowTable | PlaceTable, sources: Sequence[Source], *, labelled: bool = True) -> OtherRows:
+        """Appends the rows of all sources, and returns what else there was.
+
+        Raises:
+            FeedbackRowError: On a source without rows, a malformed source, or malformed rows unless they are skipped.
+        """
+        others = OtherRows(self._options.bad_rows, self._options.max_bad_rows)
+        for number, source in enumerate(sources):
+            before = len(log) + len(others)
+            maker = RowMaker(row_format_of(self._options, source), labelled)
+            with _rare_collections():
+                self._fill_from(log, source, number, maker, others)
+            if len(log) + len(others) == before:
+                raise FeedbackRowError(public_name(source.path), "expected at least one row, found none.")
+            others.formats[source.label] = maker.format or "auto"
+        others.check(", ".join(public_name(source.path) for source in sources), len(log) + len(others))
+        return others
+
+    def _fill_from(
+        self, log: RowTable | PlaceTable, source: Source, number: int, maker: RowMaker, others: OtherRows
+    ) -> None:
+        if isinstance(log, PlaceTable):
+            files = seekable_files(source.path)
+            first = log.begin(files, number)
+            for row, place in self._read(files, maker):
+                if isinstance(row, FeedbackRow):
+                    log.append(row, number, place._replace(file=first + place.file))
+                else:
+                    others.take(row)
+            return
+        found = [record_file(path, maker.label_column, maker.numeric_columns) for path in expand(source.path)]
+        # Tokenizing leaves the interpreter free, so the next rows are read meanwhile.
+        for row, _, outcome in _ahead(self._tokenized, _batches(self._read(found, maker))):
+            if isinstance(row, FeedbackRow) and isinstance(outcome, (TokenizedSample, LeftOut)):
+                log.append(row, number, outcome)
+            else:
+                others.take(outcome if isinstance(row, FeedbackRow) else row)  # type: ignore[arg-type]
+
+    def _read(self, files: Sequence[RecordFile], maker: RowMaker) -> Iterator[tuple[RatedRow, RowPlace]]:
+        """The rows of one source with their places, to the first malformed one where that is not to be skipped."""
+        records = (((number, place), record) for number, file in enumerate(files) for place, record in file)
+        for (number, place), record in maker.learn(records):
+            where = f"{files[number].name}:{place.line}"
+            rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where)
+            for part, row in enumerate(rows):
+                yield row, RowPlace(number, place, part)
+                if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
+                    return
+
+    def _tokenized(self, items: list[tuple[RatedRow, Any]]) -> list[tuple[RatedRow, Any, Outcome | None]]:
+        rows = [row for row, _ in items if isinstance(row, FeedbackRow)]
+        outcomes = iter(self.row_tokenizer.tokenize_batch(rows))
+        return [(row, known, next(outcomes) if isinstance(row, FeedbackRow) else None) for row, known in items]
+
+    def _key(self, sources: Mapping[str, Sequence[Source]], **others: Any) -> str | None:
+        """A digest of all that rows depend on; nothing where that cannot be known without reading."""
+        contents: dict[str, str] = {}
+        for source in (source for named in sources.values() for source in named):
+            if source.path.startswith("hub:"):
+                return None
+            contents |= {path: content_key(path) for path in expand(source.path)}
+        if not all(contents.values()):
+            return None
+        return digest_of_values(
+            {
+                "code": _digest_of_code(),
+                "versions": {name: version(name) for name in _VERSIONS},
+                "contents": contents,
+                "sources": {name: [asdict(source) for source in named] for name, named in sources.items()},
+                "options": {name: value for name, value in self._options.plain().items() if name in _OF_ROWS},
+                "chat_template": chosen_template(self._tokenizer, self._options.chat_template),
+                "tokenizer": digest_of_tokenizer(self._tokenizer),
+                "templates": str(self._tokenizer.chat_template),
+                **others,
+            }
+        )
+
+
+def limits_of(options: DataOptions) -> LengthLimits:
+    """Limits of length in tokens."""
+    return LengthLimits(options.max_length, options.max_prompt_length, options.long_prompts, options.long_completions)
+
+
+def row_format_of(options: DataOptions, source: Source) -> RowFormat:
+    """How the records of one source become rows."""
+    return RowFormat(
+        source.format or options.format,
+        source.columns or options.columns,
+        chosen_rating(source.rating) or options.rule,
+        options.loss_on,
+    )
+
+
+@cache
+def _digest_of_code() -> str:
+    """A digest of all that makes rows of records: a mended fault must not leave the rows that it made."""
+    digest = hashlib.sha256()
+    for file in sorted([Path(batch.__file__), *Path(__file__).parent.rglob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _batches(items: Iterable[tuple[RatedRow, Any]]) -> Iterator[list[tuple[RatedRow, Any]]]:
+    pending: list[tuple[RatedRow, Any]] = []
+    characters = 0
+    for item in items:
+        pending.append(item)
+        if isinstance(item[0], FeedbackRow):
+            messages = (*item[0].prompt, *item[0].completion)
+            characters += sum(len(message.get("content") or "") for message in messages)
+        if len(pending) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield pending
+            pending, characters = [], 0
+    if pending:
+        yield pending
+
+
+def _ahead(function: Callable[[_Item], list[_Made]], items: Iterable[_Item]) -> Iterator[_Made]:
+    """What ``function`` makes of each item, made in a thread while the next item is fetched."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting: deque[Future[list[_Made]]] = deque()
+        for item in items:
+            waiting.append(thread.submit(function, item))
+            if len(waiting) > 1:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(*_COLLECT_AFTER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

@@ -1,0 +1,297 @@
+"""Training rows that stay in their files: a table of their places, and rows read and tokenized when they are drawn."""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.counts import RowCounts
+from bco_lightning.data.messages import words_of
+from bco_lightning.data.records import Place, RecordStore, SeekableFile, changed, seekable_file
+from bco_lightning.data.remote import public_name
+from bco_lightning.data.rows import RowMaker
+from bco_lightning.data.table import Array, RowLog, prompt_key
+from bco_lightning.data.tokenize import RowTokenizer
+from bco_lightning.errors import FeedbackRowError
+
+# Of each row: where its record is, in which file; which row of the record it is; and its thumb.
+_ROW = np.dtype([("offset", "i8"), ("line", "u4"), ("check", "u4"), ("file", "u4"), ("part", "u2"), ("up", "?")])
+_PACKED = struct.Struct("<qIIIH?")  # the same
+_TRIES_IN_SOURCE, _TRIES, _AT_A_TIME = 50, 1000, 4096
+_MALFORMED = "malformed"
+_WORKERS = 128  # that count in places of their own
+_log = logging.getLogger("lightning.pytorch")
+
+
+class RowPlace(NamedTuple):
+    """Where a row stands: the number of its file, the place of its record there, and which row of the record it is."""
+
+    file: int
+    record: Place
+    part: int
+
+
+class PlaceTable(RowLog):
+    """Places of rows on disk in the order of their sources, then divided as :class:`RowTable` divides rows.
+
+    Args:
+        folder: Where files are left.
+        sources: Names of the sources.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+        super().__init__(sources)
+        self._folder, self._draft = folder, folder / ".places"
+        self._sink = self._draft.open("wb", buffering=2**20)
+        self.files: list[dict[str, Any]] = []
+
+    def begin(self, files: Sequence[SeekableFile], source: int) -> int:
+        """Adds the files of a source, and returns the number of the first."""
+        self.files += [{"path": file.path, "mark": file.mark(), "source": source} for file in files]
+        return len(self.files) - len(files)
+
+    def append(self, row: FeedbackRow, source: int, place: RowPlace) -> None:
+        """Adds a row of the source with that number."""
+        self.note(row, source)
+        self._sink.write(_PACKED.pack(*place.record, place.file, place.part, bool(row.thumbs_up)))
+
+    def divide(self, chosen: Mapping[str, Array]) -> dict[str, RowCounts]:
+        """Leaves a file for each named choice of rows, given as a mask over them, with those of its rows that are used.
+
+        Returns:
+            What became of the rows of each choice; what tokens alone tell is not known yet.
+        """
+        self._sink.close()
+        counts, places = {}, np.fromfile(self._draft, _ROW)
+        for name, rows in chosen.items():
+            counts[name] = self.counts(name, rows)
+            counts[name].cut = {}
+            for row in np.flatnonzero(rows & ~self.is_used).tolist():
+                known = places[row]
+                where = f"{public_name(self.files[known['file']]['path'])}:{known['line']}"
+                counts[name].left_out[self.reason_of(row)].add(where)
+            places[rows & self.is_used].tofile(self._folder / f"{name}.places")
+        self._draft.unlink()
+        return counts
+
+
+class StreamRows:
+    """Rows of a stream by number, as a table of their places on disk has them. It pickles by the path of that table.
+
+    Args:
+        path: The table.
+        files: Of each file its path, its mark, and the number of its source.
+    """
+
+    def __init__(self, path: Path, files: Sequence[Mapping[str, Any]]) -> None:
+        self.files, self._path = files, path
+        self.places = np.memmap(path, _ROW, "r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self._path, "files": self.files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        StreamRows.__init__(self, **state)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def thumbs_up(self) -> Array:
+        """The thumb of each row."""
+        return np.array(self.places["up"])
+
+    @property
+    def sources(self) -> Array:
+        """The number of each row's source."""
+        return np.array([file["source"] for file in self.files], np.int16)[self.places["file"]]
+
+    def place_of(self, number: int) -> str:
+        """File and line of a row."""
+        known = self.places[number]
+        return f"{public_name(self.files[known['file']]['path'])}:{known['line']}"
+
+    def regions(self) -> Array:
+        """A number for each row of the neighbourhood that is best read together: rows of one have the same."""
+        borders = np.searchsorted(self.places["file"], np.arange(len(self.files) + 1))
+        begins = np.zeros(len(self), bool)
+        for file, (start, stop) in zip(self.files, pairwise(borders.tolist()), strict=True):
+            units = seekable_file(file["path"]).units(self.places["offset"][start:stop]) if start < stop else []
+            begins[start:stop] = np.diff(units, prepend=-1) != 0
+        return np.cumsum(begins, dtype=np.int32) - 1
+
+    def drawn_evenly(self, count: int, seed: int) -> list[int]:
+        """Numbers of about ``count`` rows, runs of neighbours from all over, in order."""
+        borders = np.linspace(0, len(self), min(len(self), count, 1000) + 1).astype(np.int64).tolist()
+        random, length = np.random.default_rng([seed, count]), -(-count // (len(borders) - 1))
+        drawn: list[int] = []
+        for start, stop in pairwise(borders):
+            first = int(random.integers(start, max(start, stop - length) + 1))
+            drawn += range(first, min(first + length, stop))
+        return drawn
+
+
+class StreamDataset(Dataset[dict[str, Any]]):
+    """Rows of a stream, parsed and tokenized when they are asked for.
+
+    A row that only its tokens show to be unusable is replaced by another of its class, and of its source while that has
+    usable ones, which the seed and its number alone choose; so the shares of the classes stay. It pickles to loader
+    workers, which count together with it.
+
+    Args:
+        rows: Where they are.
+        makers: Makes rows of the records of each source; it knows their format.
+        row_tokenizer: Makes token ids of them.
+        seed: Of the choice of other rows.
+        is_strict: Whether a row that the template refuses is raised, and not replaced.
+    """
+
+    def __init__(
+        self,
+        rows: StreamRows,
+        makers: Sequence[RowMaker],
+        row_tokenizer: RowTokenizer,
+        seed: int,
+        *,
+        is_strict: bool = True,
+    ) -> None:
+        self.rows, self._row_tokenizer, self._seed, self._is_strict = rows, row_tokenizer, seed, is_strict
+        self._makers = list(makers)
+        self._store = RecordStore([file["path"] for file in rows.files], [file["mark"] for file in rows.files])
+        self._replaced = torch.zeros(1 + _WORKERS, dtype=torch.int64).share_memory_()
+        self._told: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """One row, or the one in its place."""
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows as :func:`collate` takes them, in the order asked for.
+
+        Raises:
+            FeedbackRowError: If a file has changed, the template refuses a row that is not to be replaced, or many rows
+                one after another are unusable.
+        """
+        if get_worker_info() is None:
+            return self._usable(numbers)
+        # Threads of the tokenizer do not outlive a fork; workers are enough.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            return self._usable(numbers)
+        except FeedbackRowError as error:
+            raise WorkerRowError(error.where, error.problem, error.remedy) from None
+
+    @property
+    def num_replaced(self) -> int:
+        """Rows that were unusable when their turn came, here and in all loader workers."""
+        return int(self._replaced.sum())
+
+    def row(self, number: int) -> FeedbackRow:
+        """One row, which may yet turn out to be unusable.
+
+        Raises:
+            FeedbackRowError: If its file cannot be read any more, or has changed.
+        """
+        known = self.rows.places[number]
+        file = self.rows.files[known["file"]]
+        record = self._store.at(int(known["file"]), Place(*(int(known[name]) for name in Place._fields)))
+        if not isinstance(record, FeedbackRowError):
+            found = self._makers[file["source"]].rows(record, self.rows.place_of(number))[known["part"] :]
+            if found and isinstance(found[0], FeedbackRow) and found[0].thumbs_up == known["up"]:
+                return found[0]
+        raise changed(public_name(file["path"]))
+
+    def _usable(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        samples: dict[int, dict[str, Any]] = {}
+        asked, tries = dict(enumerate(map(int, numbers))), 0
+        while asked:
+            rows = [self.row(number) for number in asked.values()]
+            outcomes = self._row_tokenizer.tokenize_batch(rows)
+            for at, row, outcome in zip(list(asked), rows, outcomes, strict=True):
+                number = asked.pop(at)
+                if isinstance(outcome, TokenizedSample):
+                    samples[at] = self._sample(number, row, outcome)
+                else:
+                    self._note(row, outcome)
+                    asked[at] = self._other(int(numbers[at]), tries)
+            tries += 1
+        return [samples[at] for at in range(len(numbers))]
+
+    def _sample(self, number: int, row: FeedbackRow, outcome: TokenizedSample) -> dict[str, Any]:
+        return {
+            "row_id": number,
+            "input_ids": outcome.input_ids,
+            "completion_mask": outcome.completion_mask,
+            "thumbs_up": row.thumbs_up,
+            "source": self.rows.files[self.rows.places[number]["file"]]["source"],
+            "prompt_key": prompt_key(row),
+            "prompt": words_of(row.prompt),
+        }
+
+    def _note(self, row: FeedbackRow, outcome: LeftOut | FeedbackRowError) -> None:
+        if isinstance(outcome, FeedbackRowError) and self._is_strict:
+            raise outcome
+        worker = get_worker_info()
+        self._replaced[0 if worker is None else 1 + worker.id % _WORKERS] += 1
+        reason = outcome.reason if isinstance(outcome, LeftOut) else _MALFORMED
+        if reason not in self._told:
+            self._told.add(reason)
+            _log.warning(
+                "stream: %s is replaced by another row of its class, and so is each like it: %s", row.place, reason
+            )
+
+    def _other(self, number: int, tries: int) -> int:
+        """The row to try next in the place of one."""
+        if tries >= _TRIES:
+            raise FeedbackRowError(
+                self.rows.place_of(number),
+                f"expected a usable row in the place of this one, found {_TRIES} others that are not.",
+                "See which rows are left out and why: python -m bco_lightning inspect.",
+            )
+        places, random = self.rows.places, np.random.default_rng([self._seed, number, tries])
+        start, stop = self._of_source(number) if tries < _TRIES_IN_SOURCE else (0, len(places))
+        begin = int(random.integers(start, stop))
+        # From a random row on, and from the front after the last, the first of the same class.
+        for first in (*range(begin, stop, _AT_A_TIME), *range(start, begin, _AT_A_TIME)):
+            alike = np.flatnonzero(places["up"][first : min(first + _AT_A_TIME, stop)] == places["up"][number])
+            if len(alike):
+                return first + int(alike[0])
+        return number
+
+    def _of_source(self, number: int) -> tuple[int, int]:
+        files = self.rows.files
+        source = files[self.rows.places[number]["file"]]["source"]
+        mine = [file for file, known in enumerate(files) if known["source"] == source]
+        start, stop = np.searchsorted(self.rows.places["file"], [mine[0], mine[-1] + 1])
+        return int(start), int(stop)
+
+
+class WorkerRowError(FeedbackRowError):
+    """An error in a loader worker, as the loader can raise it anew: it makes one of the text of a traceback alone.
+
+    Args:
+        where: As of any such error.
+        problem: As of any such error.
+        remedy: As of any such error.
+        message: A text that ends in what the error says, in the place of the others.
+    """
+
+    message = "where, problem, remedy"  # torch 2.13 gives the text under this name where a type has such an attribute
+
+    def __init__(self, where: str = "", problem: str = "", remedy: str = "", *, message: str = "") -> None:
+        if message:
+            where, _, problem = message.rpartition(f"{type(self).__name__}: ")[2].strip().partition(": ")
+        super().__init__(where, problem, remedy)

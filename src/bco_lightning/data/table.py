@@ -1,0 +1,325 @@
+"""Rows of sources: what is kept of each in memory while they are read, and the table of their tokens on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
+
+Array = np.ndarray[Any, Any]
+Conflicts = Literal["keep", "drop", "majority", "last"]
+CONFLICTING = "conflicting thumbs on one answer (data.conflicts)"
+
+_UP, _DOWN, _PROMPT_CUT, _COMPLETION_CUT, _TRAILING_CUT = (1 << bit for bit in range(5))
+_CUTS = {
+    "prompts cut": _PROMPT_CUT,
+    "completions cut": _COMPLETION_CUT,
+    "messages after the rated turn left out": _TRAILING_CUT,
+}
+_THUMBS = {True: _UP, False: _DOWN, None: 0}
+_BATCH_ROWS, _BATCH_TOKENS = 128, 2**18
+# Opening a file touches each of its batches, and every touch makes some pages of it resident.
+_FINAL_BATCH_BYTES = 2**23
+_SCHEMA = pa.schema(
+    {
+        "row_id": pa.int64(),
+        "input_ids": pa.list_(pa.int32()),
+        "completion_mask": pa.list_(pa.bool_()),
+        "thumbs_up": pa.bool_(),
+        "prompt": pa.string(),
+        "place": pa.string(),
+        "source": pa.int16(),
+        "prompt_key": pa.int64(),
+        "prompt_length": pa.int32(),
+        "completion_length": pa.int32(),
+    }
+)
+_NO_TOKENS = TokenizedSample([], [])
+# An encoder for each call would take half of the time.
+_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+_sorted_json = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True).encode
+
+
+class RowLog:
+    """What is kept of each row in memory: keys, thumb, source, and why it is left out if it is; 20 bytes.
+
+    Args:
+        sources: Names of the sources.
+    """
+
+    def __init__(self, sources: Sequence[str]) -> None:
+        self._sources, self._reason_names = list(sources), [""]
+        self._prompt_keys, self._answer_keys = array("q"), array("q")
+        self._flags, self._reasons, self._source_numbers = array("B"), array("B"), array("H")
+
+    def __len__(self) -> int:
+        return len(self._flags)
+
+    @property
+    def prompt_keys(self) -> Array:
+        """:func:`prompt_key` of each row."""
+        return np.array(self._prompt_keys, dtype=np.int64)
+
+    @property
+    def is_used(self) -> Array:
+        """Whether each row is used, and not left out."""
+        return np.equal(self._reasons, 0)
+
+    def note(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut = _NO_TOKENS) -> int:
+        """Takes note of a row of the source with that number, and of its tokens, if there are any, or why not.
+
+        Returns:
+            Its prompt's key.
+        """
+        said = _prompt_digest(row)
+        key = _first_bytes(said)
+        said.update(_sorted_json([row.prompt, row.completion, dict(row.template_options)]).encode())
+        self._prompt_keys.append(key)
+        self._answer_keys.append(_first_bytes(said))
+        cuts = row.num_trailing > 0 and _TRAILING_CUT
+        if isinstance(outcome, TokenizedSample):
+            cuts |= outcome.prompt_cut * _PROMPT_CUT | outcome.completion_cut * _COMPLETION_CUT
+        self._flags.append(_THUMBS[row.thumbs_up] | cuts)
+        self._reasons.append(self._reason_number(outcome.reason) if isinstance(outcome, LeftOut) else 0)
+        self._source_numbers.append(source)
+        return key
+
+    def leave_out_conflicts(self, rule: Conflicts) -> None:
+        """Leaves out rows whose answer has thumbs of both kinds, as far as the rule says so."""
+        used = np.flatnonzero(self.is_used)
+        answers = np.array(self._answer_keys, dtype=np.int64)[used]
+        for row in used[rows_in_conflict(answers, self._has(_UP)[used], rule)]:
+            self._reasons[row] = self._reason_number(CONFLICTING)
+
+    def summary(self) -> FeedbackSummary:
+        """What the rows look like as a whole."""
+        sources = np.bincount(self._numbers(self._source_numbers), minlength=len(self._sources)).tolist()
+        answers = np.array(self._answer_keys, dtype=np.int64)
+        return FeedbackSummary.of(answers, self._has(_UP), dict(zip(self._sources, sources, strict=True)))
+
+    def digest(self, chosen: Array) -> str:
+        """SHA-256 over a key of what was said (not of the tokens made of it) and the thumb of each of some rows."""
+        digest = hashlib.sha256(np.array(self._answer_keys, dtype=np.int64)[chosen].tobytes())
+        digest.update((self._numbers(self._flags)[chosen] & (_UP | _DOWN)).tobytes())
+        return digest.hexdigest()
+
+    def counts(self, name: str, chosen: Array) -> RowCounts:
+        """What became of some rows; the places of those left out are still to be added."""
+        reasons, sources = self._numbers(self._reasons), self._numbers(self._source_numbers)
+        used = chosen & (reasons == 0)
+        up, down = (np.bincount(sources[used & self._has(flag)], minlength=len(self._sources)) for flag in (_UP, _DOWN))
+        return RowCounts(
+            name,
+            read=int(chosen.sum()),
+            up=int(up.sum()),
+            down=int(down.sum()),
+            left_out={self._reason_names[number]: Counted() for number in np.unique(reasons[chosen]) if number},
+            cut={what: int((used & self._has(flag)).sum()) for what, flag in _CUTS.items()},
+            by_source={source: (int(up[n]), int(down[n])) for n, source in enumerate(self._sources)},
+        )
+
+    def reason_of(self, row: int) -> str:
+        """Why a row is left out; empty if it is not."""
+        return self._reason_names[self._reasons[row]]
+
+    def _has(self, flag: int) -> Array:
+        return (self._numbers(self._flags) & flag) > 0
+
+    def _numbers(self, values: array[int]) -> Array:
+        return np.array(values, dtype=np.int64 if values.typecode == "q" else np.uint16)
+
+    def _reason_number(self, reason: str) -> int:
+        if reason not in self._reason_names:
+            self._reason_names.append(reason)
+        return self._reason_names.index(reason)
+
+
+class RowTable(RowLog):
+    """Tokenized rows on disk in the order of their sources, then divided into data sets with a file each.
+
+    They pass the disk twice, since which prompts are held out is known only when all of them are.
+
+    Args:
+        folder: Where files are left.
+        sources: Names of the sources.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+        super().__init__(sources)
+        self._folder, self._draft = folder, folder / f".rows-{secrets.token_hex(4)}"
+        # It is written once and read once, so the disk's time counts for more than that of packing.
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        self._writer = pa.ipc.new_stream(str(self._draft), _SCHEMA, options=options)
+        self._pending: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+        self._pending_tokens = 0
+
+    def append(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut) -> None:
+        """Adds a row of the source with that number, with its tokens, or why it is left out."""
+        sample = outcome if isinstance(outcome, TokenizedSample) else _NO_TOKENS
+        values = (
+            len(self), sample.input_ids, sample.completion_mask, row.thumbs_up, _json(row.prompt), row.place, source,
+            self.note(row, source, outcome), sample.prompt_length, sample.completion_length,
+        )  # fmt: skip
+        for pending, value in zip(self._pending.values(), values, strict=True):
+            pending.append(value)
+        self._pending_tokens += len(sample.input_ids)
+        if len(self._pending["place"]) >= _BATCH_ROWS or self._pending_tokens >= _BATCH_TOKENS:
+            self._flush()
+
+    def divide(self, chosen: Mapping[str, Array]) -> dict[str, RowCounts]:
+        """Leaves a file for each named choice of rows, given as a mask over them, with those of its rows that are used.
+
+        Returns:
+            What became of the rows of each choice. The table is complete then.
+        """
+        self._flush()
+        self._writer.close()
+        counts = {name: self.counts(name, rows) for name, rows in chosen.items()}
+        files = {name: _RowFile(self._folder / f"{name}.arrow") for name in chosen}
+        start, reasons = 0, self._numbers(self._reasons)
+        # Read, not memory-mapped: what passes through should not stay in resident memory.
+        with pa.OSFile(str(self._draft)) as draft:
+            for batch in pa.ipc.open_stream(draft):
+                mine = slice(start, start + len(batch))
+                for name, rows in chosen.items():
+                    files[name].take(batch.filter(pa.array(rows[mine] & (reasons[mine] == 0))))
+                    for row in np.flatnonzero(rows[mine] & (reasons[mine] > 0)).tolist():
+                        place = batch.column("place")[row].as_py()
+                        counts[name].left_out[self.reason_of(start + row)].add(place)
+                start = mine.stop
+        for file in files.values():
+            file.close()
+        self._draft.unlink()
+        pa.default_memory_pool().release_unused()
+        return counts
+
+    def _flush(self) -> None:
+        if self._pending["place"]:
+            # Arrow takes ten times longer to look at each number by itself.
+            lists = {name: _lists(self._pending[name], _SCHEMA.field(name).type) for name in _SCHEMA.names[1:3]}
+            self._writer.write_batch(pa.RecordBatch.from_pydict({**self._pending, **lists}, schema=_SCHEMA))
+        for values in self._pending.values():
+            values.clear()
+        self._pending_tokens = 0
+
+
+class _RowFile:
+    """The rows of a data set, numbered anew and written in large batches."""
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pa.ipc.new_stream(str(path), _SCHEMA)
+        self._pending: list[pa.RecordBatch] = []
+        self._num_rows = 0
+
+    def take(self, batch: pa.RecordBatch) -> None:
+        numbers = pa.array(np.arange(self._num_rows, self._num_rows + len(batch)))
+        self._pending.append(pa.RecordBatch.from_arrays([numbers, *batch.columns[1:]], schema=_SCHEMA))
+        self._num_rows += len(batch)
+        if sum(part.nbytes for part in self._pending) >= _FINAL_BATCH_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        self._writer.write_table(pa.Table.from_batches(self._pending, schema=_SCHEMA).combine_chunks())
+        self._pending = []
+
+
+def prompt_key(row: FeedbackRow) -> int:
+    """What the prompt of a row is known by: eight bytes of a digest of what is said in it, and of its tools.
+
+    Rows are held out, compared, grouped, weighted and counted by it.
+    """
+    return _first_bytes(_prompt_digest(row))
+
+
+def held_out_prompts(prompt_keys: Array, fraction: float, seed: int = 0) -> Array:
+    """Which rows have one of the prompts to hold out.
+
+    Whether a prompt is held out hangs on its key, and hardly on what other prompts there are.
+
+    Args:
+        prompt_keys: :func:`prompt_key` of each row.
+        fraction: Share of the distinct prompts to hold out, rounded up; one prompt always stays for training.
+        seed: Of the choice.
+
+    Returns:
+        A mask over the rows.
+
+    Example:
+        >>> held_out_prompts(np.array([7, 3, 7, 9]), 0.3).tolist()
+        [True, False, True, False]
+    """
+    scattered: Array = _scattered(prompt_keys, seed)
+    ranked = np.unique(scattered)
+    number = min(int(np.ceil(fraction * len(ranked) - 1e-9)), len(ranked) - 1)
+    return scattered < ranked[number] if number > 0 else np.zeros(len(prompt_keys), dtype=bool)
+
+
+def _scattered(keys: Array, seed: int) -> Array:
+    """Another number for each key, by the finalizer of SplitMix64, which no two keys share."""
+    numbers = keys.astype(np.int64).view(np.uint64) ^ np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def rows_in_conflict(answer_keys: Array, thumbs_up: Array, rule: Conflicts) -> Array:
+    """Which rows a rule leaves out because their answer has thumbs of the other kind too.
+
+    Args:
+        answer_keys: A number for the prompt and completion of each row.
+        thumbs_up: The thumb of each row.
+        rule: ``keep`` leaves out none; ``drop`` all rows of such an answer; ``majority`` those of its rarer thumb, or
+            all where both are as frequent; ``last`` those whose thumb is not that of its last row.
+
+    Returns:
+        A mask over the rows.
+
+    Example:
+        >>> keys, thumbs = np.array([7, 7, 7, 8]), np.array([True, False, True, False])
+        >>> [rows_in_conflict(keys, thumbs, rule).tolist() for rule in ("drop", "majority")]
+        [[True, True, True, False], [False, True, False, False]]
+    """
+    if rule == "keep" or not len(answer_keys):
+        return np.zeros(len(answer_keys), dtype=bool)
+    _, answers = np.unique(answer_keys, return_inverse=True)
+    num_up, num_down = np.bincount(answers, thumbs_up), np.bincount(answers, ~thumbs_up)
+    conflicting = (np.minimum(num_up, num_down) > 0)[answers]
+    losing = np.ones(len(answer_keys), dtype=bool)
+    if rule == "majority":
+        losing = np.where(thumbs_up, num_up[answers] <= num_down[answers], num_down[answers] <= num_up[answers])
+    elif rule == "last":
+        last = np.zeros(len(num_up), dtype=np.int64)
+        np.maximum.at(last, answers, np.arange(len(answers)))
+        losing = thumbs_up != thumbs_up[last[answers]]
+    return np.logical_and(conflicting, losing)
+
+
+def _lists(values: Sequence[Sequence[Any]], kind: pa.ListType) -> pa.ListArray:
+    lengths = np.fromiter(map(len, values), dtype=np.int32, count=len(values))
+    offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(lengths, dtype=np.int32)])
+    numbers = np.fromiter(chain.from_iterable(values), dtype=kind.value_type.to_pandas_dtype(), count=offsets[-1])
+    return pa.ListArray.from_arrays(offsets, pa.array(numbers), type=kind)
+
+
+def _prompt_digest(row: FeedbackRow) -> Any:
+    said = [(message["role"], message.get("content", ""), message.get("tool_calls")) for message in row.prompt]
+    return hashlib.sha256(_sorted_json([said, row.tools]).encode())
+
+
+def _first_bytes(digest: Any) -> int:
+    return int.from_bytes(digest.digest()[:8], "big", signed=True)

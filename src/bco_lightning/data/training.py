@@ -1,0 +1,139 @@
+"""Rows to train on, in a table or left in their files, and the order in which steps draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_info
+
+from bco_lightning.data.options import DataOptions, Source
+from bco_lightning.data.order import RowOrder, pools_of
+from bco_lightning.data.remote import public_name
+from bco_lightning.data.row_sets import RowReader, RowSet, row_format_of
+from bco_lightning.data.rows import RowMaker
+from bco_lightning.data.stream import StreamDataset, StreamRows
+from bco_lightning.data.table import Array
+from bco_lightning.errors import FeedbackRowError
+
+
+class TrainingRows:
+    """Rows to train on.
+
+    Args:
+        row_set: The rows.
+        options: How they were read, and are drawn.
+    """
+
+    def __init__(self, row_set: RowSet, options: DataOptions) -> None:
+        self.row_set, self._options = row_set, options
+        self.weights = [source.weight for source in options.sources("train")]
+        self._known_order: tuple[int, RowOrder] | None = None
+        pools = pools_of(self._column("thumbs_up"), self._options.row_seed, by_class=True, **self._by_source())
+        self.class_counts = len(pools[0]), len(pools[1])  # of an epoch, weights of sources included
+
+    @property
+    def class_frequencies(self) -> tuple[float, float]:
+        """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
+        up, down = (1, 1) if self._options.balanced_sampling else self.class_counts
+        return up / (up + down), down / (up + down)
+
+    @property
+    def lengths(self) -> Array | None:
+        """Tokens of each row; ``None`` of a stream."""
+        rows = self.row_set.dataset
+        return np.asarray(pc.list_value_length(rows.data.column("input_ids"))) if isinstance(rows, Dataset) else None
+
+    def order(self, rows_per_step: int) -> RowOrder:
+        """Which rows each optimizer step trains on; it also says how many steps an epoch has."""
+        if self._known_order is None or self._known_order[0] != rows_per_step:
+            rows, options, near = self.row_set.dataset, self._options, {}
+            if isinstance(rows, StreamRows):
+                near = {"regions": rows.regions(), "window": options.shuffle_buffer}
+            elif options.group_by_prompt:
+                near = {"groups": self._column("prompt_key")}
+            thumbs_up, by_class = self._column("thumbs_up"), options.balanced_sampling
+            pools = pools_of(thumbs_up, self._options.row_seed, by_class=by_class, **self._by_source(), **near)
+            self._known_order = rows_per_step, RowOrder(pools, [rows_per_step // len(pools)] * len(pools))
+        return self._known_order[1]
+
+    def dataset(self, reader: RowReader) -> Dataset | StreamDataset:
+        """The rows by number."""
+        rows, formats = self.row_set.dataset, self.row_set.counts.formats
+        if not isinstance(rows, StreamRows):
+            return rows
+        makers = []
+        for source in self._options.sources("train"):
+            makers.append(RowMaker(row_format_of(self._options, source)))
+            makers[-1].format = formats[source.label]
+        is_strict = self._options.bad_rows == "strict"
+        return StreamDataset(rows, makers, reader.row_tokenizer, self._options.row_seed, is_strict=is_strict)
+
+    def table(self, reader: RowReader, most: int) -> Dataset:
+        """The rows as a table; of a stream about ``most`` of them, drawn evenly from all over.
+
+        Raises:
+            FeedbackRowError: If none of these is usable.
+        """
+        rows, dataset = self.row_set.dataset, self.dataset(reader)
+        if not isinstance(rows, StreamRows) or not isinstance(dataset, StreamDataset):
+            return dataset
+        sources = rows.sources
+        drawn = (
+            (dataset.row(number), int(sources[number])) for number in rows.drawn_evenly(most, self._options.row_seed)
+        )
+        return reader.tokenized(drawn, self._options.sources("train"))
+
+    def place_of(self, row_id: int) -> str:
+        """File and line of a row."""
+        rows: Any = self.row_set.dataset
+        return rows.place_of(row_id) if isinstance(rows, StreamRows) else str(rows[row_id]["place"])
+
+    def check_classes(self) -> None:
+        """Says what is unusual about the classes.
+
+        Raises:
+            FeedbackRowError: If there is only one.
+        """
+        num_up, num_down = self.class_counts
+        _require_both_classes(num_up, num_down, self._options.sources("train"))
+        if self._options.balanced_sampling:
+            rank_zero_info(_balance_in_words(num_up, num_down))
+
+    def _column(self, name: str) -> Array:
+        rows: Any = self.row_set.dataset
+        if isinstance(rows, StreamRows):
+            return rows.thumbs_up if name == "thumbs_up" else rows.sources
+        return np.asarray(rows.data.column(name))
+
+    def _by_source(self) -> dict[str, Any]:
+        return {"sources": self._column("source"), "weights": self.weights}
+
+
+def _require_both_classes(num_up: float, num_down: float, sources: Sequence[Source]) -> None:
+    if not (num_up and num_down):
+        raise FeedbackRowError(
+            ", ".join(public_name(source.path) for source in sources),
+            f"expected thumbs of both kinds to train on, found {num_up + num_down:.0f} rows that are all "
+            f"{'thumbs-up' if num_up else 'thumbs-down'}.",
+            "A classifier needs both classes; for good examples alone use supervised fine-tuning.",
+        )
+    share = min(num_up, num_down) / (num_up + num_down)
+    if share < 0.2:
+        rank_zero_info(
+            f"Only {share:.0%} of the training rows are of the rarer class. model.class_weights: auto keeps the loss "
+            "balanced; data.balanced_sampling: true also makes every step see both classes."
+        )
+
+
+def _balance_in_words(num_up: float, num_down: float) -> str:
+    rarer, fewer, more = ("thumbs-up", num_up, num_down) if num_up < num_down else ("thumbs-down", num_down, num_up)
+    if fewer == more:
+        return "balanced sampling: both classes are as frequent; an epoch draws each row once"
+    return (
+        f"balanced sampling: an epoch draws {more:.0f} rows of each class; the {fewer:.0f} of {rarer} are drawn "
+        f"{more / fewer:.2f} times each, none more than once oftener than another"
+    )
