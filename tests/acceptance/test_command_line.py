@@ -142,6 +142,7 @@ def test_trainer_switches_work(switches: list[str], tiny_model: str, log: str) -
     assert command("fit", tiny_model, log, *(f"--trainer.{switch}" for switch in switches)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_model_trains_and_its_exports_generate_text(log: str) -> None:
     config = yaml.safe_load((CONFIGS / "bco.yaml").read_text())

@@ -30,7 +30,9 @@ def train(name: str, model: str, log: str, **more: str) -> int:
     return main(["fit", f"--config={CONFIGS / f'{name}.yaml'}", *(f"--{k}={v}" for k, v in options.items())])
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "node_lora", "node_full", "nodes_full"])
+@pytest.mark.parametrize(
+    "name", ["lora", "full", "node_lora", "node_full", pytest.param("nodes_full", marks=pytest.mark.slow)]
+)
 def test_a_recipe_trains_from_zero_rewards(name: str, tiny_model: str, log: str, tmp_path: Path) -> None:
     if name.startswith("node"):
         two = {"trainer.devices": "2", "trainer.num_nodes": "1", "data.batch_size": "2"}

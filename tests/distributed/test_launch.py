@@ -228,7 +228,6 @@ BAD_ROW = r"error: \S*bad\.jsonl:7: expected a column 'label', found 'prompt', '
     [
         ("Lightning", "--data.train_files=FILES/bad.jsonl", BAD_ROW),
         pytest.param("torchrun", "--data.train_files=FILES/bad.jsonl", BAD_ROW, marks=pytest.mark.slow),
-        pytest.param("torchrun", "--data.batch_sise=4", "error: unrecognized arguments: .*", marks=pytest.mark.slow),
         pytest.param("Lightning", "--data.batch_sise=4", "error: unrecognized arguments: .*", marks=pytest.mark.slow),
     ],
 )
@@ -252,7 +251,7 @@ GONE = r"error: processes: expected an answer of every process, found that one i
     ("launcher", "how", "rank"),
     [
         ("Lightning", "raises", 1),
-        ("torchrun", "is killed", 1),
+        pytest.param("torchrun", "is killed", 1, marks=pytest.mark.slow),
         pytest.param("Lightning", "is killed", 0, marks=pytest.mark.slow),
         pytest.param("torchrun", "raises", 0, marks=pytest.mark.slow),
     ],

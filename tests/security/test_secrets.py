@@ -110,7 +110,7 @@ def test_secrets_of_the_environment_are_written_nowhere(
         "failing fit with a traceback": (1, ["fit", *options(model, bad)], True),
         "fit in a fresh process": (0, ["fit", *options(model, log)], True),
     }
-    for trial in trials(list(runs), quick=len(runs) - 1):
+    for trial in trials(list(runs), quick=4):
         with trial as name:
             expected, arguments, fresh = runs[name]
             debug = {"BCO_DEBUG": "1"} if expected == 1 else {}
@@ -156,7 +156,7 @@ COMMANDS: dict[str, tuple[list[str], str, str]] = {
 def test_a_secret_that_is_written_down_is_refused_and_not_shown(
     trials: Trials, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for trial in trials([*CONFIGS, *COMMANDS], quick=len(CONFIGS) + len(COMMANDS)):
+    for trial in trials([*CONFIGS, *COMMANDS], quick=10):
         with trial as name:
             if name in CONFIGS:
                 text, secret, key = CONFIGS[name]
@@ -262,7 +262,7 @@ def test_what_users_wrote_is_written_nowhere(
         "fit in a fresh process": (0, ["fit", *options(model, log)]),
         **{name: (2, ["fit", *options(model, str(tmp_path / f"log{n}.jsonl"))]) for n, name in enumerate(leaking)},
     }
-    for trial in trials(list(runs), quick=len(runs)):
+    for trial in trials(list(runs), quick=5):
         with trial as name:
             expected, arguments = runs[name]
             caplog.clear()

@@ -97,13 +97,6 @@ def test_a_run_that_meets_a_fault_says_so_without_a_traceback(how: str, words: s
     assert "Traceback" not in said
 
 
-def test_a_data_file_that_is_gone_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    model = make_model(tmp_path / "model")
-    processes = start(partial(fit, model, str(tmp_path / "gone.jsonl"), "none"), folder=tmp_path)
-    assert wait(processes) == [2]
-    assert "gone.jsonl: expected a feedback log, found no such file" in (tmp_path / "output.0").read_text()
-
-
 GLOO = "[/w/gloo/transport/tcp/unbound_buffer.cc:129] "
 
 
