@@ -23,10 +23,11 @@ import pytest
 from datasets import Dataset
 
 from bco_lightning import FeedbackDataModule, cli
-from bco_lightning.data.counts import Counted
-from bco_lightning.data.feedback_row import Columns
+from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK
-from bco_lightning.data.source import Rating, Source
+from bco_lightning.data.options import Columns, Rating, Source
+from bco_lightning.data.counts import Counted
+from bco_lightning.data.rows import RowFormat, RowMaker, rated_rows
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
 from tests.reliability.tiny_run import byte_tokenizer
 
@@ -249,11 +250,9 @@ CSV_ROWS = CSV.splitlines(keepends=True)
 
 ROWS_OF_TEXT: dict[str, Case] = {
     "prompt is a number": bad(row(prompt=5), f"'prompt' {TEXT_OR_MESSAGES}a value of type int."),
-    "prompt is an object": bad(row(prompt={"text": SAID}), f"'prompt' {TEXT_OR_MESSAGES}a value of type dict."),
     "prompt is null": bad(row(prompt=None), rf"'prompt' {TEXT_OR_MESSAGES}nothing \(null\)."),
     "prompt is an empty list": bad(row(prompt=[]), f"'prompt' {TEXT_OR_MESSAGES}an empty list."),
     "prompt is blank": bad(row(prompt=" \n\t"), f"'prompt' {NO_TEXT}"),
-    "completion is true": bad(row(completion=True), f"'completion' {TEXT_OR_MESSAGES}a value of type bool."),
     "completion is empty": bad(row(completion=""), f"'completion' {NO_TEXT}"),
     "no column is known": bad(
         {"question": SAID, "answer": SAID}, "expected a column 'prompt', found 'question', 'answer'."
@@ -265,12 +264,9 @@ ROWS_OF_TEXT: dict[str, Case] = {
     "no label": bad(without(row(), "label"), "expected a column 'label', found 'prompt', 'completion'."),
     "label is null": bad(row(None), f"{LABELS}null."),
     "label is a word": bad(row("yes"), f'{LABELS}"yes".'),
-    "label is a text": bad(row(f"{SAID} is good"), f"{LABELS}a text of 27 characters."),
     "label is a rating": bad(row(4), f"{LABELS}4."),
     "label is a number with a point": bad(row(1.0), rf"{LABELS}1\.0."),
     "label is a huge integer": bad(row(10**300), f"{LABELS}another number."),
-    "label is a list": bad(row([True]), f"{LABELS}a list of 1."),
-    "label is an object": bad(row({"up": SAID}), f"{LABELS}an object of 1."),
     "label of another vocabulary": bad(row(1), "label 1 mixes two vocabularies; labels so far were true."),
     "label with no meaning in the map": bad(
         row("unsure"), r'label must be one of data.columns.thumbs \("true", "false"\), found "unsure".',
@@ -302,16 +298,10 @@ ROWS_OF_TEXT: dict[str, Case] = {
         ROW.replace(b"}", b', "label": true}'),
         'expected each key once, found "label" twice in one object.'
     ),
-    "text as a key twice": bad(
-        b'{"%s": 1, "%s": 2}' % (SAID.encode(), SAID.encode()),
-        "expected each key once, found a text of 19 characters twice in one object.",
-    ),
     "brackets 100,000 deep": bad(
         b'{"prompt": ' + b"[" * 100_000, "expected plain JSON values, found brackets nested too deeply."
     ),
     "a list": bad(b'["%s"]' % SAID.encode(), "expected a JSON object, found a list of 1."),
-    "a number": bad(b"7", "expected a JSON object, found 7."),
-    "a text": bad(b'"%s"' % SAID.encode(), "expected a JSON object, found a text of 19 characters."),
     "null": bad(b"null", "expected a JSON object, found null."),
     "no JSON": bad(
         SAID.encode(), r"expected one JSON object per line, found malformed JSON \(Expecting value, column 1\)."
@@ -336,32 +326,19 @@ ROWS_OF_TEXT: dict[str, Case] = {
 ROWS_OF_MESSAGES: dict[str, Case] = {
     "no assistant": bad(chat(user()), "'messages' must hold a message of the assistant, which is rated, found none."),
     "nothing but an assistant": bad(chat(assistant()), "expected a prompt before what the assistant says, found none."),
-    "two assistant turns in a row": bad(
-        chat(user(), assistant(), assistant()), "expected turns between assistant messages, found two in a row."
-    ),
     "completion by a user": bad(
         row(completion=[user()]),
         "the completion must begin and end with an assistant message, found 1 messages, the first by user, the last "
         "by user.",
     ),
     "unknown role": bad(chat({"role": SAID, "content": SAID}, assistant()), f"message 1 of 'messages' {TEXT_AND_ROLE}"),
-    "role is a list": bad(
-        chat({"role": ["user"], "content": SAID}, assistant()), f"message 1 of 'messages' {TEXT_AND_ROLE}"
-    ),
     "no role": bad(chat(user(), {"content": SAID}), f"message 2 of 'messages' {TEXT_AND_ROLE}"),
     "message is a text": bad(chat(SAID, assistant()), f"message 1 of 'messages' {TEXT_AND_ROLE}"),
-    "message is null": bad(chat(user(), None), f"message 2 of 'messages' {TEXT_AND_ROLE}"),
-    "message is a list": bad(chat([user()], assistant()), f"message 1 of 'messages' {TEXT_AND_ROLE}"),
     "content is null": bad(chat(user(), assistant(None)), f"message 2 of 'messages' {TEXT_AND_ROLE}"),
-    "content is a number": bad(chat(user(5), assistant()), f"message 1 of 'messages' {TEXT_AND_ROLE}"),
     "content is blank": bad(chat(user("  "), assistant()), f"'messages' {NO_TEXT}"),
-    "answer is empty": bad(chat(user(), assistant("")), f"'messages' {NO_TEXT}"),
     "content is an image": bad(
         chat(user([{"type": "text", "text": SAID}, {"type": "image_url", "image_url": {"url": SAID}}]), assistant()),
         'message 1 of \'messages\' must have text parts as its content, found one of type "image_url".',
-    ),
-    "part of a content is null": bad(
-        chat(user([None]), assistant()), "message 1 of 'messages' must have text parts as its content, found null.",
     ),
     "text of a part is null": bad(
         chat(user([{"type": "text", "text": None}]), assistant()),
@@ -371,26 +348,15 @@ ROWS_OF_MESSAGES: dict[str, Case] = {
         chat(user(), calls({"function": {"arguments": SAID}})),
         "message 2 of 'messages' must have a list of function calls as 'tool_calls'.",
     ),
-    "tool calls are a text": bad(
-        chat(user(), assistant(tool_calls=SAID)),
-        "message 2 of 'messages' must have a list of function calls as 'tool_calls'.",
-    ),
     "tool call by a user": bad(
         chat(user(tool_calls=[{"function": {"name": "find"}}]), assistant()),
         "message 1 of 'messages' must be the assistant's, as it has 'tool_calls'.",
-    ),
-    "tool call that the template does not print": bad(
-        chat(user(), calls({"function": {"name": "find", "arguments": {"text": SAID}}})),
-        "expected a completion of which the chat template leaves tokens to learn from, found none.",
     ),
     "messages are an object": bad(
         chat() | {"messages": user()}, "'messages' must be a list of chat messages, found a value of type dict."
     ),
     "messages are a text": bad(
         chat() | {"messages": SAID}, "'messages' must hold JSON, found a text of 19 characters that is none."
-    ),
-    "messages are an empty list": bad(
-        chat() | {"messages": []}, "'messages' must be a list of chat messages, found an empty list."
     ),
     "501 messages": bad(
         chat(*[user(), assistant()] * 250, assistant()), "expected at most 500 messages in a row, found 501."
@@ -402,17 +368,12 @@ ROWS_OF_MESSAGES: dict[str, Case] = {
     "tools are an object": bad(
         chat(tools={"name": SAID}), "'tools' must be a list of JSON schemas, found an object of 1."
     ),
-    "tools are names": bad(chat(tools=[SAID]), "'tools' must be a list of JSON schemas, found a list of 1."),
     "options of the template are a list": bad(
         chat(chat_template_kwargs=[SAID]), "'chat_template_kwargs' must be an object, found a list of 1."
     ),
     "options of the template name messages": bad(
         chat(chat_template_kwargs={"messages": [SAID]}),
         "'chat_template_kwargs' must hold options of the template, found 'messages', which is none.",
-    ),
-    "options of the template name a template": bad(
-        chat(chat_template_kwargs={"chat_template": SAID}),
-        "'chat_template_kwargs' must hold options of the template, found 'chat_template', which is none.",
     ),
     "options of the template name a special token": bad(
         chat(chat_template_kwargs={"eos_token": SAID}),
@@ -421,6 +382,17 @@ ROWS_OF_MESSAGES: dict[str, Case] = {
     "options of the template are called by a text": bad(
         chat(chat_template_kwargs={f"{SAID} is my_token": 1}),
         "'chat_template_kwargs' must hold options of the template, found a text of 31 characters, which is none.",
+    ),
+}  # fmt: skip
+
+# Malformed in the eyes of the chat template alone.
+ROWS_OF_TOKENS: dict[str, Case] = {
+    "two assistant turns in a row": bad(
+        chat(user(), assistant(), assistant()), "expected turns between assistant messages, found two in a row."
+    ),
+    "tool call that the template does not print": bad(
+        chat(user(), calls({"function": {"name": "find", "arguments": {"text": SAID}}})),
+        "expected a completion of which the chat template leaves tokens to learn from, found none.",
     ),
 }  # fmt: skip
 
@@ -454,9 +426,7 @@ ROWS_OF_PAIRS: dict[str, Case] = {
 ROWS_OF_RATINGS: dict[str, Case] = {
     "no rating": bad(without(stars(True), "stars"), "expected a rating 'stars', found none.", stars, rating=STARS),
     "rating is a word": unrated("five", '"five"'),
-    "rating is a text": unrated(f"{SAID} it", "a text of 22 characters"),
     "rating is true": unrated(True, "true"),
-    "rating is a list": unrated([5], "a list of 1"),
     "rating beyond all floats": unrated(10**309 - 1, "another number"),
     "rating in an object that is none": bad(
         stars(True), "expected a rating 'feedback.score', found none.",
@@ -466,10 +436,6 @@ ROWS_OF_RATINGS: dict[str, Case] = {
     "rating of a CSV is NaN": Case(
         {"log.csv": f"prompt,completion,stars\n{SAID},{SAID},5\n{SAID},{SAID},nan\n{SAID},{SAID},1\n".encode()},
         "log.csv:3", "expected a number as rating 'stars', found \"nan\".", 2, "log.csv", {"rating": STARS},
-    ),
-    "rating of a Parquet file is NaN": Case(
-        {"log.parquet": parquet(stars(True, stars=5.0), stars(True, stars=float("nan")), stars(True, stars=1.0))},
-        "log.parquet:2", "expected a number as rating 'stars', found nan.", 2, "log.parquet", {"rating": STARS},
     ),
 }  # fmt: skip
 
@@ -481,9 +447,6 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
         "expected a number as rating 'details.rating', found a text of 19 characters.",
         lambda up: open_webui(data={"rating": 1, "details": {"rating": 9 if up else 1}}),
         rating=Rating("details.rating", up=4, down=3),
-    ),
-    "Open WebUI: thumb is a word": bad(
-        open_webui(data={"rating": "great"}), f'{LABELS}"great".', open_webui
     ),
     "Open WebUI: thumb is another number": bad(open_webui(data={"rating": 2.0}), f"{LABELS}2.", open_webui),
     "Open WebUI: answer is a number": bad(
@@ -497,9 +460,6 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
         langfuse(scores=[{"name": "user-feedback", "dataType": "CATEGORICAL", "stringValue": f"{SAID}, yes"}]),
         f"{LABELS}a text of 24 characters.", langfuse,
     ),
-    "Langfuse: scores are no JSON": bad(
-        langfuse(scores=f"[{SAID}"), "'scores' must hold JSON, found a text of 20 characters that is none.", langfuse
-    ),
     "Langfuse: no input": bad(
         without(langfuse(), "input"), "expected a column 'input', found 'traceId', 'output', 'scores'.", langfuse
     ),
@@ -507,9 +467,6 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
     "Langfuse: input of several texts": bad(
         langfuse(input={"city": SAID, "street": SAID}),
         "expected text or messages as 'input', found 'city', 'street'.", langfuse,
-    ),
-    "LangSmith: outputs are a number": bad(
-        langsmith(outputs=5), "expected text or messages as 'output', found 5.", langsmith
     ),
     "LangSmith: message of an unknown kind": bad(
         langsmith(inputs=[{"lc": 1, "id": ["x", "FunctionMessage"], "kwargs": {"content": SAID}}]),
@@ -521,9 +478,6 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
     "Argilla: no field with the prompt": bad(
         argilla(fields={"text": SAID}), "expected a column 'prompt', found 'text'.", argilla
     ),
-    "Argilla: answer to the question is a word": bad(
-        argilla(responses={"label": [{"value": "great", "user_id": "1"}]}), f'{LABELS}"great".', argilla
-    ),
     "Argilla: no such question": bad(
         argilla(responses={"tone": [{"value": "up"}]}), "expected a score 'user-feedback', found 'tone'.", argilla
     ),
@@ -533,25 +487,11 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
     "Chainlit: answer is a number": bad(
         chainlit(answer={"output": 5}), f"message 1 of 'steps' {TEXT_AND_ROLE}", chainlit
     ),
-    "Chainlit: value of the feedback is a word": bad(
-        chainlit(answer={"feedback": {"forId": "2", "value": "great"}}), f'{LABELS}"great".', chainlit
-    ),
     "chitchat: utterance is a text": bad(
         chitchat(messages=[[SAID]]), UTTERANCES, chitchat, rating=STARS,
     ),
-    "chitchat: no sender": bad(
-        chitchat(messages=[[{"text": SAID}]]), UTTERANCES, chitchat, rating=STARS,
-    ),
     "chitchat: text is null": bad(
         chitchat(messages=[[{"sender": "1", "text": None}], [{"sender": "2", "text": SAID}]]), UTTERANCES,
-        chitchat, rating=STARS,
-    ),
-    "chitchat: text is an object": bad(
-        chitchat(messages=[[{"sender": "1", "text": {"en": SAID}}], [{"sender": "2", "text": SAID}]]), UTTERANCES,
-        chitchat, rating=STARS,
-    ),
-    "chitchat: sender is null": bad(
-        chitchat(messages=[[{"sender": None, "text": SAID}], [{"sender": "2", "text": SAID}]]), UTTERANCES,
         chitchat, rating=STARS,
     ),
     "chitchat: rating is a word": bad(
@@ -564,10 +504,6 @@ ROWS_OF_TABLES: dict[str, Case] = {
     "CSV: a cell less": Case(
         {"log.csv": CSV + f"{SAID},{SAID}\n".encode()}, "log.csv:4",
         "expected 3 cells as in the header, found 2.", 2, "log.csv",
-    ),
-    "CSV: a cell more": Case(
-        {"log.csv": CSV + f"{SAID},{SAID},{SAID},1\n".encode()}, "log.csv:4",
-        "expected 3 cells as in the header, found 4.", 2, "log.csv",
     ),
     "CSV: no UTF-8": Case(
         {"log.csv": CSV + f"{SAID},".encode() + b"\xff,1\n"}, "log.csv:4",
@@ -583,17 +519,9 @@ ROWS_OF_TABLES: dict[str, Case] = {
     "CSV: empty completion, after a cell of two lines": Case(
         {"log.csv": CSV + f'"{SAID}\n{SAID}",,1\n'.encode()}, "log.csv:5", f"'completion' {NO_TEXT}", 2, "log.csv"
     ),
-    "TSV: a comma in its place": Case(
-        {"log.tsv": CSV.replace(b",", b"\t") + f"{SAID},{SAID},1\n".encode()}, "log.tsv:4",
-        "expected 3 cells as in the header, found 1.", 2, "log.tsv",
-    ),
     "JSON: a list in the array": Case(
         {"log.json": array(row(), [SAID], row(False))}, "log.json:2",
         "expected a JSON object, found a list of 1.", 2, "log.json",
-    ),
-    "JSON: a null in the array": Case(
-        {"log.json": array(row(), None, row(False))}, "log.json:2",
-        "expected a JSON object, found null.", 2, "log.json",
     ),
     "JSON: half of a surrogate pair as an id": Case(
         {"log.json": json.dumps({"a": row(), "\ud83d": row(), "b": row(False)}).encode()}, "log.json:2",
@@ -618,10 +546,6 @@ ROWS_OF_TABLES: dict[str, Case] = {
     "Parquet: text of 10 MB": Case(
         {"log.parquet": parquet(row(), row(prompt="a" * 10 * MIB), row(False))}, "log.parquet:2",
         "expected a row of at most 4 MiB, found a longer one.", 2, "log.parquet",
-    ),
-    "Arrow: completion is null": Case(
-        {"log.arrow": arrow(row(), row(completion=None), row(False))}, "log.arrow:2",
-        rf"'completion' {TEXT_OR_MESSAGES}nothing \(null\).", 2, "log.arrow",
     ),
     "a file of pairs among others": Case(
         {"a.jsonl": LOG, "b.jsonl": lines(pair()), "c.jsonl": LOG}, "b.jsonl:1",
@@ -665,10 +589,6 @@ FILES: dict[str, Case] = {
         {}, "zip://log.jsonl::s3://bucket/logs.zip", "expected a path or a URL of s3, .*, found a chain of URLs.",
         source="zip://log.jsonl::s3://bucket/logs.zip",
     ),
-    "a chain that ends in a local file": Case(
-        {}, "simplecache::file://log.jsonl", "expected a path or a URL of s3, .*, found a chain of URLs.",
-        source="simplecache::file://log.jsonl",
-    ),
     "a store whose package is not installed": Case(
         {}, "adl://bucket/log.jsonl",
         "expected the package adlfs for adl:// URLs, found it not installed.", source="adl://bucket/log.jsonl",
@@ -676,11 +596,6 @@ FILES: dict[str, Case] = {
     "no such file in a store": Case(
         {}, "memory://bad_inputs/log.jsonl", NO_SUCH_FILE,
         source="memory://bad_inputs/log.jsonl",
-    ),
-    "a package that is not installed": Case(
-        {}, "package:no_such_package/log.jsonl",
-        "expected an installed Python package called 'no_such_package', found none.",
-        source="package:no_such_package/log.jsonl",
     ),
     "no such file in a package": Case(
         {}, "package:bco_lightning/log.jsonl",
@@ -692,21 +607,13 @@ FILES: dict[str, Case] = {
         source="hub:nobody/nothing",
     ),
     "an empty file": bad_file(b"", "log.jsonl", "expected at least one row, found none."),
-    "nothing but blank lines": bad_file(b"\n \n\t\n", "log.jsonl", "expected at least one row, found none."),
     "an empty file among others": Case(
         {"a.jsonl": LOG, "b.jsonl": b""}, "b.jsonl", "expected at least one row, found none.",
         source=["a.jsonl", "b.jsonl"],
     ),
     "UTF-16": bad_file(LOG.decode().encode("utf-16"), "log.jsonl:1", "expected UTF-8 text, found UTF-16."),
-    "UTF-16, big end first": bad_file(
-        b"\xfe\xff" + LOG.decode().encode("utf-16-be"), "log.jsonl:1", "expected UTF-8 text, found UTF-16."
-    ),
     "gzip without its suffix": bad_file(gzip.compress(LOG), "log.jsonl:1", "expected UTF-8 text, found a gzip file."),
-    "zstd without its suffix": bad_file(zstd(LOG), "log.jsonl:1", "expected UTF-8 text, found a zstd file."),
     "Parquet by the name of lines": bad_file(PARQUET, "log.jsonl:1", "expected UTF-8 text, found a Parquet file."),
-    "gzip by the name of a CSV": bad_file(
-        gzip.compress(CSV), "log.csv:1", "expected UTF-8 text, found a gzip file.", "log.csv"
-    ),
     "text by the name of gzip": bad_file(LOG, "log.jsonl.gz:1", f"{NOT_WHOLE_GZIP}damaged bytes.", "log.jsonl.gz"),
     "gzip that is cut off": bad_file(
         gzip.compress(PACKABLE)[:-20], r"log.jsonl.gz:\d{3,}", f"{NOT_WHOLE_GZIP}one that is cut off.", "log.jsonl.gz"
@@ -733,10 +640,6 @@ FILES: dict[str, Case] = {
     "an empty CSV": bad_file(
         b"", "log.csv:1", "expected a header with the names of the columns, found an empty line or file.", "log.csv"
     ),
-    "a CSV without a header": bad_file(
-        b"".join(CSV_ROWS[1:]), "log.csv:2",
-        "expected a column 'prompt', found a text of 21 characters, a text of 21 characters, \"1\".", "log.csv",
-    ),
     "a CSV with a column name twice": bad_file(
         CSV.replace(b"completion", b"prompt"), "log.csv:1",
         "expected each column name once, found the same one in columns 1, 2.", "log.csv",
@@ -754,20 +657,11 @@ FILES: dict[str, Case] = {
         CSV + b'"' + b"a\n" * (5 * MIB) + b'",b,1\n', r"log.csv:\d+",
         "expected a row of at most 4 MiB, found a longer one.", "log.csv",
     ),
-    "semicolons in a CSV": bad_file(
-        CSV.replace(b",", b";"), "log.csv:2", "expected a column 'prompt', found a text of 23 characters.", "log.csv"
-    ),
     "a JSON number": bad_file(b"42", "log.json", "expected a JSON array or object, found neither.", "log.json"),
-    "a JSON text": bad_file(
-        json.dumps(SAID).encode(), "log.json", "expected a JSON array or object, found neither.", "log.json"
-    ),
     "an empty JSON file": bad_file(
         b" \n", "log.json", "expected a JSON array or object, found an empty file.", "log.json"
     ),
     "an empty JSON array": bad_file(b"[]", "log.json", "expected at least one row, found none.", "log.json"),
-    "a JSON array of lists": bad_file(
-        array([SAID], [SAID]), "log.json:1", "expected a JSON object, found a list of 1.", "log.json"
-    ),
     "JSON lines by the name of JSON": bad_file(
         LOG, "log.json", rf"{DOCUMENT}\(more than one value, line 2\).", "log.json"
     ),
@@ -795,7 +689,6 @@ FILES: dict[str, Case] = {
         with_hole(PARQUET), "log.parquet", "expected a Parquet file, found .*", "log.parquet"
     ),
     "text by the name of Parquet": bad_file(LOG, "log.parquet", "expected a Parquet file, found .*", "log.parquet"),
-    "an empty Parquet file": bad_file(b"", "log.parquet", "expected a Parquet file, found .*", "log.parquet"),
     "Parquet without rows": bad_file(
         parquet(schema=pa.schema({"prompt": pa.string()})), "log.parquet", "expected at least one row, found none.",
         "log.parquet",
@@ -819,21 +712,13 @@ FILES: dict[str, Case] = {
         save_folder, "rows@test", "expected one data set, found one without splits.", source="rows@test"
     ),
     "a name that is too long": Case({}, "a{300}.jsonl", NO_SUCH_FILE, source="a" * 300 + ".jsonl"),
-    "a folder whose name is too long": Case({}, "a{300}/log.jsonl", NO_SUCH_FILE, source="a" * 300 + "/log.jsonl"),
     "a home that is nobody's": Case({}, "~no_such_user/log.jsonl", NO_SUCH_FILE, source="~no_such_user/log.jsonl"),
     "a name that is no UTF-8": Case(
         {"log-\udcff.jsonl": LOG}, r"log-\\udcff.jsonl", "expected a name in UTF-8, found other bytes.",
         source="*.jsonl",
     ),
-    "a saved folder whose name is no UTF-8": Case(
-        lambda: save_folder("rows-\udcff"), r"rows-\\udcff", "expected a name in UTF-8, found other bytes.",
-        source="rows-\udcff",
-    ),
     "no name of the hub": Case(
         {}, "hub:", "expected a data set as hub:OWNER/NAME@SPLIT, found no name.", source="hub:"
-    ),
-    "a split of no name of the hub": Case(
-        {}, "hub:@train", "expected a data set as hub:OWNER/NAME@SPLIT, found no name.", source="hub:@train"
     ),
 }  # fmt: skip
 
@@ -846,17 +731,9 @@ TEMPLATES: dict[str, Case] = {
         "\n{{ raise_exception(messages[0]['content']) }}", "log.jsonl:1",
         rf"{REFUSED}\(TemplateError in line 2 of the template\).",
     ),
-    "a template that repeats what it looks for": with_template(
-        "{{ messages[0][messages[0]['content']]['x'] }}", "log.jsonl:1",
-        rf"{REFUSED}\(UndefinedError in line 1 of the template\).",
-    ),
     "a template that divides by zero": with_template(
         "{{ 1 // (messages | length - 2) }}", "log.jsonl:1",
         rf"{REFUSED}\(ZeroDivisionError in line 1 of the template\).",
-    ),
-    "a template that counts too far": with_template(
-        "{% for _ in range(999999999) %}{% endfor %}", "log.jsonl:1",
-        rf"{REFUSED}\(OverflowError in line 1 of the template\).",
     ),
 }  # fmt: skip
 
@@ -876,17 +753,10 @@ LOGS: dict[str, Case] = {
     "every rating in the band between": bad_file(
         lines(stars(True, stars=3), stars(True, stars=3)), "train", NOTHING_LEFT.format(2), rating=STARS
     ),
-    "every label mapped to drop": bad_file(
-        LOG, "train", NOTHING_LEFT.format(2), columns=Columns(thumbs={"true": "drop", "false": "drop"})
-    ),
     "every thumb in conflict": bad_file(LOG, "train", NOTHING_LEFT.format(2), conflicts="drop"),
-    "every pair of equal answers": bad_file(lines(pair(rejected=f"{SAID}!")), "train", NOTHING_LEFT.format(2)),
     "no rating of that name in an export": bad_file(
         array(open_webui()), "log.json:1", "expected a rating 'tone', found 'rating', 'details.rating', 'label'.",
         "log.json", rating=Rating("tone", up=4, down=3),
-    ),
-    "no feedback in an export": bad_file(
-        array(open_webui(data={"rating": None})), "train", NOTHING_LEFT.format(1), "log.json"
     ),
 }  # fmt: skip
 
@@ -900,34 +770,11 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
         lambda: start([Source("log.jsonl", weight=0)]), "data.train_files",
         "expected a weight above 0 for 'log.jsonl', found 0.",
     ),
-    "a rule whose bounds are one": (
-        lambda: start("log.jsonl", rating=Rating(up=3, down=3)), "data.rating",
-        "expected down below up, found 3 and 3.",
-    ),
-    "a rule whose bounds are swapped": (
-        lambda: start("log.jsonl", rating=Rating(up=2, down=4)), "data.rating",
-        "expected down below up, found 4 and 2.",
-    ),
-    "a rule whose bound is NaN": (
-        lambda: start("log.jsonl", rating=Rating(up=float("nan"), down=3)), "data.rating",
-        "expected down below up, found 3 and nan.",
-    ),
-    "a rule of no such name": (
-        lambda: start("log.jsonl", rating="helpsteer9"), "data.rating",
-        "expected a rule or one of helpsteer2, found 'helpsteer9'.",
-    ),
-    "a map to an unknown word": (
-        lambda: start("log.jsonl", columns=Columns(thumbs={"good": "UP"})), "data.columns.thumbs",  # type: ignore[dict-item]
-        "expected up, down or drop for 'good', found 'UP'.",
-    ),
     "a rule for pairs": (
         lambda: start("pairs.jsonl", rating=STARS), "data.rating", "expected no rule of ratings for pairs, found one.",
     ),
     "no rule for the ratings of chitchat": (
         lambda: start("chitchat.jsonl"), "data.rating", "expected a rule for one of the ratings stars, found none."
-    ),
-    "no room for two tokens": (
-        lambda: start("log.jsonl", max_length=1), "data.max_length", "expected at least 2 tokens, found 1."
     ),
     "an unknown policy for long prompts": (
         lambda: start("log.jsonl", long_prompts="keep"), "data.long_prompts",
@@ -941,17 +788,9 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str, str]] = {
         lambda: start("log.jsonl", chat_template="log.parquet"), "data.chat_template",
         "expected 'plain' or the path of a Jinja file, found 'log.parquet'.",
     ),
-    "a template at a home that is nobody's": (
-        lambda: start("log.jsonl", chat_template="~no_such_user/a.jinja"), "data.chat_template",
-        "expected 'plain' or the path of a Jinja file, found '~no_such_user/a.jinja'.",
-    ),
     "no name": (lambda: start(""), "data", "expected a path or URL of each feedback log, found an empty one."),
     "an unknown format": (
         lambda: start("log.jsonl", format="banana"), "data.format", "expected auto or unpaired or .*, found 'banana'."
-    ),
-    "an unknown format of a source": (
-        lambda: start([Source("log.jsonl", format="banana")]), "data.format",  # type: ignore[arg-type]
-        "expected auto or unpaired or .*, found 'banana'.",
     ),
     "an unknown word for the turns that carry loss": (
         lambda: start("log.jsonl", loss_on="banana"), "data.loss_on",
@@ -1162,23 +1001,24 @@ MALFORMED = {
 
 
 @table(MALFORMED)
-def test_a_malformed_row_stops_the_start_with_its_place(case: Case) -> None:
+def test_a_malformed_row_is_named_with_its_place_and_costs_no_other(case: Case) -> None:
+    write(case.files)
+    outcomes = list(rated_rows(case.source, RowMaker(RowFormat(**case.options))))
+    [error] = [outcome for outcome in outcomes if not isinstance(outcome, FeedbackRow)]
+    assert isinstance(error, FeedbackRowError)
+    says(error, case.where, case.problem)
+    assert len(outcomes) - 1 == case.used
+
+
+@table({**ROWS_OF_TOKENS, "prompt is a number": ROWS_OF_TEXT["prompt is a number"]})
+def test_a_malformed_row_stops_the_start_or_is_skipped(case: Case) -> None:
     write(case.files)
     with pytest.raises(FeedbackRowError) as caught:
         start_case(case)
     says(caught.value, case.where, case.problem)
-
-
-@table(MALFORMED)
-def test_a_malformed_row_is_skipped_and_no_other(case: Case) -> None:
-    write(case.files)
     module = start_case(case, bad_rows="skip", max_bad_rows=1.0)
-    places = used_places(module)
-    [counts] = module.counts
-    assert counts.malformed == Counted(1, [case.where])
-    assert len(places) == case.used
-    assert not counts.left_out
-    assert case.where not in places
+    assert len(used_places(module)) == case.used
+    assert module.counts[0].malformed == Counted(1, [case.where])
 
 
 @table({**FILES, **LOGS, **TEMPLATES})
@@ -1187,14 +1027,6 @@ def test_a_log_that_is_malformed_as_a_whole_is_refused(case: Case) -> None:
     with pytest.raises(UserError) as caught:
         start_case(case)
     says(caught.value, case.where, case.problem)
-
-
-@table({**FILES, **LOGS, **TEMPLATES})
-def test_a_log_that_is_malformed_as_a_whole_is_refused_where_rows_are_skipped(case: Case) -> None:
-    write(case.files)
-    with pytest.raises(UserError) as caught:
-        start_case(case, bad_rows="skip", max_bad_rows=1.0)
-    assert SAID not in str(caught.value)
 
 
 @table(OPTIONS)
@@ -1229,32 +1061,14 @@ def test_a_word_that_was_said_a_trillion_times_does_not_stall_the_start() -> Non
 # ---- The command line. ----
 
 TYPED: dict[str, tuple[Case, list[str]]] = {
-    "a malformed row": (ROWS_OF_TEXT["prompt is a number"], []),
     "a malformed message": (ROWS_OF_MESSAGES["content is an image"], []),
-    "no rating of that name": (
-        Case({"log.jsonl": LOG}, "log.jsonl:1", "expected a rating 'tone', found none."),
-        ["--data.rating.column=tone", "--data.rating.up=4", "--data.rating.down=2"],
-    ),
     "a rule without its limits": (
         Case({"log.jsonl": LOG}, "data.rating", "expected both up and down, found no up and down."),
         ["--data.rating.column=stars"],
     ),
-    "a broken record of an export": (ROWS_OF_EXPORTS["Langfuse: input is a number"], []),
-    "a cell less": (ROWS_OF_TABLES["CSV: a cell less"], []),
     "a glob that nothing matches": (FILES["a glob that nothing matches"], []),
-    "gzip that is cut off": (FILES["gzip that is cut off"], []),
     "a damaged Parquet file": (FILES["Parquet with a damaged page"], []),
-    "a saved folder without its shards": (FILES["a saved folder without its shards"], []),
-    "a store whose package is not installed": (FILES["a store whose package is not installed"], []),
     "thumbs-up alone": (LOGS["thumbs-up alone"], []),
-    "every row over the limit of tokens": (
-        LOGS["every row over the limit of tokens"],
-        ["--data.max_length=16", "--data.long_prompts=drop"],
-    ),
-    "a source without a weight": (
-        Case({"log.jsonl": LOG}, "data.train_files", "expected a weight above 0 for 'log.jsonl', found 0.0."),
-        ["--data.train_files=[{path: log.jsonl, weight: 0}]"],
-    ),
     "a source whose rule has swapped bounds": (
         Case({"log.jsonl": LOG}, "data.rating", "expected down below up, found 4 and 2."),
         ["--data.train_files=[{path: log.jsonl, rating: {up: 2, down: 4}}]"],
@@ -1268,13 +1082,13 @@ def typed(command: str, model: str, source: str, *more: str) -> list[str]:
     return [command, *options, shown, f"--data.train_files={source}", *more]
 
 
-@pytest.mark.parametrize("command", ["inspect", "fit"])
 @table(TYPED)
 def test_a_command_says_it_in_one_message(
-    byte_model: str, capfd: pytest.CaptureFixture[str], command: str, case: tuple[Case, list[str]]
+    byte_model: str, capfd: pytest.CaptureFixture[str], case: tuple[Case, list[str]]
 ) -> None:
     given, more = case
     write(given.files)
+    command = "inspect" if "data" in given.where else "fit"
     assert cli.main(typed(command, byte_model, given.source, *more)) == 2
     said = capfd.readouterr()
     [message] = [line for line in said.err.splitlines() if line.startswith("error: ")]
@@ -1285,16 +1099,15 @@ def test_a_command_says_it_in_one_message(
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("command", ["inspect", "fit"])
 def test_an_error_of_this_package_is_told_without_the_text_that_led_to_it(
-    byte_model: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+    byte_model: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> Any:
         raise KeyError(SAID)
 
-    monkeypatch.setattr("bco_lightning.data.row_sets.record_file", fail)
+    monkeypatch.setattr("bco_lightning.data.records.json_lines.parse_line", fail)
     write({"log.jsonl": LOG})
-    assert cli.main(typed(command, byte_model, "log.jsonl")) == 1
+    assert cli.main(typed("inspect", byte_model, "log.jsonl")) == 1
     said = capfd.readouterr()
     [message] = [line for line in said.err.splitlines() if line.startswith("error: ")]
     place = r"\w+\.py:\d+"

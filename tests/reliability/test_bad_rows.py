@@ -123,10 +123,11 @@ def test_a_file_of_nothing_but_malformed_rows_is_refused_whatever_the_share(tmp_
         start(log, bad_rows="skip", max_bad_rows=1.0)
 
 
-def test_a_row_that_is_left_out_does_not_narrow_the_label_vocabulary(tmp_path: Path) -> None:
+def test_a_malformed_row_does_not_narrow_the_label_vocabulary(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     # The first row fails in a column; only then does the source speak true/false.
-    log.write_bytes(b"\n".join([row(prompt="", label=1), row(label=True), row(label=False)]))
+    rows = [row(prompt="", label=1), row(label=True), row(label=False)]
+    log.write_bytes(b"\n".join(rows))
     module = start(log, bad_rows="skip", max_bad_rows=0.5)
     assert module.train_dataset["place"] == [f"{log}:2", f"{log}:3"]
 

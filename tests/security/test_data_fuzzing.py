@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.feedback_row import Columns, LabelVocabulary, parse_row
 from bco_lightning.data.records import parse_line
+from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.errors import FeedbackRowError
 from tests.trials import Trials
 
@@ -27,7 +27,13 @@ ROLES = ("system", "user", "assistant", "tool")
 def row_of(line: bytes) -> FeedbackRow | None:
     """The whole way from the bytes of a line to a row."""
     record = parse_line(line, "log.jsonl:1")
-    return None if record is None else parse_row(record, "log.jsonl:1", Columns(), LabelVocabulary())
+    if record is None:
+        return None
+    [row] = RowMaker(RowFormat("unpaired")).rows(record, "log.jsonl:1")
+    if isinstance(row, FeedbackRowError):
+        raise row
+    assert isinstance(row, FeedbackRow)
+    return row
 
 
 def check(line: bytes) -> None:
@@ -137,7 +143,7 @@ FUZZER = """
 import sys
 import atheris
 data = "bco_lightning.data"
-read = [f"{data}.records.strict_json", f"{data}.messages", f"{data}.feedback_row", f"{data}.labels", "json"]
+read = [f"{data}.records.strict_json", f"{data}.formats", f"{data}.messages", f"{data}.labels", "json"]
 with atheris.instrument_imports(include=read):
     from tests.security.test_data_fuzzing import check
 atheris.Setup(sys.argv, check)

@@ -11,8 +11,8 @@ from jsonargparse import ArgumentParser
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.data import Columns
-from bco_lightning.data.feedback_row import LabelVocabulary, parse_row
-from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.data.labels import LabelVocabulary
+from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
 
@@ -29,10 +29,8 @@ MIXTURES: list[tuple[Any, Any]] = [
 
 
 def label(*values: Any, columns: Columns | None = None) -> list[bool | None]:
-    columns = columns or Columns()
-    labels = LabelVocabulary(thumbs=columns.thumbs)
-    records = ({"prompt": "q", "completion": "a", "label": value} for value in values)
-    return [parse_row(record, f"log.jsonl:{line}", columns, labels).thumbs_up for line, record in enumerate(records, 1)]
+    labels = LabelVocabulary((columns or Columns()).thumbs)
+    return [labels.thumbs_up(value, f"log.jsonl:{line}") for line, value in enumerate(values, 1)]  # type: ignore[misc]
 
 
 @pytest.mark.promise("S8", "each look-alike of a label is read by the vocabulary or refused by file and line")
@@ -76,11 +74,6 @@ def test_a_map_can_be_given_on_the_command_line_and_in_yaml(tmp_path: Path) -> N
     config = tmp_path / "config.yaml"
     config.write_text('data:\n  columns:\n    thumbs: {good: up, "bad": down}\n')
     assert parser.parse_args([f"--config={config}"]).data.columns.thumbs == {"good": "up", "bad": "down"}
-
-
-def test_a_map_to_anything_but_up_and_down_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.columns\.thumbs"):
-        Columns(thumbs={"good": "yes"})  # type: ignore[dict-item]
 
 
 def test_the_cells_of_a_csv_are_texts_to_a_map(tmp_path: Path) -> None:

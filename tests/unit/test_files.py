@@ -211,6 +211,25 @@ def test_the_content_key_of_a_remote_file_changes_with_it(memory: Any) -> None:
     assert content_key("memory://logs/a.jsonl") != before
 
 
+@pytest.mark.parametrize("mark", ["ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "blob_id"])
+def test_the_content_key_goes_by_what_a_store_says_about_content(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    class Store:
+        def __init__(self, **told: Any) -> None:
+            self.told = {"name": "a", **told}
+
+        def info(self, path: str) -> dict[str, Any]:
+            return self.told
+
+    def key_of(**told: Any) -> str:
+        monkeypatch.setattr("bco_lightning.data.files.file_system", lambda url: (Store(**told), "bucket/a.jsonl"))
+        return content_key("s3://bucket/a.jsonl")
+
+    assert key_of(size=9) == ""  # so that rows are not looked up
+    told = [{"size": 9, mark: "x"}, {"size": 9, mark: "y"}, {"size": 8, mark: "y"}]
+    assert len({key_of(**each) for each in told}) == 3
+    assert key_of(**told[0]) == key_of(**told[0])
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstd)])
 def test_packed_files_give_their_content(tmp_path: Path, suffix: str, pack: Any) -> None:
     content = b"".join(b"%d\n" % number for number in range(200_000))

@@ -11,33 +11,25 @@ from typing import Any
 import pytest
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.feedback_row import Columns
 from bco_lightning.data.formats import FORMATS, format_of
-from bco_lightning.data.formats.record_format import Candidate
-from bco_lightning.data.parsing import RecordParser
+from bco_lightning.data.options import Columns, Rating, chosen_rating
 from bco_lightning.data.records import read_records
-from bco_lightning.data.source import Rating, RowFormat, chosen_rating
+from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker, rated_rows
 from bco_lightning.errors import ConfigError, FeedbackRowError
+from tests.unit.made_rows import made, row_of
 
 LOGS = Path(__file__).parent.parent / "data" / "feedback_logs"
 NOT_TOUCHED = {"witty": 5.0, "interesting": 5.0, "upbeat": 5.0}
 CHITCHAT = RowFormat(rating=Rating("interesting", up=8, down=4, untouched=NOT_TOUCHED))
-
-Outcome = FeedbackRow | LeftOut | FeedbackRowError
 
 
 def records(file: str) -> list[tuple[str, Any]]:
     return list(read_records(str(LOGS / file), "label"))
 
 
-def parsed(file: str, options: RowFormat | None = None, labelled: bool = True) -> list[Outcome]:
+def parsed(file: str, options: RowFormat | None = None, labelled: bool = True) -> list[RatedRow]:
     """What becomes of each row of a file."""
-    parser = RecordParser(options or RowFormat(), labelled)
-    outcomes: list[Outcome] = []
-    for place, record in records(file):
-        for item in parser.candidates(record, place):
-            outcomes.append(item if isinstance(item, (LeftOut, FeedbackRowError)) else parser.rated(item))
-    return outcomes
+    return list(rated_rows(str(LOGS / file), RowMaker(options or RowFormat(), labelled)))
 
 
 def rows(file: str, options: RowFormat | None = None) -> list[FeedbackRow]:
@@ -78,48 +70,39 @@ def test_every_file_here_and_every_format_is_tested() -> None:
 @pytest.mark.parametrize(("file", "name"), FORMAT_OF_FILE.items())
 def test_every_record_is_known_for_what_it_is(file: str, name: str) -> None:
     for _, record in records(file):
-        assert format_of(record, RowFormat()) is FORMATS[name]
+        assert format_of(record, Columns()) == name
 
 
 @pytest.mark.parametrize(("file", "name"), FORMAT_OF_FILE.items())
 def test_no_other_export_claims_a_record(file: str, name: str) -> None:
     _, first = records(file)[0]
-    claims = {known for known, layout in FORMATS.items() if layout.matches(first, RowFormat())}
+    claims = {known for known, layout in FORMATS.items() if layout.matches(first, Columns())}
     # Flat records of Argilla have the columns of plain rows beside those of the responses.
     assert claims - {name} <= ({"unpaired"} if file == "argilla_flat.jsonl" else set())
 
 
 def test_a_format_that_is_named_is_taken() -> None:
-    assert format_of({"chosen": "a", "rejected": "b"}, RowFormat("unpaired")) is FORMATS["unpaired"]
+    [error] = made({"chosen": "a", "rejected": "b"}, RowFormat("unpaired"))
+    assert "expected a column 'prompt'" in str(error)
 
 
 def test_a_record_that_is_a_rated_row_and_a_pair_asks_for_the_format() -> None:
     both = {"prompt": "a", "completion": "b", "label": True, "chosen": "c", "rejected": "d"}
     with pytest.raises(ConfigError, match=r"^data\.format: expected rated rows or pairs, found .* columns of both"):
-        list(RecordParser(RowFormat()).candidates(both, "x:1"))
-    assert [len(list(RecordParser(RowFormat(name)).candidates(both, "x:1"))) for name in ("unpaired", "paired")] == [
-        1,
-        2,
-    ]
+        made(both)
+    assert [len(made(both, RowFormat(name))) for name in ("unpaired", "paired")] == [1, 2]
 
 
 def test_pairs_with_the_chosen_conversation_beside_them_are_pairs() -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     record = {"prompt": "a", "chosen": talk, "rejected": [talk[0], {**talk[1], "content": "c"}], "messages": talk}
-    assert format_of(record, RowFormat()) is FORMATS["paired"]
+    assert format_of(record, Columns()) == "paired"
 
 
 def test_a_record_like_no_other_is_refused_by_the_names_of_its_columns() -> None:
-    [error] = RecordParser(RowFormat()).candidates({"question": "a", "reply": "b"}, "x:1")
+    [error] = made({"question": "a", "reply": "b"})
     assert isinstance(error, FeedbackRowError)
     assert str(error).startswith("x:1: expected a column 'prompt', found 'question', 'reply'.")
-
-
-def test_a_malformed_first_record_does_not_decide_the_format() -> None:
-    parser = RecordParser(RowFormat())
-    [first] = parser.candidates({}, "x:1")
-    assert isinstance(first, FeedbackRowError)
-    assert len(list(parser.candidates({"prompt": "a", "chosen": "b", "rejected": "c"}, "x:2"))) == 2
 
 
 # Rows, thumbs-up among them, and what is left out for which reason.
@@ -180,15 +163,6 @@ def test_every_record_is_accounted_for(file: str) -> None:
     )
 
 
-@pytest.mark.parametrize("file", FORMAT_OF_FILE)
-def test_a_format_says_how_many_rows_a_record_has(file: str) -> None:
-    layout = FORMATS[FORMAT_OF_FILE[file]]
-    options = OPTIONS.get(file, RowFormat())
-    if layout.rows_per_record is not None:
-        for place, record in records(file):
-            assert len(list(layout.candidates(record, place, options, labelled=True))) == layout.rows_per_record
-
-
 @pytest.mark.parametrize("file", ["unpaired.jsonl", "argilla.json", "chainlit.json", "open_webui.json"])
 def test_without_labels_rows_without_feedback_are_used_too(file: str) -> None:
     outcomes = parsed(file, labelled=False)
@@ -236,7 +210,7 @@ def test_a_tree_of_messages_that_runs_in_a_circle_is_left_out() -> None:
     history = record["snapshot"]["chat"]["chat"]["history"]["messages"]
     first, second = history
     history[first]["parentId"] = second
-    [outcome] = RecordParser(RowFormat()).candidates(record, "x:1")
+    [outcome] = made(record)
     assert outcome == LeftOut("x:1", "rated message is not in the snapshot")
 
 
@@ -249,7 +223,7 @@ def test_thoughts_that_do_not_end_take_no_longer_than_others(text: str) -> None:
     thought = f'<details type="reasoning">{text * 30_000}</details>' if text == "<summary>" else text * 15_000
     messages[record["meta"]["message_id"]]["content"] = f"{thought} So it is."
     started = time.process_time()
-    assert len(list(RecordParser(RowFormat()).candidates(record, "x:1"))) == 1
+    assert len(made(record)) == 1
     assert time.process_time() - started < 1
 
 
@@ -258,9 +232,7 @@ def test_an_escape_with_too_many_digits_is_left_as_it_is() -> None:
     messages, escape = record["snapshot"]["chat"]["chat"]["history"]["messages"], f"&#{'1' * 5000};"
     content = f'<details type="reasoning">{escape}</details>Yes.'
     messages[record["meta"]["message_id"]]["content"] = content
-    [item] = RecordParser(RowFormat()).candidates(record, "x:1")
-    assert isinstance(item, Candidate)
-    assert item.row.completion == [{"role": "assistant", "content": "Yes.", "reasoning_content": escape}]
+    assert row_of(record).completion == [{"role": "assistant", "content": "Yes.", "reasoning_content": escape}]
 
 
 # --- Langfuse
@@ -284,6 +256,19 @@ def test_langfuse_booleans_and_json_text_are_understood() -> None:
     up, down = rows("langfuse_traces.json")
     assert said(up) == [("user", "Name a colour."), ("assistant", "Blue.")]
     assert (up.thumbs_up, down.thumbs_up) == (True, False)
+
+
+@pytest.mark.parametrize(("value", "thumb"), [(1, True), (1.0, True), (0, False)])
+def test_a_boolean_score_of_langfuse_speaks_of_true_and_false(value: float, thumb: bool) -> None:
+    def trace(**score: Any) -> dict[str, Any]:
+        return {"input": "a", "output": "b", "traceId": "t", "scores": [{"name": "user-feedback", **score}]}
+
+    columns = Columns(thumbs={"true": "up", "false": "down"})  # which the numbers 1 and 0 do not speak
+    assert row_of(trace(value=value, dataType="BOOLEAN"), RowFormat(columns=columns)).thumbs_up is thumb
+    maker = RowMaker(RowFormat("langfuse"))
+    maker.rows(trace(value=-1, dataType="NUMERIC"), "x:1")
+    [error] = maker.rows(trace(value=value, dataType="BOOLEAN"), "x:2")
+    assert "mixes two vocabularies; labels so far were -1" in str(error)
 
 
 def test_another_score_is_chosen_by_name() -> None:
@@ -348,14 +333,8 @@ def test_langsmith_means_follow_a_rule() -> None:
 def test_a_mean_of_different_thumbs_is_none(stat: dict[str, Any], outcome: bool | str) -> None:
     _, run = records("langsmith_runs.jsonl")[4]
     run["feedback_stats"] = {"user-score": stat}
-    parser = RecordParser(RowFormat())
-    [item] = parser.candidates(run, "x:1")
-    if isinstance(item, Candidate):
-        row = parser.rated(item)
-        assert isinstance(row, FeedbackRow)
-        assert row.thumbs_up is outcome
-    else:
-        assert item == LeftOut("x:1", str(outcome))
+    [row] = made(run)
+    assert (row.thumbs_up if isinstance(row, FeedbackRow) else row.reason) == outcome  # type: ignore[union-attr]
 
 
 IMAGE = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "data:image/png,x"}}]
@@ -367,9 +346,7 @@ def test_traces_of_conversations_with_an_image_are_left_out(message: dict[str, A
         {"key": "user-score", "score": 1}]}  # fmt: skip
     trace = {"input": [message], "output": "A cat.", "traceId": "t", "scores": [{"name": "user-feedback", "value": 1}]}
     for record in (run, trace):
-        assert list(RecordParser(RowFormat()).candidates(record, "x:1")) == [
-            LeftOut("x:1", "conversation with an image")
-        ]
+        assert made(record) == [LeftOut("x:1", "conversation with an image")]
 
 
 # --- Argilla
@@ -397,9 +374,8 @@ def test_argilla_ratings_of_one_row_are_of_one_annotator(flat: bool) -> None:
     responses = {name: [{"value": value, "user_id": user} for user, value in by.items()] for name, by in given.items()}
     record = {**fields, **columns, **users} if flat else {"fields": fields, "responses": responses}
     rule = Rating("quality", up=4, down=2, untouched={"tone": 5, "quality": 5})
-    bob, ann = RecordParser(RowFormat("argilla", rating=rule)).candidates(record, "x:1")
-    assert isinstance(bob, Candidate)
-    assert (bob.ratings["tone"], bob.ratings["quality"]) == (1, 5)
+    bob, ann = made(record, RowFormat("argilla", rating=rule))
+    assert isinstance(bob, FeedbackRow)  # whose tone is 1, where that of the other is untouched
     assert ann == LeftOut("x:1", "rating left at its default")
 
 
@@ -428,32 +404,22 @@ def test_chainlit_feedback_can_stand_beside_the_steps() -> None:
     _, thread = records("chainlit.json")[0]
     beside = [step.pop("feedback") for step in thread["steps"]]
     thread["feedbacks"] = [entry for entry in beside if entry]
-    parser = RecordParser(RowFormat())
-    assert [
-        parser.rated(item).thumbs_up for item in parser.candidates(thread, "x:1") if not isinstance(item, LeftOut)
-    ] == [
-        True,
-        False,
-    ]
+    assert [row.thumbs_up for row in made(thread) if isinstance(row, FeedbackRow)] == [True, False]
 
 
 def test_chainlit_feedback_on_what_is_no_answer_is_counted() -> None:
     _, thread = records("chainlit.json")[2]
     thread["steps"][0]["feedback"] = {"forId": thread["steps"][0]["id"], "value": 1}
-    assert list(RecordParser(RowFormat()).candidates(thread, "x:1")) == [
+    assert made(thread) == [
         LeftOut("x:1", "no answer that holds text"),
         LeftOut("x:1", "feedback on something that is no answer"),
     ]
 
 
 def chainlit_outcomes(thread: dict[str, Any]) -> list[bool | str | None]:
-    parser = RecordParser(RowFormat())
-    outcomes: list[bool | str | None] = []
-    for item in parser.candidates(thread, "x:1"):
-        assert not isinstance(item, FeedbackRowError)
-        row = item if isinstance(item, LeftOut) else parser.rated(item)
-        outcomes.append(row.reason if isinstance(row, LeftOut) else row.thumbs_up)
-    return outcomes
+    outcomes = made(thread)
+    assert not any(isinstance(row, FeedbackRowError) for row in outcomes)
+    return [row.reason if isinstance(row, LeftOut) else row.thumbs_up for row in outcomes]  # type: ignore[union-attr]
 
 
 def chainlit_thread(**feedback: Any) -> dict[str, Any]:
@@ -488,20 +454,14 @@ def test_white_space_of_a_message_stays(text: str) -> None:
     chat["data"]["rating"], root = 1, next(iter(chat["snapshot"]["chat"]["chat"]["history"]["messages"].values()))
     root["content"] = text
     for given in (thread, chat):
-        asked = [
-            item.row.prompt
-            for item in RecordParser(RowFormat()).candidates(given, "x:1")
-            if isinstance(item, Candidate)
-        ]
+        asked = [row.prompt for row in made(given) if isinstance(row, FeedbackRow)]
         assert {"role": "user", "content": text} in asked[0]
 
 
 def test_chainlit_thumbs_that_contradict_each_other_are_rows_of_their_own() -> None:
     _, thread = records("chainlit.json")[0]
     thread["feedbacks"] = [{"forId": thread["steps"][5]["id"], "value": 0}]
-    parser = RecordParser(RowFormat())
-    outcomes = [item if isinstance(item, LeftOut) else parser.rated(item) for item in parser.candidates(thread, "x:1")]
-    found = [outcome for outcome in outcomes if isinstance(outcome, FeedbackRow)]
+    found = [row for row in made(thread) if isinstance(row, FeedbackRow)]
     assert [(said(row)[-1][1], row.thumbs_up) for row in found[:2]] == [
         ("Two to three minutes.", True),
         ("Two to three minutes.", False),
@@ -531,18 +491,14 @@ def test_conversations_without_a_rule_for_their_ratings_are_refused() -> None:
 def test_a_conversation_that_is_too_long_is_left_out() -> None:
     turns = [[{"text": "Hm?", "timestamp": "", "sender": "ab"[number % 2]}] for number in range(501)]
     record = {"messages": turns, "ratings": {"interesting": 9}, "start": ""}
-    [outcome] = RecordParser(CHITCHAT).candidates(record, "x:1")
+    [outcome] = made(record, CHITCHAT)
     assert outcome == LeftOut("x:1", "conversation of more than 500 turns")
 
 
 @pytest.mark.skipif(find_spec("chitchat_dataset") is None, reason="chitchat-dataset 0.9.0 is not installed")
 def test_the_real_ratings_are_counted_one_by_one() -> None:
-    parser = RecordParser(CHITCHAT)
-    outcomes: Counter[str] = Counter()
-    for place, record in read_records("package:chitchat_dataset/dataset.json", None):
-        assert not isinstance(record, FeedbackRowError)
-        for item in parser.candidates(record, place):
-            outcomes[item.reason if isinstance(item, LeftOut) else type(item).__name__] += 1
+    rows_made = rated_rows("package:chitchat_dataset/dataset.json", RowMaker(CHITCHAT))
+    outcomes = Counter(row.reason if isinstance(row, LeftOut) else type(row).__name__ for row in rows_made)
     assert outcomes["no feedback"] == 7168 - 5988
     assert outcomes["rating left at its default"] == 2920
     assert sum(outcomes.values()) == 7168

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bco_lightning.data.messages import check_size, messages_in, without_nulls
+from bco_lightning.data.messages import check_size, messages_in
+from bco_lightning.data.values import without_nulls
 from bco_lightning.errors import FeedbackRowError
 
 

@@ -7,67 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bco_lightning.batch import Message
+from bco_lightning.data.values import shown, texts_in, without_nulls
 from bco_lightning.errors import FeedbackRowError
 
 # Limits of a row, so that a single one cannot stall the start: about 250,000 tokens of English, and some 0.2 seconds of
 # chat template, which is rendered once for each message of a completion.
 MAX_ROW_CHARACTERS = 1_000_000
 MAX_ROW_MESSAGES = 500
-MAX_MESSAGE_DEPTH = 32
 
 ROLES = ("system", "user", "assistant", "tool")
 # Beside OpenAI's names, its later one for system, and those of the ShareGPT layout ({"from": "human", "value": ...}).
 _ROLE_OF = {**{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant"}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _MAY_BE_EMPTY = ("system", "tool")
-
-
-def shown(value: Any) -> str:
-    """A value for a message: itself if it is short and label-like, else its kind and size, as it may be private.
-
-    Example:
-        >>> shown("up"), shown(3.5), shown(None), shown("I was born in Bremen."), shown([True])
-        ('"up"', '3.5', 'null', 'a text of 21 characters', 'a list of 1')
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        label_like = len(value) <= 12 and len(value.split()) <= 1 and "@" not in value and value.isprintable()
-        return f'"{value}"' if label_like else f"a text of {len(value)} characters"
-    if isinstance(value, (int, float)):
-        # Longer numbers may be those of telephones and accounts.
-        return repr(value) if (-1000 < value < 1000 and len(repr(value)) <= 12) or value != value else "another number"
-    if isinstance(value, (list, dict)):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    return f"a value of type {type(value).__name__}"
-
-
-def printable(text: str) -> str:
-    """A text whose control characters, line breaks apart, are replaced."""
-    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
-
-
-def texts_in(value: Any, depth: int = 0) -> Iterator[str]:
-    """Every text in messages or a part of one, keys included.
-
-    Raises:
-        ValueError: If lists and objects are nested too deeply.
-    """
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        if depth >= MAX_MESSAGE_DEPTH:
-            raise ValueError(f"at most {MAX_MESSAGE_DEPTH} levels of nesting in a message, found more")
-        if isinstance(value, dict):
-            yield from value.keys()
-            value = value.values()
-        for part in value:
-            if isinstance(part, str):
-                yield part
-            else:
-                yield from texts_in(part, depth + 1)
 
 
 def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Message]:
@@ -97,7 +49,9 @@ def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Messa
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         form = "text or a list of chat messages" if role else "a list of chat messages"
-        raise FeedbackRowError(place, f"{name!r} must be {form}, found {_type_name(value)}.")
+        found = f"a value of type {type(value).__name__}" if value else "an empty list"
+        found = "nothing (null)" if value is None else found
+        raise FeedbackRowError(place, f"{name!r} must be {form}, found {found}.")
     return [_message(message, f"message {number} of {name!r}", name, place) for number, message in enumerate(value, 1)]
 
 
@@ -122,15 +76,15 @@ def at_rated_turn(messages: list[Message], name: str, place: str) -> tuple[list[
         >>> [len(part) for part in at_rated_turn(talk, "messages", "log.jsonl:1")[:2]]
         [1, 3]
     """
-    last = next((index for index in reversed(range(len(messages))) if messages[index]["role"] == "assistant"), None)
-    if last is None:
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
         raise FeedbackRowError(place, f"{name!r} must hold a message of the assistant, which is rated, found none.")
-    first = last
-    while first and messages[first - 1]["role"] in ("assistant", "tool"):
+    end = len(roles) - roles[::-1].index("assistant")
+    first = end
+    while first and roles[first - 1] in ("assistant", "tool"):
         first -= 1
-    while messages[first]["role"] != "assistant":
-        first += 1
-    return messages[:first], messages[first : last + 1], len(messages) - last - 1
+    first = roles.index("assistant", first)
+    return messages[:first], messages[first:end], len(messages) - end
 
 
 def check_size(parts: list[Any], place: str) -> None:
@@ -148,7 +102,7 @@ def check_size(parts: list[Any], place: str) -> None:
             place, f"expected at most {MAX_ROW_MESSAGES} messages in a row, found {len(parts)}.", "Shorten the row."
         )
     try:
-        characters = _characters_in(parts)
+        characters = sum(map(_characters_in, parts))
     except UnicodeEncodeError as error:
         raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from error
     except ValueError as error:
@@ -161,29 +115,24 @@ def check_size(parts: list[Any], place: str) -> None:
         )
 
 
-def without_nulls(value: Any, depth: int = 0) -> Any:
-    """The same value without the keys that have none; what is nested too deeply for a message is left as it is."""
-    if depth > MAX_MESSAGE_DEPTH:
-        return value
-    if isinstance(value, Mapping):
-        return {key: without_nulls(part, depth + 1) for key, part in value.items() if part is not None}
-    return [without_nulls(part, depth + 1) for part in value] if isinstance(value, list) else value
+def words_of(messages: Sequence[Message]) -> str:
+    """The words of messages, one message after the other."""
+    return "\n".join(text for message in messages for text in _said(message))
 
 
-def from_json_text(value: Any, name: str, place: str) -> Any:
-    """What a text says in JSON, for columns of files that know no other types; anything but text as it is.
+def said_in(prompt: str) -> str:
+    r"""The words of a prompt that is stored as JSON of its messages.
 
-    Raises:
-        FeedbackRowError: If the text is no JSON.
+    Example:
+        >>> said_in('[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]')
+        'Be kind.\nHi'
     """
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise FeedbackRowError(
-            place, f"{name!r} must hold JSON, found {shown(value)} that is none.", "Correct or remove the row."
-        ) from error
+    return words_of(json.loads(prompt))
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, line breaks apart, are replaced."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
 def _message(message: Any, where: str, name: str, place: str) -> Message:
@@ -191,7 +140,8 @@ def _message(message: Any, where: str, name: str, place: str) -> Message:
     if isinstance(message, Mapping):
         if "role" not in message and "from" in message:
             message = {"role": message["from"], "content": message.get("value")}
-        said = message if _is_plain(message) else _with_text(without_nulls(message), where, place)
+        plain = len(message) == 2 and isinstance(message.get("content"), str)
+        said = message if plain else _with_text(without_nulls(message), where, place)
         role = _ROLE_OF.get(role) if isinstance(role := said.get("role"), str) else None
     if role is None or not isinstance(said.get("content"), str):
         raise FeedbackRowError(place, f"{where} must have a text 'content' and a 'role' out of {', '.join(ROLES)}.")
@@ -202,24 +152,18 @@ def _message(message: Any, where: str, name: str, place: str) -> Message:
     return {**said, "role": role}
 
 
-def _is_plain(message: Mapping[str, Any]) -> bool:
-    return len(message) == 2 and isinstance(message.get("content"), str)
-
-
 def _with_text(message: Message, where: str, place: str) -> Message:
     """The message with one text as its content, and with checked tool calls."""
     if isinstance(message.get("content"), list):
         message["content"] = "".join(_text_of(part, where, place) for part in message["content"])
-    if "tool_calls" in message:
-        calls = message.pop("tool_calls")
-        if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
-            raise FeedbackRowError(place, f"{where} must have a list of function calls as 'tool_calls'.")
-        if calls and message.get("role") != "assistant":
-            raise FeedbackRowError(place, f"{where} must be the assistant's, as it has 'tool_calls'.")
-        if calls:
-            message.setdefault("content", "")
-            message["tool_calls"] = [_with_object(call) for call in calls]
-    return message
+    if "tool_calls" not in message:
+        return message
+    calls = message.pop("tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(_function_of(call).get("name"), str) for call in calls):
+        raise FeedbackRowError(place, f"{where} must have a list of function calls as 'tool_calls'.")
+    if calls and message.get("role") != "assistant":
+        raise FeedbackRowError(place, f"{where} must be the assistant's, as it has 'tool_calls'.")
+    return {"content": "", **message, "tool_calls": list(map(_with_object, calls))} if calls else message
 
 
 def _text_of(part: Any, where: str, place: str) -> str:
@@ -232,12 +176,8 @@ def _text_of(part: Any, where: str, place: str) -> str:
     raise FeedbackRowError(place, f"{where} must have text parts as its content, found {found}.", "Remove the row.")
 
 
-def _is_call(call: Any) -> bool:
-    return isinstance(call, Mapping) and isinstance(_function_of(call).get("name"), str)
-
-
-def _function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    function = call.get("function", call)
+def _function_of(call: Any) -> Mapping[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
     return function if isinstance(function, Mapping) else {}
 
 
@@ -254,39 +194,17 @@ def _with_object(call: Message) -> Message:
     return {**call, "function": function} if "function" in call else function
 
 
-def _characters_in(parts: list[Any]) -> int:
+def _characters_in(part: Any) -> int:
     """The number of characters in all texts, each of which is looked at; plain messages take the short way."""
+    plain = len(part) == 2 and "role" in part and isinstance(part.get("content"), str)
     characters = 0
-    for part in parts:
-        plain = len(part) == 2 and "role" in part and isinstance(part.get("content"), str)
-        for text in (part["content"],) if plain else texts_in(part, 1):
-            characters += len(text)
-            if not text.isascii():
-                text.encode()
-            if "\x00" in text:
-                raise ValueError("text, found a NUL character")
+    for text in (part["content"],) if plain else texts_in(part, 1):
+        characters += len(text)
+        if not text.isascii():
+            text.encode()
+        if "\x00" in text:
+            raise ValueError("text, found a NUL character")
     return characters
-
-
-def _type_name(value: Any) -> str:
-    return (
-        "nothing (null)" if value is None else f"a value of type {type(value).__name__}" if value else "an empty list"
-    )
-
-
-def said_in(prompt: str) -> str:
-    r"""The words of a prompt that is stored as JSON of its messages.
-
-    Example:
-        >>> said_in('[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]')
-        'Be kind.\nHi'
-    """
-    return words_of(json.loads(prompt))
-
-
-def words_of(messages: Sequence[Message]) -> str:
-    """The words of messages, one message after the other."""
-    return "\n".join(text for message in messages for text in _said(message))
 
 
 def _said(message: Any) -> Iterator[str]:

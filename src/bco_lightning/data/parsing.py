@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.feedback_row import LabelVocabulary, rated
-from bco_lightning.data.formats import FORMATS, RecordFormat, format_of
-from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.formats import FORMATS, format_of
+from bco_lightning.data.formats.record_format import Candidate, Origin, RecordFormat, RowFormat
+from bco_lightning.data.labels import LabelVocabulary, thumb_by_rule
 from bco_lightning.data.records import Record
-from bco_lightning.data.source import RowFormat, thumb_by_rule
 from bco_lightning.errors import FeedbackRowError
+
+
+def rated(row, thumb):
+    """Until nothing asks for it."""
+    return thumb if isinstance(thumb, LeftOut) else replace(row, thumbs_up=thumb)
+
 
 Parsed = Candidate | LeftOut | FeedbackRowError
 
@@ -48,15 +54,15 @@ class RecordParser:
     def candidates(self, record: Record, place: str) -> Iterator[Parsed]:
         """The rows of one record; what is malformed comes as an error, and nothing of the record after it."""
         try:
-            for item in self._format_of(record).candidates(record, place, self.options, labelled=self.labelled):
+            for item in self._format_of(record).candidates(record, Origin(place, self.options, self.labelled)):
                 yield self._by_rule(item)
         except FeedbackRowError as error:
             yield error.without_cause()
 
     def _format_of(self, record: Record) -> RecordFormat:
-        known = self.format or format_of(record, self.options)
+        known = self.format or FORMATS[format_of(record, self.options.columns) or "unpaired"]
         # A first record that is malformed says nothing about the others.
-        if self.format is None and known.matches(record, self.options):
+        if self.format is None and known.matches(record, self.options.columns):
             self.format = known
         return known
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.feedback_row import LabelVocabulary, rated
 from bco_lightning.data.formats import FORMATS, format_of
-from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat
+from bco_lightning.data.labels import LabelVocabulary, thumb_by_rule
 from bco_lightning.data.records import Record, read_records
-from bco_lightning.data.source import RowFormat, thumb_by_rule
 from bco_lightning.errors import FeedbackRowError
+
+__all__ = ["RatedRow", "RowFormat", "RowMaker", "rated_rows"]
 
 RatedRow = FeedbackRow | LeftOut | FeedbackRowError
 # Records without the marks of any format that may come before the first with some.
@@ -69,9 +71,7 @@ class RowMaker:
             seen.append(item)
             # A first record that is malformed says nothing about the others.
             if not isinstance(item[1], FeedbackRowError):
-                known = format_of(item[1], self.options)
-                if known.matches(item[1], self.options):
-                    self.format = next(name for name, other in FORMATS.items() if other is known)
+                self.format = format_of(item[1], self.options.columns)
             if len(seen) > _MOST_UNCLEAR:
                 break
         self.format = self.format or "unpaired"
@@ -80,9 +80,9 @@ class RowMaker:
     def rows(self, record: Record, place: str) -> list[RatedRow]:
         """The rows of one record, each with its thumb; what is malformed comes as an error, and nothing after it."""
         rows: list[RatedRow] = []
+        origin = Origin(place, self.options, self.labelled)
         try:
-            known = FORMATS[self.format or "unpaired"]
-            for item in known.candidates(record, place, self.options, labelled=self.labelled):
+            for item in FORMATS[self.format or "unpaired"].candidates(record, origin):
                 rows.append(self._rated(item) if isinstance(item, Candidate) else item)
         except FeedbackRowError as error:
             rows.append(error.without_cause())
@@ -93,8 +93,10 @@ class RowMaker:
         if not self.labelled or row.thumbs_up is not None:
             return row
         if rule is not None:
-            return rated(row, thumb_by_rule(rule, candidate.ratings, self.options.columns.label, row.place))
-        return rated(row, self.labels.thumbs_up(candidate.label, row.place))
+            thumb = thumb_by_rule(rule, candidate.ratings, self.options.columns.label, row.place)
+        else:
+            thumb = self.labels.thumbs_up(candidate.label, row.place)
+        return thumb if isinstance(thumb, LeftOut) else replace(row, thumbs_up=thumb)
 
 
 def rated_rows(source: str, maker: RowMaker) -> Iterator[RatedRow]:

@@ -1,10 +1,11 @@
 """Threads of Chainlit with the feedback of its data layer.
 
-A file holds one thread per record, as ``BaseDataLayer.get_thread`` and ``SQLAlchemyDataLayer.get_all_user_threads``
-give it: ``steps`` in the order of their creation, those of type ``user_message`` and ``assistant_message`` being the
-conversation, and ``feedback`` (``value`` 0 or 1, ``comment``, ``forId``) in the rated step, or for the whole thread in
-a list of its own, as the table ``feedbacks`` has it. The interface rates the run around an answer where there is one,
-which means the last message of that run.
+One row for each answer in a thread, or for each time that it was rated. A file holds one thread per record, as
+``BaseDataLayer.get_thread`` and ``SQLAlchemyDataLayer.get_all_user_threads`` give it: ``steps`` in the order of their
+creation, those of type ``user_message`` and ``assistant_message`` being the conversation, and ``feedback`` (``value`` 0
+or 1, ``comment``, ``forId``) in the rated step, or for the whole thread in a list of its own, as the table
+``feedbacks`` has it. The interface rates the run around an answer where there is one, which means the last message of
+that run.
 
 Source: the Python package chainlit 2.12.0, ``chainlit/types.py`` (``ThreadDict``, ``FeedbackDict``),
 ``chainlit/step.py`` (``StepDict``), ``chainlit/data/sql_alchemy.py``, and the bundled interface (``scorableRun``);
@@ -17,11 +18,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.feedback_row import assembled, required, shown
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, Candidate
-from bco_lightning.data.messages import messages_in
-from bco_lightning.data.source import RowFormat
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, Candidate, Origin
+from bco_lightning.data.options import Columns
+from bco_lightning.data.values import shown
 
 ERROR_ANSWER = "answer is an error message"
 NOT_AN_ANSWER = "feedback on something that is no answer"
@@ -29,49 +28,42 @@ _ROLE_OF = {"user_message": "user", "assistant_message": "assistant"}
 Step = Mapping[str, Any]
 
 
-class Chainlit:
-    """One row for each answer in a thread, or for each time that it was rated."""
+def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether there are steps of a thread."""
+    return isinstance(record.get("steps"), list) and ("userId" in record or "createdAt" in record)
 
-    rows_per_record: int | None = None
 
-    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
-        """Whether there are steps of a thread."""
-        return isinstance(record.get("steps"), list) and ("userId" in record or "createdAt" in record)
-
-    def candidates(
-        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
-    ) -> Iterator[Candidate | LeftOut]:
-        """The rows of one thread; see :class:`RecordFormat`."""
-        given = required(record, "steps", place)
-        if not isinstance(given, list):
-            raise FeedbackRowError(place, f"expected a list of steps, found {shown(given)}.")
-        steps = [step for step in given if isinstance(step, Mapping)]
-        thumbs = _thumbs(record, steps)
-        numbers = [number for number, step in enumerate(steps) if str(step.get("type")) in _ROLE_OF]
-        said = [steps[number] for number in numbers]
-        answers = [number for number, step in enumerate(said) if step["type"] == "assistant_message"]
-        if not answers:
-            yield LeftOut(place, NO_ANSWER)
-        for number in answers:
-            rated = thumbs.pop(numbers[number], []) if labelled else [None]
-            if not rated:
-                yield LeftOut(place, NO_FEEDBACK)
-                continue
-            row = _row(said[: number + 1], place, options)
-            for thumb in rated:
-                yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {options.columns.label: thumb})
-        for others in thumbs.values() if labelled else ():
-            yield from (LeftOut(place, NOT_AN_ANSWER) for _ in others)
+def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+    """The rows of one thread."""
+    given = origin.required(record, "steps")
+    if not isinstance(given, list):
+        raise origin.error(f"expected a list of steps, found {shown(given)}.")
+    steps = [step for step in given if isinstance(step, Mapping)]
+    thumbs = _thumbs(record, steps) if origin.labelled else {}
+    numbers = [number for number, step in enumerate(steps) if str(step.get("type")) in _ROLE_OF]
+    said = [steps[number] for number in numbers]
+    answers = [at for at, step in enumerate(said) if step["type"] == "assistant_message"]
+    if not answers:
+        yield origin.left_out(NO_ANSWER)
+    for at in answers:
+        rated = thumbs.pop(numbers[at], []) if origin.labelled else [None]
+        row = _row(said[: at + 1], origin) if rated else origin.left_out(NO_FEEDBACK)
+        for thumb in rated or [None]:
+            yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {origin.columns.label: thumb})
+    for others in thumbs.values():
+        yield from (origin.left_out(NOT_AN_ANSWER) for _ in others)
 
 
 def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[int, list[Any]]:
     """What each answer was given, by its number among the steps; under -1 what was given to none of them."""
     number_of = {str(step["id"]): number for number, step in enumerate(steps) if step.get("id") is not None}
     parents = [number_of.get(str(step.get("parentId")), -1) for step in steps]
-    last_of_run = {}
-    for number, step in enumerate(steps):
-        if step.get("type") == "assistant_message":
-            last_of_run.update(dict.fromkeys(_ancestors(number, parents), number))
+    last_of_run: dict[int, int] = {}
+    for number in reversed(range(len(steps))):
+        around = parents[number] if steps[number].get("type") == "assistant_message" else -1
+        while around >= 0 and around not in last_of_run:
+            last_of_run[around] = number
+            around = parents[around]
     thumbs: dict[int, list[Any]] = {}
     known: set[str] = set()
     for rated, entry in _feedback(record, steps, number_of):
@@ -82,9 +74,7 @@ def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[int, list[Any]
     return thumbs
 
 
-def _feedback(
-    record: Mapping[str, Any], steps: list[Step], number_of: Mapping[str, int]
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _feedback(record: Mapping[str, Any], steps: list[Step], number_of: Mapping[str, int]) -> Iterator[tuple[int, Step]]:
     """Every feedback with the number of its step: the one that it stands in, else the one that it names."""
     for number, step in enumerate(steps):
         if isinstance(step.get("feedback"), Mapping):
@@ -95,24 +85,16 @@ def _feedback(
                 yield number_of.get(str(entry.get("forId")), -1), entry
 
 
-def _ancestors(step: int, parents: list[int]) -> list[int]:
-    found: list[int] = []
-    while (step := parents[step]) >= 0 and step not in found:
-        found.append(step)
-    return found
-
-
-def _row(said: list[Step], place: str, options: RowFormat) -> FeedbackRow | LeftOut:
+def _row(said: list[Step], origin: Origin) -> FeedbackRow | LeftOut:
     *before, answer = [_message(step) for step in said]
     if said[-1].get("isError"):
-        return LeftOut(place, ERROR_ANSWER)
+        return origin.left_out(ERROR_ANSWER)
     if not answer["content"]:
-        return LeftOut(place, NO_ANSWER)
+        return origin.left_out(NO_ANSWER)
     prompt = [message for message in before if message["content"]]
     if not any(message["role"] == "user" for message in prompt):
-        return LeftOut(place, NO_PROMPT)
-    prompt, completion = messages_in(prompt, "steps", place), messages_in([answer], "steps", place)
-    return assembled(prompt, completion, place, options.columns, {}, all_turns=options.loss_on == "all_turns")
+        return origin.left_out(NO_PROMPT)
+    return origin.row(origin.messages(prompt, "steps"), origin.messages([answer], "steps"))
 
 
 def _message(step: Step) -> Message:

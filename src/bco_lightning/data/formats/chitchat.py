@@ -2,8 +2,9 @@
 
 ``package:chitchat_dataset/dataset.json`` maps each conversation's id to its ``messages`` (a list of turns, each a list
 of utterances with ``text``, ``timestamp`` and ``sender``) and, where there are any, its ``ratings`` (``witty``,
-``interesting`` and ``upbeat``, 1 to 10). The sliders stood at 5, where most were left. Who spoke last is taken for the
-assistant; a conversation that the assistant begins stays as it is, so the chat template has to take that.
+``interesting`` and ``upbeat``, 1 to 10). The sliders stood at 5, where most were left. Each conversation is a row whose
+last turn is rated: who spoke last is taken for the assistant; a conversation that the assistant begins stays as it is,
+so the chat template has to take that.
 
 Source: chitchat-dataset 0.9.0 (MIT), ``chitchat_dataset/dataset.json`` and its description on PyPI.
 """
@@ -14,72 +15,67 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from bco_lightning.batch import LeftOut, Message
-from bco_lightning.data.feedback_row import assembled
-from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate
-from bco_lightning.data.messages import MAX_ROW_MESSAGES, messages_in
-from bco_lightning.data.source import RowFormat, thumb_by_rule
-from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.batch import LeftOut
+from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate, Origin
+from bco_lightning.data.labels import thumb_by_rule
+from bco_lightning.data.messages import MAX_ROW_MESSAGES
+from bco_lightning.data.options import Columns
+from bco_lightning.errors import ConfigError
 
 NOT_TWO_SPEAKERS = "conversation of other than two speakers"
 TOO_MANY_TURNS = f"conversation of more than {MAX_ROW_MESSAGES} turns"
 
 
-class Chitchat:
-    """One row of each conversation, whose last turn is rated."""
-
-    rows_per_record: int | None = 1
-
-    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
-        """Whether there are turns that are lists of utterances."""
-        turns = record.get("messages")
-        return isinstance(turns, list) and bool(turns) and isinstance(turns[0], list) and "start" in record
-
-    def candidates(
-        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
-    ) -> Iterator[Candidate | LeftOut]:
-        """The row of one conversation; its ratings come before its turns in what it is left out for.
-
-        Raises:
-            ConfigError: If there is no rule that makes thumbs of the ratings.
-            FeedbackRowError: If the conversation or its ratings are malformed.
-        """
-        given = record.get("ratings")
-        ratings: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-        left_out = _by_ratings(ratings, place, options) if labelled else None
-        turns = _turns(record, place)
-        if left_out is None and len({sender for sender, _ in turns}) != 2:
-            left_out = LeftOut(place, NOT_TWO_SPEAKERS)
-        if left_out is None and len(turns) > MAX_ROW_MESSAGES:
-            left_out = LeftOut(place, TOO_MANY_TURNS)
-        if left_out is not None:
-            yield left_out
-            return
-        messages = _messages(turns, place)
-        all_turns = options.loss_on == "all_turns"
-        row = assembled(messages[:-1], messages[-1:], place, options.columns, {}, all_turns=all_turns)
-        yield Candidate(row, None, ratings)
+def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether there are turns that are lists of utterances."""
+    turns = record.get("messages")
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], list) and "start" in record
 
 
-def _by_ratings(ratings: Mapping[str, Any], place: str, options: RowFormat) -> LeftOut | None:
+def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+    """The row of one conversation; its ratings come before its turns in what it is left out for.
+
+    Raises:
+        ConfigError: If there is no rule that makes thumbs of the ratings.
+        FeedbackRowError: If the conversation or its ratings are malformed.
+    """
+    given = record.get("ratings")
+    ratings: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    left_out = _by_ratings(ratings, origin) if origin.labelled else None
+    turns = _turns(record, origin)
+    if left_out is None and len({sender for sender, _ in turns}) != 2:
+        left_out = origin.left_out(NOT_TWO_SPEAKERS)
+    if left_out is None and len(turns) > MAX_ROW_MESSAGES:
+        left_out = origin.left_out(TOO_MANY_TURNS)
+    if left_out is not None:
+        yield left_out
+        return
+    assistant = turns[-1][0]
+    said = [{"role": "assistant" if who == assistant else "user", "content": text} for who, text in turns]
+    messages = origin.messages(said, "messages")
+    yield Candidate(origin.row(messages[:-1], messages[-1:]), None, ratings)
+
+
+def _by_ratings(ratings: Mapping[str, Any], origin: Origin) -> LeftOut | None:
     if not ratings:
-        return LeftOut(place, NO_FEEDBACK)
-    if options.rating is None or options.rating.column is None:
+        return origin.left_out(NO_FEEDBACK)
+    rule = origin.options.rating
+    if rule is None or rule.column is None:
         raise ConfigError(
             "data.rating", f"expected a rule for one of the ratings {', '.join(sorted(ratings))}, found none."
         )
-    thumb = thumb_by_rule(options.rating, ratings, options.columns.label, place)
+    thumb = thumb_by_rule(rule, ratings, origin.columns.label, origin.place)
     return thumb if isinstance(thumb, LeftOut) else None
 
 
-def _turns(record: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
+def _turns(record: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
     """Who spoke and what they said, all that they said in a row as one turn of several lines."""
     try:
-        utterances = [_utterance(utterance) for turn in record["messages"] for utterance in turn]
+        spoken = [_utterance(utterance) for turn in record["messages"] for utterance in turn]
     except (TypeError, KeyError) as error:
-        raise FeedbackRowError(place, "expected utterances with 'sender' and 'text', found something else.") from error
-    spoken = [utterance for utterance in utterances if utterance[1]]
-    return [(sender, "\n".join(text for _, text in group)) for sender, group in groupby(spoken, lambda spoke: spoke[0])]
+        raise origin.error("expected utterances with 'sender' and 'text', found something else.") from error
+    groups = groupby((one for one in spoken if one[1]), lambda one: one[0])
+    return [(sender, "\n".join(text for _, text in group)) for sender, group in groups]
 
 
 def _utterance(utterance: Any) -> tuple[str, str]:
@@ -87,9 +83,3 @@ def _utterance(utterance: Any) -> tuple[str, str]:
     if not (isinstance(sender, str) and isinstance(text, str)):
         raise TypeError
     return sender, text.strip()
-
-
-def _messages(turns: list[tuple[str, str]], place: str) -> list[Message]:
-    assistant = turns[-1][0]
-    said = [{"role": "assistant" if who == assistant else "user", "content": text} for who, text in turns]
-    return messages_in(said, "messages", place)

@@ -1,8 +1,9 @@
 """Traces and observations of Langfuse with their scores.
 
-Read from two kinds of files: the export of the table of traces or observations in the interface (JSON, JSON Lines or
-CSV), in which each score is a column of its own with a list of values; and what the API and the download of a single
-trace give, in which ``scores`` is a list of objects.
+A row for each time that the chosen score was given to a trace or observation. Read from two kinds of files: the export
+of the table of traces or observations in the interface (JSON, JSON Lines or CSV), in which each score is a column of
+its own with a list of values; and what the API and the download of a single trace give, in which ``scores`` is a list
+of objects.
 
 Source: langfuse/langfuse v3, ``worker/src/features/database-read-stream/{trace,observation}-stream.ts`` and
 ``getDatabaseReadStream.ts`` (``getChunkWithFlattenedScores``, ``prepareScoresForOutput``); data types of scores from
@@ -16,12 +17,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bco_lightning.batch import LeftOut
-from bco_lightning.data.feedback_row import required
-from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.formats.record_format import Candidate, Origin
 from bco_lightning.data.formats.scores import USUAL_NAMES, by_name, rated_by
-from bco_lightning.data.formats.traces import traced_row, unpacked
-from bco_lightning.data.messages import from_json_text
-from bco_lightning.data.source import RowFormat
+from bco_lightning.data.formats.traces import traced_row
+from bco_lightning.data.options import Columns
+from bco_lightning.data.values import from_json_text, unpacked
 
 _OF_LANGFUSE = ("traceId", "observationCount", "bookmarked", "htmlPath", "parentObservationId")
 # Columns that can hold lists and are no scores.
@@ -30,26 +30,18 @@ _NO_SCORES = frozenset({
 })  # fmt: skip
 
 
-class Langfuse:
-    """A row for each time that the chosen score was given to a trace or observation."""
+def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether there are an input, an output, and a column that only Langfuse has."""
+    return "input" in record and "output" in record and any(name in record for name in _OF_LANGFUSE)
 
-    rows_per_record: int | None = None
 
-    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
-        """Whether there are an input, an output, and a column that only Langfuse has."""
-        return "input" in record and "output" in record and any(name in record for name in _OF_LANGFUSE)
-
-    def candidates(
-        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
-    ) -> Iterator[Candidate | LeftOut]:
-        """The rows of one trace or observation; see :class:`RecordFormat`."""
-        yield from rated_by(
-            _scores(record, place),
-            lambda: traced_row(required(record, "input", place), record.get("output"), place, options),
-            place,
-            options,
-            labelled=labelled,
-        )
+def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+    """The rows of one trace or observation."""
+    yield from rated_by(
+        _scores(record, origin.place),
+        lambda: traced_row(origin.required(record, "input"), record.get("output"), origin),
+        origin,
+    )
 
 
 def _scores(record: Mapping[str, Any], place: str) -> dict[str, list[Any]]:
@@ -67,7 +59,7 @@ def _is_score(value: Any) -> bool:
 
 
 def _value(score: Mapping[str, Any]) -> Any:
-    if score.get("dataType") == "BOOLEAN" and score.get("value") in (0, 1):
-        return bool(score["value"])
-    text = score.get("stringValue")
-    return text if score.get("dataType") == "CATEGORICAL" and text is not None else score.get("value")
+    kind, value, text = score.get("dataType"), score.get("value"), score.get("stringValue")
+    if kind == "BOOLEAN" and value in (0, 1):
+        return bool(value)
+    return text if kind == "CATEGORICAL" and text is not None else value

@@ -1,8 +1,9 @@
 """Runs of LangSmith with their feedback.
 
-A file holds one run per record, as ``Client.list_runs`` and the bulk export give it, with ``inputs``, ``outputs`` and
-``feedback_stats``; or beside it under ``feedback`` the list that ``Client.list_feedback`` gives, which is taken first,
-as it has every user's own word where the statistics only have the mean.
+A row for each time that the chosen feedback was given to a run. A file holds one run per record, as
+``Client.list_runs`` and the bulk export give it, with ``inputs``, ``outputs`` and ``feedback_stats``; or beside it
+under ``feedback`` the list that ``Client.list_feedback`` gives, which is taken first, as it has every user's own word
+where the statistics only have the mean.
 
 Source: the Python package langsmith 0.15.0, ``langsmith/schemas.py`` (``Run``, ``FeedbackBase``) and
 ``langsmith/types/run.py`` (``FeedbackStats``); https://docs.langchain.com/langsmith/feedback-data-format. Messages are
@@ -15,13 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bco_lightning.batch import LeftOut
-from bco_lightning.data.feedback_row import required, value_at
-from bco_lightning.data.formats.record_format import Candidate
+from bco_lightning.data.formats.record_format import Candidate, Origin
 from bco_lightning.data.formats.scores import by_name, rated_by
 from bco_lightning.data.formats.traces import traced_row
-from bco_lightning.data.messages import from_json_text
-from bco_lightning.data.source import RowFormat
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.data.options import Columns
+from bco_lightning.data.values import from_json_text, value_at
 
 MIXED = "mean of several users' feedback"
 MAX_RATINGS = 10_000
@@ -29,53 +28,46 @@ _SEVERAL = object()
 _OF_LANGSMITH = ("run_type", "feedback_stats", "dotted_order")
 
 
-class LangSmith:
-    """A row for each time that the chosen feedback was given to a run."""
-
-    rows_per_record: int | None = None
-
-    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
-        """Whether there are inputs, outputs, and a field that only runs have."""
-        return "inputs" in record and "outputs" in record and any(name in record for name in _OF_LANGSMITH)
-
-    def candidates(
-        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
-    ) -> Iterator[Candidate | LeftOut]:
-        """The rows of one run; see :class:`RecordFormat`."""
-        extra = from_json_text(record.get("extra"), "extra", place)
-        tools = value_at(extra, "invocation_params.tools") if isinstance(extra, Mapping) else None
-        for item in rated_by(
-            _scores(record, place, means=options.rating is not None),
-            lambda: traced_row(required(record, "inputs", place), record.get("outputs"), place, options, tools),
-            place,
-            options,
-            labelled=labelled,
-        ):
-            unclear = isinstance(item, Candidate) and options.rating is None and isinstance(item.label, float)
-            mixed = isinstance(item, Candidate) and item.label is _SEVERAL
-            yield LeftOut(place, MIXED) if mixed or (unclear and "feedback" not in record) else item
+def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether there are inputs, outputs, and a field that only runs have."""
+    return "inputs" in record and "outputs" in record and any(name in record for name in _OF_LANGSMITH)
 
 
-def _scores(record: Mapping[str, Any], place: str, *, means: bool) -> dict[str, list[Any]]:
-    feedback = from_json_text(record.get("feedback"), "feedback", place)
+def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+    """The rows of one run."""
+    extra = from_json_text(record.get("extra"), "extra", origin.place)
+    tools = value_at(extra, "invocation_params.tools") if isinstance(extra, Mapping) else None
+    by_rule = origin.options.rating is not None
+    for item in rated_by(
+        _scores(record, origin),
+        lambda: traced_row(origin.required(record, "inputs"), record.get("outputs"), origin, tools),
+        origin,
+    ):
+        label = item.label if isinstance(item, Candidate) else None
+        is_mean = not by_rule and isinstance(label, float) and "feedback" not in record
+        yield origin.left_out(MIXED) if label is _SEVERAL or is_mean else item
+
+
+def _scores(record: Mapping[str, Any], origin: Origin) -> dict[str, list[Any]]:
+    feedback = from_json_text(record.get("feedback"), "feedback", origin.place)
     if isinstance(feedback, list):
         return by_name(feedback, "key", lambda entry: _first(entry.get("score"), entry.get("value")))
-    stats = from_json_text(record.get("feedback_stats"), "feedback_stats", place)
+    stats = from_json_text(record.get("feedback_stats"), "feedback_stats", origin.place)
     if not isinstance(stats, Mapping):
         return {}
-    return {key: _means(stat, place, means=means) for key, stat in stats.items() if isinstance(stat, Mapping)}
+    return {key: _given(stat, origin) for key, stat in stats.items() if isinstance(stat, Mapping)}
 
 
-def _means(stat: Mapping[str, Any], place: str, *, means: bool) -> list[Any]:
+def _given(stat: Mapping[str, Any], origin: Origin) -> list[Any]:
     """The mean of numbers, unless it stands for different ones and is to be a thumb; or each word as often as said."""
     if stat.get("avg") is not None:
-        return [stat["avg"] if means or _all_alike(stat) else _SEVERAL]
+        return [stat["avg"] if origin.options.rating is not None or _all_alike(stat) else _SEVERAL]
     words = stat.get("values")
     if not isinstance(words, Mapping):
         return []
     said = {word: times for word, times in words.items() if isinstance(times, int) and times > 0}
     if sum(said.values()) > MAX_RATINGS:
-        raise FeedbackRowError(place, f"expected at most {MAX_RATINGS:,} ratings of one run, found more.")
+        raise origin.error(f"expected at most {MAX_RATINGS:,} ratings of one run, found more.")
     return [word for word, times in said.items() for _ in range(times)]
 
 

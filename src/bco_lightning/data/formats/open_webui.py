@@ -20,12 +20,10 @@ from contextlib import suppress
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.feedback_row import assembled, value_at
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, WITH_IMAGE, Candidate
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, WITH_IMAGE, Candidate, Origin
 from bco_lightning.data.formats.scores import plain_number
-from bco_lightning.data.messages import messages_in
-from bco_lightning.data.source import RowFormat
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.data.options import Columns
+from bco_lightning.data.values import value_at
 
 NO_SNAPSHOT = "no snapshot of the chat"
 NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
@@ -41,65 +39,54 @@ _QUOTE = re.compile(r"^> ?", re.MULTILINE)
 _THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
 
 
-class OpenWebUI:
-    """One row of each rating."""
-
-    rows_per_record: int | None = 1
-
-    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
-        """Whether there are the data of a rating and what it refers to."""
-        return isinstance(record.get("data"), Mapping) and isinstance(record.get("meta"), Mapping) and "type" in record
-
-    def candidates(
-        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
-    ) -> Iterator[Candidate | LeftOut]:
-        """The row of one rating; see :class:`RecordFormat`."""
-        ratings = _ratings(record, options)
-        wanted = options.columns.label if options.rating is None else options.rating.column or options.columns.label
-        if labelled and wanted not in ratings:
-            raise FeedbackRowError(place, f"expected a rating {wanted!r}, found {', '.join(map(repr, ratings))}.")
-        if labelled and ratings[wanted] is None:
-            yield LeftOut(place, NO_FEEDBACK)
-            return
-        row = _row(record, place, options)
-        yield row if isinstance(row, LeftOut) else Candidate(row, ratings.get(options.columns.label), ratings)
+def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+    """Whether there are the data of a rating and what it refers to."""
+    return isinstance(record.get("data"), Mapping) and isinstance(record.get("meta"), Mapping) and "type" in record
 
 
-def _ratings(record: Mapping[str, Any], options: RowFormat) -> dict[str, Any]:
+def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+    """The row of one rating."""
+    label, rule = origin.columns.label, origin.options.rating
+    ratings = _ratings(record, label)
+    wanted = (rule and rule.column) or label
+    if origin.labelled and wanted not in ratings:
+        raise origin.error(f"expected a rating {wanted!r}, found {', '.join(map(repr, ratings))}.")
+    if origin.labelled and ratings[wanted] is None:
+        yield origin.left_out(NO_FEEDBACK)
+        return
+    row = _row(record, origin)
+    yield row if isinstance(row, LeftOut) else Candidate(row, ratings[label], ratings)
+
+
+def _ratings(record: Mapping[str, Any], label: str) -> dict[str, Any]:
     """The thumb, ``None`` for a draw in the arena, and the rating from 1 to 10; what is no thumb stays as it is."""
     given = plain_number(value_at(record, "data.rating"))
     thumb = _THUMBS.get(given, given) if type(given) in (int, str) else given
     thumb = thumb if record.get("type") == "rating" else None
-    return {"rating": thumb, "details.rating": value_at(record, "data.details.rating"), options.columns.label: thumb}
+    return {"rating": thumb, "details.rating": value_at(record, "data.details.rating"), label: thumb}
 
 
-def _row(record: Mapping[str, Any], place: str, options: RowFormat) -> FeedbackRow | LeftOut:
+def _row(record: Mapping[str, Any], origin: Origin) -> FeedbackRow | LeftOut:
     messages = value_at(record, "snapshot.chat.chat.history.messages")
     if not isinstance(messages, Mapping):
-        return LeftOut(place, NO_SNAPSHOT)
+        return origin.left_out(NO_SNAPSHOT)
     branch = _branch(messages, value_at(record, "meta.message_id"))
     if not branch or branch[-1].get("role") != "assistant":
-        return LeftOut(place, NOT_IN_SNAPSHOT)
+        return origin.left_out(NOT_IN_SNAPSHOT)
     if any(_has_image(message) for message in branch):
-        return LeftOut(place, WITH_IMAGE)
+        return origin.left_out(WITH_IMAGE)
     answer, calls = _message(branch[-1])
     if calls:
-        return LeftOut(place, WITH_TOOLS)
+        return origin.left_out(WITH_TOOLS)
     if not answer["content"]:
-        return LeftOut(place, NO_ANSWER)
-    before = [message for message in (_message(node)[0] for node in branch[:-1]) if message["content"]]
-    if not any(message["role"] == "user" for message in before):
-        return LeftOut(place, NO_PROMPT)
+        return origin.left_out(NO_ANSWER)
+    prompt = [message for message in (_message(node)[0] for node in branch[:-1]) if message["content"]]
+    if not any(message["role"] == "user" for message in prompt):
+        return origin.left_out(NO_PROMPT)
     system = value_at(record, "snapshot.chat.chat.params.system")
-    prompt = [{"role": "system", "content": system}, *before] if isinstance(system, str) and system.strip() else before
-    return assembled(
-        messages_in(prompt, "snapshot", place),
-        messages_in([answer], "snapshot", place),
-        place,
-        options.columns,
-        {},
-        all_turns=options.loss_on == "all_turns",
-    )
+    if isinstance(system, str) and system.strip():
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return origin.row(origin.messages(prompt, "snapshot"), origin.messages([answer], "snapshot"))
 
 
 def _branch(messages: Mapping[str, Any], message_id: Any) -> list[Mapping[str, Any]]:

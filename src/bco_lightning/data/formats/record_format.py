@@ -1,19 +1,60 @@
-"""What every format of records has in common."""
+"""What all formats of records have in common: what they go by, what they give, and how a row is put together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, get_args
 
-from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.source import NO_FEEDBACK, RowFormat
+from bco_lightning.batch import FeedbackRow, LeftOut, Message
+from bco_lightning.data.labels import NO_FEEDBACK
+from bco_lightning.data.messages import check_size, messages_in
+from bco_lightning.data.options import Columns, FormatName, LossOn, Rating
+from bco_lightning.data.values import MISSING, from_json_text, keys_of, shown, value_at, without_nulls
+from bco_lightning.errors import ConfigError, FeedbackRowError, check_choice
 
-__all__ = ["NO_ANSWER", "NO_FEEDBACK", "NO_PROMPT", "WITH_IMAGE", "Candidate", "RecordFormat"]
+__all__ = ["NO_ANSWER", "NO_FEEDBACK", "NO_PROMPT", "WITH_IMAGE", "Candidate", "Origin", "RecordFormat", "RowFormat"]
 
 NO_ANSWER = "no answer that holds text"
 NO_PROMPT = "answer without a prompt"
 WITH_IMAGE = "conversation with an image"
+# What a row may not tell the chat template: what this package itself says, and how the template is called.
+_RESERVED_OPTIONS = frozenset({
+    "self", "conversation", "messages", "tools", "chat_template", "tokenize", "tokenizer_kwargs",
+    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask",
+})  # fmt: skip
+_NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How the records of a source become rows.
+
+    Args:
+        format: What they are; ``auto`` goes by the first record.
+        columns: Names of the columns.
+        rating: The rule for ratings; ``None`` where labels are thumbs.
+        loss_on: The rated assistant turn alone, or all assistant turns of the conversation.
+
+    Raises:
+        ConfigError: If there is no such format or choice of turns, or both a rule and a map say what labels mean.
+    """
+
+    format: FormatName = "auto"
+    columns: Columns = field(default_factory=Columns)
+    rating: Rating | None = None
+    loss_on: LossOn = "rated_turn"
+
+    def __post_init__(self) -> None:
+        check_choice("data.format", self.format, get_args(FormatName))
+        check_choice("data.loss_on", self.loss_on, get_args(LossOn))
+        if self.rating is not None and self.columns.thumbs:
+            raise ConfigError(
+                "data.rating",
+                "expected either data.rating or data.columns.thumbs for one source, found both.",
+                "Keep the one that says what its labels mean; of several sources, each can have its own.",
+            )
 
 
 @dataclass(frozen=True)
@@ -31,28 +72,114 @@ class Candidate:
     ratings: Mapping[str, Any]
 
 
-class RecordFormat(Protocol):
-    """Makes rows of records, one record at a time.
+@dataclass(frozen=True)
+class Origin:
+    """Where the rows of one record come from, and what their making goes by.
 
-    Attributes:
-        rows_per_record: Rows of each record, read or left out; ``None`` where records differ.
+    Args:
+        place: File and line of the record, for messages; its rows have the same.
+        options: Columns, rule of ratings, and which turns carry loss.
+        labelled: Whether rows need a label; without, a row that has none is used as it is.
     """
 
-    rows_per_record: int | None
+    place: str
+    options: RowFormat
+    labelled: bool = True
 
-    def matches(self, record: Mapping[str, Any], options: RowFormat) -> bool:
-        """Whether a record looks like one of this format."""
+    @property
+    def columns(self) -> Columns:
+        """Names of the columns."""
+        return self.options.columns
 
-    def candidates(
-        self, record: Mapping[str, Any], place: str, options: RowFormat, *, labelled: bool
-    ) -> Iterator[Candidate | LeftOut]:
-        """The rows of one record, each to be used or left out.
+    def left_out(self, reason: str) -> LeftOut:
+        """A row of the record that is not used."""
+        return LeftOut(self.place, reason)
+
+    def error(self, problem: str, remedy: str = "") -> FeedbackRowError:
+        """What is wrong with the record."""
+        return FeedbackRowError(self.place, problem, remedy)
+
+    def required(self, record: Mapping[str, Any], column: str) -> Any:
+        """What stands in a column.
+
+        Raises:
+            FeedbackRowError: If there is no such column.
+        """
+        value = value_at(record, column, MISSING)
+        if value is MISSING:
+            raise self.error(
+                f"expected a column {column!r}, found {keys_of(record)}.", "Rename the column, or set data.columns."
+            )
+        return value
+
+    def messages(self, value: Any, name: str, role: str = "") -> list[Message]:
+        """The messages in a column; see :func:`~bco_lightning.data.messages.messages_in`."""
+        if role and isinstance(value, str) and value and not value.isspace():
+            return [{"role": role, "content": value}]
+        return messages_in(value, name, self.place, role)
+
+    def row(
+        self,
+        prompt: list[Message],
+        completion: list[Message],
+        record: Mapping[str, Any] = _NOTHING,
+        num_trailing: int = 0,
+    ) -> FeedbackRow:
+        """A row without a thumb, of messages that are valid each for itself.
 
         Args:
-            record: One of the log.
-            place: File and line, for messages; rows of one record have the same.
-            options: Columns, rule of ratings, and which turns carry loss.
-            labelled: Whether rows need a label; without, a row that has none is used as it is.
+            prompt: What was said before.
+            completion: What is rated.
+            record: Where tools and options of the template stand, if there are any.
+            num_trailing: Messages after the rated turn.
+
+        Raises:
+            FeedbackRowError: If there is no prompt, the completion does not begin and end with the assistant, or the
+                row is over a limit.
+        """
+        if self.options.loss_on == "all_turns":
+            answers = (at for at, message in enumerate(prompt) if at and message["role"] == "assistant")
+            first = next(answers, len(prompt))
+            prompt, completion = prompt[:first], prompt[first:] + completion
+        if not prompt:
+            raise self.error("expected a prompt before what the assistant says, found none.")
+        if completion[0]["role"] != "assistant" or completion[-1]["role"] != "assistant":
+            raise self.error(
+                f"the completion must begin and end with an assistant message, found {len(completion)} messages, the "
+                f"first by {completion[0]['role']}, the last by {completion[-1]['role']}."
+            )
+        tools = self._given(record, self.columns.tools)
+        if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise self.error(f"{self.columns.tools!r} must be a list of JSON schemas, found {shown(tools)}.")
+        told = self._template_options(record)
+        check_size([*prompt, *completion, *(tools or ()), *([told] if told else ())], self.place)
+        return FeedbackRow(prompt, completion, None, self.place, tools or None, told, num_trailing)
+
+    def _template_options(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        column = self.columns.template_options
+        options = self._given(record, column) or {}
+        if not isinstance(options, dict):
+            raise self.error(f"{column!r} must be an object, found {shown(options)}.")
+        for name in options:
+            if name in _RESERVED_OPTIONS or name.endswith("_token"):
+                raise self.error(
+                    f"{column!r} must hold options of the template, found {keys_of([name])}, which is none."
+                )
+        return options
+
+    def _given(self, record: Mapping[str, Any], column: str) -> Any:
+        given = value_at(record, column)
+        return without_nulls(from_json_text(given, column, self.place)) if given else None
+
+
+class RecordFormat(Protocol):
+    """A module of this folder."""
+
+    def matches(self, record: Mapping[str, Any], columns: Columns) -> bool:
+        """Whether a record looks like one of this format."""
+
+    def candidates(self, record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+        """The rows of one record, each to be used or left out.
 
         Raises:
             FeedbackRowError: If the record is malformed, or a column is missing.

@@ -6,58 +6,53 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.feedback_row import Columns, keys_of
-from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate
-from bco_lightning.data.source import RowFormat
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate, Origin
+from bco_lightning.data.options import Columns
+from bco_lightning.data.values import keys_of
 
 # What the documentation of Langfuse and LangSmith call the score of a user's thumb.
-USUAL_NAMES = (Columns.label, "user-feedback", "user_feedback", "user-score", "user_score")
+USUAL_NAMES = (Columns().label, "user-feedback", "user_feedback", "user-score", "user_score")
 
 
 def rated_by(
     scores: Mapping[str, Sequence[Any]],
     make_row: Callable[[], FeedbackRow | LeftOut],
-    place: str,
-    options: RowFormat,
-    *,
-    labelled: bool,
+    origin: Origin,
     users: Mapping[str, Sequence[Any]] | None = None,
 ) -> Iterator[Candidate | LeftOut]:
     """The rows of one answer: one for each time that the chosen score was given.
 
     Args:
-        scores: What was given under each name.
+        scores: What was given under each name. The score is that of the rule of ratings, else that of
+            ``columns.label``, else one of the usual names.
         make_row: Makes the row; only called if there is feedback, as traces hold much that is no conversation.
-        place: File and line, for messages.
-        options: The score is that of the rule of ratings, else that of ``columns.label``, else one of the usual names.
-        labelled: Whether rows need a label.
+        origin: Of the record.
         users: Who gave each of the scores, where that is known: the other ratings of a row are then of the same user.
 
     Raises:
         FeedbackRowError: If there are scores, and none is chosen.
     """
-    chosen = _chosen(scores, place, options) if labelled else ""
-    given = scores.get(chosen, ()) if labelled else (None,)
+    chosen = _chosen(scores, origin) if origin.labelled else ""
+    given = scores.get(chosen, ()) if origin.labelled else (None,)
     if not given:
-        yield LeftOut(place, NO_FEEDBACK)
+        yield origin.left_out(NO_FEEDBACK)
         return
     row = make_row()
+    givers = (users or {}).get(chosen) or [None] * len(given)
     by_user = {
-        name: {str(user): value for user, value in zip(givers, scores[name], strict=True) if user is not None}
-        for name, givers in (users or {}).items()
+        name: {str(user): value for user, value in zip(names, scores[name], strict=True) if user is not None}
+        for name, names in (users or {}).items()
     }
-    for number, value in enumerate(given):
+    for number, (value, user) in enumerate(zip(given, givers, strict=True)):
         if isinstance(row, LeftOut):
             yield row
             continue
-        user = users[chosen][number] if users and chosen in users else None
         if user is None:
             ratings = {name: values[min(number, len(values) - 1)] for name, values in scores.items() if values}
         else:
             ratings = {name: of[str(user)] for name, of in by_user.items() if str(user) in of} | {chosen: value}
         label = plain_number(value)
-        yield Candidate(row, label, {**ratings, options.columns.label: label})
+        yield Candidate(row, label, {**ratings, origin.columns.label: label})
 
 
 def plain_number(value: Any) -> Any:
@@ -80,17 +75,16 @@ def by_name(entries: Iterable[Any], name: str, value: Callable[[Mapping[str, Any
     return scores
 
 
-def _chosen(names: Iterable[str], place: str, options: RowFormat) -> str:
-    label = options.columns.label
-    if options.rating is not None and options.rating.column is not None:
-        return options.rating.column
+def _chosen(names: Iterable[str], origin: Origin) -> str:
+    label, rating = origin.columns.label, origin.options.rating
+    if rating is not None and rating.column is not None:
+        return rating.column
     known = list(names)
-    if label != Columns.label or not known:
+    if label != Columns().label or not known:
         return label
     usual = next((name for name in USUAL_NAMES if name in known), None)
     if usual is None:
-        raise FeedbackRowError(
-            place,
+        raise origin.error(
             f"expected a score {USUAL_NAMES[1]!r}, found {keys_of(sorted(known))}.",
             "Name the score by data.columns.label.",
         )

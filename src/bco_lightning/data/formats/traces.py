@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.feedback_row import assembled, keys_of, shown, value_at
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_PROMPT, WITH_IMAGE
-from bco_lightning.data.messages import at_rated_turn, messages_in
-from bco_lightning.data.source import RowFormat
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_PROMPT, WITH_IMAGE, Origin
+from bco_lightning.data.messages import at_rated_turn
+from bco_lightning.data.values import keys_of, shown, unpacked, value_at
 
 # LangChain's names of messages, as a class in its serialised form and as a type in its plain form.
 _ROLE_OF = {
@@ -23,65 +20,55 @@ _HISTORY = ("chat_history", "history")
 _IMAGES = ("image", "image_url", "input_image", "image_file")
 
 
-def traced_row(given: Any, answer: Any, place: str, options: RowFormat, tools: Any = None) -> FeedbackRow | LeftOut:
+def traced_row(given: Any, answer: Any, origin: Origin, tools: Any = None) -> FeedbackRow | LeftOut:
     """The row of one traced call.
 
     Args:
         given: What went in: text, messages, or an object that holds one of these; as such, or as JSON text.
         answer: What came out; if it is a whole conversation, its last assistant turn is rated.
-        place: File and line, for messages.
-        options: Names of columns, for objects that hold several texts.
+        origin: Of the record.
         tools: JSON schemas of the functions that could be called, where they do not stand beside the messages.
 
     Raises:
         FeedbackRowError: If there are no messages in it.
     """
-    columns, given, answer = options.columns, unpacked(given), unpacked(answer)
-    said = _found(answer, "assistant", columns.completion, "output", place)
+    given, answer = unpacked(given), unpacked(answer)
+    said = _found(answer, "assistant", origin)
     if not any(_says_something(message) for message in said):
-        return LeftOut(place, NO_ANSWER)
-    asked = _found(given, "user", columns.prompt, "input", place)
+        return origin.left_out(NO_ANSWER)
+    asked = _found(given, "user", origin)
     if any(_has_image(message) for message in [*asked, *said]):
-        return LeftOut(place, WITH_IMAGE)
-    num_trailing = 0
-    if any(isinstance(message, Mapping) and message.get("role") == "user" for message in said):
-        prompt, completion, num_trailing = at_rated_turn(messages_in(said, "output", place), "output", place)
+        return origin.left_out(WITH_IMAGE)
+    completion, num_trailing = origin.messages(said, "output"), 0
+    if any(message["role"] == "user" for message in completion):
+        prompt, completion, num_trailing = at_rated_turn(completion, "output", origin.place)
     else:
-        prompt = messages_in(asked, "input", place) if asked else []
-        completion = messages_in(said, "output", place)
+        prompt = origin.messages(asked, "input") if asked else []
     if not prompt:
-        return LeftOut(place, NO_PROMPT)
+        return origin.left_out(NO_PROMPT)
     beside = given.get("tools") if isinstance(given, Mapping) else None
-    return assembled(
-        prompt,
-        completion,
-        place,
-        columns,
-        {columns.tools: tools or beside},
-        all_turns=options.loss_on == "all_turns",
-        num_trailing=num_trailing,
-    )
+    return origin.row(prompt, completion, {origin.columns.tools: tools or beside}, num_trailing)
 
 
-def _found(value: Any, role: str, column: str, where: str, place: str) -> list[Any]:
+def _found(value: Any, role: str, origin: Origin) -> list[Any]:
     """The messages in a value, not yet checked."""
+    where, option = ("input", "prompt") if role == "user" else ("output", "completion")
     before: list[Any] = []
     while isinstance(value, Mapping) and value and not _is_message(value):
-        inner = next(iter(_containers(value, column)), None)
+        inner = next(iter(_containers(value, getattr(origin.columns, option))), None)
         if inner is None:
-            option = f"data.columns.{'prompt' if role == 'user' else 'completion'}"
             found = f"expected text or messages as {where!r}, found {keys_of(value)}."
-            raise FeedbackRowError(place, found, f"Name the one that counts by {option}.")
+            raise origin.error(found, f"Name the one that counts by data.columns.{option}.")
         before += _before(value, inner)
         value = unpacked(inner)
     if isinstance(value, Mapping):
-        return [*before, _in_openai_form(value)] if value else before
-    if isinstance(value, list):
-        nested = len(value) == 1 and isinstance(value[0], list)
-        return before + [_in_openai_form(message) for message in (value[0] if nested else value)]
+        value = [value] if value else []
     if value is None or isinstance(value, str):
-        return [*before, {"role": role, "content": value}] if value else before
-    raise FeedbackRowError(place, f"expected text or messages as {where!r}, found {shown(value)}.")
+        value = [{"role": role, "content": value}] if value else []
+    if not isinstance(value, list):
+        raise origin.error(f"expected text or messages as {where!r}, found {shown(value)}.")
+    nested = len(value) == 1 and isinstance(value[0], list)
+    return before + [_in_openai_form(message) for message in (value[0] if nested else value)]
 
 
 def _containers(value: Mapping[str, Any], column: str) -> list[Any]:
@@ -162,13 +149,3 @@ def _says_something(message: Any) -> bool:
         return True
     content = message.get("content")
     return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
-
-
-def unpacked(value: Any) -> Any:
-    """Objects and lists that were written as JSON text; any other text is itself."""
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value

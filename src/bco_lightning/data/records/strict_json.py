@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from bco_lightning.data.messages import shown
 from bco_lightning.data.records.record_file import Record
+from bco_lightning.data.values import shown
 from bco_lightning.errors import FeedbackRowError
 
 # A million tokens of English are four of these MiB; a parsed line can take 24 times its bytes in memory.

@@ -1,0 +1,109 @@
+"""Values of records: found under their names, cleaned, and shown in messages without what users wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from bco_lightning.errors import FeedbackRowError
+
+MAX_DEPTH = 32
+MISSING = object()
+
+
+def shown(value: Any) -> str:
+    """A value for a message: itself if it is short and label-like, else its kind and size, as it may be private.
+
+    Example:
+        >>> shown("up"), shown(3.5), shown(None), shown("I was born in Bremen."), shown([True])
+        ('"up"', '3.5', 'null', 'a text of 21 characters', 'a list of 1')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        label_like = len(value) <= 12 and len(value.split()) <= 1 and "@" not in value and value.isprintable()
+        return f'"{value}"' if label_like else f"a text of {len(value)} characters"
+    if isinstance(value, (int, float)):
+        # Longer numbers may be those of telephones and accounts.
+        return repr(value) if (-1000 < value < 1000 and len(repr(value)) <= 12) or value != value else "another number"
+    if isinstance(value, (list, dict)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    return f"a value of type {type(value).__name__}"
+
+
+def keys_of(record: Iterable[str]) -> str:
+    """The names of a record's columns, or other keys of it, for a message."""
+    # A name of a column is an identifier; what is none may be a text that stands in the wrong place.
+    keys = [repr(key) if str(key).isidentifier() and len(str(key)) <= 32 else shown(key) for key in record]
+    return ", ".join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "") or "none"
+
+
+def value_at(record: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """What a record holds under a name, which may reach into nested objects.
+
+    Example:
+        >>> value_at({"feedback": {"score": 1}}, "feedback.score"), value_at({"a.b": 2}, "a.b"), value_at({}, "a.b")
+        (1, 2, None)
+    """
+    value = record.get(name, MISSING)
+    if value is not MISSING:
+        return value
+    first, dot, rest = name.partition(".")
+    inner = record.get(first) if dot else None
+    return value_at(inner, rest, default) if isinstance(inner, Mapping) else default
+
+
+def without_nulls(value: Any, depth: int = 0) -> Any:
+    """The same value without the keys that have none; what is nested too deeply for a message is left as it is."""
+    if depth > MAX_DEPTH:
+        return value
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part, depth + 1) for key, part in value.items() if part is not None}
+    return [without_nulls(part, depth + 1) for part in value] if isinstance(value, list) else value
+
+
+def from_json_text(value: Any, name: str, place: str) -> Any:
+    """What a text says in JSON, for columns of files that know no other types; anything but text as it is.
+
+    Raises:
+        FeedbackRowError: If the text is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise FeedbackRowError(
+            place, f"{name!r} must hold JSON, found {shown(value)} that is none.", "Correct or remove the row."
+        ) from error
+
+
+def unpacked(value: Any) -> Any:
+    """Objects and lists that were written as JSON text; any other text is itself."""
+    if isinstance(value, str) and value.startswith(("{", "[")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def texts_in(value: Any, depth: int = 0) -> Iterator[str]:
+    """Every text in messages or a part of one, keys included.
+
+    Raises:
+        ValueError: If lists and objects are nested too deeply.
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        if depth >= MAX_DEPTH:
+            raise ValueError(f"at most {MAX_DEPTH} levels of nesting in a message, found more")
+        if isinstance(value, dict):
+            yield from value.keys()
+            value = value.values()
+        for part in value:
+            yield from texts_in(part, depth + 1)

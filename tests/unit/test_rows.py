@@ -1,0 +1,219 @@
+"""The records of a source become rated rows, reasons and errors, and nothing else, in one way for all readers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bco_lightning.batch import FeedbackRow, LeftOut
+from bco_lightning.data.formats import FORMATS
+from bco_lightning.data.options import Columns, Rating
+from bco_lightning.data.records import read_records
+from bco_lightning.data.rows import RowFormat, RowMaker, rated_rows
+from bco_lightning.data.values import value_at
+from bco_lightning.errors import FeedbackRowError
+from tests.conftest import write_jsonl
+from tests.unit.made_rows import made, row_of
+
+LOGS = Path(__file__).parent.parent / "data" / "feedback_logs"
+GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+def test_texts_become_messages_with_a_thumb() -> None:
+    assert row_of(GOOD) == FeedbackRow(
+        [{"role": "user", "content": "Hello?"}], [{"role": "assistant", "content": "Hi."}], True, "x:1"
+    )
+
+
+def test_the_vocabulary_is_that_of_the_whole_source(tmp_path: Path) -> None:
+    log = write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "label": label} for label in (1, "up", -1)])
+    first, second, third = rated_rows(log, RowMaker(RowFormat()))
+    assert isinstance(first, FeedbackRow)
+    assert isinstance(third, FeedbackRow)
+    assert (first.thumbs_up, third.thumbs_up) == (True, False)
+    assert isinstance(second, FeedbackRowError)
+    assert str(second).startswith(f'{log}:2: label "up" mixes two vocabularies; labels so far were 1.')
+
+
+def test_the_first_record_with_marks_of_a_format_decides_for_all(tmp_path: Path) -> None:
+    unclear, row = {"question": "a"}, {"messages": "x"}
+    log = write_jsonl(tmp_path / "a.jsonl", [unclear, PAIR, row])
+    maker = RowMaker(RowFormat())
+    malformed, better, worse, other = rated_rows(log, maker)
+    assert maker.format == "paired"
+    assert [row.thumbs_up for row in (better, worse) if isinstance(row, FeedbackRow)] == [True, False]
+    assert "expected a column 'chosen', found 'question'" in str(malformed)
+    assert "expected a column 'chosen', found 'messages'" in str(other)
+
+
+def test_a_source_without_marks_is_taken_for_rows_and_all_of_it_is_read() -> None:
+    maker = RowMaker(RowFormat())
+    records = [(number, {"question": number}) for number in range(300)]
+    assert list(maker.learn(iter(records))) == records
+    assert maker.format == "unpaired"
+
+
+def test_what_was_learned_goes_to_other_processes() -> None:
+    maker = RowMaker(RowFormat())
+    maker.learn(iter([("", GOOD)]))
+    maker.rows({**GOOD, "label": -1}, "x:1")
+    copy = pickle.loads(pickle.dumps(maker))  # noqa: S301 - our own
+    assert copy.format == "unpaired"
+    [error] = copy.rows({**GOOD, "label": 0}, "x:2")
+    assert "mixes two vocabularies; labels so far were -1" in str(error)
+
+
+def test_a_rule_or_a_map_leaves_rows_out() -> None:
+    stars = RowFormat(rating=Rating("stars", up=4, down=2))
+    assert made({**GOOD, "stars": 3}, stars) == [LeftOut("x:1", "rating between thumbs-up and thumbs-down")]
+    words = RowFormat(columns=Columns(thumbs={"good": "up", "bad": "down", "unsure": "drop"}))
+    assert made({**GOOD, "label": "unsure"}, words) == [LeftOut("x:1", "label mapped to drop")]
+
+
+def test_tools_and_trailing_messages_stay_with_the_rated_row() -> None:
+    talk = [{"role": role, "content": "..."} for role in ("user", "assistant", "user")]
+    options = {"enable_thinking": False}
+    row = row_of({"messages": talk, "label": 1, "tools": [{"name": "f"}], "chat_template_kwargs": options})
+    assert (row.tools, row.template_options, row.num_trailing) == ([{"name": "f"}], options, 1)
+
+
+def test_columns_can_be_renamed() -> None:
+    columns = Columns("question", "answer", "thumb")
+    assert row_of({"question": "a", "answer": "b", "thumb": "down"}, RowFormat(columns=columns)).thumbs_up is False
+
+
+def test_a_response_is_a_completion_unless_there_is_one_or_it_has_another_name() -> None:
+    def completion(columns: Columns, **record: str) -> str:
+        row = row_of({"prompt": "a", **record}, RowFormat(columns=columns), labelled=False)
+        return str(row.completion[0]["content"])
+
+    assert completion(Columns(), response="b") == "b"
+    assert completion(Columns(), response="b", completion="c") == "c"
+    with pytest.raises(FeedbackRowError, match="expected a column 'answer', found 'prompt', 'response'"):
+        completion(Columns(completion="answer"), response="b")
+
+
+def test_a_name_with_dots_is_first_a_column_and_then_a_way_into_objects() -> None:
+    assert value_at({"a.b": 1, "a": {"b": 2}}, "a.b") == 1
+    assert value_at({"a": {"b": {"c": None}}}, "a.b.c", 7) is None
+    for record in ({"a": 3}, {"a": {"x": 3}}, {"a": None}, {}):
+        assert value_at(record, "a.b.c", 7) == 7
+
+
+def test_an_error_holds_neither_the_text_of_the_row_nor_the_record() -> None:
+    [error] = made({**GOOD, "prompt": "my secret", "completion": {"text": "my secret"}})
+    assert isinstance(error, FeedbackRowError)
+    assert "secret" not in str(error)
+    assert error.__cause__ is None
+    assert error.__traceback__ is None
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [
+    "role",
+    "content",
+    "from",
+    "value",
+    "tool_calls",
+    "type",
+    "text",
+    "lc",
+    "id",
+    "kwargs",
+    "data",
+    "function",
+    "name",
+]
+ROLES = st.sampled_from(["user", "assistant", "tool", "system", "human", "gpt", "ai"])
+near_messages = st.lists(st.dictionaries(st.sampled_from(KEYS), values | ROLES) | values, max_size=4)
+near_objects = st.dictionaries(
+    st.sampled_from(
+        ["messages", "generations", "choices", "chat", "history", "params", "label", "prompt", "completion"]
+    ),
+    values | near_messages,
+    max_size=4,
+)
+COLUMNS = {
+    "unpaired": ["prompt", "completion", "messages", "label", "tools", "chat_template_kwargs", "response"],
+    "paired": ["prompt", "chosen", "rejected", "tools"],
+    "open_webui": ["data", "meta", "snapshot", "type"],
+    "langfuse": ["input", "output", "scores", "user-feedback", "traceId"],
+    "langsmith": ["inputs", "outputs", "feedback", "feedback_stats", "extra"],
+    "argilla": ["fields", "responses", "label.responses", "label.responses.status", "prompt", "completion"],
+    "chainlit": ["steps", "userId", "feedback"],
+    "chitchat": ["messages", "ratings", "start"],
+}
+
+
+def check(name: str, given_record: dict[str, Any]) -> None:
+    rating = Rating("interesting", up=4, down=3) if name == "chitchat" else None
+    outcomes = made(given_record, RowFormat(name, rating=rating))  # type: ignore[arg-type]
+    assert outcomes, f"{name} lost a record"
+    for outcome in outcomes:
+        if isinstance(outcome, FeedbackRowError):
+            assert str(outcome).startswith("x:1: ")
+        elif isinstance(outcome, FeedbackRow):
+            assert isinstance(outcome.thumbs_up, bool)
+            json.dumps(outcome.prompt + outcome.completion, ensure_ascii=False).encode()
+        else:
+            assert outcome.place == "x:1"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_record_gives_a_row_a_reason_or_a_clear_error(name: str, data: st.DataObject) -> None:
+    columns = st.dictionaries(st.sampled_from(COLUMNS[name]), values | near_messages | near_objects, max_size=6)
+    check(name, data.draw(columns))
+
+
+FILES = {
+    "unpaired": "conversations.jsonl", "paired": "pairs_of_conversations.jsonl", "open_webui": "open_webui.json",
+    "langfuse": "langfuse_traces.json", "langsmith": "langsmith_runs.jsonl", "argilla": "argilla.json",
+    "chainlit": "chainlit.json", "chitchat": "chitchat.json",
+}  # fmt: skip
+ODD: list[Any] = [None, True, 7, float("nan"), " ", "x", "\x00", "\ud800", [None], {}, {"role": "user"}, [[]]]
+
+
+def places_in(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value in a record."""
+    keys: Any = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [way, *(place for key in keys for place in places_in(value[key], (*way, key)))]
+
+
+def with_value(value: Any, way: tuple[Any, ...], new: Any) -> Any:
+    if not way:
+        return new
+    if isinstance(value, dict):
+        return {key: with_value(part, way[1:], new) if key == way[0] else part for key, part in value.items()}
+    return [with_value(part, way[1:], new) if number == way[0] else part for number, part in enumerate(value)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_value_of_a_real_record_can_break_its_format(name: str) -> None:
+    for _, given_record in read_records(str(LOGS / FILES[name]), "label"):
+        for number, way in enumerate(places_in(given_record)[1:]):
+            for odd in ODD[number % 3 :: 3]:
+                check(name, with_value(given_record, way, odd))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_deep_nesting_is_refused_or_left_alone(name: str) -> None:
+    for key in ("messages", "content", "x"):
+        deep: Any = "..."
+        for _ in range(900):
+            deep = {key: deep}
+        for column in COLUMNS[name]:
+            check(name, {**dict.fromkeys(COLUMNS[name], "..."), column: deep, "user-feedback": [1]})
+            check(name, {**{other: [deep] for other in COLUMNS[name]}, column: [[deep]]})
