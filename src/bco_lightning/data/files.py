@@ -1,33 +1,28 @@
-"""Files of feedback logs: local ones and those that fsspec reaches, packed or not, named one by one or by a glob."""
+"""Where feedback logs are: files here and in stores, packed or not, named one by one or by a glob."""
 
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from bco_lightning.data.packed import COMPRESSIONS, UnpackedFile
-from bco_lightning.data.remote import (
-    HTTP,
-    RemoteFile,
-    errors_named,
-    file_system,
-    is_remote,
-    protocol_of,
-    public_name,
-)
+from bco_lightning.data.remote import HTTP, RemoteFile, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.places import resolve_packaged
 
 HUB = "hub:"
-_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_TABLES = (".parquet", ".arrow")
-_BLOCK = 2**20
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+TABLES = (".parquet", ".arrow")
+_KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *TABLES)
+_BLOCK, _PACKED_BLOCK = 2**20, 2**16
 # What file systems say about content, in the spellings of HTTP, S3, Google, Azure, the hub and fsspec's memory.
 _CONTENT_MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "blob_id", "created")
 
@@ -61,14 +56,147 @@ def expand(source: str) -> list[str]:
         if not source.removeprefix(HUB).partition("@")[0]:
             raise FeedbackRowError(source, "expected a data set as hub:OWNER/NAME@SPLIT, found no name.")
         return [source]
-    if is_remote(source):
-        files = _known(source, _expand_remote(source))
-    else:
-        with errors_named(source):
-            files = _expand_local(source)
+    with errors_named(source):
+        files = _known(source, _matching(source)) if is_remote(source) else _expand_local(source)
     for file in files:
-        _check_name(file)
+        try:
+            file.encode()
+        except UnicodeEncodeError:  # which could not be written down as the place of a row
+            name = file.encode(errors="backslashreplace").decode()
+            raise FeedbackRowError(name, "expected a name in UTF-8, found other bytes.", "Rename the file.") from None
     return files
+
+
+def suffix_of(path: str) -> str:
+    """The suffix in lower case, without that of a compression and without the query of a URL.
+
+    Example:
+        >>> suffix_of("logs/a.JSONL.gz"), suffix_of("https://host/a.csv?signature=x"), suffix_of("notes")
+        ('.jsonl', '.csv', '')
+    """
+    return _suffixes(path)[0]
+
+
+def is_packed(path: str) -> bool:
+    """Whether gzip or zstd has packed it, by its name."""
+    return bool(_suffixes(path)[1])
+
+
+def arrow_folder(path: str) -> tuple[Path, str] | None:
+    """Folder and split of ``folder@SPLIT``, if ``save_to_disk`` has written it; the split may be empty."""
+    before, _, after = path.rpartition("@")
+    for folder, split in ((path, ""), (before, after)):
+        if folder and any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return Path(folder), split
+    return None
+
+
+def files_of(path: str) -> list[Path]:
+    """A local file itself, or all files of an Arrow folder."""
+    folder = arrow_folder(path)
+    return sorted(file for file in Path(*folder).rglob("*") if file.is_file()) if folder else [Path(path)]
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file as it lies there, packed or not, or of all files of a folder; 0 where a server does not say.
+
+    Raises:
+        FeedbackRowError: If it cannot be reached.
+    """
+    with errors_named(path):
+        if is_remote(path):
+            return int(_info(path).get("size") or 0)
+        return sum(file.stat().st_size for file in files_of(path))
+
+
+def content_key(path: str) -> str:
+    """A key that changes with the content of a file or of an Arrow folder.
+
+    Returns:
+        ``sha256:`` and a digest of the bytes of local files; for remote ones ``fsspec:`` and a digest of what their
+        server says about the content; an empty text where that is nothing, as for hub data sets.
+
+    Raises:
+        FeedbackRowError: If it cannot be reached.
+    """
+    if path.startswith(HUB):
+        return ""
+    with errors_named(path):
+        if is_remote(path):
+            info = _info(path)
+            marks = {name: str(info[name]) for name in _CONTENT_MARKS if info.get(name)}
+            return f"fsspec:{_digest_of([info.get('size'), marks])}" if marks else ""
+        folder = arrow_folder(path)
+        digests = {str(file.relative_to(folder[0] if folder else file)): _digest_in(file) for file in files_of(path)}
+        return f"sha256:{_digest_of([folder[1], digests]) if folder else digests['.']}"
+
+
+def open_file(path: str) -> io.BufferedReader:
+    """Opens a file for reading its bytes as they are.
+
+    Args:
+        path: One that :func:`expand` gave, other than a folder or hub data set.
+
+    Returns:
+        A file; it can seek, except for text over HTTP, which is read as it comes.
+
+    Raises:
+        FeedbackRowError: If it cannot be opened. Reads raise one if the connection breaks.
+    """
+    if is_remote(path):
+        return io.BufferedReader(RemoteFile(path, whole=suffix_of(path) not in TABLES), _BLOCK)
+    with errors_named(path):
+        return io.BufferedReader(Path(path).open("rb", buffering=0), _BLOCK)
+
+
+@contextmanager
+def open_unpacked(path: str) -> Iterator[BinaryIO]:
+    """Opens a file for reading its content from the front to the end, unpacked if its name ends in ``.gz`` or ``.zst``.
+
+    Raises:
+        FeedbackRowError: If it cannot be opened or read, or is truncated or damaged.
+    """
+    with open_file(path) as file:
+        name = public_name(path)
+        if is_packed(path) and not file.peek(1):  # which both libraries take for a packed file of no bytes
+            raise damage(name, name, None)
+        try:
+            with _unpacked(file, _suffixes(path)[1]) as content:
+                yield content
+        except (EOFError, OSError, zlib.error) as error:
+            raise damage(name, name, error) from None
+
+
+def damage(name: str, place: str, error: Exception | None) -> FeedbackRowError:
+    """What is wrong with a file that cannot be read on.
+
+    Args:
+        name: How it may be shown, which tells how it is packed.
+        place: How far it was read.
+        error: What came instead; ``None`` if there is nothing in it.
+    """
+    compression = COMPRESSIONS.get(Path(name).suffix.lower())
+    if compression is None or (isinstance(error, OSError) and error.errno):
+        return FeedbackRowError(place, f"expected to read on, found {type(error).__name__}.")
+    found = "damaged bytes" if error else "an empty one"
+    # EOFError is gzip's; the words are those of pyarrow and zstd, which tell their errors apart by nothing else.
+    if isinstance(error, EOFError) or "Truncated" in str(error):
+        found = "one that is cut off"
+    elif "too much memory" in str(error):
+        found = "one packed with a window of over 128 MiB (zstd --long)"
+    remedy = "Copy or pack it again, or rename it if it is not packed."
+    return FeedbackRowError(place, f"expected a whole {compression} file, found {found}.", remedy)
+
+
+def _unpacked(file: io.BufferedReader, suffix: str) -> Any:
+    # Whatever unpacks before a damage is to be read, so that the line that is named is the one reached.
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if suffix == ".zst":
+        from pyarrow import CompressedInputStream
+
+        return io.BufferedReader(CompressedInputStream(file, "zstd"), _PACKED_BLOCK)
+    return file
 
 
 def _expand_local(source: str) -> list[str]:
@@ -90,98 +218,17 @@ def _expand_local(source: str) -> list[str]:
     raise FeedbackRowError(source, "expected a feedback log, found no such file.")
 
 
-def suffix_of(path: str) -> str:
-    """The suffix in lower case, without that of a compression and without the query of a URL.
-
-    Example:
-        >>> suffix_of("logs/a.JSONL.gz"), suffix_of("https://host/a.csv?signature=x"), suffix_of("notes")
-        ('.jsonl', '.csv', '')
-    """
-    return _suffixes(path)[0]
-
-
-def arrow_folder(path: str) -> tuple[Path, str] | None:
-    """Folder and split of ``folder@SPLIT``, if ``save_to_disk`` has written it; the split may be empty."""
-    before, _, after = path.rpartition("@")
-    for folder, split in ((path, ""), (before, after)):
-        if folder and any(Path(folder, name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return Path(folder), split
-    return None
-
-
-def size_of(path: str) -> int:
-    """Bytes of a file as it lies there, packed or not, or of all files of a folder; 0 where a server does not say.
-
-    Raises:
-        FeedbackRowError: If it cannot be reached.
-    """
-    with errors_named(path):
-        if is_remote(path):
-            system, inside = file_system(path)
-            return int(system.info(inside).get("size") or 0)
-        return sum(file.stat().st_size for file in _local_files(path))
-
-
-def content_key(path: str) -> str:
-    """A key that changes with the content of a file or of an Arrow folder.
-
-    Returns:
-        ``sha256:`` and a digest of the bytes of local files; for remote ones ``fsspec:`` and a digest of what their
-        server says about the content; an empty text where that is nothing, as for hub data sets.
-
-    Raises:
-        FeedbackRowError: If it cannot be reached.
-    """
-    if path.startswith(HUB):
-        return ""
-    with errors_named(path):
-        if is_remote(path):
-            return _remote_key(path)
-        folder = arrow_folder(path)
-        if folder is None:
-            return f"sha256:{_digest_of_file(Path(path))}"
-        named = {str(file.relative_to(folder[0])): _digest_of_file(file) for file in _local_files(path)}
-        return f"sha256:{_digest_of([folder[1], named])}"
-
-
-def open_file(path: str, in_parts: bool = False) -> io.BufferedReader:
-    """Opens a file for reading its bytes as they are.
-
-    Args:
-        path: One that :func:`expand` gave, other than a folder or hub data set.
-        in_parts: Whether text is not read from the front to the end; tables never are.
-
-    Returns:
-        A file; it can seek, except for text over HTTP that is not read in parts.
-
-    Raises:
-        FeedbackRowError: If it cannot be opened. Reads raise one if the connection breaks.
-    """
-    if is_remote(path):
-        whole = not in_parts and suffix_of(path) not in _TABLES
-        return io.BufferedReader(RemoteFile(path, whole), _BLOCK)
-    with errors_named(path):
-        return io.BufferedReader(Path(path).open("rb", buffering=0), _BLOCK)
-
-
-def open_unpacked(path: str) -> BinaryIO:
-    """Opens a file for reading its content, unpacked if its name ends in ``.gz`` or ``.zst``.
-
-    Returns:
-        A file; unpacked ones are read from the front to the end and cannot seek.
-
-    Raises:
-        FeedbackRowError: If it cannot be opened. Reads raise one if it is truncated or damaged.
-    """
-    compression = _suffixes(path)[1]
-    file = open_file(path)
-    return file if not compression else io.BufferedReader(UnpackedFile(file, path, compression), _BLOCK)
-
-
-def _suffixes(path: str) -> tuple[str, str]:
-    """The suffix, and that of the compression if there is one."""
-    *before, last = ["", *Path(public_name(path).rsplit("/", 1)[-1].lower()).suffixes]
-    return (before[-1], last) if last in COMPRESSIONS else (last, "")
+def _matching(url: str) -> list[str]:
+    system, inside = file_system(url)
+    if not glob.has_magic(inside) or protocol_of(url) in HTTP:
+        return [url]
+    found = [path.lstrip("/") for path, info in system.glob(inside, detail=True).items() if info["type"] == "file"]
+    # Of abfs://container@account.host/path, file systems give back container/path, which names no account.
+    scheme, _, rest = url.partition("://")
+    authority = rest.partition("/")[0]
+    if "@" in authority:
+        found = [f"{authority}/{path.partition('/')[2]}" for path in found]
+    return [f"{scheme}://{path}" for path in found]
 
 
 def _known(source: str, files: Iterable[str]) -> list[str]:
@@ -191,64 +238,34 @@ def _known(source: str, files: Iterable[str]) -> list[str]:
         raise FeedbackRowError(public_name(source), "expected at least one file, found none that matches.")
     for file in found:
         suffix, compression = _suffixes(file)
-        if suffix not in _TEXTS + _TABLES:
-            raise FeedbackRowError(
-                public_name(file),
-                f"expected a file ending in {', '.join(_TEXTS + _TABLES)}, or hub:OWNER/NAME; "
-                f"found {repr(suffix or compression) if suffix or compression else 'one without a suffix'}.",
-            )
-        if compression and suffix in _TABLES:
-            raise FeedbackRowError(
-                public_name(file), f"expected {suffix} as it is, found it packed as {compression}.", "Unpack the file."
-            )
+        if suffix not in _KNOWN:
+            other = repr(suffix or compression) if suffix or compression else "one without a suffix"
+            expected = f"expected a file ending in {', '.join(_KNOWN)}, or hub:OWNER/NAME; found {other}."
+            raise FeedbackRowError(public_name(file), expected)
+        if compression and suffix in TABLES:
+            expected = f"expected {suffix} as it is, found it packed as {compression}."
+            raise FeedbackRowError(public_name(file), expected, "Unpack the file.")
     return found
 
 
-def _check_name(file: str) -> None:
-    """Refuses a name that cannot be written down as the place of a row."""
-    try:
-        file.encode()
-    except UnicodeEncodeError:
-        name = file.encode(errors="backslashreplace").decode()
-        raise FeedbackRowError(name, "expected a name in UTF-8, found other bytes.", "Rename the file.") from None
+def _suffixes(path: str) -> tuple[str, str]:
+    """The suffix, and that of the compression if there is one."""
+    *before, last = ["", *Path(public_name(path).rsplit("/", 1)[-1].lower()).suffixes]
+    return (before[-1], last) if last in COMPRESSIONS else (last, "")
 
 
-def _expand_remote(url: str) -> list[str]:
+def _info(url: str) -> Any:
     system, inside = file_system(url)
-    if not glob.has_magic(inside) or protocol_of(url) in HTTP:
-        return [url]
-    with errors_named(url):
-        found = [path.lstrip("/") for path, info in system.glob(inside, detail=True).items() if info["type"] == "file"]
-    # Of abfs://container@account.host/path, file systems give back container/path, which names no account.
-    scheme, _, rest = url.partition("://")
-    authority = rest.partition("/")[0]
-    if "@" in authority:
-        found = [f"{authority}/{path.partition('/')[2]}" for path in found]
-    return [f"{scheme}://{path}" for path in found]
-
-
-def _remote_key(url: str) -> str:
-    system, inside = file_system(url)
-    info = system.info(inside)
-    marks = {name: str(info[name]) for name in _CONTENT_MARKS if info.get(name)}
-    return f"fsspec:{_digest_of([info.get('size'), marks])}" if marks else ""
-
-
-def _local_files(path: str) -> list[Path]:
-    folder = arrow_folder(path)
-    if folder is None:
-        return [Path(path)]
-    return sorted(file for file in Path(*folder).rglob("*") if file.is_file())
+    return system.info(inside)
 
 
 def _digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of_file(path: Path) -> str:
+def _digest_in(path: Path) -> str:
     digest = hashlib.sha256()
-    block = memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
     return digest.hexdigest()

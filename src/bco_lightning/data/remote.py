@@ -15,19 +15,9 @@ from bco_lightning.errors import FeedbackRowError
 
 # Protocols and the package each needs. fsspec knows many more, among them archives and chains of protocols.
 _PACKAGES = {
-    "s3": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "adl": "adlfs",
-    "hf": "huggingface_hub",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "memory": "fsspec",
-    "file": "fsspec",
-}
+    "s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "adl": "adlfs",
+    "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec", "file": "fsspec",
+}  # fmt: skip
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::.*://)")
 HTTP = ("http", "https")
 _WITH_CONTAINER = ("abfs", "abfss", "az")
@@ -95,19 +85,17 @@ def errors_named(path: str) -> Iterator[None]:
     except FeedbackRowError:
         raise
     except Exception as error:
-        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
-            # fsspec also raises the first where a server cannot be reached at all.
-            remedy = "Check address, connection and credentials." if is_remote(path) else ""
-            raise FeedbackRowError(public_name(path), "expected a feedback log, found no such file.", remedy) from None
-        if not is_remote(path) and not isinstance(error, OSError):
+        remote, problem = is_remote(path), "expected a feedback log, found no such file."
+        if not remote and not isinstance(error, OSError):
             raise
-        status = getattr(error, "status", None)
-        found = type(error).__name__ + (f" {status}" if isinstance(status, int) else "")
-        raise FeedbackRowError(
-            public_name(path),
-            f"expected a file that can be read, found {found}.",
-            "Check address, connection and credentials." if is_remote(path) else "Check its permissions.",
-        ) from None
+        # fsspec also says that there is no such file where a server cannot be reached at all.
+        missing = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+        if not missing:
+            status = getattr(error, "status", None)
+            found = type(error).__name__ + (f" {status}" if isinstance(status, int) else "")
+            problem = f"expected a file that can be read, found {found}."
+        remedy = "Check address, connection and credentials." if remote else "" if missing else "Check its permissions."
+        raise FeedbackRowError(public_name(path), problem, remedy) from None
 
 
 class RemoteFile(io.RawIOBase):

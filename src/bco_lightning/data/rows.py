@@ -38,7 +38,7 @@ class RowMaker:
 
     def __init__(self, options: RowFormat, labelled: bool = True) -> None:
         self.options, self.labelled = options, labelled
-        self.format = options.format if options.format in FORMATS else None
+        self.format: str | None = options.format if options.format in FORMATS else None
         self.labels = LabelVocabulary(thumbs=options.columns.thumbs)
 
     @property

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, Candidate, Origin
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, Candidate, Origin
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import shown
 
@@ -47,7 +47,9 @@ def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate 
         yield origin.left_out(NO_ANSWER)
     for at in answers:
         rated = thumbs.pop(numbers[at], []) if origin.labelled else [None]
-        row = _row(said[: at + 1], origin) if rated else origin.left_out(NO_FEEDBACK)
+        row: FeedbackRow | LeftOut = origin.left_out(NO_FEEDBACK if not rated else ERROR_ANSWER)
+        if rated and not said[at].get("isError"):
+            row = origin.answered([_message(step) for step in said[:at]], _message(said[at]), "steps")
         for thumb in rated or [None]:
             yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {origin.columns.label: thumb})
     for others in thumbs.values():
@@ -83,18 +85,6 @@ def _feedback(record: Mapping[str, Any], steps: list[Step], number_of: Mapping[s
         for entry in entries if isinstance(entries, list) else ():
             if isinstance(entry, Mapping):
                 yield number_of.get(str(entry.get("forId")), -1), entry
-
-
-def _row(said: list[Step], origin: Origin) -> FeedbackRow | LeftOut:
-    *before, answer = [_message(step) for step in said]
-    if said[-1].get("isError"):
-        return origin.left_out(ERROR_ANSWER)
-    if not answer["content"]:
-        return origin.left_out(NO_ANSWER)
-    prompt = [message for message in before if message["content"]]
-    if not any(message["role"] == "user" for message in prompt):
-        return origin.left_out(NO_PROMPT)
-    return origin.row(origin.messages(prompt, "steps"), origin.messages([answer], "steps"))
 
 
 def _message(step: Step) -> Message:

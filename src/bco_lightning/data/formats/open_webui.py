@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, NO_PROMPT, WITH_IMAGE, Candidate, Origin
+from bco_lightning.data.formats.record_format import NO_FEEDBACK, WITH_IMAGE, Candidate, Origin
 from bco_lightning.data.formats.scores import plain_number
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import value_at
@@ -78,15 +78,9 @@ def _row(record: Mapping[str, Any], origin: Origin) -> FeedbackRow | LeftOut:
     answer, calls = _message(branch[-1])
     if calls:
         return origin.left_out(WITH_TOOLS)
-    if not answer["content"]:
-        return origin.left_out(NO_ANSWER)
-    prompt = [message for message in (_message(node)[0] for node in branch[:-1]) if message["content"]]
-    if not any(message["role"] == "user" for message in prompt):
-        return origin.left_out(NO_PROMPT)
     system = value_at(record, "snapshot.chat.chat.params.system")
-    if isinstance(system, str) and system.strip():
-        prompt = [{"role": "system", "content": system}, *prompt]
-    return origin.row(origin.messages(prompt, "snapshot"), origin.messages([answer], "snapshot"))
+    told = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    return origin.answered([*told, *(_message(node)[0] for node in branch[:-1])], answer, "snapshot")
 
 
 def _branch(messages: Mapping[str, Any], message_id: Any) -> list[Mapping[str, Any]]:

@@ -155,6 +155,21 @@ class Origin:
         check_size([*prompt, *completion, *(tools or ()), *([told] if told else ())], self.place)
         return FeedbackRow(prompt, completion, None, self.place, tools or None, told, num_trailing)
 
+    def answered(self, before: list[Message], answer: Message, name: str) -> FeedbackRow | LeftOut:
+        """The row of an exported chat; messages that say nothing are none.
+
+        Args:
+            before: What was said before.
+            answer: What is rated.
+            name: Of the column that holds them, for messages.
+        """
+        if not answer["content"]:
+            return self.left_out(NO_ANSWER)
+        prompt = [message for message in before if message["content"]]
+        if not any(message["role"] == "user" for message in prompt):
+            return self.left_out(NO_PROMPT)
+        return self.row(self.messages(prompt, name), self.messages([answer], name))
+
     def _template_options(self, record: Mapping[str, Any]) -> dict[str, Any]:
         column = self.columns.template_options
         options = self._given(record, column) or {}

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from bco_lightning.data.files import HUB, arrow_folder, expand, suffix_of
+from bco_lightning.data.files import HUB, arrow_folder, expand, is_packed, size_of, suffix_of
 from bco_lightning.data.records.csv_rows import CsvRows
 from bco_lightning.data.records.json_document import JsonDocument
 from bco_lightning.data.records.json_lines import JsonLines, PackedLines
 from bco_lightning.data.records.parquet import ParquetRows
-from bco_lightning.data.records.record_file import (
-    Block,
-    Piece,
-    Place,
-    Record,
-    RecordFile,
-    SeekableFile,
-    changed,
-)
+from bco_lightning.data.records.record_file import Place, Record, RecordFile, SeekableFile, changed
 from bco_lightning.data.records.record_store import RecordStore
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, parse_line
 from bco_lightning.data.records.tables import ArrowFile, ArrowFolder, HubRows
-from bco_lightning.data.remote import is_remote, public_name
+from bco_lightning.data.remote import HTTP, is_remote, protocol_of, require_ranges
 from bco_lightning.errors import FeedbackRowError
 
 __all__ = [
     "MAX_LINE_BYTES",
-    "Block",
-    "Piece",
     "Place",
     "Record",
     "RecordFile",
@@ -41,7 +31,6 @@ __all__ = [
     "seekable_files",
 ]
 
-_PACKED = (".gz", ".zst")
 _LINES = (".jsonl", ".ndjson")
 
 
@@ -63,8 +52,10 @@ def record_file(path: str, label_column: str | None = None, numeric: Collection[
     if suffix in (".csv", ".tsv"):
         return CsvRows(path, label_column, numeric)
     if suffix in _LINES:
-        return PackedLines(path) if public_name(path).lower().endswith(_PACKED) else JsonLines(path)
-    return {".json": JsonDocument, ".parquet": ParquetRows, ".arrow": ArrowFile}[suffix](path)
+        return PackedLines(path) if is_packed(path) else JsonLines(path)
+    if suffix == ".json":
+        return JsonDocument(path)
+    return ParquetRows(path) if suffix == ".parquet" else ArrowFile(path)
 
 
 def read_records(
@@ -114,8 +105,10 @@ def seekable_file(path: str) -> SeekableFile:
     """
     file = record_file(path)
     if isinstance(file, SeekableFile):
+        if protocol_of(path) in HTTP:
+            require_ranges(path, size_of(path))
         return file
-    packed = file.name.lower().endswith(_PACKED)
+    packed = is_packed(path)
     raise FeedbackRowError(
         file.name,
         "expected a file that can be read from the middle with data.streaming, found "

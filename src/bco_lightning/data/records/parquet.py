@@ -14,73 +14,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bco_lightning.data.files import open_file, size_of
-from bco_lightning.data.records.record_file import Block, Read, SeekableFile
-from bco_lightning.data.records.tables import BATCH_ROWS, RowBlock, RowPiece, in_one_line, rows_of
+from bco_lightning.data.records.record_file import Read, SeekableFile
+from bco_lightning.data.records.tables import BATCH_ROWS, RowBlock, in_one_line, rows_of
 from bco_lightning.errors import FeedbackRowError
 
 _KIND = "a Parquet file"
+# A row group can only be decoded from its beginning. Its rows are therefore shuffled in runs, of at most an eighth of
+# it but not less than these, unless these are long; in the mean a pass then decodes each row group about five times.
+_UNIT_ROWS, _UNITS, _UNIT_BYTES = 4096, 8, 2**26
 # What a batch may take in memory at most, where the encoding lets a value of a few bytes stand for a long text.
 _BATCH_BYTES = 32 * 2**20
-_BLOCK_BYTES = 2**18
 _AS_LONG_AS_STORED = {"PLAIN", "RLE", "BIT_PACKED", "DELTA_LENGTH_BYTE_ARRAY"}
 _OF_DICTIONARY = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"}
 _USUAL_DICTIONARY = 2**20  # what writers limit it to
-# A row group can only be decoded from its beginning. Its rows are therefore shuffled in runs, of at most an eighth of
-# it but not less than these; in the mean a pass then decodes each row group about five times.
-_UNIT_ROWS, _UNITS = 4096, 8
-_NEAR_BLOCKS, _KEPT_CURSORS = 64, 16
 
 
 class ParquetRows(SeekableFile):
     """A ``.parquet`` file, on a disk or wherever fsspec reads."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._cursors: list[_Cursor] = []  # the one used last comes last
-
     def __iter__(self) -> Read:
         """Reads it through."""
-        yield from rows_of(self._batches(0, self._num_groups), self.name, _KIND)
-
-    def pieces(self) -> list[tuple[int, int]]:
-        """The row groups that hold rows."""
-        borders = self._borders.tolist()
-        return [(start, stop) for start, stop in pairwise(borders) if start < stop]
-
-    def piece(self, start: int, stop: int) -> RowPiece:
-        """The rows of one row group."""
-        group = self._group_of(start)
-        return RowPiece(self._batches(group, group + 1), self.name, _KIND, start)
+        groups = range(self._file.metadata.num_row_groups)
+        yield from rows_of((batch for group in groups for batch in self._batches(group)), self.name, _KIND)
 
     def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Parts of row groups."""
-        sizes = np.diff(self._borders)
-        unit_rows = np.maximum(_UNIT_ROWS, -(-sizes // _UNITS))
-        firsts = np.concatenate([[0], np.cumsum(-(-sizes // unit_rows))])
-        groups = np.searchsorted(self._borders, offsets, side="right") - 1
-        return np.asarray(firsts[groups] + (offsets - self._borders[groups]) // unit_rows[groups], np.int64)
+        return np.searchsorted(self._units, offsets, side="right") - 1
 
-    def block_of(self, offset: int) -> int:
-        """First row of the block."""
-        first, rows = self._grid(self._group_of(offset))
-        return first + (offset - first) // rows * rows
+    def block(self, unit: int) -> RowBlock:
+        """One part; where its texts would fill the memory, rows are decoded anew when they are asked for."""
+        from pyarrow import Table
 
-    def blocks(self, key: int) -> dict[int, Block]:
-        """The block, and those that the decoder has passed since it stood near before it."""
-        from pyarrow import ArrowException
-
-        group = self._group_of(key)
-        cursor = next((known for known in self._cursors if known.is_near(group, key)), None)
-        try:
-            if cursor is None:
-                cursor = _Cursor(self._file, group, *self._grid(group))
-                cursor.skip_to(key)
-            else:
-                self._cursors.remove(cursor)
-            self._cursors = [*self._cursors, cursor][-_KEPT_CURSORS:]
-            return {first: RowBlock(table, first, self.name) for first, table in cursor.up_to(key)}
-        except (ArrowException, OSError, UnicodeDecodeError) as error:
-            raise self._unreadable(error) from error
+        start, stop = self._units[unit : unit + 2].tolist()
+        batches: list[Any] = []
+        for batch in self._between(start, stop):
+            batches.append(batch)
+            if sum(held.nbytes for held in batches) > 2 * _UNIT_BYTES:
+                break
+        return RowBlock(Table.from_batches(batches), start, self.name, lambda row: next(self._between(row, row + 1)))
 
     def mark(self) -> str:
         """A digest of its size and its footer, which has counts, sizes and mostly the limits of each column chunk."""
@@ -106,70 +77,45 @@ class ParquetRows(SeekableFile):
             raise self._unreadable(error) from error
 
     @cached_property
-    def _borders(self) -> NDArray[np.int64]:
-        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._num_groups)]
+    def _groups(self) -> NDArray[np.int64]:
+        """First row of each row group, and the number of rows."""
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
-    @property
-    def _num_groups(self) -> int:
-        return int(self._file.metadata.num_row_groups)
+    @cached_property
+    def _units(self) -> NDArray[np.int64]:
+        """First row of each unit, and the number of rows."""
+        firsts: list[int] = []
+        for group, (start, stop) in enumerate(pairwise(self._groups.tolist())):
+            known = self._file.metadata.row_group(group)
+            fitting = _UNIT_BYTES * (stop - start) // max(1, int(known.total_byte_size))
+            firsts += range(start, stop, max(1, min(fitting, max(_UNIT_ROWS, -(-(stop - start) // _UNITS)))))
+        return np.array([*firsts, self._groups[-1]], np.int64)
 
-    def _group_of(self, row: int) -> int:
-        return int(np.searchsorted(self._borders, row, side="right")) - 1
+    def _batches(self, group: int) -> Iterator[Any]:
+        rows = batch_rows(self._source, self._file.metadata.row_group(group))
+        yield from self._file.iter_batches(batch_size=rows, row_groups=[group])
 
-    def _batches(self, start: int, stop: int) -> Iterator[Any]:
-        for group in range(start, stop):
-            rows = batch_rows(self._source, self._file.metadata.row_group(group))
-            yield from self._file.iter_batches(batch_size=rows, row_groups=[group])
+    def _between(self, start: int, stop: int) -> Iterator[Any]:
+        """Batches of the rows from one to another of the same row group."""
+        from pyarrow import ArrowException, ArrowInvalid
 
-    def _grid(self, number: int) -> tuple[int, int]:
-        """First row of a row group, and rows of its blocks."""
-        group = self._file.metadata.row_group(number)
-        fitting = _BLOCK_BYTES * int(group.num_rows) // max(1, int(group.total_byte_size))
-        return int(self._borders[number]), max(1, min(fitting, batch_rows(self._source, group)))
+        group = int(np.searchsorted(self._groups, start, side="right")) - 1
+        row = int(self._groups[group])
+        try:
+            for batch in self._batches(group):
+                if row + len(batch) > start:
+                    yield batch.slice(max(0, start - row), stop - max(start, row))
+                row += len(batch)
+                if row >= stop:
+                    return
+            raise ArrowInvalid("fewer rows than its footer says")
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> FeedbackRowError:
         return FeedbackRowError(self.name, f"expected {_KIND}, found {in_one_line(error)}.")
-
-
-class _Cursor:
-    """Decodes a row group block by block, forwards."""
-
-    def __init__(self, file: Any, group: int, first: int, block_rows: int) -> None:
-        self._group, self._next, self._block_rows = group, first, block_rows
-        self._batches = file.iter_batches(batch_size=block_rows, row_groups=[group])
-        self._rest: list[Any] = []
-
-    def is_near(self, group: int, first: int) -> bool:
-        """Whether it stands at or shortly before a block."""
-        return group == self._group and self._next <= first < self._next + _NEAR_BLOCKS * self._block_rows
-
-    def skip_to(self, first: int) -> None:
-        """Goes to a block."""
-        while self._next < first:
-            self._advance()
-
-    def up_to(self, first: int) -> list[tuple[int, Any]]:
-        """The blocks up to one, each with its first row."""
-        blocks = []
-        while self._next <= first:
-            blocks.append((self._next, self._advance()))
-        return blocks
-
-    def _advance(self) -> Any:
-        """The next block; a batch may have fewer rows than asked for."""
-        import pyarrow as pa
-
-        rows = sum(len(batch) for batch in self._rest)
-        while rows < self._block_rows and (batch := next(self._batches, None)) is not None:
-            self._rest.append(batch)
-            rows += len(batch)
-        if not rows:
-            raise pa.ArrowInvalid("fewer rows than its footer says")
-        table = pa.Table.from_batches(self._rest)
-        self._next += min(rows, self._block_rows)
-        self._rest = table.slice(self._block_rows).to_batches()
-        return table.slice(0, self._block_rows)
 
 
 def batch_rows(file: BinaryIO, group: Any) -> int:

@@ -54,9 +54,7 @@ class RecordFile(ABC):
 class Block(Protocol):
     """Neighbouring records of a file that are held together."""
 
-    @property
-    def num_bytes(self) -> int:
-        """About what they take in memory."""
+    num_bytes: int
 
     def at(self, place: Place) -> Record | FeedbackRowError:
         """The record at a place, or what is wrong with it.
@@ -66,41 +64,16 @@ class Block(Protocol):
         """
 
 
-class Piece(Protocol):
-    """A part of a file that can be read without the rest.
-
-    Lines of places, and of errors, count from the first of the piece where ``num_lines`` is not 0: the ``num_lines``
-    of the pieces before are to be added.
-    """
-
-    num_lines: int  # those read so far, blank ones too; 0 where rows say their number themselves
-
-    def __iter__(self) -> Read:
-        """Reads it through, as a file is read."""
-
-
 class SeekableFile(RecordFile):
     """A file whose records are found again by their place."""
 
     @abstractmethod
-    def pieces(self) -> list[tuple[int, int]]:
-        """Begin and end of parts that can be read without each other."""
-
-    @abstractmethod
-    def piece(self, start: int, stop: int) -> Piece:
-        """One of the parts."""
-
-    @abstractmethod
     def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers, growing with the offsets, of the neighbourhoods that are best read together: shuffle these."""
+        """Numbers, growing with the offsets, of the neighbourhoods that are read together: shuffle these."""
 
     @abstractmethod
-    def block_of(self, offset: int) -> int:
-        """Key of the block that holds a record."""
-
-    @abstractmethod
-    def blocks(self, key: int) -> dict[int, Block]:
-        """That block by its key, and others that were met on the way to it.
+    def block(self, unit: int) -> Block:
+        """The records of a neighbourhood.
 
         Raises:
             FeedbackRowError: If the file cannot be read any more.
@@ -110,14 +83,9 @@ class SeekableFile(RecordFile):
     def mark(self) -> str:
         """What changes with the content where records have no check; else an empty text."""
 
-    def __iter__(self) -> Read:
-        """Reads it through."""
-        for start, stop in self.pieces():
-            yield from self.piece(start, stop)
-
 
 def changed(name: str) -> FeedbackRowError:
-    """The error for a file that has other records than it was indexed with."""
+    """The error for a file that has other records than when their places were taken."""
     return FeedbackRowError(
         name,
         "expected the records that it had when the run began, found others.",

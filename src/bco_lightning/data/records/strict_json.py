@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
+from bco_lightning.data.files import damage
 from bco_lightning.data.records.record_file import Record
 from bco_lightning.data.values import shown
 from bco_lightning.errors import FeedbackRowError
@@ -90,8 +92,8 @@ def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]
             yield number, line, size
     except FeedbackRowError as error:
         raise FeedbackRowError(f"{name}:{number + 1}", error.problem, error.remedy) from None
-    except OSError as error:
-        raise FeedbackRowError(f"{name}:{number + 1}", f"expected to read on, found {type(error).__name__}.") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise damage(name, f"{name}:{number + 1}", error) from None
 
 
 def decode(content: bytes, place: str) -> str:
@@ -116,7 +118,7 @@ def refuse_other_encodings(content: bytes, place: str) -> None:
             place, "expected UTF-8 without a byte order mark, found one.", "Save the file without it."
         )
     if b"\x00" in content:
-        raise FeedbackRowError(place, "expected text, found a NUL byte.", "Convert the file to UTF-8.")
+        raise no_nul(place)
 
 
 def refuse_binary(content: bytes, place: str) -> None:
@@ -129,6 +131,11 @@ def refuse_binary(content: bytes, place: str) -> None:
 def not_utf8(place: str, found: str) -> FeedbackRowError:
     """The error for bytes that are no UTF-8."""
     return FeedbackRowError(place, f"expected UTF-8, found {found}.", "Convert the file.")
+
+
+def no_nul(place: str) -> FeedbackRowError:
+    """The error for a byte that no text has."""
+    return FeedbackRowError(place, "expected text, found a NUL byte.", "Convert the file to UTF-8.")
 
 
 def too_long(place: str) -> FeedbackRowError:

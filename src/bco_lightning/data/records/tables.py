@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bco_lightning.data.files import HUB, arrow_folder, open_file, size_of
-from bco_lightning.data.records.record_file import Block, Place, Read, Record, RecordFile, SeekableFile
+from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, size_of
+from bco_lightning.data.records.record_file import Place, Read, Record, RecordFile, SeekableFile
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, not_utf8, too_long
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.places import resolve_packaged
 
 BATCH_ROWS = 256
-_BLOCK_BYTES, _PIECE_ROWS = 2**18, 2**14
+_UNIT_BYTES = 2**18
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _FILE_MAGIC = b"ARROW1"
 
@@ -58,71 +58,39 @@ class HubRows(RecordFile):
 class ArrowFolder(SeekableFile):
     """A folder that ``save_to_disk`` has written, with ``@SPLIT`` if it has several; it is mapped, not read."""
 
-    def pieces(self) -> list[tuple[int, int]]:
-        """Every few thousand rows."""
-        size = len(self._rows)
-        return [(start, min(start + _PIECE_ROWS, size)) for start in range(0, size, _PIECE_ROWS)]
-
-    def piece(self, start: int, stop: int) -> RowPiece:
-        """The rows between two."""
-        return RowPiece(self._batches(start, stop), self.name, "a data set", start)
+    def __iter__(self) -> Read:
+        """Reads it through."""
+        firsts = range(0, len(self._rows), BATCH_ROWS)
+        batches = (batch for first in firsts for batch in self._rows[first : first + BATCH_ROWS].to_batches())
+        yield from rows_of(map(_whole, batches), self.name, "a data set")
 
     def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Blocks."""
-        return offsets // self._block_rows
+        """Runs of at most 256 rows."""
+        return offsets // self._unit_rows
 
-    def block_of(self, offset: int) -> int:
-        """Number of the block."""
-        return offset // self._block_rows
-
-    def blocks(self, key: int) -> dict[int, Block]:
-        """The rows of one block."""
+    def block(self, unit: int) -> RowBlock:
+        """The rows of one run."""
         from pyarrow import ArrowException
 
-        start = key * self._block_rows
+        start = unit * self._unit_rows
         try:
-            table = _whole(self._rows[start : start + self._block_rows])
+            return RowBlock(_whole(self._rows[start : start + self._unit_rows]), start, self.name)
         except (ArrowException, OSError) as error:
             raise FeedbackRowError(self.name, f"expected a data set, found {in_one_line(error)}.") from error
-        return {key: RowBlock(table, start, self.name)}
 
     def mark(self) -> str:
         """A digest of the names and sizes of its files, and of what they say about the others."""
-        files = sorted(file for file in Path(*_folder_and_split(self.path)).rglob("*") if file.is_file())
+        files = files_of(self.path)
         told = [[file.name, file.stat().st_size, file.suffix == ".json" and file.read_text()] for file in files]
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     @cached_property
-    def _block_rows(self) -> int:
-        return max(1, min(BATCH_ROWS, _BLOCK_BYTES * len(self._rows) // max(1, size_of(self.path))))
+    def _unit_rows(self) -> int:
+        return max(1, min(BATCH_ROWS, _UNIT_BYTES * len(self._rows) // max(1, size_of(self.path))))
 
     @cached_property
     def _rows(self) -> Any:
         return _saved_dataset(self.path).with_format("arrow")
-
-    def _batches(self, start: int, stop: int) -> Iterator[Any]:
-        for first in range(start, stop, BATCH_ROWS):
-            yield from map(_whole, self._rows[first : min(first + BATCH_ROWS, stop)].to_batches())
-
-
-class RowPiece:
-    """Some rows of a table.
-
-    Args:
-        batches: They, as Arrow batches.
-        name: What to call their file.
-        kind: What the file is expected to be.
-        start: Number of the first.
-    """
-
-    num_lines = 0
-
-    def __init__(self, batches: Iterable[Any], name: str, kind: str, start: int) -> None:
-        self._batches, self._name, self._kind, self._start = batches, name, kind, start
-
-    def __iter__(self) -> Read:
-        """Reads them through."""
-        yield from rows_of(self._batches, self._name, self._kind, self._start)
 
 
 class RowBlock:
@@ -132,31 +100,35 @@ class RowBlock:
         table: They, as an Arrow table.
         first: Number of the first.
         name: What to call their file.
+        rest: Gives a row of the block that is not in the table.
     """
 
-    def __init__(self, table: Any, first: int, name: str) -> None:
-        self._table, self._first, self._name, self.num_bytes = table, first, name, int(table.nbytes) + 4096
+    def __init__(self, table: Any, first: int, name: str, rest: Callable[[int], Any] | None = None) -> None:
+        self._table, self._first, self._name, self._rest = table, first, name, rest
+        self.num_bytes = int(table.nbytes) + 4096
 
     def at(self, place: Place) -> Record | FeedbackRowError:
         """The row at a place."""
-        return _record_of(self._table.slice(place.offset - self._first, 1), f"{self._name}:{place.line}")
+        row = self._table.slice(place.offset - self._first, 1)
+        if not len(row) and self._rest is not None:
+            row = self._rest(place.offset)
+        return _record_of(row, f"{self._name}:{place.line}")
 
 
-def rows_of(batches: Iterable[Any], name: str, kind: str, number: int = 0) -> Read:
+def rows_of(batches: Iterable[Any], name: str, kind: str) -> Read:
     """The rows of Arrow batches as Python values, a few hundred in memory at a time.
 
     Args:
         batches: They.
         name: What to call the file.
         kind: What it is expected to be.
-        number: Rows of the file that come before.
 
     Raises:
         FeedbackRowError: If the file is damaged; its place then is the row reached.
     """
     from pyarrow import ArrowException
 
-    first = number
+    number = 0
     try:
         for batch in batches:
             if len(set(batch.schema.names)) < len(batch.schema.names):
@@ -170,7 +142,7 @@ def rows_of(batches: Iterable[Any], name: str, kind: str, number: int = 0) -> Re
     except FeedbackRowError:
         raise
     except (ArrowException, OSError, ValueError, MemoryError) as error:  # the last one where a length is damaged
-        place = f"{name}:{number + 1}" if number > first else name
+        place = f"{name}:{number + 1}" if number else name
         raise FeedbackRowError(place, f"expected {kind}, found {in_one_line(error)}.") from error
 
 
