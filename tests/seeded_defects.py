@@ -295,15 +295,15 @@ DEFECTS = [
         ('tests/security/test_data_fuzzing.py::test_any_line_gives_a_row_or_a_clear_error',),
     ),
     Defect(
-        'S7', 'texts are stripped', 'data/feedback_row.py',
-        '        return [{"role": role, "content": value}]\n',
-        '        return [{"role": role, "content": value.strip()}]\n',
+        'S7', 'texts are stripped', 'data/formats/record_format.py',
+        '            return [{"role": role, "content": value}]\n',
+        '            return [{"role": role, "content": value.strip()}]\n',
         ('tests/security/test_data_fuzzing.py::test_a_written_row_is_read_back_the_same',),
     ),
     Defect(
         'S8', 'labels are compared by truth', 'data/labels.py',
-        '    return type(value) is type(word) and bool(value == word)\n',
-        '    return bool(value == word)\n',
+        '    return type(label), label  # as True',
+        '    return label  # as True',
         ('tests/security/test_data_labels.py::test_a_look_alike_is_no_label',),
     ),
     Defect(
