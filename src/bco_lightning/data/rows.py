@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
@@ -96,7 +95,12 @@ class RowMaker:
             thumb = thumb_by_rule(rule, candidate.ratings, self.options.columns.label, row.place)
         else:
             thumb = self.labels.thumbs_up(candidate.label, row.place)
-        return thumb if isinstance(thumb, LeftOut) else replace(row, thumbs_up=thumb)
+        if isinstance(thumb, LeftOut):
+            return thumb
+        # Four times as fast as dataclasses.replace, and this is done for every row.
+        return FeedbackRow(
+            row.prompt, row.completion, thumb, row.place, row.tools, row.template_options, row.num_trailing
+        )
 
 
 def rated_rows(source: str, maker: RowMaker) -> Iterator[RatedRow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.labels import NO_FEEDBACK
@@ -57,8 +57,7 @@ class RowFormat:
             )
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A row with its label as it stands in the source.
 
     Args:
@@ -72,7 +71,7 @@ class Candidate:
     ratings: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Origin:
     """Where the rows of one record come from, and what their making goes by.
 

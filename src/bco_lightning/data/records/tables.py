@@ -50,9 +50,7 @@ class HubRows(RecordFile):
             dataset = load_dataset(resolve_packaged(name), split=split or "train")
         except (OSError, ValueError, DatasetsError) as error:
             raise _not_loaded(self.path, error) from error
-        # As Arrow, not decoded: images and sounds stay what they are, and need no package to open them.
-        tables = dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
-        yield from rows_of((_whole(batch) for table in tables for batch in table.to_batches()), self.name, "a data set")
+        yield from _rows_in(dataset, self.name)
 
 
 class ArrowFolder(SeekableFile):
@@ -60,9 +58,7 @@ class ArrowFolder(SeekableFile):
 
     def __iter__(self) -> Read:
         """Reads it through."""
-        firsts = range(0, len(self._rows), BATCH_ROWS)
-        batches = (batch for first in firsts for batch in self._rows[first : first + BATCH_ROWS].to_batches())
-        yield from rows_of(map(_whole, batches), self.name, "a data set")
+        yield from _rows_in(self._rows, self.name)
 
     def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Runs of at most 256 rows."""
@@ -178,6 +174,12 @@ def in_one_line(error: Exception) -> str:
         return os.strerror(error.errno)
     line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
     return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _rows_in(dataset: Any, name: str) -> Read:
+    # As Arrow, not decoded: images and sounds stay what they are, and need no package to open them.
+    tables = dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    yield from rows_of((_whole(batch) for table in tables for batch in table.to_batches()), name, "a data set")
 
 
 def _batches_in(file: BinaryIO) -> Iterator[Any]:
