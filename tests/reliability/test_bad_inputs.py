@@ -24,9 +24,9 @@ from datasets import Dataset
 
 from bco_lightning import FeedbackDataModule, cli
 from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.counts import Counted
 from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK
 from bco_lightning.data.options import Columns, Rating, Source
-from bco_lightning.data.counts import Counted
 from bco_lightning.data.rows import RowFormat, RowMaker, rated_rows
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
 from tests.reliability.tiny_run import byte_tokenizer

@@ -23,11 +23,10 @@ from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import chosen_template
 from bco_lightning.data.counts import FeedbackSummary, OtherRows, RowCounts
 from bco_lightning.data.files import content_key, expand
-from bco_lightning.data.options import DataOptions
+from bco_lightning.data.options import DataOptions, Source, chosen_rating
 from bco_lightning.data.records import RecordFile, record_file, seekable_files
 from bco_lightning.data.remote import public_name
-from bco_lightning.data.rows import RatedRow, RowMaker
-from bco_lightning.data.source import RowFormat, Source, chosen_rating
+from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.data.stream import PlaceTable, RowPlace, StreamRows
 from bco_lightning.data.table import Array, RowTable, held_out_prompts
 from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
