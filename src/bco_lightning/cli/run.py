@@ -34,6 +34,7 @@ from bco_lightning.errors import CheckpointError, UserError
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import InspectOptions, inspect_command
 from bco_lightning.module import BCOModule
+from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.strategy import named_strategy
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
@@ -245,3 +246,4 @@ class InspectCLI(BCOCLI):
         parser.add_class_arguments(BCOModule, "model", fail_untyped=False, instantiate=False)
         options = parser.instantiate(Namespace(data=self.config.data, model=self.config.model))
         self.data_options, self.model_options = vars(options.data), vars(options.model)
+        ModelOptions(**self.model_options)  # refuses what fit would refuse
