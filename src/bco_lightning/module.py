@@ -357,8 +357,7 @@ class BCOModule(LightningModule):
         self.weighing.load_state_dict(checkpoint.get("importance"), self._data)
 
     def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
-        made_of: dict[str, Any] = {"beta": self.beta}
-        accepted: list[str] | None = None
+        made_of, accepted = {"beta": self.beta}, None
         if self._trainer is not None and self.trainer.training:
             callbacks = self.trainer.checkpoint_callbacks
             accepted = [name for callback in callbacks for name in getattr(callback, "accept_changes", [])]

@@ -314,8 +314,8 @@ class ModelOptions(Options):
     )
     reference_log_probs: Literal["auto", "online", "before"] = option(
         "``before`` computes those of all rows before the first step and keeps them on disk, for later epochs and "
-        "runs; ``online`` computes them in every step; ``auto`` is ``before`` where nothing is left to compute, a "
-        "second model is saved, or the run sees every row more than once, else ``online``.",
+        "runs; ``online`` computes them in every step; ``auto`` is ``before`` where all are on disk, where the "
+        "run sees every row and would hold a second model, or sees every row more than once; else ``online``.",
         default="auto",
         on_resume="free",
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bco_lightning import BCOModule
+from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpoints import (
     VerifiedCheckpointIO,
@@ -189,8 +189,11 @@ def test_moments_take_the_strides_of_their_parameter() -> None:
     assert torch.equal(optimizer.state[other.first.weight]["exp_avg"], saved["state"]["first.weight"]["exp_avg"])
 
 
-def test_a_module_is_made_again_from_a_checkpoint_alone(tiny_model: str, log: str, tmp_path: Path) -> None:
-    module = tiny_module(tiny_model, beta=0.3)
+@pytest.mark.parametrize("lora", [LoraSettings(r=2, top_layers=1), None], ids=["lora", "full"])
+def test_a_module_is_made_again_from_a_checkpoint_alone(
+    lora: LoraSettings | None, tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    module = tiny_module(tiny_model, beta=0.3, lora=lora, class_weights=(1.0, 2.0))
     saving = RunCheckpoint(every_n_steps=2)
     options: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     tiny_trainer(max_steps=2, callbacks=[saving], **options).fit(module, tiny_data(log))

@@ -188,7 +188,7 @@ def test_a_value_that_is_not_finite_is_warned_of_and_never_written(
     )
     with (
         pytest.warns(UserWarning, match="1 reference log-probs are not finite"),
-        pytest.raises(NonFiniteError, match=r"reference_log_probs nan in rows .*log\.jsonl"),
+        pytest.raises(NonFiniteError, match=r"reference log probs nan in rows 5 \(.*log\.jsonl:6\)"),
     ):
         fit(tiny_model, log, epochs=1, data={"validation_fraction": 0.0}, **FULL)
     (file,) = (Path(os.environ["BCO_CACHE"]) / "reference_log_probs").rglob("*.npy")
