@@ -294,7 +294,7 @@ def main() -> None:
             {"prompts": number, "rounds": [measure_fit(number) for _ in range(rounds)]}
             for number, rounds in fits.items()
         ]
-        log = steps_log(Path(name), 120 if quick else ROWS)
+        log = steps_log(Path(name), 180 if quick else ROWS)
         report["steps"] = [measure_steps(run, 2 if quick else options.pairs, log) for run in RUNS]
     for table in tables(report):
         Console().print(table)
