@@ -35,7 +35,7 @@ from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings, PromptFea
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import K, fit_density_ratio
 from bco_lightning.importance.report import make_report
-from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model, load_tokenizer
 from rows import MODEL, SEED, synthetic_rows, write_rows
 
@@ -105,7 +105,7 @@ def measure_features(rounds: int, share: float) -> list[dict[str, Any]]:
 def _encoders() -> Iterator[tuple[str, Callable[[Dataset], object]]]:
     for dtype in (torch.float32, torch.bfloat16):
         model = load_language_model(MODEL, dtype).eval()
-        choose_layout(model, "packed")
+        set_layout(model, "packed")
         encoder = ReferenceEncoder(PromptFeatures(), partial(nullcontext, model))
         yield f"reference, {str(dtype).removeprefix('torch.')}", partial(_encode, encoder)
     yield "MiniLM, float32", partial(_encode, SentenceEncoder(MINILM, "cpu"))

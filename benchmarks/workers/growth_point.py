@@ -99,10 +99,10 @@ def _samples(point: dict[str, Any]) -> list[dict[str, Any]]:
 def _our_step(model: LlamaForCausalLM, samples: list[dict[str, Any]]) -> Callable[[], None]:
     from bco_lightning.data.collate import collate
     from bco_lightning.models.fused_layers import fuse_layers
-    from bco_lightning.models.layout import choose_layout
+    from bco_lightning.models.layout import set_layout
     from bco_lightning.models.log_probs import completion_log_probs
 
-    choose_layout(model)
+    set_layout(model, "packed")
     fuse_layers(model.modules())
     batch = collate(samples)
     return lambda: _loss(completion_log_probs(model, batch)).backward()

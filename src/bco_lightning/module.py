@@ -128,7 +128,7 @@ class BCOModule(LightningModule):
             require_sharded(self._policy, sharding)
             return
         device = trainer.strategy.root_device if trainer is not None else self.device
-        builder = ModelBuilder(self.options, device, sharding)
+        builder = ModelBuilder(self.options, device, sharding, self._data)
         policy, self._layout_reason = builder.policy()
         reference = Reference(policy, builder, trainer)
         if sharding is not None:

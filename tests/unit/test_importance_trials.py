@@ -21,7 +21,7 @@ from torch import Tensor
 from bco_lightning.data.records import read_records
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import FittedRatio, fit_density_ratio
-from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model
 from bco_lightning.options import PromptFeatures
 from bco_lightning.places import resolve_packaged
@@ -93,7 +93,7 @@ def minilm(prompts: list[str]) -> Tensor:
 def encoded(minilm: Tensor, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Features of three encoders; both kinds of states are of one pass over the reference."""
     model = load_language_model(REAL_MODEL, torch.float32).eval()
-    choose_layout(model, "packed")
+    set_layout(model, "packed")
     middle = ReferenceEncoder(PromptFeatures(), lambda: nullcontext(model))
     last = ReferenceEncoder(PromptFeatures(layer=20, pooling="last"), lambda: nullcontext(model))
     assert middle.depth == 15

@@ -20,7 +20,7 @@ from bco_lightning.data.collate import collate
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.models.build import ModelBuilder
-from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.layout import set_layout
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.options import ModelOptions, PromptFeatures
 from bco_lightning.places import resolve_packaged
@@ -99,7 +99,7 @@ def test_the_reference_pass_of_whole_rows_leaves_the_states_of_each_prompt_alone
 )
 def test_prompts_alone_have_the_states_of_the_same_prompts_in_whole_rows(name: str, layout: Any) -> None:
     model, samples, ran = base_of(name), samples_of(LENGTHS), []
-    choose_layout(model, layout)
+    set_layout(model, layout)
     for number, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
     encoder = encoder_of(model)
@@ -115,7 +115,7 @@ def test_prompts_alone_have_the_states_of_the_same_prompts_in_whole_rows(name: s
 
 def test_a_prompt_in_turns_ends_where_the_first_loss_begins() -> None:
     model = base_of()
-    choose_layout(model, "packed")
+    set_layout(model, "packed")
     mask = [False, False, False, True, True, False, False, True]
     sample = {"input_ids": [5, 9, 23, 7, 8, 40, 41, 11], "completion_mask": mask, "thumbs_up": True, "row_id": 0}
     encoder = encoder_of(model, layer=2)
@@ -127,7 +127,7 @@ def test_a_prompt_in_turns_ends_where_the_first_loss_begins() -> None:
 
 def test_compiled_layers_leave_their_states_too() -> None:
     model, samples = base_of(layers=2), samples_of(LENGTHS)
-    choose_layout(model, "packed")
+    set_layout(model, "packed")
     for layer in model.model.layers:
         layer.compile(backend="eager", dynamic=True)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_compiled_layers_leave_their_states_too() -> None:
 
 def test_features_of_bfloat16_states_are_means_in_float32() -> None:
     model = base_of(layers=1).to(torch.bfloat16)
-    choose_layout(model, "packed")
+    set_layout(model, "packed")
     batch, states = collate(samples_of([(400, 3)])), []
     model.model.layers[0].register_forward_hook(lambda _m, _i, out: states.append(out))
     found = encoder_of(model).features(batch)

@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.layout import choose_layout
 from bco_lightning.models.load import load_language_model, load_policy
-from bco_lightning.models.log_probs import check_head, completion_log_probs
+from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.models.prepare import prepare
 from bco_lightning.options import LoraSettings
 from tests.unit.test_log_probs import SMALL, make_batch
 
@@ -38,9 +38,8 @@ def test_four_bit_weights_are_packed_and_train_adapters(tmp_path: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(tmp_path)
     policy = load_policy(str(tmp_path), torch.float32, LoraSettings(r=2), 0, "nf4")
     whole = load_language_model(str(tmp_path), torch.float32)
-    check_head(policy)
-    assert choose_layout(policy).startswith("packed")
-    choose_layout(whole)
+    assert prepare(policy).words.startswith("packed")
+    prepare(whole)
     kinds = {type(module).__name__ for module in policy.modules()}
     assert "Linear4bit" in kinds
     batch = make_batch(97, [(3, 9), (5, 4)])

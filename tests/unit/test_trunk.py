@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bco_lightning.models.layout import choose_layout
+from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_policy
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
@@ -39,7 +39,7 @@ def adapted(name: str = "llama", layers: int = 5, top: int = 2) -> nn.Module:
     chosen = list(range(layers - top, layers))
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=chosen, init_lora_weights=False)
     model = get_peft_model(MODELS[name](layers).eval(), config)
-    choose_layout(model, "packed")
+    set_layout(model, "packed")
     return model
 
 
@@ -81,35 +81,23 @@ def test_only_the_layers_of_the_trunk_and_then_only_the_others_run() -> None:
     assert len(model.get_base_model().model.layers) == 5
 
 
-def test_a_model_that_is_trained_from_its_first_layer_has_no_trunk() -> None:
-    assert find_trunk(adapted(top=5)) is None
-
-
-def test_a_model_whose_embedding_is_trained_has_no_trunk() -> None:
-    model = adapted()
-    model.get_input_embeddings().requires_grad_(True)
-    assert find_trunk(model) is None
-
-
-def test_a_padded_model_has_no_trunk() -> None:
-    model = adapted()
-    model.get_base_model().config._attn_implementation = "sdpa"
-    assert find_trunk(model) is None
-
-
-def test_a_model_that_adds_positions_to_what_comes_in_place_of_tokens_has_no_trunk() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=3, n_head=2)).eval()
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], layers_to_transform=[2]))
-    assert choose_layout(model).startswith("packed")
-    assert find_trunk(model) is None
+def test_a_model_that_cannot_be_cut_has_no_trunk() -> None:
+    embedding_trained, padded = adapted(), adapted()
+    embedding_trained.get_input_embeddings().requires_grad_(True)
+    set_layout(padded, "padded")
+    # It adds positions to what comes in place of tokens.
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=3, n_head=2)).eval()
+    gpt2 = get_peft_model(gpt2, LoraConfig(r=2, target_modules=["c_attn"], layers_to_transform=[2]))
+    set_layout(gpt2, "packed")
+    for model in (adapted(top=5), embedding_trained, padded, gpt2):
+        assert find_trunk(model) is None
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_the_real_model_can_be_cut(dtype: torch.dtype) -> None:
-    policy = load_policy(REAL_MODEL, dtype, LoraSettings(top_layers=8), seed=0)
-    choose_layout(policy)
+def test_the_real_model_can_be_cut() -> None:
+    policy = load_policy(REAL_MODEL, torch.bfloat16, LoraSettings(top_layers=8), seed=0)
+    set_layout(policy, "packed")
     trunk = find_trunk(policy)
     assert trunk.depth == 22
     batch = make_batch(49_152, [(20, 30), (20, 10)])

@@ -88,11 +88,15 @@ def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:
         head = base.get_output_embeddings()
         linear = {n for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
         targets = sorted({name.rpartition(".")[2] for name in linear})
+    # A model's own kinds of linear layers, such as routers, give more than a product, which PEFT does not expect.
+    home = type(base).__module__
+    own = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and type(m).__module__ == home]
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=targets,
+        exclude_modules=own or None,
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,12 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
+from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.fused_layers import fuse_layers
-from bco_lightning.models.layout import causal_lm_of, choose_layout, compile_layers, decoder_layers_of
-from bco_lightning.models.load import (
-    load_language_model,
-    load_policy,
-    resolve_dtype,
-)
-from bco_lightning.models.log_probs import check_head
+from bco_lightning.models.layout import causal_lm_of, decoder_layers_of
+from bco_lightning.models.load import load_language_model, load_policy, resolve_dtype
+from bco_lightning.models.prepare import Preparation, prepare
 from bco_lightning.models.refusals import require_bitsandbytes
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import Sharding, final_dtype, is_sharded, shard
@@ -35,11 +32,13 @@ class ModelBuilder:
         options: Those of the module.
         device: Where they will live.
         sharding: How they are cut up; ``None`` where each process has whole ones.
+        data: The rows of the run, on which quick ways of computing are tried.
     """
 
     options: ModelOptions
     device: torch.device
     sharding: Sharding | None = None
+    data: FeedbackDataModule | None = None
 
     @property
     def reference_name(self) -> str:
@@ -71,7 +70,7 @@ class ModelBuilder:
             mapped=self.sharding is not None,
             cache_folder=options.cache_folder,
         )
-        return model, self._prepare(model)
+        return model, self._prepare(model).words
 
     def reference(self) -> PreTrainedModel:
         """The reference as a model of its own."""
@@ -87,11 +86,15 @@ class ModelBuilder:
 
     def finish(self, model: PreTrainedModel) -> None:
         """Cuts a model up, if the strategy says so; until then its weights are whole, and could be looked at."""
-        if self.sharding is not None:
-            fuse: Callable[[Iterable[nn.Module]], object] = lambda modules: None  # noqa: E731
-            causal_lm = causal_lm_of(model)
-            layers = list(decoder_layers_of(causal_lm)[1])
-            shard(causal_lm, layers, self.sharding, fuse if self.options.compile else fuse_layers)
+        if self.sharding is None:
+            return
+        causal_lm, known = causal_lm_of(model), dict[Any, bool]()
+
+        def fuse(modules: Iterable[nn.Module]) -> None:
+            if causal_lm.preparation.fuses_layers:  # again, in their final data types
+                fuse_layers(modules, known)
+
+        shard(causal_lm, list(decoder_layers_of(causal_lm)[1]), self.sharding, fuse)
 
     def recompute(self, policy: Any) -> None:
         """Has activations computed again in the backward pass, if that is asked for."""
@@ -104,14 +107,16 @@ class ModelBuilder:
     def _dtype(self) -> torch.dtype:
         return resolve_dtype(self.options.dtype, self.options.lora, self.device)
 
-    def _prepare(self, model: Any) -> str:
-        check_head(model)
-        layout = choose_layout(model, self.options.layout)
-        if self.options.compile:
-            compile_layers(model)
-        elif self.sharding is None:
-            fuse_layers(model.modules())
-        return layout
+    def _prepare(self, model: Any) -> Preparation:
+        if self.sharding is None:
+            model.to(self.device)
+        rows, longest = (), None
+        if self.data is not None:
+            data = self.data
+            sets = (data.train_dataset, data.validation_dataset, data.test_dataset, data.predict_dataset)
+            rows, longest = next((rows for rows in sets if rows is not None), ()), data.limits.max_length
+        options = self.options
+        return prepare(model, options.layout, compiled=options.compile, rows=rows, longest=longest)
 
 
 def refuse_precision(precision: str) -> None:

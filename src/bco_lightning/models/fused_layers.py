@@ -16,42 +16,72 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-_PROBE_LENGTH = 5
 _CPU_ROWS = 256  # what is computed on the way stays in a CPU's cache
+# Magnitudes of a trial's inputs; some architectures clamp what is large, others behave differently near zero.
+_SCALES = (1e-2, 1.0, 1e2, 1e4)
 
 
 @torch.no_grad()
-def fuse_layers(modules: Iterable[nn.Module]) -> int:
+def fuse_layers(modules: Iterable[nn.Module], known: dict[Any, bool] | None = None) -> int:
     """Replaces the forward pass of every layer that a trial shows to be one of those known here, to the bit.
+
+    One trial speaks for all layers of a class with the same numbers, shapes and data types.
 
     Args:
         modules: Those of a causal language model, or of a part of it.
+        known: What trials have shown before, for a model that comes in parts.
 
     Returns:
         How many layers were replaced.
     """
-    fused = 0
+    known, fused = {} if known is None else known, 0
     for module in modules:
-        forward = _fused_forward_of(module)
-        if forward is not None:
-            module.forward = MethodType(forward, module)
+        candidate = _candidate(module)
+        if candidate is None:
+            continue
+        unfuse(module)
+        kind = _kind(module)
+        if kind not in known:
+            known[kind] = _is_exact(module, *candidate)
+        if known[kind]:
+            module.forward = MethodType(candidate[0], module)
             fused += 1
     return fused
 
 
-def _fused_forward_of(module: Any) -> Any:
+def unfuse(module: nn.Module) -> None:
+    """Gives a norm, a feed-forward or an adapted layer its own forward pass back."""
+    forward = vars(module).get("forward")
+    if forward is not None and forward.__module__.startswith("bco_lightning.models."):
+        del module.forward
+
+
+def _candidate(module: Any) -> tuple[Any, Tensor] | None:
+    """The forward pass that might stand in for a module's own, and the weight that tells data type and input size."""
     if type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
-        forward, weight, size = _norm_forward, module.weight, module.weight.shape[-1]
-    elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        down, act = module.down_proj, module.act_fn
-        if type(down) is not nn.Linear or down.bias is not None:
-            return None
-        if not isinstance(act, nn.Module) or any(True for _ in act.parameters()):
-            return None
-        forward, weight, size = _feed_forward, down.weight, down.out_features
-    else:
+        return _norm_forward, module.weight
+    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         return None
-    trial = torch.linspace(-2, 2, _PROBE_LENGTH * size, device=weight.device).view(1, -1, size)
+    down, act = module.down_proj, module.act_fn
+    is_plain = type(down) is nn.Linear and down.bias is None
+    if not is_plain or not isinstance(act, nn.Module) or any(True for _ in act.parameters()):
+        return None
+    return _feed_forward, down.weight.mT
+
+
+def _kind(module: nn.Module) -> Any:
+    """What decides which numbers a layer makes of an input, apart from its weights."""
+    parts = tuple(
+        (name, type(part), tuple(sorted((key, value) for key, value in vars(part).items() if isinstance(value, float))))
+        for name, part in module.named_modules()
+    )
+    weights = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in module.named_parameters())
+    return parts, weights
+
+
+def _is_exact(module: Any, forward: Any, weight: Tensor) -> bool:
+    trial = torch.linspace(-2, 2, len(_SCALES) * weight.shape[-1], device=weight.device).view(1, len(_SCALES), -1)
+    trial = trial * trial.new_tensor(_SCALES)[:, None]
     # With autocast too: some norms multiply before they round, which shows only where input and weight differ in type.
     for dtype, autocasts in ((weight.dtype, False), (torch.bfloat16, True)):
         x = trial.to(dtype)
@@ -59,20 +89,23 @@ def _fused_forward_of(module: Any) -> Any:
             with torch.autocast(weight.device.type, torch.bfloat16, enabled=autocasts):
                 found, expected = forward(module, x), module(x)
         except Exception:  # whatever an architecture makes of these names
-            return None
+            return False
         if found.dtype != expected.dtype or not torch.equal(found, expected):
-            return None
-    return forward
+            return False
+    return True
 
 
 def _norm_forward(norm: Any, x: Tensor) -> Tensor:
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return _RMSNorm.apply(x, norm.weight, epsilon)  # type: ignore[no-any-return]
+    # Shapes are changed out here: some models write into what they get, which a view made within would forbid.
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), norm.weight, epsilon).view(x.shape)  # type: ignore[no-any-return]
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
-    gate, up = layer.gate_proj(x), layer.up_proj(x)
-    return _GatedLinear.apply(gate, up, layer.down_proj.weight, layer.act_fn)  # type: ignore[no-any-return]
+    weight_HI = layer.down_proj.weight
+    gate_SI, up_SI = (part(x).reshape(-1, weight_HI.shape[1]) for part in (layer.gate_proj, layer.up_proj))
+    out_SH = _GatedLinear.apply(gate_SI, up_SI, weight_HI, layer.act_fn)
+    return out_SH.view(*x.shape[:-1], weight_HI.shape[0])  # type: ignore[no-any-return]
 
 
 def _rows(like: Tensor) -> Iterator[slice]:
@@ -85,22 +118,21 @@ class _RMSNorm(torch.autograd.Function):
     """``w x / rms(x)`` as Llama rounds it: normed in float32, then multiplied in the input's data type."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-        x_SH = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, x_SH: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
         scale_S1 = x_SH.new_empty(len(x_SH), 1, dtype=torch.float32)
-        out_SH = x_SH.new_empty(x_SH.shape, dtype=torch.promote_types(x.dtype, weight_H.dtype))
+        out_SH = x_SH.new_empty(x_SH.shape, dtype=torch.promote_types(x_SH.dtype, weight_H.dtype))
         for rows in _rows(x_SH):
             x_sH = x_SH[rows].float()
             scale_S1[rows] = torch.rsqrt(x_sH.square().mean(-1, keepdim=True) + epsilon)
-            torch.mul(weight_H, (x_sH * scale_S1[rows]).to(x.dtype), out=out_SH[rows])
+            torch.mul(weight_H, (x_sH * scale_S1[rows]).to(x_SH.dtype), out=out_SH[rows])
         ctx.save_for_backward(x_SH, weight_H, scale_S1)
-        return out_SH.view(x.shape)
+        return out_SH
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_SH, weight_H, scale_S1 = ctx.saved_tensors
-        grad_SH, x_grad_SH = grad.reshape(x_SH.shape), torch.empty_like(x_SH)
+        x_grad_SH = torch.empty_like(x_SH)
         weight_grad_H = torch.zeros_like(weight_H, dtype=torch.float32)
         for rows in _rows(x_SH):
             normed_sH = x_SH[rows].float() * scale_S1[rows]
@@ -111,28 +143,26 @@ class _RMSNorm(torch.autograd.Function):
             across_sH = (grad_SH[rows] * weight_H.float()).sub_(normed_sH.mul_(along_s1))
             torch.mul(across_sH, scale_S1[rows], out=across_sH)
             x_grad_SH[rows] = across_sH
-        return x_grad_SH.view(grad.shape), weight_grad_H.to(weight_H.dtype), None
+        return x_grad_SH, weight_grad_H.to(weight_H.dtype), None
 
 
 class _GatedLinear(torch.autograd.Function):
     """``(act(gate) * up) W'``."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight_HI: Tensor, act: nn.Module) -> Tensor:
-        gate_SI, up_SI = (factor.reshape(-1, factor.shape[-1]) for factor in (gate, up))
+    def forward(ctx: Any, gate_SI: Tensor, up_SI: Tensor, weight_HI: Tensor, act: nn.Module) -> Tensor:
         ctx.save_for_backward(gate_SI, up_SI, weight_HI)
-        ctx.act, ctx.shape = act, gate.shape
+        ctx.act = act
         product_SI = torch.empty_like(gate_SI)
         for rows in _rows(gate_SI):
             torch.mul(act(gate_SI[rows]), up_SI[rows], out=product_SI[rows])
-        return linear(product_SI, weight_HI.to(gate.dtype)).view(*gate.shape[:-1], weight_HI.shape[0])
+        return linear(product_SI, weight_HI.to(gate_SI.dtype))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate_SI, up_SI, weight_HI = ctx.saved_tensors
-        grad_SH = grad.reshape(-1, grad.shape[-1])
-        up_grad_SI = grad_SH @ weight_HI.to(grad.dtype)  # of the product, until each tile has been seen
+        up_grad_SI = grad_SH @ weight_HI.to(grad_SH.dtype)  # of the product, until each tile has been seen
         product_SI, gate_grad_SI = torch.empty_like(gate_SI), torch.empty_like(gate_SI)
         for rows in _rows(gate_SI):
             with torch.enable_grad():
@@ -142,4 +172,4 @@ class _GatedLinear(torch.autograd.Function):
             torch.mul(active_sI.detach(), up_SI[rows], out=product_SI[rows])
             up_grad_SI[rows] *= active_sI.detach()
         weight_grad_HI = (grad_SH.T @ product_SI).to(weight_HI.dtype) if ctx.needs_input_grad[2] else None
-        return gate_grad_SI.view(ctx.shape), up_grad_SI.view(ctx.shape), weight_grad_HI, None
+        return gate_grad_SI, up_grad_SI, weight_grad_HI, None

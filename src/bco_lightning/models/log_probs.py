@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.errors import LanguageModelError
-from bco_lightning.models.layout import causal_lm_of, first_layers, predicting_states
+from bco_lightning.models.layout import causal_lm_of, predicting_states
 from bco_lightning.parallel.sharding import run_gathered
 
-_PROBE_LENGTH = 8
 # Below these, products are denormal numbers, which make a matrix product on a CPU a hundred times slower.
 _LEAST_LOG_PROB, _LEAST_COEFFICIENT = -60.0, 1e-10
 
@@ -63,50 +60,27 @@ def completion_log_probs(
     Returns:
         Shape ``(B,)``, float32, in nats.
     """
-    score = partial(_score_completions, batch=batch, tile=tile, trunk_states_SH=trunk_states_SH)
-    return run_gathered(causal_lm_of(model), score)  # type: ignore[no-any-return]
-
-
-def _score_completions(
-    causal_lm: Any, batch: FeedbackBatch, tile: Tile | None, trunk_states_SH: Tensor | None
-) -> Tensor:
-    hidden_NH = predicting_states(causal_lm, batch, trunk_states_SH)
-    token_log_probs_N = _head_log_probs(causal_lm, hidden_NH, batch.targets_N, tile)
+    token_log_probs_N = completion_token_log_probs(model, batch, tile, trunk_states_SH)
     # A float32 sum of some hundred tokens is off by more than everything before it. MPS has no float64.
     exact = torch.float32 if token_log_probs_N.device.type == "mps" else torch.float64
     zeros_B = token_log_probs_N.new_zeros(len(batch), dtype=exact)
-    log_probs_B: Tensor = zeros_B.index_add(0, batch.rows_N, token_log_probs_N.to(exact)).float()
-    return log_probs_B
+    return zeros_B.index_add(0, batch.rows_N, token_log_probs_N.to(exact)).float()
 
 
-@torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Compares the head computed here with the model's own logits on a few tokens.
+def completion_token_log_probs(
+    model: PreTrainedModel,
+    batch: FeedbackBatch,
+    tile: Tile | None = None,
+    trunk_states_SH: Tensor | None = None,
+) -> Tensor:
+    """:func:`completion_log_probs` of each token that carries loss, shape ``(N,)``."""
 
-    Some architectures scale or cap their logits after the head; one that does so in a way not known here would train on
-    wrong numbers.
+    def score(causal_lm: Any) -> Tensor:
+        hidden_NH = predicting_states(causal_lm, batch, trunk_states_SH)
+        return _head_log_probs(causal_lm, hidden_NH, batch.targets_N, tile)
 
-    Args:
-        model: A causal language model on its device.
-
-    Raises:
-        LanguageModelError: If they differ.
-    """
-    causal_lm = causal_lm_of(model)
-    embedding = causal_lm.get_input_embeddings().weight
-    tokens_1T = torch.arange(1, _PROBE_LENGTH + 1, device=embedding.device).remainder(embedding.shape[0])[None]
-    with first_layers(causal_lm):
-        hidden_1TH = causal_lm.base_model(input_ids=tokens_1T, use_cache=False).last_hidden_state
-        logits = causal_lm(input_ids=tokens_1T, use_cache=False).logits[0].float()
-    ours = _head_log_probs(causal_lm, hidden_1TH[0], tokens_1T[0], None)
-    theirs = logits.log_softmax(-1).gather(-1, tokens_1T[0, :, None])[:, 0]
-    rounding = 1e-2 if hidden_1TH.dtype == torch.float32 else 0.25
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=rounding):
-        raise LanguageModelError(
-            type(causal_lm).__name__,
-            "expected logits that are the output head, scaled or soft-capped as the config says; found others.",
-            "Please report the architecture.",
-        )
+    found_N: Tensor = run_gathered(causal_lm_of(model), score)
+    return found_N
 
 
 def token_log_probs(
