@@ -79,7 +79,7 @@ def encoder_of(model: nn.Module, **features: Any) -> ReferenceEncoder:
 def test_the_reference_pass_of_whole_rows_leaves_the_states_of_each_prompt_alone(layout: str, pooling: str) -> None:
     policy = adapted(top=5)
     if layout == "padded":
-        policy.get_base_model().config._attn_implementation = "sdpa"
+        set_layout(policy, "padded")
     reference = Reference(policy, ModelBuilder(ModelOptions("no/model"), torch.device("cpu")))
     samples = samples_of([(6, 9), (6, 1), (6, 20)] if layout == "shared" else LENGTHS, same_prompt=layout == "shared")
     batch, encoder = collate(samples), encoder_of(policy, layer=3, pooling=pooling)

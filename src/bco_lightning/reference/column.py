@@ -20,7 +20,7 @@ from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError
 from bco_lightning.identity import digest_of_code, digest_of_values, versions
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
-from bco_lightning.models.layout import layout_of
+from bco_lightning.models.layout import causal_lm_of, layout_of
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.collectives import max_over_ranks
 from bco_lightning.parallel.sharding import final_dtype
@@ -153,7 +153,7 @@ def key_of_log_probs(model: Any, trainer: Any, **choices: Any) -> str:
             "device": device.type,
             "device_name": names[device.type](device) if device.type in names else "",
             "layout": layout_of(model),
-            "attention": model.config.get_text_config()._attn_implementation,
+            "is_fused": getattr(getattr(causal_lm_of(model), "preparation", None), "fused", None),
             "code": digest_of_code(*_CODE),
             "versions": {name: versions()[name] for name in _PACKAGES},
         }
