@@ -60,6 +60,8 @@ def check(line: bytes) -> None:
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20).filter(
     lambda drawn: drawn.strip()
 )
+space = st.sampled_from(["", "", " ", "\n", "\u3000"])
+text = st.tuples(space, text, space).map("".join)
 message = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": text}, optional={"name": text})
 said = st.fixed_dictionaries({"role": st.just("assistant"), "content": text})
 completion = st.tuples(said, st.lists(message, max_size=2), said).map(lambda parts: [parts[0], *parts[1], parts[2]])
