@@ -320,7 +320,7 @@ DEFECTS = [
     ),
     Defect(
         'S9', 'control tokens are parsed in user text', 'data/control_tokens.py',
-        '        other.encode_special_tokens = True\n',
+        '    other.encode_special_tokens = True\n',
         '',
         ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_of_the_real_tokenizer_are_text',),
     ),
