@@ -125,7 +125,6 @@ class FeedbackBatch:
             known; else it is computed.
         prompt_keys_B: The key of each row's prompt, the same for the same messages and tools, where it is known; int64.
         prompts: The words of each row's prompt, where they are wanted.
-        prompt_folds_B: Which of the classifiers of prompts weighs each row, where that is done in the step; int64.
     """
 
     input_ids_S: Tensor
@@ -142,7 +141,6 @@ class FeedbackBatch:
     reference_log_probs_B: Tensor | None = None
     prompt_keys_B: Tensor | None = None
     prompts: tuple[str, ...] | None = None
-    prompt_folds_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row_spans)

@@ -63,8 +63,6 @@ class ReferenceEncoder:
         ConfigError: If the reference has no such layer, or no list of layers.
     """
 
-    takes_words = False
-
     def __init__(
         self,
         features: PromptFeatures,
@@ -190,8 +188,6 @@ class SentenceEncoder:
         ConfigError: If sentence-transformers or a package is not installed.
         LanguageModelError: If it cannot be loaded.
     """
-
-    takes_words = True
 
     def __init__(self, name: str, device: torch.device | str) -> None:
         try:
