@@ -114,7 +114,7 @@ class ModelBuilder:
         if self.data is not None:
             data = self.data
             sets = (data.train_dataset, data.validation_dataset, data.test_dataset, data.predict_dataset)
-            rows, longest = next((rows for rows in sets if rows is not None), ()), data.limits.max_length
+            rows, longest = next((rows for rows in sets if rows is not None), ()), data.options.max_length
         options = self.options
         return prepare(model, options.layout, compiled=options.compile, rows=rows, longest=longest)
 
