@@ -128,7 +128,11 @@ def test_what_comes_and_goes_is_what_is_alive_in_a_step(
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     lora = LoraSettings(r=lora_r) if lora_r else None
-    policy: Any = BCOModule(model_folder, lora=lora, dtype=dtype, gradient_checkpointing=gradient_checkpointing).policy
+    policy: Any = BCOModule(model_folder, lora=lora, dtype=dtype).policy
+    if gradient_checkpointing:  # as a run does before its first step
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.enable_input_require_grads()
+        policy.train()
     batch = make_batch(2000, [(1000, 200)])
 
     def step() -> None:
