@@ -343,15 +343,15 @@ DEFECTS = [
         ('tests/security/test_data_poisoning.py::test_poisoned_feedback_is_visible',),
     ),
     Defect(
-        'R17', 'errors of rows are swallowed', 'data/counts.py',
-        '            raise row\n',
-        '            return\n',
+        'R17', 'errors of rows are swallowed', 'data/row_sets.py',
+        '                            raise row\n',
+        '                            continue\n',
         ('tests/reliability/test_bad_rows.py::test_strict_names_the_malformed_row',),
     ),
     Defect(
         'R17', 'no limit on the share of malformed rows', 'data/row_sets.py',
-        '        others.check(", ".join(public_name(source.path) for source in sources), len(log) + len(others))\n',
-        '',
+        '        if bad.count > share * read:\n',
+        '        if False:\n',
         ('tests/reliability/test_bad_rows.py::test_skip_stops_above_the_share',),
     ),
     Defect(
@@ -362,8 +362,8 @@ DEFECTS = [
     ),
     Defect(
         'R22', 'all rows are held in memory', 'data/row_sets.py',
-        '        for row, _, outcome in _ahead(self._tokenized, _batches(self._read(found, maker))):\n',
-        '        for row, _, outcome in list(_ahead(self._tokenized, _batches(self._read(found, maker)))):\n',
+        '        for row, _, outcome in _ahead(self._tokenized, _batches(self._read(files, maker))):\n',
+        '        for row, _, outcome in list(_ahead(self._tokenized, _batches(self._read(files, maker)))):\n',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
 ]  # fmt: skip

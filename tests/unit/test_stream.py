@@ -78,7 +78,7 @@ def test_a_stream_has_the_rows_the_order_and_the_counts_of_a_table(options: dict
         assert {name: sample[name] for name in sample if name != "prompt"} == {
             name: expected[name] for name in sample if name != "prompt"
         }
-        assert stream.place_of(number) == expected["place"]
+        assert stream.training.place_of(number) == expected["place"]
     for one, other in zip(table.train_dataloader(), stream.train_dataloader(), strict=True):
         assert one.row_ids_B.tolist() == other.row_ids_B.tolist()
         assert one.input_ids_S.tolist() == other.input_ids_S.tolist()
@@ -195,7 +195,7 @@ def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
 
 def test_a_sample_as_a_table_is_of_rows_from_all_over_as_far_as_they_are_usable(tmp_path: Path) -> None:
     module = read(long_log(tmp_path), **DROP)
-    sample = module.training_rows(100)
+    sample = module.training.table(100)
     lines = [int(place.rpartition(":")[2]) for place in sample["place"]]
     assert 60 < len(lines) < 100
     assert all((line - 1) % 5 for line in lines)

@@ -118,7 +118,7 @@ def _findings(trainer: Trainer, module: BCOModule) -> list[str]:
 def _places(trainer: Any, row_ids: list[int]) -> str:
     data = getattr(trainer, "datamodule", None)
     shown = [
-        f"{row} ({data.place_of(row)})" if isinstance(data, FeedbackDataModule) else str(row)
+        f"{row} ({data.training.place_of(row)})" if isinstance(data, FeedbackDataModule) else str(row)
         for row in row_ids[:_SHOWN]
     ]
     more = f" and {len(row_ids) - _SHOWN} more" if len(row_ids) > _SHOWN else ""

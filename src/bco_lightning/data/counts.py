@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.errors import FeedbackRowError
 
-BadRowPolicy = Literal["strict", "skip"]
 NUM_PLACES = 3
 
 
@@ -33,57 +32,6 @@ class Counted:
 
     def __str__(self) -> str:
         return f"for instance {', '.join(self.places)}" if self.places else ""
-
-
-@dataclass
-class OtherRows:
-    """Rows that get no place in a table: malformed ones, and those that their record or a rule leaves out.
-
-    Args:
-        policy: What becomes of malformed rows: ``strict`` raises the first one, ``skip`` leaves them out.
-        max_share: Share of the rows read above which ``skip`` raises too.
-        malformed: Those met.
-        left_out: The others, by reason.
-        formats: The format that the records of each source were read as.
-    """
-
-    policy: BadRowPolicy = "strict"
-    max_share: float = 0.001
-    malformed: Counted = field(default_factory=Counted)
-    left_out: dict[str, Counted] = field(default_factory=dict)
-    formats: dict[str, str] = field(default_factory=dict)
-    _first: FeedbackRowError | None = None
-
-    def __len__(self) -> int:
-        return self.malformed.count + sum(counted.count for counted in self.left_out.values())
-
-    def take(self, row: LeftOut | FeedbackRowError) -> None:
-        """Counts one.
-
-        Raises:
-            FeedbackRowError: A malformed one, if they are not to be skipped.
-        """
-        if isinstance(row, LeftOut):
-            self.left_out.setdefault(row.reason, Counted()).add(row.place)
-            return
-        if self.policy == "strict":
-            raise row
-        self._first = self._first or row
-        self.malformed.add(row.where)
-
-    def check(self, where: str, rows_read: int) -> None:
-        """Refuses sources of which too much is malformed.
-
-        Raises:
-            FeedbackRowError: Naming the first places.
-        """
-        if self.malformed.count > self.max_share * rows_read:
-            raise FeedbackRowError(
-                where,
-                f"expected at most {self.max_share:.2%} malformed rows (data.max_bad_rows), found "
-                f"{self.malformed.count} of {rows_read}, the first of them at {', '.join(self.malformed.places)}.",
-                f"The first reads: {self._first}",
-            ) from self._first
 
 
 @dataclass
@@ -150,10 +98,17 @@ class RowCounts:
                 ". ".join(filter(None, [reasons, remedy])),
             )
 
-    def add(self, others: OtherRows) -> None:
-        """Counts rows that were read and got no place in a table."""
-        self.formats = others.formats
-        self.read += len(others)
+    def take(self, row: LeftOut | FeedbackRowError) -> None:
+        """Counts a row that gets no place in a table: a malformed one, or one that its record or a rule leaves out."""
+        self.read += 1
+        if isinstance(row, LeftOut):
+            self.left_out.setdefault(row.reason, Counted()).add(row.place)
+        else:
+            self.malformed.add(row.where)
+
+    def add(self, others: RowCounts) -> None:
+        """Adds such rows, and what else is known of how the sources were read."""
+        self.formats, self.read = others.formats, self.read + others.read
         self.malformed.take(others.malformed.count, others.malformed.places)
         for reason, counted in others.left_out.items():
             self.left_out.setdefault(reason, Counted()).take(counted.count, counted.places)

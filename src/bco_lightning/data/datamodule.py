@@ -6,7 +6,6 @@ import logging
 import secrets
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.cache import FolderCache, values_in
+from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import chosen_template
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
@@ -26,11 +25,9 @@ from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
 from bco_lightning.data.row_sets import ReadRows, RowReader, RowSet, limits_of, row_format_of
 from bco_lightning.data.stream import StreamDataset
-from bco_lightning.data.table import Array
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.training import TrainingRows
-from bco_lightning.errors import ConfigError, FaultError
-from bco_lightning.parallel.collectives import errors_of_all
+from bco_lightning.errors import ConfigError
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
 
@@ -57,10 +54,8 @@ class FeedbackDataModule(LightningDataModule):
     def __init__(self, *positional: Any, tokenizer: Any = None, **options: Any) -> None:
         super().__init__()
         self.options = DataOptions(*positional, **options)
-        for source in (
-            *self.options.sources("train"),
-            Source("any"),
-        ):  # what is wrong with one is said before anything is read
+        # What is wrong with an option is said before anything is read.
+        for source in (*self.options.sources("train"), Source("any")):
             row_format_of(self.options, source)
         limits_of(self.options)
         self._tokenizer = tokenizer
@@ -149,15 +144,22 @@ class FeedbackDataModule(LightningDataModule):
         """Names of the sources of what is logged as ``train``, ``val`` or ``test``, by the numbers that rows carry."""
         options = self.options
         held_out = options.sources("validation") or options.sources("train")
-        sources = {"train": options.sources("train"), "val": held_out, "test": options.sources("test") or held_out}[
-            name
-        ]
-        return [source.label for source in sources]
+        sources = {"train": options.sources("train"), "val": held_out, "test": options.sources("test") or held_out}
+        return [source.label for source in sources[name]]
+
+    @property
+    def training(self) -> TrainingRows:
+        """The rows to train on, whether they are a table or a stream."""
+        if "training" not in self._rows:
+            raise _no_training_files()
+        if self._training is None:
+            self._training = TrainingRows(self._rows["training"].row_sets["train"], self.options, self._reader)
+        return self._training
 
     @property
     def class_frequencies(self) -> tuple[float, float]:
         """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
-        return self._trained_on.class_frequencies
+        return self.training.class_frequencies
 
     @property
     def rows_per_step(self) -> int:
@@ -171,7 +173,7 @@ class FeedbackDataModule(LightningDataModule):
 
         With balanced sampling, the rarer class is seen more often.
         """
-        return self._trained_on.order(self.rows_per_step).steps_per_epoch
+        return self.training.order(self.rows_per_step).steps_per_epoch
 
     def setup(self, stage: Literal["fit", "validate", "test", "predict"] | str | None = None) -> None:
         """Reads and tokenizes what ``stage`` needs, and prints what became of the rows.
@@ -186,26 +188,19 @@ class FeedbackDataModule(LightningDataModule):
         """
         if self.trainer is None or self.trainer.world_size == 1:
             self._read(stage)
-            return
-        _refuse_injected_sampler(self.trainer)
-        told = read_once_per_node(lambda: self._told(stage), self.trainer)
-        faults: list[FaultError] = []
-        if self.trainer.local_rank > 0:
-            try:
-                self._open(told)
-            except FaultError as fault:
-                faults.append(fault)
-        for error in errors_of_all(faults, self.trainer):
-            raise error
+        else:
+            _refuse_injected_sampler(self.trainer)
+            read_once_per_node(lambda: self._read(stage), self._rows, self.trainer)
 
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
         trainer = self.trainer
         if trainer is not None:
             _refuse_shortened_epochs(trainer)
-        training = self._trained_on
+        training = self.training
+        padded = trainer is not None and getattr(trainer.lightning_module, "layout", "packed") == "padded"
         # Sorted rows of balanced steps would leave some micro-batches with one class alone.
-        sorts = self._is_padded and not self.options.balanced_sampling
+        sorts = padded and not self.options.balanced_sampling
         sampler = StepBatchSampler(
             training.order(self.rows_per_step),
             batch_size=self.options.batch_size,
@@ -215,7 +210,7 @@ class FeedbackDataModule(LightningDataModule):
             current_step=lambda: trainer.global_step if trainer else 0,
             lengths=training.lengths if sorts else None,
         )
-        dataset = training.dataset(self._reader)
+        dataset = training.dataset()
         self._stream = dataset if isinstance(dataset, StreamDataset) else None
         return self._loader(dataset, batch_sampler=sampler)
 
@@ -248,23 +243,6 @@ class FeedbackDataModule(LightningDataModule):
         }[stage]
         return {name: dataset for name, dataset in found.items() if dataset is not None}
 
-    def training_rows(self, most: int) -> Dataset:
-        """The training rows as a table; of a stream about ``most`` of them, drawn evenly from all over.
-
-        Raises:
-            FeedbackRowError: If none of these is usable.
-        """
-        return self._trained_on.table(self._reader, most)
-
-    def passes_of(self, dataset: Dataset) -> Array | None:
-        """How often an epoch draws each row of a table of training rows, about; ``None`` if all alike."""
-        weights = np.array(self._trained_on.weights, dtype=np.float64)
-        return weights[np.asarray(dataset.data.column("source"))] if (weights != weights[0]).any() else None
-
-    def place_of(self, row_id: int) -> str:
-        """File and line of a training row."""
-        return self._trained_on.place_of(row_id)
-
     def teardown(self, stage: str) -> None:
         """Says how many rows of a stream turned out to be unusable when their turn came, and were replaced."""
         if self._stream is not None and stage == "fit" and (count := self._stream.num_replaced):
@@ -279,7 +257,7 @@ class FeedbackDataModule(LightningDataModule):
         """What the rows and their order depend on; the module compares it before a run goes on."""
         if "training" not in self._rows:
             return {}
-        training, options = self._trained_on, self.options
+        training, options = self.training, self.options
         unused = {name for name in ("shuffle_buffer", "group_by_prompt") if not getattr(options, _NEEDED_FOR[name])}
         return {
             "rows": training.row_set.counts.used,
@@ -317,7 +295,7 @@ class FeedbackDataModule(LightningDataModule):
         found = self._reader.read_training(self._cache)
         rank_zero_info(str(found.summary))
         self._keep("training", found)
-        self._trained_on.check_classes()
+        self.training.check_classes()
         if options.streaming and not options.sources("validation") and options.validation_fraction:
             rank_zero_info("validation: nothing is held out of a stream; give data.validation_files to measure it")
 
@@ -341,25 +319,6 @@ class FeedbackDataModule(LightningDataModule):
             cache_root(self.options.cache_folder) / "tokenized_rows" if self.options.cache_rows else None
         )
 
-    def _told(self, stage: str | None) -> dict[str, Any]:
-        """Reads, and says in plain values what the other processes of this node have to know."""
-        self._read(stage)
-        return {name: {"folder": str(read.folder), "contents": read.contents()} for name, read in self._rows.items()}
-
-    def _open(self, told: dict[str, Any]) -> None:
-        """Opens what the first process of this node has read."""
-        for name in told.keys() - self._rows.keys():
-            folder = Path(told[name]["folder"])
-            try:
-                self._rows[name] = ReadRows.opened(folder, values_in(folder))
-            except (OSError, ValueError) as error:
-                raise FaultError(
-                    "processes",
-                    f"expected those of a node to see each other's files, found that this one cannot see {folder}, "
-                    "which the first one has written.",
-                    "Start the processes of a node in one container, or each as a node of its own.",
-                ) from error
-
     @property
     def _row_sets(self) -> dict[str, RowSet]:
         return {name: row_set for read in self._rows.values() for name, row_set in read.row_sets.items()}
@@ -369,20 +328,8 @@ class FeedbackDataModule(LightningDataModule):
         return dataset if isinstance(dataset, Dataset) else None
 
     @property
-    def _trained_on(self) -> TrainingRows:
-        if "training" not in self._rows:
-            raise _no_training_files()
-        if self._training is None:
-            self._training = TrainingRows(self._rows["training"].row_sets["train"], self.options)
-        return self._training
-
-    @property
     def _accumulation(self) -> int:
         return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-
-    @property
-    def _is_padded(self) -> bool:
-        return self.trainer is not None and getattr(self.trainer.lightning_module, "layout", "packed") == "padded"
 
     def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:

@@ -3,53 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from bco_lightning.errors import FeedbackRowError, UserError, causes_of
-from bco_lightning.parallel.collectives import made_once_per_node
+from bco_lightning.data.cache import values_in
+from bco_lightning.data.row_sets import ReadRows
+from bco_lightning.errors import FaultError, FeedbackRowError, UserError, causes_of
+from bco_lightning.parallel.collectives import errors_of_all, made_once_per_node
 
 
-def read_once_per_node(read: Callable[[], dict[str, Any]], trainer: Any) -> dict[str, Any]:
-    """What the first process of this node has read; the others wait for it, without a limit of time.
+def read_once_per_node(read: Callable[[], None], rows: dict[str, ReadRows], trainer: Any) -> None:
+    """Has the first process of this node read; the others wait for it, without a limit of time, and open its files.
 
     Args:
-        read: Gives plain values of each read, of which ``contents`` have to be the same on every node.
+        read: Adds what it reads to ``rows``.
+        rows: What was read, by name, in each process.
         trainer: The Lightning trainer, with several processes.
 
     Raises:
         UserError: In every process, what one of those that read met. An exception that is neither this nor one of disk
             or memory leaves the others with a ``RuntimeError`` that says the same.
         FeedbackRowError: In every process, if the nodes have not read the same rows.
+        FaultError: In every process, if one cannot see the files of its node.
     """
     raised: list[Exception] = []
 
     def outcome() -> dict[str, Any]:
         try:
-            return {"node": trainer.node_rank, "read": read()}
+            read()
+            told = {name: (str(known.folder), known.contents()) for name, known in rows.items()}
+            return {"node": trainer.node_rank, "read": told}
         except Exception as error:
             raised.append(error)
             known = (cause for cause in causes_of(error) if isinstance(cause, (UserError, OSError, MemoryError)))
             return {"error": next(known, None) or RuntimeError(f"{type(error).__name__}: {error}")}
 
     outcomes = made_once_per_node(outcome, trainer)
-    if raised:
-        raise raised[0]
-    for known in outcomes:
-        if "error" in known:
-            raise known["error"]
+    for error in [*raised, *(known["error"] for known in outcomes if "error" in known)]:
+        raise error
     read_by = {known["node"]: known["read"] for known in outcomes}
-    _require_same_rows({node: _contents(found) for node, found in read_by.items()})
-    return read_by[trainer.node_rank]  # type: ignore[no-any-return]
+    _require_same_rows(
+        {node: dict(part for _, known in told.values() for part in known) for node, told in read_by.items()}
+    )
+    faults: list[FaultError] = []
+    if trainer.local_rank > 0:
+        told = read_by[trainer.node_rank]
+        try:
+            rows.update({name: _opened(Path(told[name][0])) for name in told if name not in rows})
+        except FaultError as fault:
+            faults.append(fault)
+    for error in errors_of_all(faults, trainer):
+        raise error
 
 
-def _contents(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: content for read in found.values() for name, content in read["contents"].items()}
+def _opened(folder: Path) -> ReadRows:
+    try:
+        return ReadRows.opened(folder, values_in(folder))
+    except (OSError, ValueError) as error:
+        raise FaultError(
+            "processes",
+            f"expected those of a node to see each other's files, found that this one cannot see {folder}, which the "
+            "first one has written.",
+            "Start the processes of a node in one container, or each as a node of its own.",
+        ) from error
 
 
 def _require_same_rows(contents: dict[int, dict[str, Any]]) -> None:
     first = min(contents)
-    for node, content in contents.items():
-        names = [name for name in {**contents[first], **content} if content.get(name) != contents[first].get(name)]
+    for node, known in contents.items():
+        names = [name for name in {**contents[first], **known} if known.get(name) != contents[first].get(name)]
         if names:
             raise FeedbackRowError(
                 f"node {node}",

@@ -18,10 +18,10 @@ import numpy as np
 from datasets import Dataset
 
 from bco_lightning import batch
-from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import chosen_template
-from bco_lightning.data.counts import FeedbackSummary, OtherRows, RowCounts
+from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.files import content_key, expand
 from bco_lightning.data.options import DataOptions, Source, chosen_rating
 from bco_lightning.data.records import RecordFile, record_file, seekable_files
@@ -41,7 +41,6 @@ _OF_ROWS = (
     "format", "columns", "rating", "loss_on", "conflicts", "max_length", "max_prompt_length", "long_prompts",
     "long_completions", "seed", "bad_rows", "max_bad_rows", "streaming",
 )  # fmt: skip
-Outcome = TokenizedSample | LeftOut | FeedbackRowError
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
@@ -95,12 +94,12 @@ class ReadRows:
                 row_sets[name].dataset = Dataset.from_file(str(folder / f"{name}.arrow"))
         return cls(folder, row_sets, FeedbackSummary(**values["summary"]) if values["summary"] else None)
 
-    def contents(self) -> dict[str, Any]:
+    def contents(self) -> list[tuple[str, Any]]:
         """Digest and numbers of each data set, which are the same on every node; places may differ."""
-        return {
-            name: [known.digest, *(number for number in asdict(known.counts).values() if isinstance(number, int))]
+        return [
+            (name, (known.digest, known.counts.read, known.counts.up, known.counts.down))
             for name, known in self.row_sets.items()
-        }
+        ]
 
 
 class RowReader:
@@ -137,7 +136,7 @@ class RowReader:
         sources = {name: options.sources(name) for name in ("train", "validation")}
 
         def make(folder: Path) -> dict[str, Any]:
-            log = self._log(folder, sources["train"], streamed=options.streaming)
+            log = (PlaceTable if options.streaming else RowTable)(folder, [source.label for source in sources["train"]])
             others = self._fill(log, sources["train"])
             summary = log.summary()
             log.leave_out_conflicts(options.conflicts)
@@ -145,11 +144,11 @@ class RowReader:
             chosen = {"train": np.ones(len(log), bool)}
             if sources["validation"]:
                 row_sets, prompt_keys = self._whole(folder, "validation", sources["validation"])
-                summary.validation_prompts_in_training = int(np.isin(prompt_keys, log.prompt_keys).sum())
+                summary.validation_prompts_in_training = int(np.isin(prompt_keys, log.rows["prompt"]).sum())
             elif options.validation_fraction and not options.streaming:
-                held_out = held_out_prompts(log.prompt_keys, options.validation_fraction, options.row_seed)
+                held_out = held_out_prompts(log.rows["prompt"], options.validation_fraction, options.row_seed)
                 chosen = {"train": ~held_out, **({"validation": held_out} if held_out.any() else {})}
-            return {"row_sets": {**self._divided(log, chosen, others), **row_sets}, "summary": asdict(summary)}
+            return {"row_sets": {**_divided(log, chosen, others), **row_sets}, "summary": asdict(summary)}
 
         key = self._key(sources, validation_fraction=options.validation_fraction)
         return rows.get(key, make, ReadRows.opened)
@@ -164,9 +163,9 @@ class RowReader:
         def make(folder: Path) -> dict[str, Any]:
             log = RowTable(folder, [source.label for source in sources])
             for row, number, outcome in _ahead(self._tokenized, _batches(rows)):
-                if isinstance(row, FeedbackRow) and isinstance(outcome, (TokenizedSample, LeftOut)):
+                if not isinstance(outcome, FeedbackRowError):
                     log.append(row, number, outcome)
-            row_sets = self._divided(log, {"train": np.ones(len(log), bool)}, OtherRows())
+            row_sets = _divided(log, {"train": np.ones(len(log), bool)}, RowCounts("others"))
             return {"row_sets": row_sets, "summary": None}
 
         found = FolderCache(None).get(None, make, ReadRows.opened).row_sets["train"]
@@ -177,61 +176,62 @@ class RowReader:
         self, folder: Path, name: str, sources: Sequence[Source], *, labelled: bool = True
     ) -> tuple[dict[str, Any], Array]:
         """All rows of sources as one data set, and the keys of their prompts."""
-        log = self._log(folder, sources)
+        log = RowTable(folder, [source.label for source in sources])
         others = self._fill(log, sources, labelled=labelled)
-        return self._divided(log, {name: np.ones(len(log), bool)}, others), log.prompt_keys
+        return _divided(log, {name: np.ones(len(log), bool)}, others), log.rows["prompt"]
 
-    def _log(self, folder: Path, sources: Sequence[Source], *, streamed: bool = False) -> RowTable | PlaceTable:
-        labels = [source.label for source in sources]
-        return PlaceTable(folder, labels) if streamed else RowTable(folder, labels)
-
-    def _divided(
-        self, log: RowTable | PlaceTable, chosen: Mapping[str, Array], others: OtherRows
-    ) -> dict[str, dict[str, Any]]:
-        counts = log.divide(chosen)
-        next(iter(counts.values())).add(others)
-        told = {"files": log.files} if isinstance(log, PlaceTable) else {}
-        return {
-            name: {"counts": asdict(counts[name]), "digest": log.digest(rows), **told} for name, rows in chosen.items()
-        }
-
-    def _fill(self, log: RowTable | PlaceTable, sources: Sequence[Source], *, labelled: bool = True) -> OtherRows:
+    def _fill(self, log: RowTable | PlaceTable, sources: Sequence[Source], *, labelled: bool = True) -> RowCounts:
         """Appends the rows of all sources, and returns what else there was.
 
         Raises:
             FeedbackRowError: On a source without rows, a malformed source, or malformed rows unless they are skipped.
         """
-        others = OtherRows(self._options.bad_rows, self._options.max_bad_rows)
+        others, malformed = RowCounts("others"), list[FeedbackRowError]()
         for number, source in enumerate(sources):
-            before = len(log) + len(others)
+            before = len(log) + others.read
             maker = RowMaker(row_format_of(self._options, source), labelled)
             with _rare_collections():
-                self._fill_from(log, source, number, maker, others)
-            if len(log) + len(others) == before:
+                for row in self._append(log, source, number, maker):
+                    others.take(row)
+                    if isinstance(row, FeedbackRowError):
+                        if self._options.bad_rows == "strict":
+                            raise row
+                        malformed = malformed or [row]
+            if len(log) + others.read == before:
                 raise FeedbackRowError(public_name(source.path), "expected at least one row, found none.")
             others.formats[source.label] = maker.format or "auto"
-        others.check(", ".join(public_name(source.path) for source in sources), len(log) + len(others))
+        bad, read, share = others.malformed, len(log) + others.read, self._options.max_bad_rows
+        if bad.count > share * read:
+            raise FeedbackRowError(
+                ", ".join(public_name(source.path) for source in sources),
+                f"expected at most {share:.2%} malformed rows (data.max_bad_rows), found {bad.count} of {read}, the "
+                f"first of them at {', '.join(bad.places)}.",
+                f"The first reads: {malformed[0]}",
+            ) from malformed[0]
         return others
 
-    def _fill_from(
-        self, log: RowTable | PlaceTable, source: Source, number: int, maker: RowMaker, others: OtherRows
-    ) -> None:
+    def _append(
+        self, log: RowTable | PlaceTable, source: Source, number: int, maker: RowMaker
+    ) -> Iterator[LeftOut | FeedbackRowError]:
+        """Appends the rows of a source, with their tokens or places, and gives the others."""
         if isinstance(log, PlaceTable):
-            files = seekable_files(source.path)
-            first = log.begin(files, number)
-            for row, place in self._read(files, maker):
+            found = seekable_files(source.path)
+            first = log.begin(found, number)
+            for row, place in self._read(found, maker):
                 if isinstance(row, FeedbackRow):
                     log.append(row, number, place._replace(file=first + place.file))
                 else:
-                    others.take(row)
+                    yield row
             return
-        found = [record_file(path, maker.label_column, maker.numeric_columns) for path in expand(source.path)]
+        files = [record_file(path, maker.label_column, maker.numeric_columns) for path in expand(source.path)]
         # Tokenizing leaves the interpreter free, so the next rows are read meanwhile.
-        for row, _, outcome in _ahead(self._tokenized, _batches(self._read(found, maker))):
-            if isinstance(row, FeedbackRow) and isinstance(outcome, (TokenizedSample, LeftOut)):
-                log.append(row, number, outcome)
+        for row, _, outcome in _ahead(self._tokenized, _batches(self._read(files, maker))):
+            if not isinstance(row, FeedbackRow):
+                yield row
+            elif isinstance(outcome, FeedbackRowError):
+                yield outcome
             else:
-                others.take(outcome if isinstance(row, FeedbackRow) else row)  # type: ignore[arg-type]
+                log.append(row, number, outcome)
 
     def _read(self, files: Sequence[RecordFile], maker: RowMaker) -> Iterator[tuple[RatedRow, RowPlace]]:
         """The rows of one source with their places, to the first malformed one where that is not to be skipped."""
@@ -244,7 +244,7 @@ class RowReader:
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
                     return
 
-    def _tokenized(self, items: list[tuple[RatedRow, Any]]) -> list[tuple[RatedRow, Any, Outcome | None]]:
+    def _tokenized(self, items: list[tuple[RatedRow, Any]]) -> list[tuple[Any, Any, Any]]:
         rows = [row for row, _ in items if isinstance(row, FeedbackRow)]
         outcomes = iter(self.row_tokenizer.tokenize_batch(rows))
         return [(row, known, next(outcomes) if isinstance(row, FeedbackRow) else None) for row, known in items]
@@ -271,6 +271,14 @@ class RowReader:
                 **others,
             }
         )
+
+
+def _divided(log: RowTable | PlaceTable, chosen: Mapping[str, Array], others: RowCounts) -> dict[str, dict[str, Any]]:
+    """Plain values of each data set that rows are divided into; what else there was is counted to the first."""
+    counts = log.divide(chosen)
+    next(iter(counts.values())).add(others)
+    told = {"files": log.files} if isinstance(log, PlaceTable) else {}
+    return {name: {"counts": asdict(counts[name]), "digest": log.digest(rows), **told} for name, rows in chosen.items()}
 
 
 def limits_of(options: DataOptions) -> LengthLimits:

@@ -6,6 +6,7 @@ import logging
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,15 +73,13 @@ class PlaceTable(RowLog):
             What became of the rows of each choice; what tokens alone tell is not known yet.
         """
         self._sink.close()
-        counts, places = {}, np.fromfile(self._draft, _ROW)
+        counts, places, reasons = {}, np.fromfile(self._draft, _ROW), self.rows["reason"]
         for name, rows in chosen.items():
             counts[name] = self.counts(name, rows)
             counts[name].cut = {}
-            for row in np.flatnonzero(rows & ~self.is_used).tolist():
-                known = places[row]
-                where = f"{public_name(self.files[known['file']]['path'])}:{known['line']}"
-                counts[name].left_out[self.reason_of(row)].add(where)
-            places[rows & self.is_used].tofile(self._folder / f"{name}.places")
+            for row in np.flatnonzero(rows & (reasons > 0)).tolist():
+                counts[name].left_out[self.reason(reasons[row])].add(_place_of(places[row], self.files))
+            places[rows & (reasons == 0)].tofile(self._folder / f"{name}.places")
         self._draft.unlink()
         return counts
 
@@ -114,31 +113,36 @@ class StreamRows:
     @property
     def sources(self) -> Array:
         """The number of each row's source."""
-        return np.array([file["source"] for file in self.files], np.int16)[self.places["file"]]
+        return np.repeat(np.array([file["source"] for file in self.files], np.int16), np.diff(self.borders))
+
+    @cached_property
+    def borders(self) -> list[int]:
+        """The first row of each file, and the number of rows."""
+        return np.searchsorted(self.places["file"], np.arange(len(self.files) + 1)).tolist()  # type: ignore[no-any-return]
+
+    def range_of(self, source: int) -> range:
+        """The rows of a source."""
+        files = [number for number, file in enumerate(self.files) if file["source"] == source]
+        return range(self.borders[files[0]], self.borders[files[-1] + 1])
 
     def place_of(self, number: int) -> str:
         """File and line of a row."""
-        known = self.places[number]
-        return f"{public_name(self.files[known['file']]['path'])}:{known['line']}"
+        return _place_of(self.places[number], self.files)
 
     def regions(self) -> Array:
         """A number for each row of the neighbourhood that is best read together: rows of one have the same."""
-        borders = np.searchsorted(self.places["file"], np.arange(len(self.files) + 1))
         begins = np.zeros(len(self), bool)
-        for file, (start, stop) in zip(self.files, pairwise(borders.tolist()), strict=True):
-            units = seekable_file(file["path"]).units(self.places["offset"][start:stop]) if start < stop else []
-            begins[start:stop] = np.diff(units, prepend=-1) != 0
-        return np.cumsum(begins, dtype=np.int32) - 1
+        for file, (start, stop) in zip(self.files, pairwise(self.borders), strict=True):
+            if start < stop:
+                units = seekable_file(file["path"]).units(self.places["offset"][start:stop])
+                begins[start:stop] = np.diff(units, prepend=-1) != 0
+        return np.subtract(np.cumsum(begins, dtype=np.int32), 1)
 
-    def drawn_evenly(self, count: int, seed: int) -> list[int]:
-        """Numbers of about ``count`` rows, runs of neighbours from all over, in order."""
-        borders = np.linspace(0, len(self), min(len(self), count, 1000) + 1).astype(np.int64).tolist()
-        random, length = np.random.default_rng([seed, count]), -(-count // (len(borders) - 1))
-        drawn: list[int] = []
-        for start, stop in pairwise(borders):
-            first = int(random.integers(start, max(start, stop - length) + 1))
-            drawn += range(first, min(first + length, stop))
-        return drawn
+    def drawn_evenly(self, count: int) -> list[int]:
+        """Numbers of about ``count`` rows, in a thousand runs of neighbours from all over."""
+        length = min(-(-count // 1000), len(self))
+        starts = np.linspace(0, len(self) - length, -(-count // length)).astype(np.int64)
+        return np.unique(starts[:, None] + np.arange(length)).tolist()  # type: ignore[no-any-return]
 
 
 class StreamDataset(Dataset[dict[str, Any]]):
@@ -262,21 +266,19 @@ class StreamDataset(Dataset[dict[str, Any]]):
                 "See which rows are left out and why: python -m bco_lightning inspect.",
             )
         places, random = self.rows.places, np.random.default_rng([self._seed, number, tries])
-        start, stop = self._of_source(number) if tries < _TRIES_IN_SOURCE else (0, len(places))
-        begin = int(random.integers(start, stop))
+        source = self.rows.files[places[number]["file"]]["source"]
+        rows = self.rows.range_of(source) if tries < _TRIES_IN_SOURCE else range(len(places))
+        begin = int(random.integers(rows.start, rows.stop))
         # From a random row on, and from the front after the last, the first of the same class.
-        for first in (*range(begin, stop, _AT_A_TIME), *range(start, begin, _AT_A_TIME)):
-            alike = np.flatnonzero(places["up"][first : min(first + _AT_A_TIME, stop)] == places["up"][number])
+        for first in (*range(begin, rows.stop, _AT_A_TIME), *range(rows.start, begin, _AT_A_TIME)):
+            alike = np.flatnonzero(places["up"][first : min(first + _AT_A_TIME, rows.stop)] == places["up"][number])
             if len(alike):
                 return first + int(alike[0])
         return number
 
-    def _of_source(self, number: int) -> tuple[int, int]:
-        files = self.rows.files
-        source = files[self.rows.places[number]["file"]]["source"]
-        mine = [file for file, known in enumerate(files) if known["source"] == source]
-        start, stop = np.searchsorted(self.rows.places["file"], [mine[0], mine[-1] + 1])
-        return int(start), int(stop)
+
+def _place_of(known: Any, files: Sequence[Mapping[str, Any]]) -> str:
+    return f"{public_name(files[known['file']]['path'])}:{known['line']}"
 
 
 class WorkerRowError(FeedbackRowError):

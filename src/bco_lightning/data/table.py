@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from array import array
+import struct
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,8 @@ _CUTS = {
     "messages after the rated turn left out": _TRAILING_CUT,
 }
 _THUMBS = {True: _UP, False: _DOWN, None: 0}
+_KEPT = np.dtype([("prompt", "<i8"), ("answer", "<i8"), ("flags", "u1"), ("reason", "u1"), ("source", "<u2")])
+_PACK = struct.Struct("<qqBBH").pack  # the same
 _BATCH_ROWS, _BATCH_TOKENS = 128, 2**18
 # Opening a file touches each of its batches, and every touch makes some pages of it resident.
 _FINAL_BATCH_BYTES = 2**23
@@ -52,29 +54,22 @@ _sorted_json = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 
 
 class RowLog:
-    """What is kept of each row in memory: keys, thumb, source, and why it is left out if it is; 20 bytes.
+    """What is kept of each row in memory: 20 bytes.
 
     Args:
         sources: Names of the sources.
     """
 
     def __init__(self, sources: Sequence[str]) -> None:
-        self._sources, self._reason_names = list(sources), [""]
-        self._prompt_keys, self._answer_keys = array("q"), array("q")
-        self._flags, self._reasons, self._source_numbers = array("B"), array("B"), array("H")
+        self._sources, self._reasons, self._kept = list(sources), [""], bytearray()
 
     def __len__(self) -> int:
-        return len(self._flags)
+        return len(self._kept) // _KEPT.itemsize
 
     @property
-    def prompt_keys(self) -> Array:
-        """:func:`prompt_key` of each row."""
-        return np.array(self._prompt_keys, dtype=np.int64)
-
-    @property
-    def is_used(self) -> Array:
-        """Whether each row is used, and not left out."""
-        return np.equal(self._reasons, 0)
+    def rows(self) -> Array:
+        """Of each row the keys of its prompt and of all that it says, flags, why it is left out, and its source."""
+        return np.frombuffer(bytes(self._kept), _KEPT)
 
     def note(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut = _NO_TOKENS) -> int:
         """Takes note of a row of the source with that number, and of its tokens, if there are any, or why not.
@@ -83,66 +78,64 @@ class RowLog:
             Its prompt's key.
         """
         said = _prompt_digest(row)
-        key = _first_bytes(said)
+        key, reason = _first_bytes(said), ""
         said.update(_sorted_json([row.prompt, row.completion, dict(row.template_options)]).encode())
-        self._prompt_keys.append(key)
-        self._answer_keys.append(_first_bytes(said))
-        cuts = row.num_trailing > 0 and _TRAILING_CUT
-        if isinstance(outcome, TokenizedSample):
-            cuts |= outcome.prompt_cut * _PROMPT_CUT | outcome.completion_cut * _COMPLETION_CUT
-        self._flags.append(_THUMBS[row.thumbs_up] | cuts)
-        self._reasons.append(self._reason_number(outcome.reason) if isinstance(outcome, LeftOut) else 0)
-        self._source_numbers.append(source)
+        flags = _THUMBS[row.thumbs_up] | bool(row.num_trailing) * _TRAILING_CUT
+        if isinstance(outcome, LeftOut):
+            reason = outcome.reason
+        else:
+            flags |= outcome.prompt_cut * _PROMPT_CUT | outcome.completion_cut * _COMPLETION_CUT
+        self._kept += _PACK(key, _first_bytes(said), flags, self._reason_number(reason), source)
         return key
 
     def leave_out_conflicts(self, rule: Conflicts) -> None:
         """Leaves out rows whose answer has thumbs of both kinds, as far as the rule says so."""
-        used = np.flatnonzero(self.is_used)
-        answers = np.array(self._answer_keys, dtype=np.int64)[used]
-        for row in used[rows_in_conflict(answers, self._has(_UP)[used], rule)]:
-            self._reasons[row] = self._reason_number(CONFLICTING)
+        rows = np.array(self.rows)
+        used = np.flatnonzero(rows["reason"] == 0)
+        losing = used[rows_in_conflict(rows["answer"][used], rows["flags"][used] & _UP > 0, rule)]
+        if len(losing):
+            rows["reason"][losing] = self._reason_number(CONFLICTING)
+            self._kept = bytearray(rows.tobytes())
 
     def summary(self) -> FeedbackSummary:
         """What the rows look like as a whole."""
-        sources = np.bincount(self._numbers(self._source_numbers), minlength=len(self._sources)).tolist()
-        answers = np.array(self._answer_keys, dtype=np.int64)
-        return FeedbackSummary.of(answers, self._has(_UP), dict(zip(self._sources, sources, strict=True)))
+        rows = self.rows
+        sources = np.bincount(rows["source"], minlength=len(self._sources)).tolist()
+        return FeedbackSummary.of(
+            rows["answer"], rows["flags"] & _UP > 0, dict(zip(self._sources, sources, strict=True))
+        )
 
     def digest(self, chosen: Array) -> str:
         """SHA-256 over a key of what was said (not of the tokens made of it) and the thumb of each of some rows."""
-        digest = hashlib.sha256(np.array(self._answer_keys, dtype=np.int64)[chosen].tobytes())
-        digest.update((self._numbers(self._flags)[chosen] & (_UP | _DOWN)).tobytes())
-        return digest.hexdigest()
+        rows = self.rows[chosen]
+        return hashlib.sha256(rows["answer"].tobytes() + (rows["flags"] & (_UP | _DOWN)).tobytes()).hexdigest()
 
     def counts(self, name: str, chosen: Array) -> RowCounts:
         """What became of some rows; the places of those left out are still to be added."""
-        reasons, sources = self._numbers(self._reasons), self._numbers(self._source_numbers)
-        used = chosen & (reasons == 0)
-        up, down = (np.bincount(sources[used & self._has(flag)], minlength=len(self._sources)) for flag in (_UP, _DOWN))
+        rows = self.rows[chosen]
+        used = rows[rows["reason"] == 0]
+        up, down = (
+            np.bincount(used["source"][used["flags"] & flag > 0], minlength=len(self._sources)).tolist()
+            for flag in (_UP, _DOWN)
+        )
         return RowCounts(
             name,
-            read=int(chosen.sum()),
-            up=int(up.sum()),
-            down=int(down.sum()),
-            left_out={self._reason_names[number]: Counted() for number in np.unique(reasons[chosen]) if number},
-            cut={what: int((used & self._has(flag)).sum()) for what, flag in _CUTS.items()},
-            by_source={source: (int(up[n]), int(down[n])) for n, source in enumerate(self._sources)},
+            read=len(rows),
+            up=sum(up),
+            down=sum(down),
+            left_out={self._reasons[number]: Counted() for number in np.unique(rows["reason"]) if number},
+            cut={what: int((used["flags"] & flag > 0).sum()) for what, flag in _CUTS.items()},
+            by_source={source: (up[n], down[n]) for n, source in enumerate(self._sources)},
         )
 
-    def reason_of(self, row: int) -> str:
-        """Why a row is left out; empty if it is not."""
-        return self._reason_names[self._reasons[row]]
-
-    def _has(self, flag: int) -> Array:
-        return (self._numbers(self._flags) & flag) > 0
-
-    def _numbers(self, values: array[int]) -> Array:
-        return np.array(values, dtype=np.int64 if values.typecode == "q" else np.uint16)
+    def reason(self, number: int) -> str:
+        """A reason for which rows are left out."""
+        return self._reasons[number]
 
     def _reason_number(self, reason: str) -> int:
-        if reason not in self._reason_names:
-            self._reason_names.append(reason)
-        return self._reason_names.index(reason)
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        return self._reasons.index(reason)
 
 
 class RowTable(RowLog):
@@ -187,7 +180,7 @@ class RowTable(RowLog):
         self._writer.close()
         counts = {name: self.counts(name, rows) for name, rows in chosen.items()}
         files = {name: _RowFile(self._folder / f"{name}.arrow") for name in chosen}
-        start, reasons = 0, self._numbers(self._reasons)
+        start, reasons = 0, self.rows["reason"]
         # Read, not memory-mapped: what passes through should not stay in resident memory.
         with pa.OSFile(str(self._draft)) as draft:
             for batch in pa.ipc.open_stream(draft):
@@ -195,8 +188,8 @@ class RowTable(RowLog):
                 for name, rows in chosen.items():
                     files[name].take(batch.filter(pa.array(rows[mine] & (reasons[mine] == 0))))
                     for row in np.flatnonzero(rows[mine] & (reasons[mine] > 0)).tolist():
-                        place = batch.column("place")[row].as_py()
-                        counts[name].left_out[self.reason_of(start + row)].add(place)
+                        reason = self.reason(reasons[start + row])
+                        counts[name].left_out[reason].add(batch.column("place")[row].as_py())
                 start = mine.stop
         for file in files.values():
             file.close()
@@ -274,7 +267,7 @@ def _scattered(keys: Array, seed: int) -> Array:
     numbers = keys.astype(np.int64).view(np.uint64) ^ np.random.SeedSequence(seed).generate_state(1, np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
-    return numbers ^ (numbers >> np.uint64(31))
+    return np.bitwise_xor(numbers, numbers >> np.uint64(31))
 
 
 def rows_in_conflict(answer_keys: Array, thumbs_up: Array, rule: Conflicts) -> Array:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 
-from bco_lightning.data.options import DataOptions, Source
+from bco_lightning.data.options import DataOptions, FormatName, Source
 from bco_lightning.data.order import RowOrder, pools_of
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_sets import RowReader, RowSet, row_format_of
@@ -26,10 +26,11 @@ class TrainingRows:
     Args:
         row_set: The rows.
         options: How they were read, and are drawn.
+        reader: What has read them.
     """
 
-    def __init__(self, row_set: RowSet, options: DataOptions) -> None:
-        self.row_set, self._options = row_set, options
+    def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader) -> None:
+        self.row_set, self._options, self._reader = row_set, options, reader
         self.weights = [source.weight for source in options.sources("train")]
         self._known_order: tuple[int, RowOrder] | None = None
         pools = pools_of(self._column("thumbs_up"), self._options.row_seed, by_class=True, **self._by_source())
@@ -60,7 +61,7 @@ class TrainingRows:
             self._known_order = rows_per_step, RowOrder(pools, [rows_per_step // len(pools)] * len(pools))
         return self._known_order[1]
 
-    def dataset(self, reader: RowReader) -> Dataset | StreamDataset:
+    def dataset(self) -> Dataset | StreamDataset:
         """The rows by number."""
         rows, formats = self.row_set.dataset, self.row_set.counts.formats
         if not isinstance(rows, StreamRows):
@@ -68,24 +69,27 @@ class TrainingRows:
         makers = []
         for source in self._options.sources("train"):
             makers.append(RowMaker(row_format_of(self._options, source)))
-            makers[-1].format = formats[source.label]
+            makers[-1].format = cast(FormatName, formats[source.label])
         is_strict = self._options.bad_rows == "strict"
-        return StreamDataset(rows, makers, reader.row_tokenizer, self._options.row_seed, is_strict=is_strict)
+        return StreamDataset(rows, makers, self._reader.row_tokenizer, self._options.row_seed, is_strict=is_strict)
 
-    def table(self, reader: RowReader, most: int) -> Dataset:
+    def table(self, most: int) -> Dataset:
         """The rows as a table; of a stream about ``most`` of them, drawn evenly from all over.
 
         Raises:
             FeedbackRowError: If none of these is usable.
         """
-        rows, dataset = self.row_set.dataset, self.dataset(reader)
+        rows, dataset = self.row_set.dataset, self.dataset()
         if not isinstance(rows, StreamRows) or not isinstance(dataset, StreamDataset):
             return dataset
         sources = rows.sources
-        drawn = (
-            (dataset.row(number), int(sources[number])) for number in rows.drawn_evenly(most, self._options.row_seed)
-        )
-        return reader.tokenized(drawn, self._options.sources("train"))
+        drawn = ((dataset.row(number), int(sources[number])) for number in rows.drawn_evenly(most))
+        return self._reader.tokenized(drawn, self._options.sources("train"))
+
+    def passes_of(self, table: Dataset) -> Array | None:
+        """How often an epoch draws each row of a table of them, about; ``None`` if all alike."""
+        weights = np.array(self.weights, dtype=np.float64)
+        return weights[np.asarray(table.data.column("source"))] if (weights != weights[0]).any() else None
 
     def place_of(self, row_id: int) -> str:
         """File and line of a row."""

@@ -171,8 +171,8 @@ def find_weights(
         FaultError: If the first process cannot fit; in all of them.
     """
     trainer = trainer or ALONE
-    dataset = data.training_rows(MOST_PROMPTS)
-    prompts = _Prompts(dataset, data.passes_of(dataset), encoder, trainer)
+    dataset = data.training.table(MOST_PROMPTS)
+    prompts = _Prompts(dataset, data.training.passes_of(dataset), encoder, trainer)
     file = folder / f"{prompts.key(clip)}.safetensors"
     known: ImportanceWeights | None = _of_first_process(lambda: _read(file), trainer)
     if known is not None:

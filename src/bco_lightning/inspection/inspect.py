@@ -66,7 +66,7 @@ def inspect_command(
     """
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
     problem: UserError | None = _read(data)
-    dataset = data.training_rows(MOST_PROMPTS)
+    dataset = data.training.table(MOST_PROMPTS)
     trust: TrustReport | None = None
     if config.model.importance_weights != "off":
         weights = BCOModule(**model_options).find_importance(data)
