@@ -158,8 +158,8 @@ def _activations(config: Any, norms: int, own: int, item: int, rank: int, casts:
 
 def _head(scored: int, config: Any, item: int, is_full: bool, tile: tuple[int, int]) -> int:
     """Bytes of the states that meet the head, of their gradients, and of tiles of logits; never all logits."""
-    rows, columns = min(scored, tile[0]), min(config.vocab_size, tile[1])
-    hidden: int = config.hidden_size
+    rows, columns = min(scored, tile[0]), min(int(config.vocab_size), tile[1])
+    hidden = int(config.hidden_size)
     return scored * hidden * (8 + 2 * item) + 8 * rows * columns + (columns * hidden * (4 + item) if is_full else 0)
 
 
