@@ -126,35 +126,33 @@ def test_other_kinds_of_runs_resume_too(
             assert_goes_on(whole, resumed, step)
 
 
-@pytest.mark.promise("R1", "A streamed run goes on exactly, read whole or by a sample, on any number of processes")
+@pytest.mark.promise("R1", "A streamed run goes on exactly, on any number of processes")
 def test_a_streamed_run_resumes_too(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
-    runs: dict[Any, list[dict[str, Any]]] = {}
+    runs: dict[int, list[dict[str, Any]]] = {}
     cases = [
-        (sample, ranks, after, workers, step)
-        for sample in (None, 20)
+        (ranks, after, workers, step)
         for ranks, after in ((1, 1), (2, 2), (2, 1), (1, 2))
         for workers in (0, 2)
         for step in (5, 12, 17)
     ]
     for trial in trials(cases, quick=2):
-        with trial as (sample, ranks, after, workers, step):
-            folder = tmp_path / f"{sample} {ranks}"
-            if (sample, ranks) not in runs:
-                whole = partial(saving, byte_model, feedback, str(folder), [5, 12, 17], streamed(sample, ranks))
-                runs[sample, ranks] = finish(start(whole, ranks=ranks, folder=folder), folder)
-            options = streamed(sample, after, workers)
-            resumed = partial(resuming, byte_model, feedback, str(folder), step, options)
+        with trial as (ranks, after, workers, step):
+            folder = tmp_path / str(ranks)
+            if ranks not in runs:
+                whole = partial(saving, byte_model, feedback, str(folder), [5, 12, 17], streamed(ranks))
+                runs[ranks] = finish(start(whole, ranks=ranks, folder=folder), folder)
+            resumed = partial(resuming, byte_model, feedback, str(folder), step, streamed(after, workers))
             again = finish(start(resumed, ranks=after, folder=folder), folder)
             for number in range(step, STEPS):
                 rows = sorted(row for run in again for row in run["rows"][number])
-                assert rows == sorted(row for run in runs[sample, ranks] for row in run["rows"][number])
-            for name, value in runs[sample, ranks][0]["weights"].items():
+                assert rows == sorted(row for run in runs[ranks] for row in run["rows"][number])
+            for name, value in runs[ranks][0]["weights"].items():
                 assert float((value - again[0]["weights"][name]).abs().max()) <= (0 if ranks == after else 1e-6), name
 
 
-def streamed(sample: int | None, ranks: int, workers: int = 0) -> dict[str, Any]:
+def streamed(ranks: int, workers: int = 0) -> dict[str, Any]:
     options = cut(accumulation=2, ranks=ranks, workers=workers)
-    options["data_options"] |= {"streaming": True, "streaming_sample": sample, "shuffle_buffer": 40}
+    options["data_options"] |= {"streaming": True, "shuffle_buffer": 40}
     return options
 
 
@@ -163,13 +161,11 @@ def test_the_rows_of_a_streamed_step_do_not_depend_on_plumbing(
     byte_model: str, feedback: str, tmp_path: Path, trials: Trials
 ) -> None:
     cases = [(workers, rows, ranks) for workers in (0, 2) for rows in (1, 4) for ranks in (1, 2)]
-    expected = {
-        step: sorted(rows) for step, rows in tiny_fit(byte_model, feedback, **streamed(None, 1))["rows"].items()
-    }
+    expected = {step: sorted(rows) for step, rows in tiny_fit(byte_model, feedback, **streamed(1))["rows"].items()}
     assert sorted(row for step in range(STEPS_PER_EPOCH) for row in expected[step]) == list(range(ROWS))
     for trial in trials(cases, quick=2):
         with trial as (workers, rows, ranks):
-            options = streamed(None, ranks, workers)
+            options = streamed(ranks, workers)
             options["data_options"]["batch_size"] = rows
             options["trainer_options"]["accumulate_grad_batches"] = ROWS_PER_STEP // rows // ranks
             run = partial(tiny_fit, byte_model, feedback, **options)
