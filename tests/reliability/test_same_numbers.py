@@ -242,7 +242,7 @@ def test_the_same_command_gives_the_same_bytes(byte_model: str, feedback: str, t
             }
         )
     assert digests[0] == digests[1]
-    assert {"provenance.json", "checkpoints/step-00000024/state.ckpt"} <= digests[0].keys()
+    assert {"provenance.json", "checkpoints/step-00000024/values.json"} <= digests[0].keys()
 
 
 def fit_by_command(model: str, log: str) -> None:

@@ -99,7 +99,7 @@ def test_what_is_logged_can_be_monitored(tiny_model: str, log: str, tmp_path: Pa
         log_every_n_steps=2,
         default_root_dir=tmp_path,
     )
-    trainer.fit(tiny_module(tiny_model), tiny_data(log, validation_fraction=0.5))
+    trainer.fit(tiny_module(tiny_model), tiny_data(log, validation_files=log))
     assert trainer.current_epoch < 9
     for saved in best:
         assert saved.best_model_score is not None
