@@ -273,7 +273,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         for first in (*range(begin, rows.stop, _AT_A_TIME), *range(rows.start, begin, _AT_A_TIME)):
             alike = np.flatnonzero(places["up"][first : min(first + _AT_A_TIME, rows.stop)] == places["up"][number])
             if len(alike):
-                return first + int(alike[0])
+                return int(first + alike[0])
         return number
 
 

@@ -267,7 +267,8 @@ def _scattered(keys: Array, seed: int) -> Array:
     numbers = keys.astype(np.int64).view(np.uint64) ^ np.random.SeedSequence(seed).generate_state(1, np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
-    return np.bitwise_xor(numbers, numbers >> np.uint64(31))
+    scattered: Array = numbers ^ (numbers >> np.uint64(31))
+    return scattered
 
 
 def rows_in_conflict(answer_keys: Array, thumbs_up: Array, rule: Conflicts) -> Array:

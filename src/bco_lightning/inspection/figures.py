@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import StringIO
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +18,7 @@ from bco_lightning.data.messages import printable
 from bco_lightning.metrics import Array
 
 UP, DOWN, PLAIN, LIMIT, GREY = "#2b7bb9", "#d8691f", "#8a9199", "#8b3fa8", "#8a8f94"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a source may be called $x$
     "svg.fonttype": "none",
     "svg.hashsalt": "bco_lightning",

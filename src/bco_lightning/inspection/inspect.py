@@ -78,7 +78,7 @@ def inspect_command(
         notes.append(Finding("note", text))
     arrays = RowArrays.of(dataset)
     limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
-    up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), data.options.seed)
+    up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), data.options.row_seed)
     report = DataReport(
         model=config.model.name_or_path,
         counts=tuple(data.counts),
@@ -87,12 +87,12 @@ def inspect_command(
         limits={name: limit for name, limit in limits.items() if limit is not None},
         # The data module knows of no trainer here: its steps are micro-batches of one device.
         cost=cost_of(arrays, data.class_frequencies[0], config, data.options.batch_size, data.steps_per_epoch),
-        prompts=prompt_shift(prompts_of(dataset, drawn), up[drawn], data.options.seed),
+        prompts=prompt_shift(prompts_of(dataset, drawn), up[drawn], data.options.row_seed),
         prompt_bias=auc(arrays.prompt_lengths, up, arrays.prompts),
         bias=LengthBias.of(arrays),
         personal_data=count_personal_data((row.prompt, row.completion) for row in texts_of(dataset, data.tokenizer)),
         examples=examples_of(
-            dataset, data.tokenizer, up, 0 if options.hide_examples else options.examples, data.options.seed
+            dataset, data.tokenizer, up, 0 if options.hide_examples else options.examples, data.options.row_seed
         ),
         notes=tuple(notes),
         trust=trust,

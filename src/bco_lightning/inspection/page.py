@@ -67,7 +67,7 @@ def page_of(report: DataReport) -> str:
 
 
 def _drawn(figure: Figure) -> tuple[str, Markup]:
-    return figure.get_label(), Markup(to_svg(figure))  # noqa: S704 - matplotlib escapes what it is told
+    return str(figure.get_label()), Markup(to_svg(figure))  # noqa: S704 - matplotlib escapes what it is told
 
 
 def _tiles(report: DataReport) -> list[tuple[str, str, str]]:

@@ -163,7 +163,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return nn.functional.linear(x_SI, weight_OI, bias_O).addmm_(low_SR, b_OR.T)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_SI, weight_OI, a_RI, b_OR, low_SR = ctx.saved_tensors
         low_grad_SR = grad_SO @ b_OR

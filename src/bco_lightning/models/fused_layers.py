@@ -129,7 +129,7 @@ class _RMSNorm(torch.autograd.Function):
         return out_SH
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_SH, weight_H, scale_S1 = ctx.saved_tensors
         x_grad_SH = torch.empty_like(x_SH)
@@ -159,7 +159,7 @@ class _GatedLinear(torch.autograd.Function):
         return linear(product_SI, weight_HI.to(gate_SI.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate_SI, up_SI, weight_HI = ctx.saved_tensors
         up_grad_SI = grad_SH @ weight_HI.to(grad_SH.dtype)  # of the product, until each tile has been seen

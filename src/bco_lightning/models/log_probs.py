@@ -169,7 +169,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return at_target_N - lse_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, coefficient_N: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coefficient_N = torch.where(coefficient_N.abs() < _LEAST_COEFFICIENT, 0, coefficient_N)
         if len(ctx.saved_tensors) == 1:
