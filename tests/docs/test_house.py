@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
 ORDER = (
     {"errors", "options", "batch", "places", "identity"},
@@ -21,6 +19,8 @@ ORDER = (
     {"cli"},
     {"__init__", "__main__"},
 )
+# May only become fewer; docs/architecture.md says what the package aims at.
+MOST_LINES = 18_300
 FLOOR = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(SOURCE.rglob("*.py"))
 LINES = {str(path.relative_to(SOURCE)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
@@ -53,7 +53,6 @@ def imported_rooms(path: Path) -> set[str]:
     return {name[1] if len(name) > 1 and name[1] in FLOOR else "__init__" for name in names} - {room_of(path)}
 
 
-@pytest.mark.xfail(strict=False, reason="rooms are still being moved")
 def test_a_room_imports_only_rooms_before_it() -> None:
     wrong = [
         f"{path.relative_to(SOURCE)} imports {imported}"
@@ -64,7 +63,6 @@ def test_a_room_imports_only_rooms_before_it() -> None:
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=False, reason="rooms are still being moved")
 def test_no_rooms_and_no_files_import_each_other_in_a_circle() -> None:
     rooms: dict[str, set[str]] = {}
     for path in FILES:
@@ -81,21 +79,18 @@ def test_no_rooms_and_no_files_import_each_other_in_a_circle() -> None:
     tuple(TopologicalSorter(files).static_order())
 
 
-@pytest.mark.xfail(strict=False, reason="rooms are still being rebuilt")
-def test_the_package_is_as_small_as_planned() -> None:
+def test_the_package_does_not_grow() -> None:
     assert {name: lines for name, lines in LINES.items() if lines > 450} == {}
     assert LINES["module.py"] <= 400
-    assert sum(LINES.values()) <= 13_500
+    assert sum(LINES.values()) <= MOST_LINES
     assert len({room_of(path) for path in FILES}) <= 22
     assert {room_of(path) for path in FILES} <= set(FLOOR)
 
 
-@pytest.mark.xfail(strict=False, reason="rooms are still being rebuilt")
 def test_types_are_rarely_left_unchecked() -> None:
     assert sum(path.read_text(encoding="utf-8").count("type: ignore") for path in FILES) < 40
 
 
-@pytest.mark.xfail(strict=False, reason="rooms are still being moved")
 def test_only_the_room_for_processes_knows_collectives() -> None:
     knowing = {room_of(path) for path in FILES if "torch.distributed." in path.read_text(encoding="utf-8")}
     assert knowing <= {"parallel", "checkpoints"}

@@ -37,7 +37,7 @@ def data(sources: list[Any], **options: Any) -> FeedbackDataModule:
 def drawn(module: FeedbackDataModule, epochs: int = 1) -> list[str]:
     """Places of the rows of some epochs, in order."""
     places = module.train_dataset["place"]
-    order = module._order
+    order = module.training.order(module.rows_per_step)
     steps = range(epochs * module.steps_per_epoch)
     return [places[row] for step in steps for row in order.rows_of_step(step)]
 
