@@ -118,7 +118,7 @@ COSTLY: dict[str, tuple[Any, Any]] = {
     "10,000 turns in the completion": ("q", MANY[1:]),
     "499 turns in the completion": ("q", MANY[1:500]),
     "90,000 control tokens": ("<|im_end|>" * 90_000, "a"),
-    "20,000 control tokens far apart": (f"<|im_end|>{'x' * 40}" * 19_000, "a"),
+    "12,000 control tokens far apart": (f"<|im_end|>{'x' * 70}" * 12_000, "a"),
     "nesting in a message": ([{"role": "user", "content": "q", "x": json.loads("[" * 500 + "]" * 500)}], "a"),
     "empty prompt": ("", "a"),
     "empty completion": ("q", ""),

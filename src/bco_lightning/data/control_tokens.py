@@ -20,6 +20,8 @@ from bco_lightning.batch import Message
 # Unicode noncharacters, which no text should hold; where one does, it is itself put behind a mark.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 _MARK = re.compile(f"{OPEN}([0-9]+){CLOSE}")
+# Names that stand so near to each other in what was said share a mark, so that a row full of them stays cheap.
+_NEAR = 64
 _ESCAPED_MARK = re.compile(r"\\ufdd[01]", re.IGNORECASE)
 
 
@@ -100,7 +102,7 @@ class ControlTokens:
             return conversation
         literals: list[str] = []
         marked = conversation.mapped(
-            content=lambda text: self._mark(text, literals, edges=self._normalized),
+            content=lambda text: self._mark(text, literals, _NEAR, edges=self._normalized),
             other=lambda text: self._mark(text, literals),
         )
         return replace(marked, literals=literals) if literals else conversation
@@ -152,10 +154,10 @@ class ControlTokens:
         description = self._tokenizer.backend_tokenizer.to_str()
         return _without_special_tokens(description.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
 
-    def _mark(self, text: str, literals: list[str], *, edges: bool = False) -> str:
+    def _mark(self, text: str, literals: list[str], near: int = 0, *, edges: bool = False) -> str:
         spans: list[tuple[int, int]] = []
         for begin, end in sorted(self._spans(text, edges)):
-            if spans and begin <= spans[-1][1]:  # names side by side share a mark, so that a row full of them is cheap
+            if spans and begin <= spans[-1][1] + near:
                 spans[-1] = spans[-1][0], max(spans[-1][1], end)
             else:
                 spans.append((begin, end))
