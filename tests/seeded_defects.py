@@ -108,7 +108,7 @@ DEFECTS = [
     ),
     Defect(
         "R8", "digests are not compared", "checkpoints/manifest.py",
-        'and _sha256_of(path) != facts["sha256"]:', "and False:",
+        'and digest_of_file(path) != facts["sha256"]:', "and False:",
         (f"{WHOLE}::test_a_damaged_file_is_refused_and_the_step_before_is_taken",),
     ),
     Defect(

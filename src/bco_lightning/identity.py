@@ -54,6 +54,15 @@ def digest_of_values(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def digest_of_file(path: Path) -> str:
+    """SHA-256 over the bytes of a file, a block at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @cache
 def digest_of_code(*names: str) -> str:
     """SHA-256 over source files of this package.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from bco_lightning.errors import CheckpointError
+from bco_lightning.identity import digest_of_file
 
 MANIFEST_FILE = "manifest.json"
 TENSORS = ".safetensors"
 FORMAT = 2
-_BLOCK = 2**20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -57,7 +57,7 @@ def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> d
             raise CheckpointError(str(path), "expected a file of the checkpoint, found none.")
         if path.stat().st_size != facts["bytes"]:
             raise CheckpointError(str(path), f"expected {facts['bytes']} bytes, found {path.stat().st_size}.")
-        if name in own and _sha256_of(path) != facts["sha256"]:
+        if name in own and digest_of_file(path) != facts["sha256"]:
             raise CheckpointError(str(path), "expected the bytes that were written, found others (SHA-256 differs).")
     return manifest
 
@@ -90,11 +90,3 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
     """The manifest's one canonical text, with a digest of itself, so that no byte of it can change unseen."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**manifest, "checksum": digest}, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

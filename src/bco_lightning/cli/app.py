@@ -139,7 +139,6 @@ def _quiet_libraries() -> None:
         r"It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # a metric is summed when it is read
         r"Total length of `list` across ranks is zero.*",  # no rows are held out
         r"You are using a custom batch sampler .* for prediction.*",  # it gives every row
-        r"You have overridden `on_before_batch_transfer`.*",  # the data module does not
         r"You're resuming from a checkpoint that ended before the epoch ended.*",  # the row order follows the step
         r"Already found a `peft_config`.*",  # an incoming adapter stands beside the one that is trained
     ):

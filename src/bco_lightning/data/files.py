@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from bco_lightning.data.remote import HTTP, RemoteFile, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
+from bco_lightning.identity import digest_of_file
 from bco_lightning.places import resolve_packaged
 
 HUB = "hub:"
@@ -127,7 +128,9 @@ def content_key(path: str) -> str:
             marks = {name: str(info[name]) for name in _CONTENT_MARKS if info.get(name)}
             return f"fsspec:{_digest_of([info.get('size'), marks])}" if marks else ""
         folder = arrow_folder(path)
-        digests = {str(file.relative_to(folder[0] if folder else file)): _digest_in(file) for file in files_of(path)}
+        digests = {
+            str(file.relative_to(folder[0] if folder else file)): digest_of_file(file) for file in files_of(path)
+        }
         return f"sha256:{_digest_of([folder[1], digests]) if folder else digests['.']}"
 
 
@@ -261,11 +264,3 @@ def _info(url: str) -> Any:
 
 def _digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _digest_in(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
