@@ -87,7 +87,8 @@ def test_fused_layers_that_give_other_numbers_are_left_with_a_word(monkeypatch: 
     torch.manual_seed(0)
     model = GemmaForCausalLM(GemmaConfig(**SMALL)).eval()
     nn.init.normal_(model.model.norm.weight)  # norms that multiply by 1 + w, which the fused ones do not
-    monkeypatch.setattr(fused_layers, "_is_exact", lambda *_: True)
+    monkeypatch.setattr(fused_layers, "_NORM", fused_layers._recipe(type(model.model.norm)))
+    monkeypatch.setattr(type(model.model.norm), "variance_epsilon", 1e-6, raising=False)
     assert prepare(model).words.startswith("packed, without padding; layers are not fused, which did not give")
     assert "forward" not in vars(model.model.norm)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.layout import causal_lm_of, decoder_layers_of
 from bco_lightning.models.load import load_language_model, load_policy, resolve_dtype
 from bco_lightning.models.prepare import Preparation, prepare
@@ -86,15 +85,9 @@ class ModelBuilder:
 
     def finish(self, model: PreTrainedModel) -> None:
         """Cuts a model up, if the strategy says so; until then its weights are whole, and could be looked at."""
-        if self.sharding is None:
-            return
-        causal_lm, known = causal_lm_of(model), dict[Any, bool]()
-
-        def fuse(modules: Iterable[nn.Module]) -> None:
-            if causal_lm.preparation.fuses_layers:  # again, in their final data types
-                fuse_layers(modules, known)
-
-        shard(causal_lm, list(decoder_layers_of(causal_lm)[1]), self.sharding, fuse)
+        if self.sharding is not None:
+            causal_lm = causal_lm_of(model)
+            shard(causal_lm, decoder_layers_of(causal_lm)[1], self.sharding)
 
     def recompute(self, policy: Any) -> None:
         """Has activations computed again in the backward pass, if that is asked for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -12,12 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from bco_lightning.batch import FeedbackBatch, Span
+from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.attention import PACKED, PackedRows
 
 Layout = Literal["packed", "padded", "alone"]
 _LAYOUT = "row_layout"  # the attribute of a model with its layout
-_PROBE_LENGTH = 6
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -71,12 +70,7 @@ def layout_of(model: Any) -> Layout:
 
 
 def set_layout(model: Any, layout: Layout) -> None:
-    """Lays out rows in this way from now on.
-
-    Args:
-        model: A causal language model, perhaps with PEFT around it.
-        layout: ``packed`` needs what :func:`why_not_packed` looks for.
-    """
+    """Lays out rows in this way from now on; ``packed`` asks of a model what :func:`~.prepare.prepare` looks for."""
     causal_lm = causal_lm_of(model)
     if (layout_of(causal_lm) == "packed") != (layout == "packed"):
         told = logging.get_verbosity()
@@ -88,15 +82,9 @@ def set_layout(model: Any, layout: Layout) -> None:
 
 
 def predicting_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
-    """The last hidden states that predict the tokens that carry loss.
+    """The last hidden states ``(N, H)`` that predict the tokens that carry loss.
 
-    Args:
-        causal_lm: A causal language model without PEFT around it.
-        batch: A packed micro-batch; for a model with another layout it is unpacked here, and padded on the right.
-        trunk_states_SH: What goes in place of the tokens, for a packed model without its trunk.
-
-    Returns:
-        Shape ``(N, H)``, in the model's data type.
+    ``trunk_states_SH`` go in place of the tokens, for a packed model without its trunk.
     """
     layout = layout_of(causal_lm)
     if layout == "packed":
@@ -116,76 +104,17 @@ def predicting_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Ten
     return hidden_BTH[batch.rows_N, batch.position_ids_S[batch.predictors_N]]
 
 
-def packed_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
-    """The last hidden states of all tokens of a packed model, shape ``(S, H)``; arguments as above."""
-    inputs = batch.input_ids_S if trunk_states_SH is None else trunk_states_SH
-    return states_of_spans(causal_lm, inputs, batch.position_ids_S, batch.spans)
-
-
-def states_of_spans(
-    causal_lm: Any,
-    inputs: Tensor,
-    position_ids_S: Tensor,
-    spans: Sequence[Span],
-    windows: set[int | None] | None = None,
+def packed_states(
+    causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None, rows: PackedRows | None = None
 ) -> Tensor:
-    """:func:`packed_states` of token ids ``(S,)`` or of what goes in their place ``(S, H)``.
-
-    The sliding windows that attention layers were told of go into ``windows``.
-    """
-    rows = PackedRows(spans)
+    """The last hidden states ``(S, H)`` of all tokens of a packed model; ``rows`` keeps what attention was told."""
+    tokens = ("input_ids", batch.input_ids_S) if trunk_states_SH is None else ("inputs_embeds", trunk_states_SH)
     hidden_1SH: Tensor = decoder_of(causal_lm)(
-        **{"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs[None]},
-        position_ids=position_ids_S[None],
+        **{tokens[0]: tokens[1][None]},
+        position_ids=batch.position_ids_S[None],
         # Four-dimensional masks are passed on as they are: without one, transformers would make one of S x S.
-        attention_mask=position_ids_S.new_zeros(1, 1, 0, 0),
-        packed_rows=rows,
+        attention_mask=batch.position_ids_S.new_zeros(1, 1, 0, 0),
+        packed_rows=rows or PackedRows(batch.spans),
         use_cache=False,
     ).last_hidden_state
-    if windows is not None:
-        windows |= rows.windows
     return hidden_1SH[0]
-
-
-@torch.no_grad()
-def why_not_packed(causal_lm: Any) -> str:
-    """What keeps the rows of a model from being packed, by a trial with a few tokens; nothing if they can be.
-
-    Args:
-        causal_lm: A causal language model whose layout is ``packed``.
-    """
-    config = causal_lm.config.get_text_config()
-    device = causal_lm.get_input_embeddings().weight.device
-    prompt, first, second, third = (
-        torch.arange(1, _PROBE_LENGTH + 1, device=device).add(shift).remainder(config.vocab_size)
-        for shift in (0, 7, 19, 31)
-    )
-    starts = range(0, 4 * _PROBE_LENGTH, _PROBE_LENGTH)
-    before, shared = (Span(start, start + _PROBE_LENGTH) for start in starts[:2])
-    ends = [Span(start, start + _PROBE_LENGTH, shared) for start in starts[2:]]
-    spans = [before, shared, *ends]
-    positions = torch.cat([torch.arange(span.context, span.length, device=device) for span in spans])
-    windows: set[int | None] = set()
-    try:
-        packed, beside_others = (
-            states_of_spans(causal_lm, torch.cat(parts), positions, spans, windows)
-            for parts in ([second, prompt, first, second], [third, prompt, third, second])
-        )
-    except Exception as error:  # whatever an architecture makes of arguments that it does not know
-        return f"{type(causal_lm).__name__} does not take packed rows ({type(error).__name__})"
-    if _is_windowed(config) and windows <= {None}:  # a few tokens are inside of any window
-        return f"{type(causal_lm).__name__} does not tell its attention how far back it sees"
-    exact, last = packed.dtype == torch.float32, ends[-1].places()
-    # A state that leaks from row to row may be faint in a few tokens; the same shapes give nearly the same bits.
-    if not _close(beside_others[last], packed[last], 1e-5 if exact else 1e-2):
-        return f"packed rows of {type(causal_lm).__name__} see their neighbours"
-    return ""
-
-
-def _is_windowed(config: Any) -> bool:
-    limit = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return bool(limit or getattr(config, "attention_chunk_size", None))
-
-
-def _close(found: Tensor, expected: Tensor, rounding: float) -> bool:
-    return bool((found.float() - expected.float()).norm() <= rounding * expected.float().norm())

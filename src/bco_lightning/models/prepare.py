@@ -18,18 +18,20 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.adapters import fuse_adapters
+from bco_lightning.models.attention import PackedRows
 from bco_lightning.models.fused_layers import fuse_layers, unfuse
 from bco_lightning.models.layout import (
     Layout,
     causal_lm_of,
     decoder_layers_of,
     first_layers,
+    packed_states,
     set_layout,
-    why_not_packed,
 )
 from bco_lightning.models.log_probs import completion_token_log_probs
 
 _MOST_ROWS = 64  # that are looked at for short and long ones
+_FIRST_TOKENS = 8  # of a row, which are beside its neighbour
 _MOST_LOGITS = 2**26  # of a row; float32 logits of it take 256 MiB
 # Root mean squares of differences in nats that rounding explains, absolute and relative to log-probs.
 _EXACT, _ROUNDED = (2e-3, 2e-4), (0.1, 0.02)
@@ -85,7 +87,10 @@ def prepare(
     causal_lm = causal_lm_of(model)
     name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
     batch = collate(_rows_to_try(causal_lm, rows)).to(device)
-    excluded = _excluded_layouts(model, causal_lm, longest)
+    excluded = _excluded_by_rope(causal_lm, longest)
+    _take(model, Preparation("packed", fused=False))
+    if "packed" not in excluded and (reason := _why_not_packed(causal_lm, batch)):
+        excluded["packed"] = reason
     _take(model, Preparation("alone", fused=False))
     expected_N = _untouched_log_probs(causal_lm, batch)
     for way in _ways(layout, compiled):
@@ -111,16 +116,6 @@ def prepare(
         "expected logits that are the output head, scaled or soft-capped as the config says; found others.",
         "Please report the architecture.",
     )
-
-
-def _excluded_layouts(model: Any, causal_lm: Any, longest: int | None) -> dict[str, str]:
-    """Layouts in which a row would see its neighbours or change their numbers, with the reason."""
-    excluded = _excluded_by_rope(causal_lm, longest)
-    if "packed" not in excluded:
-        _take(model, Preparation("packed", fused=False))
-        with first_layers(causal_lm):
-            excluded |= {"packed": reason} if (reason := why_not_packed(causal_lm)) else {}
-    return excluded
 
 
 def _excluded_by_rope(causal_lm: Any, longest: int | None) -> dict[str, str]:
@@ -181,6 +176,32 @@ def _words(way: Preparation, layout: str, compiled: bool, excluded: Mapping[str,
     if not way.fused:
         words += "; layers are not fused, which did not give the log-probs of transformers"
     return words
+
+
+@torch.no_grad()
+def _why_not_packed(causal_lm: Any, batch: FeedbackBatch) -> str:
+    """What keeps rows from being packed: a row that its neighbours change, or a window that attention is not told of.
+
+    What leaks into a row may be faint, and shows in its first tokens most; the same shapes give nearly the same bits.
+    """
+    config, name = causal_lm.config.get_text_config(), type(causal_lm).__name__
+    rows, last = PackedRows(batch.spans), max(batch.row_spans, key=lambda span: span.stop)
+    first = slice(last.start, min(last.stop, last.start + _FIRST_TOKENS))
+    ids_S, kept = batch.input_ids_S, torch.tensor(last.places(), device=batch.input_ids_S.device)
+    others_S = ids_S.roll(1).index_copy(0, kept, ids_S[kept])
+    try:
+        with first_layers(causal_lm):
+            alike = [packed_states(causal_lm, replace(batch, input_ids_S=ids), rows=rows) for ids in (ids_S, others_S)]
+    except Exception as error:  # whatever an architecture makes of arguments that it does not know
+        return f"{name} does not take packed rows ({type(error).__name__})"
+    limit = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if (limit or getattr(config, "attention_chunk_size", None)) and rows.windows <= {None}:  # rows may be shorter
+        return f"{name} does not tell its attention how far back it sees"
+    rounding = 1e-5 if alike[0].dtype == torch.float32 else 1e-2
+    found_nH, beside_others_nH = (states_SH[first].float() for states_SH in alike)
+    if not (beside_others_nH - found_nH).norm() <= rounding * found_nH.norm():
+        return f"packed rows of {name} see their neighbours"
+    return ""
 
 
 @torch.no_grad()

@@ -52,22 +52,11 @@ def sharding_of(trainer: Any) -> Sharding | None:
     return getattr(trainer.strategy, "sharding", None)
 
 
-def shard(
-    causal_lm: Any,
-    layers: Iterable[nn.Module],
-    sharding: Sharding,
-    prepare: Callable[[Iterable[nn.Module]], object] = lambda modules: None,
-) -> None:
-    """Cuts up a language model in place: each decoder layer for itself, and what is left of it.
+def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> None:
+    """Cuts up a language model, its weights perhaps mapped from files, in place: each decoder layer, and the rest.
 
     No more than one of these units is whole, and in its final data type, at a time; embedding and head, which are
-    large, take theirs in parts.
-
-    Args:
-        causal_lm: A causal language model without PEFT around it, its weights perhaps mapped from files.
-        layers: Its decoder layers, for a model that does not name the classes of what is not to be split.
-        sharding: How.
-        prepare: Is given the modules of each unit while it is whole.
+    large, take theirs in parts. ``layers`` are for a model that does not name the classes of what is not to be split.
 
     Raises:
         ConfigError: If the model has no layers to cut.
@@ -86,7 +75,6 @@ def shard(
         for module in own if unit is not causal_lm else [module for module in own if module not in later]:
             for parameter in module.parameters(recurse=False):
                 take_final_dtype(parameter)
-        prepare(own)
         _cut(unit, sharding, sharding.compute_dtype if unit is not causal_lm else None)
     for module, dtype in later.items():
         module.to(dtype)
