@@ -37,7 +37,8 @@ def outcome(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def test_outputs_and_gradients_are_those_of_peft_in_float64(bias: bool) -> None:
     model = adapted(bias=bias)
     oracle = copy.deepcopy(model).double()
-    assert fuse_adapters(model) == 2
+    fuse_adapters(model)
+    assert sum("forward" in vars(module) for module in model.modules()) == 2
     x = torch.randn(2, 5, 12)
     for ours, theirs in zip(outcome(model, x), outcome(oracle, x.double()), strict=True):
         assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-4)

@@ -22,19 +22,9 @@ REFERENCE_ADAPTER = "reference"
 
 
 def add_adapters(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str) -> Any:
-    """Puts new adapters beside the linear layers of a model, whose own weights are frozen.
+    """Puts new adapters, float32, beside the linear layers of a model, whose own weights are frozen.
 
-    Args:
-        base: The model, its weights perhaps mapped from files of another data type.
-        settings: Rank, scale and place of the adapters.
-        seed: Seed of their initial values, which are the same whatever the base is stored in.
-        base_name: What PEFT writes into every exported adapter, where it is the only trace of the base model.
-
-    Returns:
-        A PEFT model; its adapters are float32.
-
-    Raises:
-        ConfigError: If the settings do not fit the model.
+    PEFT writes ``base_name`` into every exported adapter, where it is the only trace of the base model.
     """
     try:
         policy = get_peft_model(base, _lora_config(settings, base))
@@ -49,15 +39,7 @@ def add_adapters(base: PreTrainedModel, settings: LoraSettings, seed: int, base_
 
 
 def load_adapter(base: PreTrainedModel, folder: str) -> Any:
-    """Loads an adapter twice: once to be trained on, and once, frozen, as the reference.
-
-    Args:
-        base: The model that it was made for.
-        folder: What PEFT saved.
-
-    Raises:
-        LanguageModelError: If it cannot be loaded, or cannot be switched off in a forward pass.
-    """
+    """Loads an adapter twice: once to be trained on, and once, frozen, as the reference."""
     with in_words(folder, "PEFT adapter"):
         refuse_unswitchable(folder)
         refuse_unsafe_adapter(folder)
@@ -67,20 +49,15 @@ def load_adapter(base: PreTrainedModel, folder: str) -> Any:
 
 
 def merged(base: PreTrainedModel, folder: str) -> Any:
-    """The base model with an adapter merged into its weights.
-
-    Raises:
-        LanguageModelError: If it cannot be loaded or merged.
-    """
+    """The base model with an adapter merged into its weights."""
     with in_words(folder, "PEFT adapter"):
         refuse_unsafe_adapter(folder)
         return PeftModel.from_pretrained(base, folder).merge_and_unload()  # type: ignore[operator]
 
 
 def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:
-    targets: str | list[str] = settings.target_modules
-    if targets != "all-linear":
-        targets = [name.strip() for name in settings.target_modules.split(",")]
+    named = settings.target_modules
+    targets: str | list[str] = named if named == "all-linear" else [name.strip() for name in named.split(",")]
     num_layers = base.config.get_text_config().num_hidden_layers
     layers = list(range(max(0, num_layers - settings.top_layers), num_layers)) if settings.top_layers else None
     if layers is not None and targets == "all-linear":
@@ -102,25 +79,16 @@ def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:
     )
 
 
-def fuse_adapters(model: nn.Module) -> int:
+def fuse_adapters(model: nn.Module) -> None:
     """Replaces the forward pass of every plain LoRA layer; what PEFT knows besides stays PEFT's.
 
     PEFT casts a layer's input to the adapter's float32, keeps the copy, and adds three float32 terms. Here the adapter
     is cast to the input's data type instead, as autocast does; its weights, gradients and moments stay float32. With a
     matrix B of zeros the output is that of the base layer to the bit.
-
-    Args:
-        model: A PEFT model.
-
-    Returns:
-        How many layers were replaced.
     """
-    layers = [
-        module for module in model.modules() if type(module) is lora.Linear and type(module.base_layer) is nn.Linear
-    ]
-    for layer in layers:
-        layer.forward = MethodType(_adapted_forward, layer)
-    return len(layers)
+    for module in model.modules():
+        if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
+            module.forward = MethodType(_adapted_forward, module)
 
 
 def _adapted_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

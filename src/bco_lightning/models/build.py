@@ -25,14 +25,7 @@ _FUSED = {"cpu", "cuda", "mps", "xpu"}
 
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Makes the models of a run.
-
-    Args:
-        options: Those of the module.
-        device: Where they will live.
-        sharding: How they are cut up; ``None`` where each process has whole ones.
-        data: The rows of the run, on which quick ways of computing are tried.
-    """
+    """Makes the models of a run; quick ways of computing are tried on the rows of its data."""
 
     options: ModelOptions
     device: torch.device
@@ -44,17 +37,8 @@ class ModelBuilder:
         """Name or path of the reference, which is the policy's own if none is named."""
         return self.options.reference_name_or_path or self.options.name_or_path
 
-    @property
-    def is_whole_and_plain(self) -> bool:
-        """Whether a model can be copied, and cut between two layers, without rounding differently."""
-        return self.sharding is None and not self.options.compile
-
     def policy(self) -> tuple[PreTrainedModel, str]:
-        """The policy with what is trained of it, and how its rows are laid out, for people.
-
-        Raises:
-            ConfigError: If its optimizer does not take weights that are cut up.
-        """
+        """The policy with what is trained of it, and how its rows are laid out, for people."""
         options = self.options
         if self.sharding is not None and options.optimizer != "adamw":
             raise ConfigError(
@@ -113,11 +97,7 @@ class ModelBuilder:
 
 
 def refuse_precision(precision: str) -> None:
-    """Refuses a precision that would cast the policy and not the reference.
-
-    Raises:
-        ConfigError: If it is such a one.
-    """
+    """Refuses a precision that would cast the policy and not the reference."""
     if precision in ("bf16-true", "16-true"):
         raise ConfigError(
             "trainer.precision",
@@ -127,11 +107,7 @@ def refuse_precision(precision: str) -> None:
 
 
 def require_sharded(model: nn.Module, sharding: Sharding | None) -> None:
-    """Refuses a model that was built whole and is now to be cut up.
-
-    Raises:
-        ConfigError: If it is.
-    """
+    """Refuses a model that was built whole and is now to be cut up."""
     if sharding is not None and not is_sharded(model):
         raise ConfigError(
             "trainer.strategy",
@@ -159,9 +135,6 @@ def make_optimizer(options: ModelOptions, parameters: Sequence[nn.Parameter]) ->
 
     ``adamw`` updates all weights in one pass; ``adamw_8bit`` keeps its moments in eight bits, a quarter of the memory;
     ``paged_adamw_8bit`` also lets them move to host memory, under CUDA.
-
-    Raises:
-        ConfigError: If its library is not installed.
     """
     settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,9 @@ import torch
 import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from bco_lightning.identity import digest_of_file
 
 FOLDER = "converted_models"
 _MANIFEST = "converted.json"  # written last, so a folder that has it is whole
@@ -26,16 +27,6 @@ def converted(file: Path, cache: Path) -> Path:
 
     Weights are those that transformers makes of the file's blocks, in float32. Processes that ask at once wait for the
     one that converts.
-
-    Args:
-        file: The ``.gguf`` file.
-        cache: The folder of all caches.
-
-    Returns:
-        A folder that :func:`~bco_lightning.models.load.load_language_model` takes.
-
-    Raises:
-        OSError: If there is no room for it, or what was written does not read back.
     """
     status = file.stat()
     folder = cache / FOLDER / _key(str(file), status.st_size, status.st_mtime_ns)
@@ -51,11 +42,7 @@ def converted(file: Path, cache: Path) -> Path:
 @lru_cache
 def _key(file: str, size: int, changed: int) -> str:
     """Size and time say when the content is to be read again; another transformers may make other weights of it."""
-    digest = hashlib.sha256()
-    with Path(file).open("rb") as content:
-        while part := content.read(1 << 22):
-            digest.update(part)
-    return f"{digest.hexdigest()[:32]}-{transformers.__version__}-{_FORMAT}"
+    return f"{digest_of_file(Path(file))[:32]}-{transformers.__version__}-{_FORMAT}"
 
 
 def _is_whole(folder: Path) -> bool:
@@ -80,7 +67,10 @@ def _convert(file: Path, folder: Path) -> None:
         )
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(draft)
-        _compare(model, draft)
+        read = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=False).state_dict()
+        for name, weight in model.state_dict().items():
+            if not torch.equal(read[name], weight):
+                raise OSError(f"what was written of {name} to {draft} reads back as something else")
         for path in draft.iterdir():
             with path.open("rb+") as written:
                 os.fsync(written.fileno())
@@ -89,11 +79,3 @@ def _convert(file: Path, folder: Path) -> None:
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _compare(model: PreTrainedModel, folder: Path) -> None:
-    """Reads back what was written."""
-    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).state_dict()
-    for name, weight in model.state_dict().items():
-        if not torch.equal(found[name], weight):
-            raise OSError(f"what was written of {name} to {folder} reads back as something else")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from bco_lightning.errors import ConfigError, LanguageModelError
-from bco_lightning.models.adapters import add_adapters, fuse_adapters, load_adapter, merged
+from bco_lightning.models.adapters import add_adapters, load_adapter, merged
 from bco_lightning.models.refusals import in_words, refuse_unknown_tokenizer, refuse_unsafe_model, require_bitsandbytes
 from bco_lightning.options import Dtype, LoraSettings, Quantization
 from bco_lightning.places import cache_root, resolve_packaged
@@ -41,11 +41,7 @@ class ModelSource:
         return str(converted(Path(self.location) / self.gguf_file, cache_root(cache_folder)))
 
     def base(self) -> str:
-        """The name of the model that an adapter was made for.
-
-        Raises:
-            LanguageModelError: If the adapter names none.
-        """
+        """The name of the model that an adapter was made for."""
         with in_words(self.location, "PEFT adapter"):
             base = PeftConfig.from_pretrained(self.location).base_model_name_or_path
         if not base or (Path(base).exists() and Path(base).resolve() == Path(self.location).resolve()):
@@ -54,17 +50,7 @@ class ModelSource:
 
 
 def locate_model(name_or_path: str) -> ModelSource:
-    """Finds out what ``name_or_path`` names, without loading it.
-
-    Args:
-        name_or_path: A hub id, a folder (of a model or of a PEFT adapter), a ``.gguf`` file, or ``package:NAME``.
-
-    Returns:
-        The source that the loaders below take.
-
-    Raises:
-        LanguageModelError: If a path is named and nothing loadable is there.
-    """
+    """Finds out what a hub id, a folder of a model or adapter, a ``.gguf`` file or ``package:NAME`` names."""
     path = Path(resolve_packaged(name_or_path)).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -90,18 +76,7 @@ def locate_model(name_or_path: str) -> ModelSource:
 
 
 def load_tokenizer(name_or_path: str, *, cache_folder: str | None = None) -> Any:
-    """Loads the tokenizer that belongs to a model.
-
-    Args:
-        name_or_path: As for :func:`locate_model`. An adapter folder may carry its own tokenizer or its base model's.
-        cache_folder: Where a converted GGUF file is kept; see :func:`~bco_lightning.places.cache_root`.
-
-    Returns:
-        A fast transformers tokenizer, padded on the right and with a pad token.
-
-    Raises:
-        LanguageModelError: If there is none, or it has no EOS token.
-    """
+    """The tokenizer of a model, or of an adapter's base model where the adapter brings none; it has an end token."""
     source = locate_model(name_or_path)
     if source.is_adapter and not (Path(source.location) / "tokenizer_config.json").exists():
         return load_tokenizer(source.base(), cache_folder=cache_folder)
@@ -128,24 +103,11 @@ def load_language_model(
     mapped: bool = False,
     cache_folder: str | None = None,
 ) -> PreTrainedModel:
-    """Loads a causal language model; an adapter folder comes back as its base model with the adapter merged in.
+    """A causal language model in evaluation mode; an adapter comes back as its base model with the adapter merged in.
 
-    Dropout is switched off: it would add noise to the log-ratio of policy and reference.
-
-    Args:
-        name_or_path: As for :func:`locate_model`. Remote code is never run.
-        dtype: Data type of the weights.
-        quantization: ``nf4`` keeps linear layers in four bits by bitsandbytes and computes in ``dtype``.
-        mapped: Leave weights as views of their memory-mapped files where these allow it, which takes no memory of the
-            process; :func:`~bco_lightning.parallel.sharding.take_final_dtype` gives a parameter its ``dtype`` then.
-        cache_folder: As for :func:`load_tokenizer`.
-
-    Returns:
-        A transformers ``PreTrainedModel`` in evaluation mode.
-
-    Raises:
-        LanguageModelError: If it cannot be loaded, or is no decoder-only language model.
-        ConfigError: If it cannot be quantized.
+    Dropout is switched off: it would add noise to the log-ratio of policy and reference. Weights of a ``mapped`` model
+    are views of their files where these allow it, which takes no memory of the process;
+    :func:`~bco_lightning.parallel.sharding.take_final_dtype` gives a parameter its ``dtype`` then.
     """
     source = locate_model(name_or_path)
     if source.is_adapter:
@@ -182,26 +144,10 @@ def load_policy(
     mapped: bool = False,
     cache_folder: str | None = None,
 ) -> PreTrainedModel:
-    """Loads the policy with exactly its trainable parameters requiring gradients.
+    """The policy, in evaluation mode, with exactly what is trained requiring gradients; adapters are float32.
 
     An adapter folder with ``lora`` set continues that adapter: it is loaded twice, once to be trained and once,
     frozen, as the reference; the adapter's own rank and targets stand. Without ``lora`` it is merged first.
-
-    Args:
-        name_or_path: As for :func:`locate_model`.
-        dtype: Data type of the weights; adapters are float32 whatever it is.
-        lora: Adapter settings, or ``None`` for full fine-tuning.
-        seed: Seed of the adapters' initial values.
-        quantization: Of the frozen base under the adapters.
-        mapped: As for :func:`load_language_model`.
-        cache_folder: As for :func:`load_tokenizer`.
-
-    Returns:
-        The policy, in evaluation mode.
-
-    Raises:
-        LanguageModelError: As for :func:`load_language_model`, or if an adapter cannot be continued.
-        ConfigError: If adapters do not fit the model, or weights that are trained are to be quantized.
     """
     if lora is None and quantization != "none":
         raise ConfigError("model.quantization", f"expected none where all weights are trained, found {quantization}.")
@@ -216,23 +162,13 @@ def load_policy(
         else:
             policy = add_adapters(base, lora, seed, name_or_path)
     _disable_dropout(policy)
-    fuse_adapters(policy)
     return policy.eval()  # type: ignore[no-any-return]
 
 
 def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device) -> torch.dtype:
     """Data type of the policy's weights: ``auto`` is bfloat16 for a frozen base where the hardware computes in it.
 
-    Full fine-tuning keeps float32 weights, since bfloat16 would round most small updates away; use
-    ``trainer.precision: bf16-mixed`` there.
-
-    Args:
-        dtype: The user's choice.
-        lora: Adapter settings, or ``None`` for full fine-tuning.
-        device: Where the policy will live.
-
-    Returns:
-        ``torch.float32`` or ``torch.bfloat16``.
+    Full fine-tuning keeps float32 weights, since bfloat16 would round most small updates away.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

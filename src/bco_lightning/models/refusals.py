@@ -18,15 +18,7 @@ _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 @contextlib.contextmanager
 def in_words(name_or_path: str, what: str) -> Iterator[None]:
-    """Says in one message what transformers and peft, given a damaged or hostile folder, say in many kinds of error.
-
-    Args:
-        name_or_path: As the user named it.
-        what: What it was expected to be.
-
-    Raises:
-        LanguageModelError: In place of whatever is raised within.
-    """
+    """Says in one message what transformers and peft, given a damaged or hostile folder, say in many kinds of error."""
     try:
         yield
     except UserError:
@@ -43,15 +35,7 @@ def in_words(name_or_path: str, what: str) -> Iterator[None]:
 
 
 def refuse_unsafe_model(name_or_path: str, location: str) -> None:
-    """Refuses, before any weight is read, what is no decoder-only model with safe weights.
-
-    Args:
-        name_or_path: As the user named it.
-        location: Its folder or hub id.
-
-    Raises:
-        LanguageModelError: Saying what was found.
-    """
+    """Refuses, before any weight is read, what is no decoder-only model with safe weights."""
     config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise LanguageModelError(
@@ -67,11 +51,7 @@ def refuse_unsafe_model(name_or_path: str, location: str) -> None:
 
 
 def refuse_unknown_tokenizer(location: str) -> None:
-    """Refuses a tokenizer that needs code of its folder, for which transformers would take another one in silence.
-
-    Raises:
-        LanguageModelError: If it does.
-    """
+    """Refuses a tokenizer that needs code of its folder, for which transformers would take another one in silence."""
     config = get_tokenizer_config(location)
     own_code = config.get("auto_map")
     own_code = own_code.get("AutoTokenizer") if isinstance(own_code, dict) else own_code
@@ -81,49 +61,30 @@ def refuse_unknown_tokenizer(location: str) -> None:
 
 
 def refuse_unsafe_adapter(location: str) -> None:
-    """Refuses an adapter folder without ``.safetensors``; PEFT would take a pickled one.
-
-    Raises:
-        LanguageModelError: If there are none.
-    """
+    """Refuses an adapter folder without ``.safetensors``; PEFT would take a pickled one."""
     folder = Path(location)
     if not (folder / "adapter_model.safetensors").exists():
         raise _no_safetensors(location, folder)
 
 
 def refuse_unswitchable(location: str) -> None:
-    """A continued adapter must be one that a forward pass can use or leave out, and that PEFT can load twice.
-
-    Raises:
-        LanguageModelError: If it is not.
-    """
+    """Refuses an adapter that a forward pass could not leave out, or that PEFT could not load twice."""
     config = PeftConfig.from_pretrained(location)
     bias = getattr(config, "bias", "none")
-    found = ""
     if config.is_prompt_learning:
         found = "a prompt-learning adapter"
     elif bias != "none":
         found = f"one that trains biases ({bias})"
     elif getattr(config, "ensure_weight_tying", False):  # PEFT ties one copy only, and the reference is another
         found = "one that ties weights (ensure_weight_tying)"
-    if found:
-        raise LanguageModelError(
-            location,
-            f"expected an adapter that can be switched off, found {found}.",
-            "Merge it into its model first.",
-        )
+    else:
+        return
+    expected = f"expected an adapter that can be switched off, found {found}."
+    raise LanguageModelError(location, expected, "Merge it into its model first.")
 
 
 def require_bitsandbytes(option: str, value: str) -> None:
-    """Checks that an option's library is installed.
-
-    Args:
-        option: Its full name.
-        value: What was asked for.
-
-    Raises:
-        ConfigError: If it is not.
-    """
+    """Refuses an option whose library is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             option,

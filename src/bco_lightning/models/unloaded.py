@@ -18,18 +18,7 @@ NAMED_SHAPES = tuple(_LLAMA)
 
 
 def unloaded_model(name_or_path: str, lora: LoraSettings | None = None) -> Any:
-    """Makes a causal language model on the meta device; weights are neither read nor made.
-
-    Args:
-        name_or_path: ``8B``, ``70B`` or ``405B`` for the shapes of Llama 3.1, or a hub id, a folder, a ``.gguf`` file
-            or ``package:NAME``.
-        lora: Adapters to put beside its linear layers; without them all weights are trained.
-
-    Returns:
-        A transformers model, or a PEFT model of one; what is trained requires gradients.
-
-    Raises:
-        LanguageModelError: If there is no such model, or it is an adapter.
+    """Makes a causal language model, with ``lora`` a PEFT model of one, whose weights are neither read nor made.
 
     Source:
         Grattafiori et al. 2024, "The Llama 3 Herd of Models", arXiv:2407.21783, table 3; the vocabulary and the size of

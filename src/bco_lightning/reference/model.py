@@ -96,7 +96,7 @@ class Reference:
         """
         if self.is_policy_without_adapter or self._model is not None:
             return
-        if self._is_policy and self._builder.is_whole_and_plain:
+        if self._is_policy and self._builder.sharding is None and not self._builder.options.compile:
             model = copy.deepcopy(self.policy)
         else:
             model = self._builder.reference()
