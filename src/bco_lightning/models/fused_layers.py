@@ -32,7 +32,6 @@ _NORM, _GATED = _recipe(LlamaRMSNorm), _recipe(LlamaMLP)
 def fuse_layers(modules: Iterable[nn.Module]) -> None:
     """Replaces the forward pass of every layer that computes what a norm or feed-forward layer of Llama computes."""
     for module in modules:
-        unfuse(module)
         if forward := _fused_forward(module):
             module.forward = MethodType(forward, module)
 
