@@ -140,14 +140,11 @@ class Auc:
     low: float
     high: float
 
-    @property
-    def is_even(self) -> bool:
-        """Whether the interval has 0.5 in it: no difference was found."""
-        return self.low <= 0.5 <= self.high
-
     @classmethod
-    def with_variance(cls, value: float, variance: float) -> Auc:
-        """The normal interval around an estimate, kept within 0 and 1; all of it where the variance is not known."""
+    def mean_of(cls, areas: Sequence[tuple[float, float]]) -> Auc:
+        """The mean of areas, each with its variance; the interval is normal, and everything where one is not known."""
+        values, variances = zip(*areas, strict=True)
+        value, variance = float(np.mean(values)), float(np.sum(variances)) / len(areas) ** 2
         half = 1.0 if math.isnan(variance) else _95_PERCENT * math.sqrt(max(variance, 0.0))
         return cls(value, max(0.0, value - half), min(1.0, value + half))
 
@@ -207,7 +204,7 @@ def auc(scores: Array, positive: Array, clusters: Array) -> Auc | None:
     """
     if not 0 < int(positive.sum()) < len(positive):
         return None
-    return Auc.with_variance(*clustered_auc(np.asarray(scores, dtype=np.float64), positive, clusters))
+    return Auc.mean_of([clustered_auc(np.asarray(scores, dtype=np.float64), positive, clusters)])
 
 
 def _share_below(values: Array, others: Array, weights: Array) -> Array:

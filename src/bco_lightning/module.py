@@ -28,8 +28,7 @@ from bco_lightning.identity import (
     refuse_other_weights,
     versions,
 )
-from bco_lightning.importance.weighing import PromptWeighing
-from bco_lightning.importance.weights import ImportanceWeights
+from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
 from bco_lightning.models.build import ModelBuilder, make_optimizer, refuse_precision, require_sharded, said_of_weights
 from bco_lightning.models.layout import Layout, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model
@@ -247,7 +246,7 @@ class BCOModule(LightningModule):
             The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached.
         """
         policy, trunk = self.policy, self._trunk
-        weigher = self.weighing.in_step if self.weighing.in_step and self.trainer.training else None
+        weigher = self.weighing if self.weighing.in_step and self.trainer.training else None
         with weigher.watching(self.reference.own_model or policy) if weigher else nullcontext():
             trunk_states_SH = trunk.states(batch) if trunk else None
             with trunk.left_out() if trunk else nullcontext():
@@ -256,7 +255,7 @@ class BCOModule(LightningModule):
                 if reference_log_probs_B is None:
                     reference_log_probs_B = self.reference.log_probs(batch, trunk_states_SH)
         rewards_B = self.beta * (policy_log_probs_B - reference_log_probs_B)
-        weights_B = weigher.weights(batch) if weigher else batch.importance_weights_B
+        weights_B = weigher.weights_in_step(batch) if weigher else batch.importance_weights_B
         losses_B = self.objective.losses(rewards_B, batch.thumbs_up_B, weights_B)
         return losses_B, ScoredRows(
             thumbs_up_B=batch.thumbs_up_B,

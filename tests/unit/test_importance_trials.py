@@ -111,7 +111,7 @@ def false_alarms(features: Tensor, keys: Array, num_draws: int) -> int:
     for draw in range(num_draws):
         up = np.random.default_rng([3, draw]).random(len(chosen)) < 0.5
         fitted = fit_density_ratio(features[chosen], up, ~up, keys[chosen])
-        assert not fitted.why_not
+        assert not fitted.report.why_not
         alarms += fitted.ratio.has_evidence
         weights = fitted.ratio.weights(fitted.log_ratios_P)
         assert fitted.ratio.has_evidence or torch.equal(weights, torch.ones(len(chosen)))

@@ -68,7 +68,7 @@ def false_alarms(seeds: range, **options: Any) -> int:
     alarms = 0
     for seed in seeds:
         fitted = same_prompts(seed, **options).fit()
-        assert not fitted.why_not
+        assert not fitted.report.why_not
         weights = fitted.ratio.weights(fitted.log_ratios_P)
         assert fitted.ratio.has_evidence or torch.equal(weights, torch.ones(len(weights)))
         alarms += fitted.ratio.has_evidence
@@ -115,7 +115,7 @@ def test_a_known_divergence_is_found(prompts: Prompts) -> None:
     assert fitted.ratio.has_evidence
     assert np.corrcoef(fitted.log_ratios_P, prompts.truth)[0, 1] > 0.8
     assert 0.9 < np.average(np.exp(fitted.log_ratios_P.numpy()), weights=prompts.down) < 1.1
-    assert fitted.log_loss < fitted.constant_log_loss
+    assert fitted.report.log_loss < fitted.report.constant_log_loss
 
 
 @pytest.mark.slow
@@ -156,8 +156,8 @@ def test_losses_are_those_of_predictions_with_the_base_rate_of_the_other_folds()
         loss += up * math.log1p(math.exp(-logit)) + down * math.log1p(math.exp(logit))
         constant += up * math.log1p(math.exp(-base)) + down * math.log1p(math.exp(base))
     num_rows = prompts.up.sum() + prompts.down.sum()
-    assert fitted.log_loss == pytest.approx(loss / num_rows, rel=1e-6)
-    assert fitted.constant_log_loss == pytest.approx(constant / num_rows, rel=1e-6)
+    assert fitted.report.log_loss == pytest.approx(loss / num_rows, rel=1e-6)
+    assert fitted.report.constant_log_loss == pytest.approx(constant / num_rows, rel=1e-6)
 
 
 def test_ratios_of_a_fold_do_not_know_its_thumbs() -> None:
@@ -167,7 +167,7 @@ def test_ratios_of_a_fold_do_not_know_its_thumbs() -> None:
     prompts.up[own], prompts.down[own] = prompts.down[own], 3 * prompts.up[own]
     after = prompts.fit()
     assert torch.equal(before.log_ratios_P[own], after.log_ratios_P[own])
-    assert before.strengths[2] == after.strengths[2]
+    assert before.report.strengths[2] == after.report.strengths[2]
     assert not torch.equal(before.log_ratios_P[~own], after.log_ratios_P[~own])
 
 
@@ -237,7 +237,7 @@ FAULTS = {
 def test_data_that_no_classifier_can_be_fitted_to_have_weights_of_one_and_say_why(fault: str) -> None:
     prompts, why = FAULTS[fault]
     fitted = prompts.fit()
-    assert fitted.why_not.startswith("expected ")
+    assert fitted.report.why_not.startswith("expected ")
     with pytest.raises(AssertionError, match=why):
-        raise AssertionError(fitted.why_not)
+        raise AssertionError(fitted.report.why_not)
     assert torch.equal(fitted.ratio.weights(fitted.log_ratios_P), torch.ones(len(prompts.up)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,4 +63,4 @@ def _write_details(writer: Any, report: TrustReport, down_weights: Any, step: in
 
 def _write_file(report: TrustReport, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report.to_values(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -21,43 +21,26 @@ from bco_lightning.data.collate import collate
 from bco_lightning.data.messages import said_in
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_tokenizer, digest_of_values
-from bco_lightning.importance.ratio import Array
+from bco_lightning.metrics import Array
 from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states
-from bco_lightning.options import REFERENCE, PromptFeatures
+from bco_lightning.options import PromptFeatures
 from bco_lightning.parallel.sharding import is_sharded, run_gathered
 from bco_lightning.places import resolve_packaged
 
 BATCH_TOKENS = 4096
 _ROWS_AT_A_TIME = 256
 _OPTION = "model.prompt_features"
+_REMEDY = f"Give a hub id, a folder or package:NAME/path in {_OPTION}.encoder."
 _NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version")
 _KNOWN_PARTS = ("Transformer", "Pooling", "Normalize", "Dense")
-
-
-def make_encoder(
-    features: PromptFeatures, reference: Callable[[], AbstractContextManager[Any]], depends_on: Mapping[str, Any]
-) -> ReferenceEncoder | SentenceEncoder:
-    """The encoder that is asked for; arguments as of :class:`ReferenceEncoder`."""
-    if features.encoder == REFERENCE:
-        return ReferenceEncoder(features, reference, depends_on)
-    with reference() as model:
-        device = next(model.parameters()).device
-    return SentenceEncoder(features.encoder, device)
 
 
 class ReferenceEncoder:
     """Prompts as the reference sees them: in the chat template, cut as they are trained on, behind a decoder layer.
 
-    States of a prompt do not depend on what follows it, so they may come from a pass over whole rows.
-
-    Args:
-        features: Which layer, and how its states are pooled.
-        reference: Gives the reference, on its device, for as long as its context lasts.
-        depends_on: Digest of the reference's weights, and what else its states depend on.
-
-    Attributes:
-        name: What people call it.
-        fingerprint: Digest of all that its features depend on besides the prompt, rounding apart.
+    States of a prompt do not depend on what follows it, so they may come from a pass over whole rows. ``reference``
+    gives the reference, on its device, for as long as its context lasts; ``depends_on`` has the digest of its weights,
+    and what else its states depend on.
 
     Raises:
         ConfigError: If the reference has no such layer, or no list of layers.
@@ -105,14 +88,7 @@ class ReferenceEncoder:
 
     @torch.no_grad()
     def features(self, batch: FeedbackBatch) -> Tensor:
-        """Features of each row's prompt, by a pass that stops behind the layer if the model is not sharded.
-
-        Args:
-            batch: A micro-batch, such as :meth:`batches` makes.
-
-        Returns:
-            Shape ``(B, H)``, float32, on the CPU.
-        """
+        """``(B, H)``, float32, on the CPU, of each row's prompt: a pass up to the layer if the model is not sharded."""
         with self._reference() as model:
             causal_lm = causal_lm_of(model)
             batch = batch.to(next(causal_lm.parameters()).device)
@@ -121,17 +97,9 @@ class ReferenceEncoder:
                 run_gathered(causal_lm, partial(predicting_states, batch=batch))
         return self.features_in_step(batch).cpu()
 
-    def num_truncated(self, dataset: Any, rows: Array) -> int:
-        """None: what was cut is cut for training too, and counted there."""
-        return 0
-
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Within it the last pass through the layer leaves its states for :meth:`features_in_step`.
-
-        Args:
-            model: The reference or, where it is the policy without its adapter, the policy; whole.
-        """
+        """Within it the last pass through the layer leaves its states for :meth:`features_in_step`."""
         layer = decoder_layers_of(causal_lm_of(model))[1][self.depth - 1]
 
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
@@ -172,17 +140,9 @@ def _prompt_alone(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SentenceEncoder:
-    """The words of prompts, as a sentence-transformers model sees them.
+    """The words of prompts, as a sentence-transformers model sees them: a hub id, a folder, or ``package:NAME/path``.
 
     Code of the model's own is never run, and pickled weights are never read.
-
-    Args:
-        name: A hub id, a folder, or ``package:NAME/path``; offline, a hub id has to be in the cache.
-        device: Where it runs.
-
-    Attributes:
-        name: What people call it.
-        fingerprint: Digest of its weights, tokenizer, pooling, and the number of tokens that it takes.
 
     Raises:
         ConfigError: If sentence-transformers or a package is not installed.
@@ -200,15 +160,19 @@ class SentenceEncoder:
             ) from error
         is_path = name.startswith(("package:", "~")) or Path(name).exists()
         location = str(Path(resolve_packaged(name)).expanduser()) if is_path else name
-        with _in_words(name):
+        weights = {"dtype": torch.float32, "use_safetensors": True, "weights_only": True}
+        try:
             _check_parts(name, location)
-            self._model: Any = SentenceTransformer(
-                location,
-                device=str(device),
-                trust_remote_code=False,
-                model_kwargs={"dtype": torch.float32, "use_safetensors": True, "weights_only": True},
-            ).eval()
+            model = SentenceTransformer(location, device=str(device), trust_remote_code=False, model_kwargs=weights)
+            self._model: Any = model.eval()
             self.name, self.fingerprint = name, self._digest()
+        except UserError:
+            raise
+        except Exception as error:  # a damaged or hostile model leads to anything
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LanguageModelError(
+                name, f"expected a sentence-transformers model, but it could not be loaded ({said}).", _REMEDY
+            ) from error
 
     def batches(self, dataset: Any, rows: Array) -> Iterator[tuple[Array, list[str]]]:
         """The words of the prompts of some rows."""
@@ -269,7 +233,7 @@ def _check_parts(name: str, location: str) -> None:
         raise LanguageModelError(
             name,
             "expected a sentence-transformers model, found no modules.json there, or could not reach it.",
-            f"Give a hub id, a folder or package:NAME/path in {_OPTION}.encoder.",
+            _REMEDY,
         )
     for part in json.loads(Path(listed).read_text(encoding="utf-8")):
         kind, folder = part["type"].rpartition(".")[2], f"{part['path']}/" if part["path"] else ""
@@ -286,19 +250,3 @@ def _check_parts(name: str, location: str) -> None:
             raise LanguageModelError(
                 name, "expected weights in .safetensors files, found others, which are never read."
             )
-
-
-@contextmanager
-def _in_words(name: str) -> Iterator[None]:
-    """Says in one message what a damaged or hostile model leads to."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LanguageModelError(
-            name,
-            f"expected a sentence-transformers model, but it could not be loaded ({said}).",
-            f"Give a hub id, a folder or package:NAME/path in {_OPTION}.encoder.",
-        ) from error

@@ -1,35 +1,33 @@
 """The density ratio of prompts: how much likelier a prompt is among thumbs-up than among thumbs-down rows.
 
 Shape legend: ``P`` distinct prompts, ``R`` prompts by class (twice if there are rows of both), ``H`` features, ``D``
-principal axes, ``K`` folds.
+principal axes, ``K`` folds, ``C`` strengths of the penalty.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from bco_lightning.importance.report import ENOUGH_EVIDENCE, TrustReport
+from bco_lightning.metrics import Array, Auc, clustered_auc
 from bco_lightning.options import DEFAULT_CLIP
 
 K = 5  # folds
-# Standard errors. 1,129 data sets were simulated whose thumbs do not depend on the prompt: 300 prompts, 1 to 32
-# features; 10 % thumbs-up; one prompt with 50 rows, also all alike; heavy tails; 60 prompts; 150 with 100 features.
-# The median was about -1.3, one was above 2 (2.18), none above 2.5: false alarms at most 0.3 %, with 95 % confidence.
-# Of 10 to 15 prompts 3 of 518 data sets were above 3: so few prompts are refused.
-ENOUGH_EVIDENCE = 3.0
-
 _STRENGTHS = tuple(10 ** (step / 2) for step in range(-10, 1))
 _MOST_AXES = 256
 _FEWEST_ROWS, _FEWEST_PROMPTS, _FEWEST_OF_CLASS = 20, 50, 5  # the last: distinct prompts with rows of a class
 _CHUNK = 1024  # prompts whose products are in memory at once
-Array = np.ndarray[Any, Any]
+_BINS, _EDGES = 10, np.geomspace(0.05, 20.0, 21)
+Rows = tuple[Array, Array, Array, Array]  # features_RD, is_up_R, how many rows_R, folds_R
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,7 @@ class DensityRatio:
     has_evidence: bool = False
 
     def log_ratios(self, features_PH: Tensor, keys_P: Tensor) -> Tensor:
-        """Log density ratios in nats, before clipping.
-
-        Args:
-            features_PH: Features of prompts, any floating dtype, on any device.
-            keys_P: Key of each prompt, of which its fold is the remainder; int64.
-
-        Returns:
-            Shape ``(P,)``, float32, or float64 where the features are; on their device.
-        """
+        """Log density ratios in nats, before clipping; at least float32; a key's remainder is the prompt's fold."""
         dtype, device = torch.promote_types(features_PH.dtype, torch.float32), features_PH.device
         mean_H, coefficients_KH, intercepts_K = (
             values.to(dtype).to(device) for values in (self.mean_H, self.coefficients_KH, self.intercepts_K)
@@ -86,39 +76,16 @@ class DensityRatio:
         return (clipped_ratios(log_ratios_P, self.clip) / self.normaliser).float()
 
 
-@dataclass(frozen=True)
-class FittedRatio:
-    """A density ratio with what its fit found out; all losses are of prompts that a classifier has not seen.
-
-    Args:
-        ratio: Gives the weight of any prompt.
-        log_ratios_P: Log density ratio of each prompt of the fit, in nats; zeros if nothing could be fitted.
-        log_loss: Held-out log loss, in nats per row.
-        constant_log_loss: That of the share of thumbs-up among the rows of the other folds.
-        evidence: The gain over the constant in standard errors, prompts taken as wholes.
-        strengths: The ``C`` of each fold.
-        why_not: What was expected and what was found, if no classifier could be fitted; else empty.
-    """
+class FittedRatio(NamedTuple):
+    """A density ratio, the log density ratio of each prompt that it was fitted on, and what is known of it."""
 
     ratio: DensityRatio
     log_ratios_P: Tensor
-    log_loss: float | None = None
-    constant_log_loss: float | None = None
-    evidence: float = 0.0
-    strengths: tuple[float, ...] = ()
-    why_not: str = ""
+    report: TrustReport
 
 
 def clipped_ratios(log_ratios_P: Tensor, clip: tuple[float, float]) -> Tensor:
-    """Density ratios within bounds; the logarithm is clipped, as its exponential could overflow.
-
-    Args:
-        log_ratios_P: In nats.
-        clip: Least and largest ratio.
-
-    Returns:
-        Shape ``(P,)``, float64; float32 where there is none.
-    """
+    """Density ratios within bounds, float64 where there is one; the logarithm is clipped, as exp could overflow."""
     exact = torch.float32 if log_ratios_P.device.type == "mps" else torch.float64
     return log_ratios_P.to(exact).clamp(math.log(clip[0]), math.log(clip[1])).exp().clamp(*clip)
 
@@ -130,12 +97,13 @@ def fit_density_ratio(
     keys_P: Array,
     *,
     clip: tuple[float, float] = DEFAULT_CLIP,
-    seed: int = 0,
+    encoder: str = "",
 ) -> FittedRatio:
     """Fits a classifier of prompts for each fold on the other folds, and tests it on the fold.
 
     The strength of the penalty is chosen by cross-validation within these other folds, so nothing that a prompt's ratio
     is made of knows its thumbs, nor those of its fold. (The one number that scales all weights to a mean of 1 does.)
+    The same input gives the same bits on one machine.
 
     Args:
         features_PH: Features of distinct prompts, floating, at most some 20,000 prompts.
@@ -143,32 +111,27 @@ def fit_density_ratio(
         num_down_P: Thumbs-down rows of each prompt.
         keys_P: Key of each prompt, of which its fold is the remainder; int64.
         clip: Least and largest ratio.
-        seed: Of the search for principal axes, 256 of which stand for the features where there are more.
-
-    Returns:
-        The ratio; the same to the bit for the same input on one machine.
+        encoder: What people call the source of the features.
     """
     up_P, down_P = (np.asarray(of, dtype=np.float64) for of in (num_up_P, num_down_P))
     folds_P = np.asarray(keys_P, dtype=np.int64) % K
+    report = TrustReport(encoder, float(up_P.sum()), float(down_P.sum()), len(up_P))
     if why_not := too_few(up_P, down_P, keys_P) or _unusable(features_PH):
-        num_prompts, num_features = features_PH.shape
-        nothing = torch.zeros(K, num_features, dtype=torch.float64)
+        nothing = torch.zeros(K, features_PH.shape[1], dtype=torch.float64)
         ratio = DensityRatio(nothing[0], nothing, torch.zeros(K, dtype=torch.float64), clip=clip)
-        return FittedRatio(ratio, torch.zeros(num_prompts, dtype=torch.float64), why_not=why_not)
+        return FittedRatio(ratio, torch.zeros(len(up_P), dtype=torch.float64), replace(report, why_not=why_not))
     # Threads of BLAS wait for each other longer than such small products take, and their number shows in the bits.
     with threadpool_limits(1):
         features = features_PH.float().cpu().numpy()
-        mean_H, axes_DH = _standardised_axes(features, seed)
+        mean_H, axes_DH = _standardised_axes(features)
         features_PD = (features - mean_H.astype(np.float32)) @ axes_DH.T.astype(np.float32)
         chosen_R = np.concatenate([np.flatnonzero(up_P), np.flatnonzero(down_P)])
         is_up_R = np.arange(len(chosen_R)) < np.count_nonzero(up_P)
-        rows_R = np.where(is_up_R, up_P[chosen_R], down_P[chosen_R])
-        classifiers, base_K = [], np.zeros(K)
-        for fold in range(K):
-            seen = folds_P[chosen_R] != fold
-            of, is_up, rows = chosen_R[seen], is_up_R[seen], rows_R[seen]
-            base_K[fold] = math.log(rows[is_up].sum() / rows[~is_up].sum())
-            classifiers.append(_fitted(features_PD[of], is_up, rows, folds_P[of]))
+        num_rows_R = np.where(is_up_R, up_P[chosen_R], down_P[chosen_R])
+        rows = (features_PD[chosen_R], is_up_R, num_rows_R, folds_P[chosen_R])
+        strengths = _chosen_strengths(rows)
+        classifiers = [next(_classifiers(rows, (fold,), [strength])) for fold, strength in enumerate(strengths)]
+    base_K = np.array([math.log(up_P[folds_P != fold].sum() / down_P[folds_P != fold].sum()) for fold in range(K)])
     coefficients_KD = np.concatenate([classifier.coef_ for classifier in classifiers]).astype(np.float64)
     ratio = DensityRatio(
         torch.from_numpy(mean_H),
@@ -177,18 +140,12 @@ def fit_density_ratio(
         clip=clip,
     )
     log_ratios_P = ratio.log_ratios(features_PH, torch.from_numpy(folds_P))
-    strengths = tuple(float(np.ravel(classifier.C_)[0]) for classifier in classifiers)
-    return replace(_tested(ratio, log_ratios_P, base_K[folds_P], up_P, down_P), strengths=strengths)
+    report = replace(report, num_fitted=len(up_P), strengths=strengths)
+    return _tested(FittedRatio(ratio, log_ratios_P, report), base_K, up_P, down_P, folds_P)
 
 
 def too_few(num_up_P: Array, num_down_P: Array, keys_P: Array) -> str:
-    """What was expected of the numbers of rows and prompts and what was found instead; empty if they are enough.
-
-    Args:
-        num_up_P: Thumbs-up rows of each prompt; float64.
-        num_down_P: Thumbs-down rows of each prompt.
-        keys_P: Key of each prompt; int64.
-    """
+    """What was expected of the numbers of rows and prompts and what was found instead; empty if they are enough."""
     up, down = num_up_P.sum(), num_down_P.sum()
     with_up, with_down = (np.bincount(keys_P[of > 0] % K, minlength=K) for of in (num_up_P, num_down_P))
     if min(up, down) < _FEWEST_ROWS:
@@ -200,7 +157,7 @@ def too_few(num_up_P: Array, num_down_P: Array, keys_P: Array) -> str:
             f"expected at least {_FEWEST_OF_CLASS} distinct prompts with rows of either class, "
             f"found {with_up.sum()} with thumbs up and {with_down.sum()} with thumbs down"
         )
-    # Classifiers are trained on all folds but two, to choose the strength of the penalty for one of the two.
+    # Classifiers are trained on all folds but two, to choose the strength of the penalty for either.
     if (num_folds := min(np.count_nonzero(with_up), np.count_nonzero(with_down))) < 3:
         return f"expected prompts of either class in at least 3 of {K} folds, found those of one in {num_folds}"
     return ""
@@ -215,7 +172,7 @@ def _unusable(features_PH: Tensor) -> str:
     return ""
 
 
-def _standardised_axes(features_PH: Array, seed: int) -> tuple[Array, Array]:
+def _standardised_axes(features_PH: Array) -> tuple[Array, Array]:
     """Centres ``(H,)``, and axes ``(D, H)`` that standardise: those of most variance where there are too many."""
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler
@@ -225,44 +182,110 @@ def _standardised_axes(features_PH: Array, seed: int) -> tuple[Array, Array]:
     num_prompts, num_features = features_PH.shape
     axes_DH = np.eye(num_features)
     if num_features > _MOST_AXES:
-        axes_DH = PCA(min(_MOST_AXES, num_prompts), random_state=seed).fit(standardised).components_.astype(np.float64)
+        axes_DH = PCA(min(_MOST_AXES, num_prompts), random_state=0).fit(standardised).components_.astype(np.float64)
     return scaler.mean_.astype(np.float64), axes_DH / scaler.scale_
 
 
-def _fitted(features_RD: Array, is_up_R: Array, rows_R: Array, folds_R: Array) -> Any:
-    """A classifier whose penalty is chosen on folds that it was not trained on."""
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.model_selection import LeaveOneGroupOut
+def _classifiers(rows: Rows, held_out: tuple[int, ...], strengths: Sequence[float]) -> Iterator[Any]:
+    """One of all folds but some for each strength, each beginning where the one before has ended."""
+    from sklearn.linear_model import LogisticRegression
 
-    classifier = LogisticRegressionCV(
-        Cs=_STRENGTHS,
-        cv=list(LeaveOneGroupOut().split(features_RD, groups=folds_R)),
-        scoring=_log_likelihood,
-        solver="newton-cholesky",  # the quickest of scikit-learn's for some hundred features
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of attributes that are not looked at
-        return classifier.fit(features_RD, is_up_R, rows_R)
+    *of_rows, folds_R = rows
+    features, is_up, num_rows = (of[~np.isin(folds_R, held_out)] for of in of_rows)
+    # The quickest of scikit-learn's solvers for some hundred features: two steps from the last strength's answer.
+    classifier = LogisticRegression(solver="newton-cholesky", warm_start=True)
+    for strength in strengths:
+        yield classifier.set_params(C=strength).fit(features, is_up, num_rows)
 
 
-def _log_likelihood(classifier: Any, features_RD: Array, is_up_R: Array, sample_weight: Array) -> float:
-    """Mean over rows, in nats; scikit-learn's own cannot do with a fold of one class."""
-    logits_R = classifier.decision_function(features_RD)
-    losses_R = np.logaddexp(0, np.where(is_up_R, -logits_R, logits_R))
-    return -float(np.average(losses_R, weights=sample_weight))
+def _chosen_strengths(rows: Rows) -> tuple[float, ...]:
+    """For each fold the ``C`` of least loss on the other folds, each held out in turn."""
+    losses_KC = np.zeros((K, len(_STRENGTHS)))
+    for pair in combinations(range(K), 2):
+        features, is_up, num_rows, folds = (of[np.isin(rows[-1], pair)] for of in rows)
+        for step, classifier in enumerate(_classifiers(rows, pair, _STRENGTHS)):
+            logits = classifier.decision_function(features)
+            losses = num_rows * np.logaddexp(0, np.where(is_up, -logits, logits))
+            # It has seen neither fold, so it serves both.
+            losses_KC[pair[::-1], step] += np.bincount(folds, losses, K)[list(pair)]
+    return tuple(_STRENGTHS[best] for best in losses_KC.argmin(axis=1))
 
 
-def _tested(ratio: DensityRatio, log_ratios_P: Tensor, base_P: Array, up_P: Array, down_P: Array) -> FittedRatio:
+def _tested(fitted: FittedRatio, base_K: Array, up_P: Array, down_P: Array, folds_P: Array) -> FittedRatio:
+    """Judges a fit on the prompts that it was made on, each by the classifier that has not seen it."""
+    ratio, log_ratios_P, report = fitted
+    scores_P, base_P = log_ratios_P.double().cpu().numpy(), base_K[folds_P]
     losses_P, constant_P = (
         up_P * np.logaddexp(0, -logits_P) + down_P * np.logaddexp(0, logits_P)
-        for logits_P in (base_P + log_ratios_P.double().cpu().numpy(), base_P)
+        for logits_P in (base_P + scores_P, base_P)
     )
     gains_P = constant_P - losses_P
     error = math.sqrt(len(gains_P)) * float(gains_P.std(ddof=1))
     evidence = float(gains_P.sum()) / error if error else 0.0
     normaliser = float(np.average(clipped_ratios(log_ratios_P, ratio.clip).cpu().numpy(), weights=down_P))
     ratio = replace(ratio, normaliser=normaliser, has_evidence=evidence > ENOUGH_EVIDENCE)
-    num_rows = float(up_P.sum() + down_P.sum())
-    return FittedRatio(
-        ratio, log_ratios_P, float(losses_P.sum()) / num_rows, float(constant_P.sum()) / num_rows, evidence
+    weights_P = ratio.weights(log_ratios_P).double().cpu().numpy()
+    report = replace(
+        report,
+        has_evidence=ratio.has_evidence,
+        evidence=evidence,
+        auc=weighted_auc(scores_P, up_P, down_P, folds_P),
+        log_loss=float(losses_P.sum()) / (report.num_up + report.num_down),
+        constant_log_loss=float(constant_P.sum()) / (report.num_up + report.num_down),
+        calibration=calibration_bins(scores_P + math.log(report.num_up / report.num_down), up_P, down_P),
+        histogram=weight_histogram(weights_P, down_P),
+        matched_auc=weighted_auc(scores_P, up_P, down_P * weights_P, folds_P),
+        **(weight_summary(log_ratios_P, down_P, ratio.clip) if ratio.has_evidence else {}),
     )
+    return FittedRatio(ratio, log_ratios_P, report)
+
+
+def weighted_auc(scores_P: Array, up_P: Array, down_P: Array, folds_P: Array) -> Auc:
+    """Probability that the prompt of a thumbs-up row scores higher than that of a thumbs-down row of its fold.
+
+    The mean of the folds' areas; ``down_P`` may be sums of weights. Scores of different classifiers are not compared:
+    where none of them knows anything, what is left of their intercepts would say the opposite of each fold's share of
+    thumbs-up.
+    """
+    areas = []
+    for fold in range(K):
+        ups, downs = (np.flatnonzero((of > 0) & (folds_P == fold)) for of in (up_P, down_P))
+        if len(ups) and len(downs):
+            prompts, positive = np.concatenate([ups, downs]), np.arange(len(ups) + len(downs)) < len(ups)
+            weights = np.where(positive, up_P[prompts], down_P[prompts])
+            areas.append(clustered_auc(scores_P[prompts], positive, prompts, weights))
+    return Auc.mean_of(areas)
+
+
+def calibration_bins(logits_P: Array, up_P: Array, down_P: Array) -> tuple[tuple[float, float, float], ...]:
+    """Rows, and predicted and observed shares of thumbs-up, in tenths of the rows from the lowest prediction on.
+
+    Fewer than ten where prompts with many rows fill several; the rows of a prompt stay together.
+    """
+    order = np.argsort(logits_P, kind="stable")
+    rows = (up_P + down_P)[order]
+    bins = np.minimum(((np.cumsum(rows) - rows / 2) / rows.sum() * _BINS).astype(int), _BINS - 1)
+    predicted = np.exp(-np.logaddexp(0, -logits_P[order]))
+    count, expected, observed = (np.bincount(bins, of, _BINS) for of in (rows, rows * predicted, up_P[order]))
+    filled = count > 0
+    shares = ((of[filled] / count[filled]).tolist() for of in (expected, observed))
+    return tuple(zip(count[filled].tolist(), *shares, strict=True))
+
+
+def weight_histogram(weights_P: Array, down_P: Array) -> tuple[tuple[float, float, float], ...]:
+    """Lower edge, upper edge and share of the thumbs-down rows, in 20 steps of equal ratio; the ends take the rest."""
+    shares = np.histogram(np.clip(weights_P, _EDGES[0], _EDGES[-1]), _EDGES, weights=down_P)[0] / down_P.sum()
+    return tuple(zip(_EDGES[:-1].tolist(), _EDGES[1:].tolist(), shares.tolist(), strict=True))
+
+
+def weight_summary(log_ratios_P: Tensor, down_P: Array, clip: tuple[float, float]) -> dict[str, Any]:
+    """What weights do to the thumbs-down rows of prompts, in the words of :class:`TrustReport`."""
+    ratios_P, logs_P = clipped_ratios(log_ratios_P, clip).cpu().numpy(), log_ratios_P.double().cpu().numpy()
+    high_P, num_down, mass = logs_P >= math.log(clip[1]), down_P.sum(), down_P @ ratios_P
+    return {
+        "effective_share": float(mass**2 / (down_P @ ratios_P**2) / num_down),
+        "mass": float(down_P @ np.exp(np.minimum(logs_P, 99.0)) / num_down),  # larger ones would overflow
+        "at_low": float(down_P @ (logs_P <= math.log(clip[0])) / num_down),
+        "at_high": float(down_P @ high_P / num_down),
+        "mass_at_high": float((down_P * ratios_P) @ high_P / mass),
+    }

@@ -1,4 +1,4 @@
-"""The importance weights of a training set: found once before the first step, kept by content on disk."""
+"""The importance weights of a run: found once before the first step, kept by content on disk, brought to the rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,15 +25,19 @@ from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.errors import ConfigError, FaultError, UserError
+from bco_lightning.errors import CheckpointError, ConfigError, FaultError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_values
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
-from bco_lightning.importance.ratio import Array, DensityRatio, clipped_ratios, fit_density_ratio, too_few
-from bco_lightning.importance.report import TrustReport, make_report
+from bco_lightning.importance.ratio import DensityRatio, FittedRatio, clipped_ratios, fit_density_ratio, too_few
+from bco_lightning.importance.report import TrustReport
+from bco_lightning.metrics import Array
+from bco_lightning.options import REFERENCE, ModelOptions
 from bco_lightning.parallel.collectives import gather_over_ranks, sum_over_ranks
+from bco_lightning.places import cache_root
+from bco_lightning.reference.model import Reference
 
 MOST_PROMPTS = 20_000
-METHOD_VERSION = 2  # to be raised when the same prompts and thumbs come to give other weights or another report
+METHOD_VERSION = 3  # to be raised when the same prompts and thumbs come to give other weights or another report
 ALONE = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True, progress_bar_callback=None)
 Encoder = ReferenceEncoder | SentenceEncoder
 
@@ -78,30 +83,19 @@ class ImportanceWeights:
         of_ratio = vars(self.ratio)
         tensors = {name: value for name, value in of_ratio.items() if isinstance(value, Tensor)}
         told: dict[str, Any] = {"ratio": {name: value for name, value in of_ratio.items() if name not in tensors}}
-        told |= {"encoder_fingerprint": self.encoder, "key": self.key, "report": self.report.to_values()}
+        told |= {"encoder_fingerprint": self.encoder, "key": self.key, "report": asdict(self.report)}
         return {"ratio": tensors, "rows": {"row_weights": self.row_weights, "thumbs_up": self.thumbs_up}, "told": told}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ImportanceWeights:
-        """What :meth:`state_dict` was made of.
-
-        Raises:
-            KeyError: If a value is missing.
-            TypeError: If there is one too many.
-        """
+        """What :meth:`state_dict` was made of; a ``KeyError`` or ``TypeError`` if a value is missing or too many."""
         told = state["told"]
         ratio = DensityRatio(**state["ratio"], **{**told["ratio"], "clip": tuple(told["ratio"]["clip"])})
         report, others = TrustReport.from_values(told["report"]), (told["encoder_fingerprint"], told["key"])
         return cls(ratio, report, state["rows"]["row_weights"], state["rows"]["thumbs_up"], *others)
 
     def save(self, file: Path, *, rows: bool = False, **others: Any) -> None:
-        """Writes what the weight of any prompt takes as a safetensors file; plain values are its metadata, as JSON.
-
-        Args:
-            file: The file.
-            rows: Whether it is to hold the weights of the rows too.
-            others: Plain values to go with it.
-        """
+        """Writes a safetensors file, plain values as JSON in its metadata, with the weights of rows if asked for."""
         state = self.state_dict()
         tensors = {**state["ratio"], **(state["rows"] if rows else {})}
         told = {**state["told"], **others, "digest": digest_of_tensors(tensors.items())}
@@ -109,11 +103,7 @@ class ImportanceWeights:
 
     @classmethod
     def load(cls, file: Path) -> ImportanceWeights:
-        """Reads what :meth:`save` has written with its rows.
-
-        Raises:
-            SafetensorError: If the file is damaged, as ``ValueError``, ``TypeError`` and ``KeyError`` too.
-        """
+        """Reads what :meth:`save` has written with its rows; any of several errors if the file is damaged."""
         with safe_open(file, framework="pt") as opened:
             told = {name: json.loads(text) for name, text in opened.metadata().items()}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -123,54 +113,99 @@ class ImportanceWeights:
         return cls.from_state_dict({"ratio": tensors, "rows": rows, "told": told})
 
 
-class StepWeigher:
-    """Weighs rows of a stream when their turn comes, by the classifiers that have not seen their prompts.
+class PromptWeighing:
+    """Finds the weights of one run, or takes those of the checkpoint that it goes on from, and brings them to the rows.
 
-    States of the reference are taken from the pass that the step makes anyway.
+    Rows of a table have them as a column. Rows of a stream are weighed in the step, by the classifiers that have not
+    seen their prompts; states of the reference are taken from the pass that the step makes anyway.
 
-    Args:
-        encoder: What the density ratio was fitted on.
-        ratio: The density ratio, with evidence.
+    Attributes:
+        weights: The weights, once they are known.
+        in_step: Whether rows are weighed in the step.
     """
 
-    def __init__(self, encoder: Encoder, ratio: DensityRatio) -> None:
-        self._encoder, self._ratio = encoder, ratio
+    def __init__(self, options: ModelOptions) -> None:
+        self._options = options
+        self._encoder: Encoder | None = None
+        self.weights: ImportanceWeights | None = None
+        self.in_step = False
+
+    def start(self, data: FeedbackDataModule | None, reference: Reference, trainer: Any) -> None:
+        """Weighs the training rows, if that is asked for.
+
+        Raises:
+            ConfigError: If it cannot be done, or nothing can be tested where weights are asked for by ``on``.
+        """
+        self.weights, self.in_step = None, False
+        wanted = self._options.importance_weights
+        if wanted == "off":
+            return
+        if data is None:
+            raise ConfigError(
+                "model.importance_weights", f"expected off where no FeedbackDataModule is used, found {wanted}."
+            )
+        weights = self.find(data, reference, trainer)
+        self._take(weights, data)
+        if problem := weights.problem(wanted):
+            raise problem
+
+    def find(self, data: FeedbackDataModule, reference: Reference, trainer: Any) -> ImportanceWeights:
+        """Finds the weights of rows that a data module has read, of a stream those of a sample."""
+        options, before_training = self._options, partial(reference.before_training, trainer)
+        features = options.prompt_features
+        if features.encoder == REFERENCE:
+            depends_on = {"weights": reference.digest, "dtype": str(reference.dtype)}
+            self._encoder = ReferenceEncoder(features, before_training, depends_on)
+        else:
+            with before_training() as model:
+                device = next(model.parameters()).device
+            self._encoder = SentenceEncoder(features.encoder, device)
+        folder = cache_root(options.cache_folder) / "importance_weights"
+        return find_weights(data, self._encoder, options.importance_clip, folder, trainer or ALONE)
+
+    def _take(self, weights: ImportanceWeights, data: FeedbackDataModule | None) -> None:
+        self.weights = weights
+        if data is not None and not data.options.streaming:
+            data.set_column("train", "importance_weight", weights.row_weights)
+        elif data is not None:
+            self.in_step = weights.ratio.has_evidence and self._encoder is not None
 
     def watching(self, model: Any) -> AbstractContextManager[None]:
-        """Within it a micro-batch is scored, the reference last.
+        """Within it a micro-batch is scored, the reference last, by it or by the policy without its adapter."""
+        return cast(Encoder, self._encoder).watching(model)
 
-        Args:
-            model: The reference or, where it is the policy without its adapter, the policy; whole.
-        """
-        return self._encoder.watching(model)
-
-    def weights(self, batch: FeedbackBatch) -> Tensor:
+    def weights_in_step(self, batch: FeedbackBatch) -> Tensor:
         """Weights of a micro-batch that was just scored, for those with thumbs-down; shape ``(B,)``, float32."""
-        features_BH = self._encoder.features_in_step(batch)
-        return self._ratio.weights(self._ratio.log_ratios(features_BH, cast(Tensor, batch.prompt_keys_B)))
+        ratio = cast(ImportanceWeights, self.weights).ratio
+        features_BH = cast(Encoder, self._encoder).features_in_step(batch)
+        return ratio.weights(ratio.log_ratios(features_BH, cast(Tensor, batch.prompt_keys_B)))
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, data: FeedbackDataModule | None) -> None:
+        """Goes on with the bits of a run that had the same rows, encoder and options.
+
+        Raises:
+            CheckpointError: If they are weights of another version.
+        """
+        if state is None or self._options.importance_weights == "off":
+            return
+        try:
+            if self.weights is None or self.weights.key == state["told"]["key"]:
+                self._take(ImportanceWeights.from_state_dict(state), data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "checkpoint",
+                f"expected importance weights as this version writes them, found others ({error}).",
+                "Use the version that wrote it.",
+            ) from error
 
 
 def find_weights(
-    data: FeedbackDataModule, encoder: Encoder, clip: Sequence[float], *, folder: Path, trainer: Any = None
+    data: FeedbackDataModule, encoder: Encoder, clip: tuple[float, float], folder: Path, trainer: Any
 ) -> ImportanceWeights:
-    """Looks the weights of training rows up on disk, or computes them; the same in every process, to the bit.
+    """Looks the weights of training rows up in a folder, or computes them; the same in every process, to the bit.
 
-    Every process computes the features of a share of the prompts; the first one fits.
-
-    Args:
-        data: The rows that it has read; of a stream a sample is taken.
-        encoder: Makes features of prompts.
-        clip: Least and largest density ratio.
-        folder: Where results are kept: numbers and digests, no text.
-        trainer: The Lightning trainer, if there is one.
-
-    Returns:
-        The weights.
-
-    Raises:
-        FaultError: If the first process cannot fit; in all of them.
+    Every process computes the features of a share of the prompts; the first one fits, and where it cannot, all fail.
     """
-    trainer = trainer or ALONE
     dataset = data.training.table(MOST_PROMPTS)
     prompts = _Prompts(dataset, data.training.passes_of(dataset), encoder, trainer)
     file = folder / f"{prompts.key(clip)}.safetensors"
@@ -178,15 +213,15 @@ def find_weights(
     if known is not None:
         return known
     began = time.monotonic()
-    ratio, report, log_ratios_P = prompts.fitted((clip[0], clip[1]))
+    ratio, log_ratios_P, report = prompts.fitted(clip)
 
     def finish() -> ImportanceWeights:
         up_R, weights_R = torch.from_numpy(prompts.up_R), ratio.weights(log_ratios_P)[prompts.numbers_R]
-        truncated = encoder.num_truncated(dataset, prompts.first_rows_P)
-        told = replace(report, num_truncated=truncated, seconds=time.monotonic() - began)
-        weights = ImportanceWeights(
-            ratio, told, torch.where(up_R, 1.0, weights_R), up_R, encoder.fingerprint, file.stem
-        )
+        # What is cut of a prompt for the reference is cut for training too, and counted there.
+        cut = encoder.num_truncated(dataset, prompts.first_rows_P) if isinstance(encoder, SentenceEncoder) else 0
+        told = replace(report, num_truncated=cut, seconds=time.monotonic() - began)
+        row_weights = torch.where(up_R, 1.0, weights_R)
+        weights = ImportanceWeights(ratio, told, row_weights, up_R, encoder.fingerprint, file.stem)
         _write(weights, file)
         return weights
 
@@ -214,21 +249,17 @@ class _Prompts:
         described = {"version": METHOD_VERSION, "encoder": self._encoder.fingerprint, "clip": list(clip)}
         return digest_of_values({**described, "rows": rows.hexdigest()})[:32]
 
-    def fitted(self, clip: tuple[float, float]) -> tuple[DensityRatio, TrustReport, Tensor]:
+    def fitted(self, clip: tuple[float, float]) -> FittedRatio:
         """The density ratio with its report, and the log ratio of each prompt; the same in every process."""
         # Keys are digests: the lowest ones are a random choice.
         fitted_on, others = np.split(np.arange(len(self.keys_P)), [MOST_PROMPTS])
         counts = self.num_up_P[fitted_on], self.num_down_P[fitted_on], self.keys_P[fitted_on]
         # Features take long, and are not needed to see that there are too few rows.
         features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else self._apply(lambda of, _: of, fitted_on)
-
-        def fit() -> tuple[DensityRatio, TrustReport, Tensor]:
-            fitted = fit_density_ratio(features, *counts, clip=clip)
-            num_up, num_down = float(self.num_up_P.sum()), float(self.num_down_P.sum())
-            totals: dict[str, Any] = {"num_prompts": len(self.keys_P), "num_up": num_up, "num_down": num_down}
-            return fitted.ratio, make_report(fitted, *counts, encoder=self._encoder.name, **totals), fitted.log_ratios_P
-
-        ratio, report, log_ratios_P = _of_first_process(fit, self._trainer)
+        fit = partial(fit_density_ratio, features, *counts, clip=clip, encoder=self._encoder.name)
+        ratio, log_ratios_P, report = _of_first_process(fit, self._trainer)
+        num_up, num_down = float(self.num_up_P.sum()), float(self.num_down_P.sum())
+        report = replace(report, num_prompts=len(self.keys_P), num_up=num_up, num_down=num_down)
         if len(others) and ratio.has_evidence:
             keys_P = torch.from_numpy(self.keys_P)
             found = self._apply(lambda of, places: ratio.log_ratios(of, keys_P[places])[:, None], others)
@@ -237,7 +268,7 @@ class _Prompts:
             ratio = replace(ratio, normaliser=float(mean))
         elif len(others):
             log_ratios_P = torch.zeros(len(self.keys_P))
-        return ratio, report, log_ratios_P
+        return FittedRatio(ratio, log_ratios_P, report)
 
     def _apply(self, function: Callable[[Tensor, Array], Tensor], chosen: Array) -> Tensor:
         """``(chosen, columns)``: what is made of the features and the places of prompts, which are side by side.
