@@ -15,11 +15,13 @@ from datasets import Dataset
 from bco_lightning import LoraSettings
 from bco_lightning.data.messages import said_in
 from bco_lightning.inspection import cost as cost_module
-from bco_lightning.inspection.cost import EFFICIENCY, cost_of, num_steps, useful_flops
-from bco_lightning.inspection.numbers import LengthBias, RowArrays, length_summary, over_limits, prompts_of, texts_of
-from bco_lightning.inspection.personal_data import Hits, count_personal_data, find_personal_data, is_iban, passes_luhn
+from bco_lightning.inspection.cost import EFFICIENCY, cost_of, num_steps
+from bco_lightning.inspection.numbers import RowArrays, length_summary, over_limits, texts_of
+from bco_lightning.inspection.personal_data import count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
+from bco_lightning.inspection.report import length_bias
 from bco_lightning.models.load import load_policy
+from bco_lightning.models.unloaded import unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
 
 WORDS = ["river", "stone", "cloud", "ember", "lantern", "meadow", "harbor", "violet", "copper", "willow"]
@@ -36,7 +38,6 @@ def arrays_of(lengths: Any, up: Any) -> RowArrays:
 
 def test_a_summary_of_lengths_has_the_numbers_of_the_sorted_list() -> None:
     assert length_summary(np.arange(101)) == [101, 0, 50, 50, 90, 95, 99, 100]
-    assert length_summary(np.array([], dtype=int)) == []
 
 
 def test_rows_over_a_limit_are_counted_by_its_name() -> None:
@@ -49,12 +50,12 @@ def test_rows_over_a_limit_are_counted_by_its_name() -> None:
 
 def test_thumbs_that_follow_length_are_warned_of() -> None:
     lengths, up = np.concatenate([np.arange(100, 200), np.arange(50, 150)]), np.arange(200) < 100
-    bias = LengthBias.of(arrays_of(lengths, up))
-    assert bias.auc is not None
+    level, text = length_bias(arrays_of(lengths, up))
     pairs = np.sign(lengths[up][:, None] - lengths[~up][None]).mean()
-    assert bias.auc.value == pytest.approx((pairs + 1) / 2)
-    assert "thumbs follow length. A model may learn to write longer" in bias.verdict
-    assert "write shorter" in LengthBias.of(arrays_of(lengths, ~up)).verdict
+    assert f"with probability {(pairs + 1) / 2:.2f} (" in text
+    assert "thumbs follow length. A model may learn to write longer" in text
+    assert level == "warning"
+    assert "write shorter" in length_bias(arrays_of(lengths, ~up)).text
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,9 @@ def test_thumbs_that_follow_length_are_warned_of() -> None:
     ],
 )
 def test_thumbs_that_do_not_show_that_they_follow_length_are_not_warned_of(lengths: Any, up: Any, said: str) -> None:
-    bias = LengthBias.of(arrays_of(lengths, up))
-    assert not bias.is_clear
-    assert said in bias.verdict
+    bias = length_bias(arrays_of(lengths, up))
+    assert bias.level == "good"
+    assert said in bias.text
 
 
 # --- prompts
@@ -214,9 +215,9 @@ def test_luhn_and_iban_notice_every_single_wrong_digit(wrong: int) -> None:
 def test_rows_and_finds_are_counted_apart() -> None:
     rows = [("a@example.org b@example.org", "c@example.org"), ("nothing", "192.0.2.1"), ("", "")]
     counts = count_personal_data(rows)
-    assert counts["e-mail addresses"] == Hits(rows=1, hits=3)
-    assert counts["IP addresses"] == Hits(rows=1, hits=1)
-    assert counts["IBANs"] == Hits(rows=0, hits=0)
+    assert counts["e-mail addresses"] == (1, 3)
+    assert counts["IP addresses"] == (1, 1)
+    assert counts["IBANs"] == (0, 0)
 
 
 @pytest.mark.parametrize("piece", ["a", "1", "1 ", "a.", "a@", "A1", ":", "1.", "+1 ", "0-", "(1", "AB12 ", "a@a."])
@@ -268,7 +269,6 @@ def test_texts_of_rows_are_their_prompts_and_decoded_completions() -> None:
         ("one", "g", True, "a:3"),
         ("two", "hc", False, "a:2"),
     ]
-    assert prompts_of(stored_rows(), np.array([1, 0])) == ["two", "one"]
 
 
 def test_tool_calls_and_parts_of_a_message_are_read_too() -> None:
@@ -283,7 +283,9 @@ def test_tool_calls_and_parts_of_a_message_are_read_too() -> None:
     "lora", [None, LoraSettings(r=4, top_layers=1), LoraSettings(r=4, target_modules="q_proj,v_proj")]
 )
 def test_operations_without_weights_are_those_counted_on_the_policy(lora: LoraSettings | None, tiny_model: str) -> None:
-    assert useful_flops(tiny_model, lora) == UsefulFlops.of(load_policy(tiny_model, torch.float32, lora, seed=0))
+    assert UsefulFlops.of(unloaded_model(tiny_model, lora)) == UsefulFlops.of(
+        load_policy(tiny_model, torch.float32, lora, seed=0)
+    )
 
 
 def config(model: str, **trainer: Any) -> Namespace:
@@ -298,7 +300,7 @@ def test_time_is_operations_over_the_speed_of_products_and_devices(
     arrays = arrays_of([9, 19, 29, 99], [True, True, True, False])
     cost = cost_of(arrays, 0.75, config(tiny_model, devices=2), batch_size=1, micro_batches_per_epoch=4)
     assert (cost.rows_per_step, cost.steps_per_epoch, cost.steps) == (2, 2, 6)
-    useful = useful_flops(tiny_model, None)
+    useful = UsefulFlops.of(unloaded_model(tiny_model, None))
     flops = useful.per_token * 160 + useful.per_completion_token * 156 + useful.per_squared_length * 11_400
     assert (cost.tokens, cost.completion_tokens, cost.flops) == pytest.approx((160, 156, flops))
     seconds = 3 * flops / 2e6  # three epochs, two devices

@@ -18,11 +18,10 @@ from bco_lightning.errors import ConfigError
 from bco_lightning.importance.report import TrustReport
 from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import Cost
-from bco_lightning.inspection.numbers import LengthBias, RowArrays, RowText
+from bco_lightning.inspection.numbers import RowArrays, RowText
 from bco_lightning.inspection.page import page_of, print_report, write_page
-from bco_lightning.inspection.personal_data import Hits
 from bco_lightning.inspection.prompts import PromptShift
-from bco_lightning.inspection.report import DataReport, Finding
+from bco_lightning.inspection.report import DataReport, Finding, length_bias
 from bco_lightning.metrics import Auc
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'so' {{ 7 * 7 }} [bold]\x1b[31m"
@@ -51,8 +50,8 @@ def report(**changes: Any) -> DataReport:
         cost=Cost(20_000, 9_000, 16, 7, 7, 1e12, (80.0, 1140.0), "this CPU"),
         prompts=PromptShift(100, 77, Auc(0.64, 0.55, 0.73), 0.66, tuple(np.linspace(0, 1, 51))),
         prompt_bias=Auc(0.7, 0.6, 0.8),
-        bias=LengthBias.of(arrays),
-        personal_data={"e-mail addresses": Hits(21, 22), "IBANs": Hits(0, 0)},
+        bias=length_bias(arrays),
+        personal_data={"e-mail addresses": (21, 22), "IBANs": (0, 0)},
         examples=(RowText(HOSTILE, f"answer {HOSTILE}", True, "log.jsonl:1"),),
     )
     return replace(made, **changes)
@@ -162,7 +161,7 @@ def test_a_report_of_one_class_without_an_end_or_a_time_is_shown_too() -> None:
     arrays = RowArrays(up, lengths, lengths, lengths, lengths, lengths)
     bare = report(
         arrays=arrays,
-        bias=LengthBias.of(arrays),
+        bias=length_bias(arrays),
         prompts=PromptShift(2, 1, why_not="expected more"),
         prompt_bias=None,
         cost=Cost(10, 5, 16, 1, None, why_not="no shape"),

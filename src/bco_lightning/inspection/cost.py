@@ -24,27 +24,15 @@ _MEASURING_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes.
+    """What a run takes, and why there is no time if there is none."""
 
-    Args:
-        tokens: Tokens that an epoch trains on, prompt and completion, after cutting; rows drawn again count again.
-        completion_tokens: Those of them that carry loss.
-        rows_per_step: Rows of an optimizer step, over all devices and accumulated micro-batches.
-        steps_per_epoch: Optimizer steps of an epoch.
-        steps: Optimizer steps of the run; ``None`` where the config sets no end.
-        flops: Useful operations of an epoch; ``None`` where the model's shape is not known.
-        seconds: Least and most seconds of the run, or of one epoch where it has no end; ``None`` where not known.
-        machine: Where, in words.
-        why_not: Why there is no time.
-    """
-
-    tokens: float
-    completion_tokens: float
-    rows_per_step: int
+    tokens: float  # of an epoch, after cutting; rows drawn again count again
+    completion_tokens: float  # those of them that carry loss
+    rows_per_step: int  # over all devices and accumulated micro-batches
     steps_per_epoch: int
-    steps: int | None
-    flops: float | None = None
-    seconds: tuple[float, float] | None = None
+    steps: int | None  # of the run, if it has an end
+    flops: float | None = None  # useful ones, of an epoch
+    seconds: tuple[float, float] | None = None  # least and most, of the run, or of an epoch if it has no end
     machine: str = ""
     why_not: str = ""
 
@@ -57,7 +45,7 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
         share_up: Share of thumbs-up among the rows that are drawn, 0 to 1.
         config: The resolved options of ``fit``.
         batch_size: Rows of a micro-batch.
-        micro_batches_per_epoch: Micro-batches of an epoch, were there one device and no accumulation.
+        micro_batches_per_epoch: Were there one device and no accumulation.
     """
     trainer = vars(config.trainer)
     device, devices = _devices(trainer)
@@ -65,15 +53,16 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
     per_step = devices * (accumulation if isinstance(accumulation, int) else 1)
     steps_per_epoch = -(-micro_batches_per_epoch // per_step)
     rows = steps_per_epoch * per_step * batch_size
+    classes = ((arrays.thumbs_up, share_up), (~arrays.thumbs_up, 1 - share_up))
     tokens, completion_tokens, squared_lengths = (
-        rows * _mean(values, arrays, share_up)
+        rows * sum(share * float(values[of].mean()) for of, share in classes if of.any())
         for values in (arrays.lengths, arrays.loss_tokens, arrays.lengths.astype(float) ** 2)
     )
     steps = num_steps(trainer, steps_per_epoch)
     cost = Cost(tokens, completion_tokens, per_step * batch_size, steps_per_epoch, steps)
     lora = LoraSettings(**dict(vars(config.model.lora))) if config.model.lora is not None else None
     try:
-        useful = useful_flops(config.model.name_or_path, lora)
+        useful = UsefulFlops.of(unloaded_model(config.model.name_or_path, lora))
     except UserError as error:
         return replace(cost, why_not=f"the model's operations cannot be counted ({error.problem.rstrip('.')})")
     flops = (
@@ -88,20 +77,6 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else f"this CPU ({torch.get_num_threads()} threads)"
     return replace(cost, flops=flops, seconds=seconds, machine=f"{devices} × {name}" if devices > 1 else name)
-
-
-def _mean(values: Any, arrays: RowArrays, share_up: float) -> float:
-    classes = ((arrays.thumbs_up, share_up), (~arrays.thumbs_up, 1 - share_up))
-    return sum(share * float(values[rows].mean()) for rows, share in classes if rows.any())
-
-
-def useful_flops(name_or_path: str, lora: LoraSettings | None) -> UsefulFlops:
-    """The operations of a training step of a model whose weights are neither loaded nor made.
-
-    Raises:
-        UserError: If its config cannot be read, or the adapters do not fit it.
-    """
-    return UsefulFlops.of(unloaded_model(name_or_path, lora))
 
 
 def num_steps(trainer: Mapping[str, Any], steps_per_epoch: int) -> int | None:

@@ -10,15 +10,16 @@ from typing import Any
 from rich.console import Console
 
 from bco_lightning.data import FeedbackDataModule
+from bco_lightning.data.messages import said_in
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
 from bco_lightning.importance.report import TrustReport
 from bco_lightning.importance.weights import MOST_PROMPTS
 from bco_lightning.inspection.cost import cost_of
-from bco_lightning.inspection.numbers import LengthBias, RowArrays, prompts_of, texts_of
+from bco_lightning.inspection.numbers import RowArrays, texts_of
 from bco_lightning.inspection.page import print_report, write_page
 from bco_lightning.inspection.personal_data import count_personal_data
 from bco_lightning.inspection.prompts import drawn_rows, prompt_shift
-from bco_lightning.inspection.report import DataReport, Finding, examples_of
+from bco_lightning.inspection.report import DataReport, Finding, examples_of, length_bias
 from bco_lightning.metrics import auc
 from bco_lightning.models.load import load_tokenizer
 from bco_lightning.module import BCOModule
@@ -53,32 +54,33 @@ class InspectOptions:
 def inspect_command(
     options: InspectOptions, config: Any, data_options: Mapping[str, Any], model_options: Mapping[str, Any]
 ) -> None:
-    """Reads, reports to the terminal, and writes the page.
-
-    Args:
-        options: Those of ``inspect``.
-        config: The resolved options of ``fit``.
-        data_options: Arguments of :class:`FeedbackDataModule`.
-        model_options: Arguments of :class:`BCOModule`, which is only made where importance weights are wanted.
+    """Reads, reports to the terminal, and writes the page; ``config`` has the resolved options of ``fit``.
 
     Raises:
         UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
     """
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
-    problem: UserError | None = _read(data)
+    problem: UserError | None = None
+    try:
+        data.setup("fit")
+    except FeedbackRowError as error:  # one that comes after the rows are there can wait
+        if data.train_dataset is None:
+            raise
+        problem = error
     dataset = data.training.table(MOST_PROMPTS)
     trust: TrustReport | None = None
-    if config.model.importance_weights != "off":
+    if (wanted := config.model.importance_weights) != "off":
         weights = BCOModule(**model_options).find_importance(data)
-        trust = weights.report
-        problem = problem or weights.problem(config.model.importance_weights)
+        trust, problem = weights.report, problem or weights.problem(wanted)
     notes = [] if problem is None else [Finding("problem", f"fit would not start: {problem.problem}")]
     if data.options.streaming:
         text = f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it."
         notes.append(Finding("note", text))
-    arrays = RowArrays.of(dataset)
+    arrays, seed = RowArrays.of(dataset), data.options.row_seed
     limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
-    up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), data.options.row_seed)
+    up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), seed)
+    prompts = [said_in(prompt) for prompt in dataset.select_columns(["prompt"])[drawn.tolist()]["prompt"]]
+    num_examples = 0 if options.hide_examples else options.examples
     report = DataReport(
         model=config.model.name_or_path,
         counts=tuple(data.counts),
@@ -87,13 +89,11 @@ def inspect_command(
         limits={name: limit for name, limit in limits.items() if limit is not None},
         # The data module knows of no trainer here: its steps are micro-batches of one device.
         cost=cost_of(arrays, data.class_frequencies[0], config, data.options.batch_size, data.steps_per_epoch),
-        prompts=prompt_shift(prompts_of(dataset, drawn), up[drawn], data.options.row_seed),
+        prompts=prompt_shift(prompts, up[drawn], seed),
         prompt_bias=auc(arrays.prompt_lengths, up, arrays.prompts),
-        bias=LengthBias.of(arrays),
-        personal_data=count_personal_data((row.prompt, row.completion) for row in texts_of(dataset, data.tokenizer)),
-        examples=examples_of(
-            dataset, data.tokenizer, up, 0 if options.hide_examples else options.examples, data.options.row_seed
-        ),
+        bias=length_bias(arrays),
+        personal_data=count_personal_data(row[:2] for row in texts_of(dataset, data.tokenizer)),
+        examples=examples_of(dataset, data.tokenizer, up, num_examples, seed),
         notes=tuple(notes),
         trust=trust,
     )
@@ -102,14 +102,3 @@ def inspect_command(
     print(f"\nPage   {options.report}")
     if problem is not None:
         raise problem
-
-
-def _read(data: FeedbackDataModule) -> FeedbackRowError | None:
-    """Reads the rows; an error that comes after they are there is handed back."""
-    try:
-        data.setup("fit")
-    except FeedbackRowError as error:
-        if data.train_dataset is None:
-            raise
-        return error
-    return None

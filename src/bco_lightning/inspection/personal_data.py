@@ -10,7 +10,6 @@ import ipaddress
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 _MAY_HOLD = re.compile(r"[\d@]")  # most texts hold neither
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![\w-])")
@@ -39,19 +38,6 @@ _IBAN_LENGTHS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Hits:
-    """How often one kind of personal data was found.
-
-    Args:
-        rows: Rows in which it was found.
-        hits: Times that it was found.
-    """
-
-    rows: int
-    hits: int
-
-
 def passes_luhn(number: str) -> bool:
     """Whether the digits of a card number fit its last one.
 
@@ -77,8 +63,7 @@ def is_iban(text: str) -> bool:
     return int("".join(str(int(character, 36)) for character in plain[4:] + plain[:4])) % 97 == 1
 
 
-def _begins_with_iban(text: str) -> bool:
-    """Words in capitals may follow an account number."""
+def _begins_with_iban(text: str) -> bool:  # words in capitals may follow an account number
     plain = text.replace(" ", "")
     return is_iban(plain[: _IBAN_LENGTHS.get(plain[:2], 0)])
 
@@ -91,67 +76,39 @@ def _is_address(text: str) -> bool:
     return not (address.is_unspecified or address.is_loopback)
 
 
-# In this order: what one kind has claimed is not looked at for the next.
-_KINDS: dict[str, tuple[tuple[re.Pattern[str], ...], Callable[[str], bool]]] = {
-    "e-mail addresses": ((_EMAIL,), bool),
-    "IBANs": ((_IBAN,), _begins_with_iban),
-    "credit-card numbers": ((_CARD,), passes_luhn),
-    "IP addresses": ((_IPV4, _IPV6), _is_address),
-    "phone numbers": ((_PHONE,), lambda text: 7 <= sum(map(str.isdigit, text)) <= 15),
-}
+# In this order: what one has claimed is not looked at for the next.
+_KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
+    ("e-mail addresses", _EMAIL, bool),
+    ("IBANs", _IBAN, _begins_with_iban),
+    ("credit-card numbers", _CARD, passes_luhn),
+    ("IP addresses", _IPV4, _is_address),
+    ("IP addresses", _IPV6, _is_address),
+    ("phone numbers", _PHONE, lambda text: 7 <= sum(map(str.isdigit, text)) <= 15),
+)
 
 
-def find_personal_data(text: str) -> dict[str, int]:
-    """Counts what a text holds.
-
-    Args:
-        text: What somebody wrote.
-
-    Returns:
-        Number of finds by kind; kinds that were not found are left out.
+def find_personal_data(text: str) -> Counter[str]:
+    """Counts what somebody wrote by kind.
 
     Example:
         >>> find_personal_data("Write to ann@example.org or call +1 202-555-0143.")
-        {'e-mail addresses': 1, 'phone numbers': 1}
+        Counter({'e-mail addresses': 1, 'phone numbers': 1})
     """
-    found: dict[str, int] = {}
-    if not _MAY_HOLD.search(text):
-        return found
-    for kind, (patterns, is_meant) in _KINDS.items():
-        for pattern in patterns:
-            text, hits = _taken_out(text, pattern, is_meant)
-            if hits:
-                found[kind] = found.get(kind, 0) + hits
+    found: Counter[str] = Counter()
+    for kind, pattern, is_meant in _KINDS if _MAY_HOLD.search(text) else ():
+        if meant := [match.span() for match in pattern.finditer(text) if is_meant(match[0])]:
+            found[kind] += len(meant)
+            starts, ends = zip(*meant, strict=True)
+            text = "\n".join(text[end:start] for end, start in zip((0, *ends), (*starts, len(text)), strict=True))
     return found
 
 
-def _taken_out(text: str, pattern: re.Pattern[str], is_meant: Callable[[str], bool]) -> tuple[str, int]:
-    hits = 0
-
-    def blank(match: re.Match[str]) -> str:
-        nonlocal hits
-        meant = is_meant(match[0])
-        hits += meant
-        return "\n" if meant else match[0]
-
-    return pattern.sub(blank, text), hits
-
-
-def count_personal_data(rows: Iterable[Iterable[str]]) -> dict[str, Hits]:
-    """Counts rows and finds of every kind.
-
-    Args:
-        rows: The texts of each row.
-
-    Returns:
-        Counts by kind, with zeros for what was not found.
-    """
+def count_personal_data(rows: Iterable[Iterable[str]]) -> dict[str, tuple[int, int]]:
+    """Rows, each of some texts, and finds of every kind."""
     in_rows: Counter[str] = Counter()
-    hits: Counter[str] = Counter()
+    finds: Counter[str] = Counter()
     for texts in rows:
-        of_row: Counter[str] = Counter()
-        for text in texts:
-            of_row.update(find_personal_data(text))
+        of_row = sum(map(find_personal_data, texts), Counter[str]())
         in_rows.update(of_row.keys())
-        hits.update(of_row)
-    return {kind: Hits(in_rows[kind], hits[kind]) for kind in _KINDS}
+        finds.update(of_row)
+    return {kind: (in_rows[kind], finds[kind]) for kind, *_ in _KINDS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
@@ -17,29 +18,20 @@ from bco_lightning.metrics import Array, Auc, clustered_auc
 
 MOST_ROWS = 20_000
 _FEWEST_ROWS, _FEWEST_PROMPTS, _FOLDS = 20, 10, 5  # rows of either class; distinct prompts
-_LONGEST_PROMPT = 4_000  # characters
+_LONGEST_PROMPT = 4_000  # characters; of longer ones the first and the last half of so many count
 _GRID = np.linspace(0, 1, 51)
 COIN = math.log(2)  # log loss of a constant, with classes of equal weight
 
 
 @dataclass(frozen=True)
 class PromptShift:
-    """How well prompts alone tell the classes apart: words and pairs of words, logistic regression.
-
-    Args:
-        num_rows: Rows that were looked at.
-        num_prompts: Distinct prompts among them.
-        auc: Held-out area under the ROC curve; ``None`` where no classifier could be trained.
-        log_loss: Held-out log loss in nats, classes weighted alike; a constant has log 2 = 0.693.
-        roc: Share of thumbs-up rows found at false-alarm rates of 0, 0.02, ... 1.
-        why_not: Why there is no classifier.
-    """
+    """How well prompts alone tell the classes apart: words and pairs of words, logistic regression."""
 
     num_rows: int
     num_prompts: int
-    auc: Auc | None = None
-    log_loss: float = math.nan
-    roc: tuple[float, ...] = ()
+    auc: Auc | None = None  # held out, as what follows; none where no classifier could be trained
+    log_loss: float = math.nan  # in nats, classes weighted alike; a constant has log 2 = 0.693
+    roc: tuple[float, ...] = ()  # share of thumbs-up rows found at false-alarm rates of 0, 0.02, ... 1
     why_not: str = ""
 
     @property
@@ -78,48 +70,35 @@ def drawn_rows(num_rows: int, seed: int) -> Array:
 
 
 def prompt_shift(prompts: Sequence[str], thumbs_up: Array, seed: int) -> PromptShift:
-    """Trains and tests a classifier of prompts; a prompt is never on both sides.
-
-    Args:
-        prompts: The prompt of each row as text; of long ones the first and last 2,000 characters count.
-        thumbs_up: The thumb of each row.
-        seed: Seed of the folds.
-    """
-    texts = np.array([_shortened(prompt) for prompt in prompts], dtype=object)
+    """Trains and tests a classifier of prompts, a text for each row; a prompt is never on both sides."""
+    half = _LONGEST_PROMPT // 2
+    texts = np.array([t if len(t) <= 2 * half else f"{t[:half]} {t[-half:]}" for t in prompts], dtype=object)
     numbers = np.unique(texts, return_inverse=True)[1]
     num_rows, num_prompts = len(texts), int(numbers.max(initial=-1)) + 1
     num_up, num_down = int(thumbs_up.sum()), int((~thumbs_up).sum())
+    unknown = partial(PromptShift, num_rows, num_prompts)
     if min(num_up, num_down) < _FEWEST_ROWS:
-        why = f"expected at least {_FEWEST_ROWS} rows of either class, found {num_up} up and {num_down} down"
-        return PromptShift(num_rows, num_prompts, why_not=why)
+        expected = f"expected at least {_FEWEST_ROWS} rows of either class"
+        return unknown(why_not=f"{expected}, found {num_up} up and {num_down} down")
     if num_prompts < _FEWEST_PROMPTS:
-        why = f"expected at least {_FEWEST_PROMPTS} distinct prompts, found {num_prompts}"
-        return PromptShift(num_rows, num_prompts, why_not=why)
+        return unknown(why_not=f"expected at least {_FEWEST_PROMPTS} distinct prompts, found {num_prompts}")
     words = HashingVectorizer(ngram_range=(1, 2), n_features=2**18, norm=None, alternate_sign=False).transform(texts)
     if not words.nnz:
-        return PromptShift(num_rows, num_prompts, why_not="the prompts have no words")
-    areas, variances, losses, curves = [], [], [], []
+        return unknown(why_not="the prompts have no words")
+    areas, losses, curves = [], [], []
     for train, held_out in GroupKFold(_FOLDS, shuffle=True, random_state=seed).split(words, groups=numbers):
-        if len(np.unique(thumbs_up[train])) < 2 or len(np.unique(thumbs_up[held_out])) < 2:
-            why = "too few prompts have thumbs of the rarer class to hold some out"
-            return PromptShift(num_rows, num_prompts, why_not=why)
+        up = thumbs_up[held_out]
+        if len(np.unique(thumbs_up[train])) < 2 or len(np.unique(up)) < 2:
+            return unknown(why_not="too few prompts have thumbs of the rarer class to hold some out")
         # Weights of the classes make the constant's log loss log 2, however rare one of them is.
         classifier = make_pipeline(
             TfidfTransformer(sublinear_tf=True), LogisticRegression(class_weight="balanced", max_iter=200)
         ).fit(words[train], thumbs_up[train])
-        up, scores = thumbs_up[held_out], classifier.decision_function(words[held_out])
-        area, variance = clustered_auc(scores, up, numbers[held_out])
+        scores = classifier.decision_function(words[held_out])
+        areas.append(clustered_auc(scores, up, numbers[held_out]))
         balanced = np.where(up, 1 / up.mean(), 1 / (~up).mean())
-        areas.append(area)
-        variances.append(variance)
         losses.append(log_loss(up, classifier.predict_proba(words[held_out])[:, 1], sample_weight=balanced))
         curves.append(np.interp(_GRID, *roc_curve(up, scores)[:2]))
+    roc = tuple(np.mean(curves, axis=0).tolist())
     # Scores of different classifiers are not compared with each other.
-    mean = Auc.with_variance(float(np.mean(areas)), float(np.sum(variances)) / _FOLDS**2)
-    roc = tuple(float(share) for share in np.mean(curves, axis=0))
-    return PromptShift(num_rows, num_prompts, mean, log_loss=float(np.mean(losses)), roc=roc)
-
-
-def _shortened(prompt: str) -> str:
-    half = _LONGEST_PROMPT // 2
-    return prompt if len(prompt) <= _LONGEST_PROMPT else f"{prompt[:half]} {prompt[-half:]}"
+    return PromptShift(num_rows, num_prompts, Auc.mean_of(areas), float(np.mean(losses)), roc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,18 +15,9 @@ from bco_lightning.data.messages import printable
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
-from bco_lightning.inspection.numbers import (
-    LENGTH_HEADINGS,
-    LengthBias,
-    RowArrays,
-    RowText,
-    length_summary,
-    over_limits,
-    texts_of,
-)  # fmt: skip
-from bco_lightning.inspection.personal_data import Hits
+from bco_lightning.inspection.numbers import LENGTH_HEADINGS, RowArrays, RowText, length_summary, over_limits, texts_of
 from bco_lightning.inspection.prompts import COIN, PromptShift
-from bco_lightning.metrics import Array, Auc
+from bco_lightning.metrics import Array, Auc, auc
 
 Level = Literal["problem", "warning", "note", "good"]
 LEVELS: tuple[Level, ...] = ("problem", "warning", "note", "good")
@@ -36,16 +27,11 @@ _CUT_ADVICE = {
     "prompts cut": "The model does not see all that was answered to: raise data.max_length.",
 }
 _MANY_LEFT_OUT, _MANY_CUT, _RARE_CLASS = 0.2, 0.05, 0.2
+_NOTED_DIFFERENCE, _FEWEST_ROWS = 0.05, 20  # of an AUC from a half; of the rarer class
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know before training.
-
-    Args:
-        level: How bad it is; with a ``problem`` the run would not start.
-        text: One or two sentences; no text of a row.
-    """
+class Finding(NamedTuple):
+    """One thing to know before training, no text of a row in it; with a ``problem`` the run would not start."""
 
     level: Level
     text: str
@@ -53,57 +39,31 @@ class Finding:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the report; the terminal shows its title and table.
-
-    Args:
-        title: What it is about.
-        headings: Of the table's columns.
-        rows: Cells of the table.
-        said: A sentence above the table.
-        remark: A sentence below it, in small print.
-        pictures: Make its pictures.
-        left: Columns whose text begins on the left.
-    """
+    """A table of the report, with a sentence above it and one in small print below; the terminal shows the table."""
 
     title: str
     headings: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     said: str = ""
     remark: str = ""
-    pictures: tuple[Callable[[], Figure], ...] = ()
-    left: tuple[int, ...] = (0,)
+    pictures: Sequence[Callable[[], Figure]] = ()
+    left: tuple[int, ...] = (0,)  # columns whose text begins on the left
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What there is to train on.
-
-    Args:
-        model: ``model.name_or_path``, whose tokenizer counts.
-        counts: What became of the rows of each data set, that of training first.
-        feedback: Repeated rows and answers with both thumbs, over all training files.
-        arrays: Numbers of the rows trained on, or of a sample; so are the parts below.
-        limits: ``data.max_length``, and ``data.max_prompt_length`` if there is one.
-        cost: Tokens, steps and time.
-        prompts: How different the prompts of the classes are.
-        prompt_bias: Probability that the prompt of a thumbs-up row is longer than that of a thumbs-down row.
-        bias: Whether thumbs follow length.
-        personal_data: Rows and finds by kind, over prompts and completions.
-        examples: A few of either class; empty if they are to be hidden.
-        notes: What else there is to say.
-        trust: What is known about the importance weights, if there are to be any.
-    """
+    """What there is to train on, by the rows trained on or by a sample of them."""
 
     model: str
-    counts: tuple[RowCounts, ...]
+    counts: tuple[RowCounts, ...]  # of each data set, that of training first
     feedback: FeedbackSummary | None
     arrays: RowArrays
-    limits: dict[str, int]
+    limits: dict[str, int]  # data.max_length, and data.max_prompt_length if there is one
     cost: Cost
     prompts: PromptShift
-    prompt_bias: Auc | None
-    bias: LengthBias
-    personal_data: dict[str, Hits]
+    prompt_bias: Auc | None  # probability that the prompt of a thumbs-up row is longer
+    bias: Finding  # whether thumbs follow length
+    personal_data: dict[str, tuple[int, int]]  # rows and finds by kind
     examples: tuple[RowText, ...] = ()
     notes: tuple[Finding, ...] = ()
     trust: TrustReport | None = None
@@ -116,18 +76,40 @@ class DataReport:
     @property
     def findings(self) -> list[Finding]:
         """What one should know before training, the worst first."""
-        found = [*self.notes, *_of_counts(self.trained_on), *_of_feedback(self.feedback)]
-        found.append(Finding("warning" if self.bias.is_clear else "good", self.bias.verdict))
+        found = [*self.notes, *_of_counts(self.trained_on), *_of_feedback(self.feedback), self.bias]
         if self.trust is None:
             found.append(Finding("warning" if self.prompts.is_shifted else "good", self.prompts.verdict))
         else:
-            level: Level = "note" if self.trust.has_evidence or self.trust.why_not else "good"
-            found.append(Finding(level, self.trust.verdict))
+            found.append(
+                Finding("note" if self.trust.has_evidence or self.trust.why_not else "good", self.trust.verdict)
+            )
             found += [Finding("warning", warning) for warning in self.trust.warnings]
-        if hits := {kind: hits for kind, hits in self.personal_data.items() if hits.hits}:
-            said = ", ".join(f"{kind} in {hits.rows:,}" for kind, hits in hits.items())
+        if said := ", ".join(f"{kind} in {rows:,}" for kind, (rows, _) in self.personal_data.items() if rows):
             found.append(Finding("warning", f"Rows with what looks like personal data: {said}. A model may repeat it."))
         return sorted(found, key=lambda finding: LEVELS.index(finding.level))
+
+
+def length_bias(arrays: RowArrays) -> Finding:
+    """Whether thumbs follow the length of completions before anything was cut, with what to do where they do."""
+    area = auc(arrays.completion_lengths, arrays.thumbs_up, arrays.prompts)
+    if area is None:
+        return Finding("good", "Not known: there are thumbs of one kind alone.")
+    num_rarer = min(int(arrays.thumbs_up.sum()), int((~arrays.thumbs_up).sum()))
+    said = (
+        f"A thumbs-up answer is longer than a thumbs-down one with probability {area.value:.2f} "
+        f"({area.low:.2f} to {area.high:.2f})"
+    )
+    if num_rarer < _FEWEST_ROWS:
+        few = f"of {num_rarer} rows of the rarer class: too few to tell whether thumbs follow length."
+        return Finding("good", f"{said}, {few}")
+    if area.low <= 0.5 + _NOTED_DIFFERENCE and area.high >= 0.5 - _NOTED_DIFFERENCE:
+        return Finding("good", f"{said}: thumbs do not clearly follow length.")
+    kind = "longer" if area.value > 0.5 else "shorter"
+    advice = (
+        f"A model may learn to write {kind} answers and nothing else; compare it with the reference at equal length, "
+        "or balance lengths in the log."
+    )
+    return Finding("warning", f"{said}: thumbs follow length. {advice}")
 
 
 def examples_of(dataset: Any, tokenizer: Any, up: Array, number: int, seed: int) -> tuple[RowText, ...]:
@@ -137,15 +119,14 @@ def examples_of(dataset: Any, tokenizer: Any, up: Array, number: int, seed: int)
     for rows in (np.flatnonzero(up), np.flatnonzero(~up)):
         chosen += sorted(generator.choice(rows, min(number, len(rows)), replace=False).tolist())
     return tuple(
-        RowText(shortened(row.prompt), shortened(row.completion), row.thumbs_up, short_place(row.place))
-        for row in texts_of(dataset, tokenizer, chosen)
+        RowText(shortened(prompt), shortened(completion), thumb, short_place(place))
+        for prompt, completion, thumb, place in texts_of(dataset, tokenizer, chosen)
     )
 
 
 def sections(report: DataReport) -> list[Section]:
     """The report in the order in which it is read."""
-    counts = report.trained_on
-    lost = _lost(report.counts)
+    lost, counts, trust = _lost(report.counts), report.trained_on, report.trust
     of_training = {what: count for c, what, count, _ in lost if c is counts}
     parts = [
         Section(
@@ -160,7 +141,7 @@ def sections(report: DataReport) -> list[Section]:
             "What was lost, and why",
             ("", "rows", "first places"),
             [(f"{c.name}, {what}", f"{count:,}", places) for c, what, count, places in lost],
-            pictures=(partial(figures.rows_lost, of_training),) if of_training else (),
+            pictures=[partial(figures.rows_lost, of_training)] if of_training else (),
             left=(0, 2),
         ),
         Section(
@@ -170,7 +151,7 @@ def sections(report: DataReport) -> list[Section]:
                 (name, f"{ups:,}", f"{downs:,}", f"{ups / max(1, ups + downs):.0%}")
                 for name, (ups, downs) in counts.by_source.items()
             ],
-            pictures=(partial(figures.thumbs_by_source, counts.by_source),) if counts.by_source else (),
+            pictures=[partial(figures.thumbs_by_source, counts.by_source)] if counts.by_source else (),
             remark="" if report.feedback is None else (
                 f"Rows that repeat an earlier one, thumb included: {report.feedback.duplicates:,}. Answers with thumbs "
                 f"of both kinds: {report.feedback.contradictions:,}."
@@ -184,22 +165,27 @@ def sections(report: DataReport) -> list[Section]:
             said=report.prompts.verdict,
             remark="Logistic regression on words and pairs of words, trained and tested in five folds; a prompt is in "
             "one fold alone.",
-            pictures=(partial(figures.roc, report.prompts.roc),) if report.prompts.roc else (),
+            pictures=[partial(figures.roc, report.prompts.roc)] if report.prompts.roc else (),
         ),
         Section("An epoch, and the run", ("", ""), _cost_rows(report.cost)),
         Section(
             "What looks like personal data",
             ("", "rows", "finds"),
-            [(kind, f"{hits.rows:,}", f"{hits.hits:,}") for kind, hits in report.personal_data.items()],
+            [(kind, f"{rows:,}", f"{finds:,}") for kind, (rows, finds) in report.personal_data.items()],
             remark="By patterns, and by checksums of cards and IBANs. Names are not looked for, and none found is no "
             "promise.",
         ),
+        Section(
+            "Importance weights of thumbs-down rows",
+            ("", ""),
+            trust_rows(trust) if trust else (),
+            said=trust.verdict if trust else "",
+            pictures=[
+                *([partial(figures.weight_histogram, trust.histogram)] if trust and trust.has_evidence else ()),
+                *([partial(figures.calibration, trust.calibration)] if trust and trust.calibration else ()),
+            ],
+        ),
     ]  # fmt: skip
-    if (trust := report.trust) is not None:
-        drawn = [partial(figures.weight_histogram, trust.histogram)] if trust.has_evidence and trust.histogram else []
-        drawn += [partial(figures.calibration, trust.calibration)] if trust.calibration else []
-        title = "Importance weights of thumbs-down rows"
-        parts.append(Section(title, ("", ""), trust_rows(trust), said=trust.verdict, pictures=tuple(drawn)))
     return [part for part in parts if part.rows]
 
 
@@ -210,17 +196,17 @@ def _lengths(report: DataReport) -> Section:
     rows, drawn = [], []
     for what, lengths in (("prompt", arrays.prompt_lengths), ("completion", arrays.completion_lengths)):
         for name, chosen in ((what, lengths), ("  up", lengths[up]), ("  down", lengths[~up])):
-            rows.append((name, *(f"{value:,.0f}" for value in length_summary(chosen))))
+            rows += [(name, *(f"{value:,.0f}" for value in length_summary(chosen)))] if len(chosen) else []
         limit = "data.max_prompt_length" if what == "prompt" and len(report.limits) > 1 else "data.max_length"
         drawn.append(partial(figures.length_histogram, lengths, up, what, {limit: report.limits[limit]}))
     return Section(
         f"Tokens before cutting ({said})",
         ("", *LENGTH_HEADINGS),
-        [row for row in rows if len(row) > 1],
-        said=report.bias.verdict,
+        rows,
+        said=report.bias.text,
         remark="Thumbs-up above the line, thumbs-down below it, as shares of each class; the last bar holds what is "
         "longer.",
-        pictures=tuple(drawn),
+        pictures=drawn,
     )
 
 
@@ -325,15 +311,13 @@ def _of_counts(counts: RowCounts) -> list[Finding]:
 
 
 def _of_feedback(feedback: FeedbackSummary | None) -> list[Finding]:
-    found = []
-    if feedback and feedback.contradictions:
-        text = (
-            f"{feedback.contradictions:,} answers have thumbs of both kinds; data.conflicts says what to do with them."
-        )
-        found.append(Finding("note", text))
-    if feedback and feedback.duplicates:
-        found.append(Finding("note", f"Rows that repeat an earlier one, thumb included: {feedback.duplicates:,}."))
-    if feedback and feedback.validation_prompts_in_training:
-        text = f"Validation rows whose prompt is trained on too: {feedback.validation_prompts_in_training:,}."
-        found.append(Finding("warning", text))
-    return found
+    if feedback is None:
+        return []
+    both_kinds = "answers have thumbs of both kinds; data.conflicts says what to do with them."
+    in_training = "Validation rows whose prompt is trained on too"
+    found: list[tuple[int, Level, str]] = [
+        (feedback.contradictions, "note", f"{feedback.contradictions:,} {both_kinds}"),
+        (feedback.duplicates, "note", f"Rows that repeat an earlier one, thumb included: {feedback.duplicates:,}."),
+        (count := feedback.validation_prompts_in_training, "warning", f"{in_training}: {count:,}."),
+    ]
+    return [Finding(level, text) for count, level, text in found if count]
