@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -393,18 +394,16 @@ def is_seen(defect: Defect) -> bool:
 
 
 def main(rows: list[str]) -> int:
-    unseen = []
-    for defect in DEFECTS:
-        if rows and defect.row not in rows:
-            continue
-        seen = is_seen(defect)
-        print(f"{defect.row:4} {'red  ' if seen else 'GREEN'} {defect.what}", flush=True)
-        known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        red = known.setdefault(defect.row, {}).setdefault("red", {})
-        red[defect.what] = seen
-        RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        unseen += [] if seen else [defect]
-    return len(unseen)
+    chosen = [defect for defect in DEFECTS if not rows or defect.row in rows]
+    unseen = 0
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 8)) as pool:
+        for defect, seen in zip(chosen, pool.map(is_seen, chosen), strict=True):
+            print(f"{defect.row:4} {'red  ' if seen else 'GREEN'} {defect.what}", flush=True)
+            known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+            known.setdefault(defect.row, {}).setdefault("red", {})[defect.what] = seen
+            RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+            unseen += not seen
+    return unseen
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ is made.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 RECORD = Path(__file__).parent / "trials.json"
 
@@ -100,12 +102,13 @@ def _record(item: pytest.Function, crashed: bool, seconds: float) -> None:
     counted = getattr(item, "trials", None)
     run = max(counted.run, 1) if counted else 1
     passed = 0 if crashed and not (counted and counted.run) else run - (len(counted.failures) if counted else 0)
-    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    row = known.setdefault(marker.args[0], {})
-    row.setdefault("tests", {})[item.name] = {
-        "promise": marker.args[1],
-        "passed": passed - (1 if crashed and passed == run else 0),
-        "run": run,
-        "seconds": round(seconds, 1),
-    }
-    RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    with FileLock(Path(tempfile.gettempdir()) / "bco_lightning-trials.lock"):  # several processes run tests
+        known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+        row = known.setdefault(marker.args[0], {})
+        row.setdefault("tests", {})[item.name] = {
+            "promise": marker.args[1],
+            "passed": passed - (1 if crashed and passed == run else 0),
+            "run": run,
+            "seconds": round(seconds, 1),
+        }
+        RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
