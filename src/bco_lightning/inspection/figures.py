@@ -73,7 +73,7 @@ def length_histogram(lengths: Array, thumbs_up: Array, what: str, limits: Mappin
         for name, limit in limits.items():
             if limit <= edges[-1]:
                 axes.axvline(limit, color=LIMIT, linestyle="--", linewidth=1.2, label=f"{name} {limit:,}")
-                axes.legend(frameon=False, labelcolor=LIMIT)
+                axes.legend(loc="upper right", frameon=False, labelcolor=LIMIT)
     return figure
 
 
