@@ -164,11 +164,11 @@ DEFECTS = [
     ),
     Defect(
         "R19", "a failed write is passed over", "checkpoints/format.py",
-        "        errors.append(_in_words(target, error))\n", "        return\n",
+        "        raise _in_words(target, error) from error\n", "        return\n",
         (f"{WHOLE}::test_a_full_disk_leaves_earlier_steps_whole",),
     ),
     Defect(
-        "R20", "old steps are removed first", "checkpoints/choosing.py",
+        "R20", "old steps are removed first", "checkpoints/folders.py",
         "if whole >= keep:", "if whole >= 1:",
         (f"{WHOLE}::test_there_are_never_fewer_than_two_whole_steps",),
     ),
@@ -190,7 +190,7 @@ DEFECTS = [
         (f"{SAME}::test_an_exported_model_gives_the_logits_of_the_policy",),
     ),
     Defect(
-        "S1", "files are unpickled", "checkpoints/choosing.py",
+        "S1", "files are unpickled", "checkpoints/manifest.py",
         "    if path.is_file():\n", "    if path.is_file():\n        __import__('torch').load(path, weights_only=False)\n",
         (f"{CHECKPOINTS}::test_no_reader_runs_code_out_of_a_checkpoint",),
     ),

@@ -28,8 +28,7 @@ from bco_lightning.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from bco_lightning.checkpoints.choosing import prune
-from bco_lightning.checkpoints.folders import remove_orphans
+from bco_lightning.checkpoints.folders import prune, remove_orphans
 from bco_lightning.errors import CheckpointError
 from tests.reliability.tiny_run import STEPS, start, tiny_fit, wait
 from tests.trials import Trials

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,10 @@ from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.callbacks.stop_signals import STOP_SIGNALS, StopSignals, requeue_slurm_job
 from bco_lightning.checkpoints import saved_steps, step_folder, step_of, verify_checkpoint
-from bco_lightning.checkpoints.choosing import prune
-from bco_lightning.checkpoints.folders import remove_orphans
+from bco_lightning.checkpoints.folders import prune, remove_orphans
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
 from bco_lightning.identity import random_state, set_random_state
-from bco_lightning.parallel.collectives import errors_of_all, gather_over_ranks, max_over_ranks
+from bco_lightning.parallel.collectives import by_all, gather_over_ranks, max_over_ranks
 from bco_lightning.parallel.sharding import sharding_of
 
 
@@ -69,7 +69,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self.run_folder: str | None = None  # where the logger writes, unless it is set
         self.folder = Path("checkpoints")
         self.saved: Path | None = None
-        self._first_step = self._num_steps = 0
+        self._first_step = 0
         self._ended = False
         self._saved_at = time.monotonic()
         self._whole: set[Path] = set()
@@ -90,7 +90,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._first_step, self._num_steps, self._ended = trainer.global_step, pl_module.num_steps(), False
+        self._first_step, self._ended = trainer.global_step, False
         self._saved_at, self._accumulation = time.monotonic(), trainer.accumulate_grad_batches
         resumed_from = step_folder(self.folder, trainer.global_step)
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
@@ -116,7 +116,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
     def on_step_end(self, trainer: Trainer, module: Any, summary: StepSummary) -> None:
         self._progress = trainer.fit_loop.state_dict()
         asked = next((number for number in STOP_SIGNALS if summary.totals[number.name]), None)
-        due, last = summary.totals["checkpoint is due"], summary.step == self._num_steps
+        due, last = summary.totals["checkpoint is due"], summary.step == module.num_steps()
         if summary.step % self.every_n_steps == 0 or due or asked or last:
             self._save(trainer)
         if last:
@@ -208,46 +208,41 @@ class RunCheckpoint(Checkpoint, StepCallback):
         if self.saved == target:
             return
         self._random_states = gather_over_ranks(random_state(), trainer)
-        errors: list[Exception] = []
+
+        def write() -> None:
+            try:
+                trainer.save_checkpoint(target)
+            except CheckpointError:
+                trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait for this one
+                raise
+
         try:
-            trainer.save_checkpoint(target)
+            by_all(write, trainer)
         except CheckpointError as error:
-            errors.append(error)
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait for this one
-        self._saved_at = time.monotonic()
-        errors = errors_of_all(errors, trainer)
-        if not errors:
+            if self.if_saving_fails == "stop":
+                raise
+            rank_zero_warn(f"{error}\nGoing on without it, as checkpoint.if_saving_fails says.")
+        else:
             self.saved = target
             self._prune(trainer)
-        elif self.if_saving_fails == "stop":
-            raise errors[0]
-        else:
-            rank_zero_warn(f"{errors[0]}\nGoing on without it, as checkpoint.if_saving_fails says.")
+        self._saved_at = time.monotonic()
 
     def _prune(self, trainer: Trainer) -> None:
-        self._read_back(trainer)
-        if not trainer.is_global_zero:
-            return
-        try:
-            prune(self.folder, self.keep, self._whole.__contains__)
-        except OSError as error:
-            rank_zero_warn(f"{self.folder}: an old checkpoint could not be removed ({error.strerror}).")
-
-    def _read_back(self, trainer: Trainer) -> None:
         """Reads each checkpoint once in a run, as far as ``keep`` asks for; parts are shared out over processes."""
         share = (trainer.global_rank, trainer.world_size) if sharding_of(trainer) is not None else (0, 1)
+        reads = trainer.is_global_zero or share[1] > 1
         steps = trainer.strategy.broadcast(saved_steps(self.folder))[-self.keep :]
         for folder in [step for step in steps if step not in self._whole]:
-            errors: list[Exception] = []
             try:
-                if trainer.is_global_zero or share[1] > 1:
-                    verify_checkpoint(folder, share)
-            except CheckpointError as error:
-                errors.append(error)
-            if errors := errors_of_all(errors, trainer):
-                rank_zero_warn(f"{errors[0]} It does not count as a checkpoint to keep.")
-            else:
+                by_all(partial(verify_checkpoint, folder, share) if reads else dict, trainer)
                 self._whole.add(folder)
+            except CheckpointError as error:
+                rank_zero_warn(f"{error} It does not count as a checkpoint to keep.")
+        try:
+            if trainer.is_global_zero:
+                prune(self.folder, self.keep, self._whole.__contains__)
+        except OSError as error:
+            rank_zero_warn(f"{self.folder}: an old checkpoint could not be removed ({error.strerror}).")
 
     def _leave(self, trainer: Trainer, asked: signal.Signals) -> None:
         if asked == signal.SIGUSR1 and trainer.is_global_zero:
@@ -261,8 +256,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
 def _recut(progress: dict[str, Any], then: int, now: int) -> None:
     """Counts Lightning's micro-batches anew where the same steps are now cut into more or fewer of them.
 
-    Checkpoints are written at the end of a step, so every count but that of completed batches, which Lightning raises a
-    moment later, is a whole number of steps.
+    Every count but that of completed batches, which Lightning raises a moment later, is a whole number of steps.
     """
     batches = progress["epoch_loop.batch_progress"]
     for counts in (batches["total"], batches["current"]):

@@ -1,21 +1,21 @@
-"""Writing beside the target, flushing, renaming: what has a name was complete once."""
+"""Files and folders that appear and go in one piece, and those that are named after optimizer steps."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """Yields the path of a file or folder to make; once made, it becomes ``target`` in one piece.
-
-    Args:
-        target: What is to appear; one that is there already is replaced.
+    """Yields the path of a file or folder to make; once made and flushed, it takes the place of ``target``.
 
     Raises:
         OSError: If the disk is full or cannot be written; ``target`` is then as it was before.
@@ -39,28 +39,52 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def discard(target: Path) -> None:
-    """Removes a file or folder, its name first: what has a name is never half there."""
+    """Removes a folder, its name first: what has a name is never half there."""
     if target.exists() or target.is_symlink():
         doomed = target.with_name(f".{target.name}.removed-{os.getpid()}")
         _remove(doomed)
         target.rename(doomed)
-        if doomed.is_dir() and not doomed.is_symlink():
-            shutil.rmtree(doomed)
+        _remove(doomed, ignore_errors=False)
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of an optimizer step, named so that names sort like steps."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step that a folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def saved_steps(checkpoints: Path) -> list[Path]:
+    """Folders that have a step's name, oldest first; whether they verify is another question."""
+    return sorted((path for path in checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(path.name)), key=step_of)
+
+
+def prune(checkpoints: Path, keep: int, verified: Callable[[Path], bool]) -> list[Path]:
+    """Removes old steps once ``keep`` newer ones are known to be whole, and says which."""
+    whole, removed = 0, []
+    for folder in reversed(saved_steps(checkpoints)):
+        if whole >= keep:
+            discard(folder)
+            removed.append(folder)
         else:
-            doomed.unlink()
+            whole += verified(folder)
+    return removed
 
 
-def remove_orphans(folder: Path) -> list[Path]:
-    """Removes what a killed process left half-written or half-removed of folders called ``step-...``."""
-    found = [path for path in folder.glob(".step-*") if path.is_dir()] if folder.is_dir() else []
+def remove_orphans(checkpoints: Path) -> list[Path]:
+    """Removes what a killed process left of steps half-written or half-removed."""
+    found = [path for path in checkpoints.glob(".step-*") if path.is_dir()]
     for path in found:
         _remove(path)
     return found
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, ignore_errors: bool = True) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors)
     else:
         path.unlink(missing_ok=True)
 

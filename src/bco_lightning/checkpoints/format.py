@@ -6,7 +6,8 @@ import errno
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from bco_lightning.checkpoints.choosing import require_folder, saved_steps
-from bco_lightning.checkpoints.folders import discard, written_whole
+from bco_lightning.checkpoints.folders import discard, saved_steps, written_whole
 from bco_lightning.checkpoints.manifest import verify_checkpoint, write_manifest
 from bco_lightning.checkpoints.tensors import read_tensors, shapes_of, write_tensors
 from bco_lightning.errors import CheckpointError
-from bco_lightning.parallel.collectives import Processes, errors_of_all, gather_over_ranks
+from bco_lightning.parallel.collectives import Processes, by_all, gather_over_ranks
 from bco_lightning.parallel.sharding import is_cut
 
 VALUES_FILE = "values.json"
@@ -45,7 +45,7 @@ class VerifiedCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes ``checkpoint`` into the folder ``path``; errors as for :func:`write_checkpoint`."""
+        """As :func:`write_checkpoint`."""
         write_checkpoint(checkpoint, Path(path))
 
     @override
@@ -58,32 +58,20 @@ class VerifiedCheckpointIO(CheckpointIO):
         weights: Mapping[str, Tensor] | None = None,
         moments: bool = True,
     ) -> dict[str, Any]:
-        """Reads a checkpoint onto the CPU, in every process; errors and other arguments as for :func:`read_checkpoint`.
-
-        Args:
-            path: Folder of a step.
-            map_location: Not looked at.
-            weights_only: Taken as true whatever is given.
-            weights: Weights that are cut up.
-            moments: Whether the optimizer's state is wanted.
-        """
+        """As :func:`read_checkpoint`, in every process; ``weights`` are those that are cut up."""
         folder, everyone = Path(path), Processes.all()
         share = (everyone.global_rank, everyone.world_size) if weights is not None else (0, 1)
         while True:
-            errors: list[Exception] = []
             try:
-                require_folder(folder)
-                verify_checkpoint(folder, share)
+                by_all(partial(verify_checkpoint, folder, share), everyone)
             except CheckpointError as error:
-                errors.append(error)
-            errors = errors_of_all(errors, everyone)
-            if not errors:
+                earlier = [step for step in saved_steps(folder.parent) if step.name < folder.name]
+                if not (self.may_fall_back and earlier):
+                    raise
+                rank_zero_info(f"checkpoint: skipped {error}")
+                folder = earlier[-1]
+            else:
                 return _read(folder, weights, moments)
-            earlier = [step for step in saved_steps(folder.parent) if step.name < folder.name]
-            if not (self.may_fall_back and earlier):
-                raise errors[0]
-            rank_zero_info(f"checkpoint: skipped {errors[0]}")
-            folder = earlier[-1]
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
@@ -92,65 +80,62 @@ class VerifiedCheckpointIO(CheckpointIO):
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
-    """Writes a checkpoint into the folder ``target``, whole or not at all.
+    """Writes tensors and plain values into the folder ``target``, whole or not at all.
 
-    Where tensors are cut up, all processes call this, and each writes its parts; else one of them.
-
-    Args:
-        checkpoint: Tensors and plain values. The step, and what the run is made of, are copied into the manifest, where
-            they can be read without loading anything else.
-        target: Folder to write; one that is there already is replaced.
+    Where tensors are cut up, all processes call this, and each writes its parts; else one of them. The step, and what
+    the run is made of, are copied into the manifest, where they can be read without loading anything else.
 
     Raises:
         CheckpointError: If the disk is full or cannot be written, or a value is none that can be read back; ``target``
             is then as it was before. Where several processes write, in all of them.
     """
     tensors: dict[str, Tensor] = {}
-    values = _taken_apart(checkpoint, "", tensors)
+    values = json.dumps(_taken_apart(checkpoint, "", tensors)).encode()
     writers = Processes.all() if any(map(is_cut, tensors.values())) else Processes()
-    first, errors = writers.global_rank == 0, list[Exception]()
+    first = writers.global_rank == 0
     own = tensors if first else {name: value for name, value in tensors.items() if is_cut(value)}
-
-    def finish(folder: Path, files: dict[str, Any]) -> None:
-        written = json.dumps(values).encode()
-        (folder / VALUES_FILE).write_bytes(written)
-        files[VALUES_FILE] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
-        told = {key: checkpoint[key] for key in _TOLD if key in checkpoint}
-        write_manifest(folder, {"step": checkpoint.get("global_step"), **told}, files)
-
     try:
-        with written_whole(target) if first else nullcontext(target) as partial:
-            folder = gather_over_ranks(partial, writers)[0]
-            _by_all(lambda: folder.mkdir() if first else None, writers)
-            files = _by_all(lambda: write_tensors(own, folder), writers)
+        with ExitStack() as writing:
+            made = by_all(lambda: _made(target, writing) if first else None, writers)
+            folder: Any = gather_over_ranks(made, writers)[0]
+            files = by_all(lambda: write_tensors(own, folder), writers)
             all_files = {name: facts for part in gather_over_ranks(files, writers) for name, facts in part.items()}
-            _by_all(lambda: finish(folder, all_files) if first else None, writers)
-    except Exception as error:
-        errors.append(_in_words(target, error))
-    for told in errors_of_all(errors, writers):
-        raise told
+            by_all(lambda: _finish(folder, checkpoint, values, all_files, writing) if first else None, writers)
+    except OSError as error:
+        raise _in_words(target, error) from error
+
+
+def _made(target: Path, writing: ExitStack) -> Path:
+    folder = writing.enter_context(written_whole(target))
+    folder.mkdir()
+    return folder
+
+
+def _finish(
+    folder: Path, checkpoint: Mapping[str, Any], values: bytes, files: dict[str, Any], writing: ExitStack
+) -> None:
+    (folder / VALUES_FILE).write_bytes(values)
+    files[VALUES_FILE] = {"bytes": len(values), "sha256": hashlib.sha256(values).hexdigest()}
+    told = {key: checkpoint[key] for key in _TOLD if key in checkpoint}
+    write_manifest(folder, {"step": checkpoint.get("global_step"), **told}, files)
+    writing.close()  # it takes its name
 
 
 def read_checkpoint(path: Path | str, *, moments: bool = True) -> dict[str, Any]:
-    """Verifies and reads a checkpoint, whole; no other process is asked.
+    """Verifies and reads a checkpoint, whole, onto the CPU; no other process is asked.
 
     Args:
         path: Folder of a step; never a URL.
         moments: Whether the optimizer's state is wanted.
 
-    Returns:
-        What was saved, tensors on the CPU.
-
     Raises:
         CheckpointError: If it is missing, incomplete, changed or unreadable.
         UnsafeCheckpointError: If it is a file, which could run code when read.
     """
-    folder = Path(path)
     if "://" in str(path):
         raise CheckpointError(str(path), "expected a local checkpoint, found a URL.", "Fetch it first.")
-    require_folder(folder)
-    verify_checkpoint(folder)
-    return _read(folder, None, moments)
+    verify_checkpoint(Path(path))
+    return _read(Path(path), None, moments)
 
 
 def _read(folder: Path, weights: Mapping[str, Tensor] | None, moments: bool) -> dict[str, Any]:
@@ -218,21 +203,7 @@ def _put_together(value: Any, room_for: Callable[[str], Tensor]) -> Any:
     return {key: _put_together(each, room_for) for key, each in value.items()}
 
 
-def _by_all(act: Callable[[], Any], writers: Processes) -> Any:
-    """What each process does; where it fails in one of them, it fails in all."""
-    result, errors = None, list[Exception]()
-    try:
-        result = act()
-    except Exception as error:
-        errors.append(error)
-    for told in errors_of_all(errors, writers):
-        raise told
-    return result
-
-
-def _in_words(target: Path, error: Exception) -> Exception:
-    if not isinstance(error, OSError):
-        return error
+def _in_words(target: Path, error: OSError) -> CheckpointError:
     remedy = "Give a run_folder that can be written."
     if error.errno in _NO_SPACE:
         remedy = "Free some space, or lower checkpoint.keep; the checkpoints written before are whole."

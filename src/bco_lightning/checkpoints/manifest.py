@@ -1,60 +1,50 @@
-"""The manifest of a checkpoint: what it is of, and size and SHA-256 digest of each of its files."""
+"""The manifest of a checkpoint: what it is of, size and SHA-256 digest of each of its files; and which one to take."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bco_lightning.errors import CheckpointError
+from bco_lightning.checkpoints.folders import STEP_FOLDER, saved_steps
+from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
 from bco_lightning.identity import digest_of_file
 
 MANIFEST_FILE = "manifest.json"
-TENSORS = ".safetensors"
 FORMAT = 2
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the manifest, last of all files.
-
-    Args:
-        folder: Folder of the checkpoint.
-        facts: What the manifest says besides its files, so that it can be read without them.
-        files: Size and digest of each file, by name.
-    """
-    (folder / MANIFEST_FILE).write_bytes(_sealed({"format": FORMAT, **facts, "files": dict(files)}))
+    """Writes, last of all files, some facts that can be read without the others, and what those are."""
+    (folder / MANIFEST_FILE).write_bytes(_sealed({"format": FORMAT, **facts, "files": files}))
 
 
 def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> dict[str, Any]:
-    """Compares the files of a checkpoint with its manifest.
+    """Compares the files of a step's folder with its manifest, which it gives back.
 
     Args:
         folder: Folder of a step.
         share: ``(process, processes)``: this process compares the bytes of its share of the files, and the sizes of
             all; ``None`` for sizes alone.
 
-    Returns:
-        The manifest.
-
     Raises:
         CheckpointError: Naming the file that is missing, cut, changed or not the checkpoint's own.
     """
+    _require_folder(folder)
     if folder.is_symlink():
         raise CheckpointError(str(folder), "expected the folder of a checkpoint, found a link.")
     manifest = _manifest_of(folder)
     files = manifest["files"]
-    foreign = sorted(path.name for path in folder.glob(f"*{TENSORS}") if path.name not in files)
-    if foreign:
-        raise CheckpointError(str(folder / foreign[0]), "expected the checkpoint's own files, found this one besides.")
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in files:
+            raise CheckpointError(str(path), "expected the checkpoint's own files, found this one besides.")
     own = sorted(files)[share[0] :: share[1]] if share else []
     for name, facts in files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(str(path), "expected a file of the checkpoint, found none.")
+        path = _own_file(folder, name, "a file of the checkpoint")
         if path.stat().st_size != facts["bytes"]:
             raise CheckpointError(str(path), f"expected {facts['bytes']} bytes, found {path.stat().st_size}.")
         if name in own and digest_of_file(path) != facts["sha256"]:
@@ -63,9 +53,7 @@ def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> d
 
 
 def _manifest_of(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_FILE
-    if path.is_symlink() or not path.is_file():
-        raise CheckpointError(str(path), "expected the manifest of a checkpoint, found none.")
+    path = _own_file(folder, MANIFEST_FILE, "the manifest of a checkpoint")
     written = path.read_bytes()
     try:
         manifest: dict[str, Any] = json.loads(written)
@@ -86,7 +74,69 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _own_file(folder: Path, name: str, what: str) -> Path:
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(str(path), f"expected {what}, found none.")
+    return path
+
+
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
     """The manifest's one canonical text, with a digest of itself, so that no byte of it can change unseen."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**manifest, "checksum": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def newest_verified(
+    checkpoints: Path, skipped: Callable[[CheckpointError], None], share: tuple[int, int] | None = (0, 1)
+) -> Path | None:
+    """The newest step of a run that verifies; ``skipped`` is told why each newer one was passed over."""
+    for folder in reversed(saved_steps(checkpoints)):
+        try:
+            verify_checkpoint(folder, share)
+        except CheckpointError as error:
+            skipped(error)
+        else:
+            return folder
+    return None
+
+
+def resolve_checkpoint(
+    path: Path, skipped: Callable[[CheckpointError], None], share: tuple[int, int] | None = (0, 1)
+) -> Path:
+    """The step's folder that a path means.
+
+    Args:
+        path: A step's folder, a run's folder (its newest whole step), or a folder of runs (that of its newest run that
+            has one).
+        skipped: Is told why each newer step was passed over.
+        share: As for :func:`verify_checkpoint`.
+
+    Raises:
+        CheckpointError: If there is none.
+        UnsafeCheckpointError: If it is a file.
+    """
+    _require_folder(path)
+    if (path / MANIFEST_FILE).exists() or STEP_FOLDER.fullmatch(path.name):
+        return path
+    newest_first = sorted(path.glob("version_*"), key=_last_saved, reverse=True)
+    for checkpoints in (path / "checkpoints", path, *(run / "checkpoints" for run in newest_first)):
+        if (found := newest_verified(checkpoints, skipped, share)) is not None:
+            return found
+    raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
+
+
+def _require_folder(path: Path) -> None:
+    """Before anything else looks into it."""
+    if path.is_file():
+        raise UnsafeCheckpointError(
+            str(path),
+            "expected the folder of a checkpoint, found a file, which may hold objects that would run code when read.",
+            "Do not use this file.",
+        )
+    if not path.is_dir():
+        raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
+
+
+def _last_saved(run: Path) -> int:
+    return max((step.stat().st_mtime_ns for step in saved_steps(run / "checkpoints")), default=0)

@@ -23,10 +23,7 @@ def restore_states(module: nn.Module, optimizers: Sequence[Optimizer], states: S
     """Gives optimizers, before their first step, what :func:`states_by_name` has told.
 
     Each value goes into the tensor that the optimizer itself has made for it, so that it has the shape, data type,
-    strides and device that the optimizer's kernels expect, whatever a checkpoint says.
-
-    Raises:
-        CheckpointError: If a state is of other parameters, or a value of another shape or type.
+    strides and device that the optimizer's kernels expect, whatever a checkpoint says; else it is refused.
     """
     if len(optimizers) != len(states):
         raise _other(f"{len(optimizers)} optimizers", f"{len(states)}")

@@ -29,38 +29,32 @@ from bco_lightning.parallel.collectives import max_over_ranks
 from bco_lightning.parallel.sharding import is_cut, own_part
 
 _FILE_BYTES = 2**30  # the writer holds one file at a time in memory
+_DISABLED = "torch.distributed is disabled"  # which no_dist asks for
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Any]]:
-    """Writes tensors; where some are cut up, each process writes its parts, and all of them call this.
+    """Writes tensors, and gives size and SHA-256 digest of each file that this process has written, by name.
 
-    Args:
-        tensors: By name. What is not cut up, the first process has to give, and no other.
-        folder: Where to write.
-
-    Returns:
-        Size and SHA-256 digest of each file that this process has written, by name; they are on the disk.
+    Where some are cut up, each process writes its parts, and all of them call this; what is not cut up, the first one
+    has to give, and no other.
 
     Raises:
         OSError: In every process, if one cannot write.
     """
-    files, together = _HashedFiles(), any(map(is_cut, tensors.values()))
+    files = _HashedFiles()
     writer = HuggingFaceStorageWriter(str(folder), _numbers_of_files(tensors), save_distributed=True)
     writer.fs = files
     try:
-        with _quiet():
-            save(_each_by_itself(tensors), storage_writer=writer, no_dist=not together)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_DISABLED)
+            save(_each_by_itself(tensors), storage_writer=writer, no_dist=not any(map(is_cut, tensors.values())))
     except CheckpointException as error:
         raise _cause_of(error) from error
     return files.written
 
 
 def shapes_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and data type of each tensor in the files of a folder.
-
-    Raises:
-        CheckpointError: If the files are none that :func:`write_tensors` wrote.
-    """
+    """Shape and data type of each tensor in the files of a folder."""
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -69,16 +63,12 @@ def shapes_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fills tensors from files; where some are cut up, each process reads its parts, and all of them call this.
-
-    Raises:
-        CheckpointError: If a tensor lacks, is of another shape, or a file is unreadable; where processes read together,
-            in every one of them.
-    """
-    together = any(map(is_cut, tensors.values()))
+    """Fills tensors from files; where some are cut up, each process reads its parts, and all of them call this."""
+    reader = HuggingFaceStorageReader(str(folder))
     try:
-        with _quiet():
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not together)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_DISABLED)
+            load(tensors, storage_reader=reader, no_dist=not any(map(is_cut, tensors.values())))
     except CheckpointException as error:
         raise _unreadable(folder, _cause_of(error)) from error
 
@@ -129,13 +119,6 @@ def _each_by_itself(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist says
-        yield
-
-
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     return CheckpointError(str(folder), f"expected the tensors of this model, found others ({said}).")
@@ -147,11 +130,7 @@ def _cause_of(error: CheckpointException) -> BaseException:
 
 
 def refuse_not_finite(weights: Mapping[str, Any], step: int, trainer: Any) -> None:
-    """Refuses weights that would be of no use in a checkpoint; a collective where they are cut up.
-
-    Raises:
-        NonFiniteError: If a value is not finite, in every process.
-    """
+    """Refuses, in every process, weights that would be of no use in a checkpoint."""
     broken = torch.tensor([not own_part(value).isfinite().all() for value in weights.values()], dtype=torch.uint8)
     if any(is_cut(value) for value in weights.values()):  # a process that went on alone would wait for the others
         broken = max_over_ranks(broken, trainer)

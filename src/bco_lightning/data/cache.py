@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
+
+from bco_lightning.identity import digest_of_file
 
 _Opened = TypeVar("_Opened")
 _DAYS_UNUSED, _DAYS_UNFINISHED = 30, 1
@@ -104,7 +105,7 @@ def values_in(folder: Path) -> Any:
 
 def _fill(folder: Path, make: Callable[[Path], Mapping[str, Any]]) -> None:
     values = make(folder)
-    files = {path.name: _digest_of(path) for path in folder.iterdir()}
+    files = {path.name: digest_of_file(path) for path in folder.iterdir()}
     (folder / _MANIFEST).write_text(json.dumps({"values": values, "files": files}), encoding="utf-8")
 
 
@@ -135,17 +136,9 @@ def _is_whole(entry: Path) -> bool:
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o077):
             return False
         files = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all(Path(name).name == name and _digest_of(entry / name) == known for name, known in files.items())
+        return all(Path(name).name == name and digest_of_file(entry / name) == known for name, known in files.items())
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return False
-
-
-def _digest_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _remove(folder: Path, process: int) -> None:
