@@ -36,23 +36,7 @@ class ConfigError(UserError):
 
 
 def check_choice(option: str, value: object, choices: Sequence[object]) -> None:
-    """Refuses a word that an option does not know; the command line does so by itself, Python does not.
-
-    Args:
-        option: Its full name.
-        value: What was given.
-        choices: What it knows.
-
-    Raises:
-        ConfigError: Naming the choices.
-
-    Example:
-        >>> check_choice("data.format", "auto", ["auto", "paired"])
-        >>> check_choice("data.format", "pairs", ["auto", "paired"])
-        Traceback (most recent call last):
-        ...
-        bco_lightning.errors.ConfigError: data.format: expected auto or paired, found 'pairs'.
-    """
+    """Refuses a word that an option does not know; the command line does so by itself, Python does not."""
     if value not in choices:
         raise ConfigError(option, f"expected {' or '.join(map(str, choices))}, found {value!r}.")
 
@@ -81,12 +65,7 @@ class PreemptedError(SystemExit):
     """A run that was asked to stop, and did so at an optimizer-step boundary with everything saved.
 
     As a ``SystemExit`` it ends a script with the status that shells give a signal, 128 plus its number, and prints no
-    traceback.
-
-    Args:
-        signal_number: The signal that asked for it.
-        step: Optimizer steps done.
-        checkpoint: Where the state is.
+    traceback. It tells the signal, the optimizer steps done, and where the state is.
     """
 
     def __init__(self, signal_number: int, step: int, checkpoint: str) -> None:

@@ -65,11 +65,7 @@ def digest_of_file(path: Path) -> str:
 
 @cache
 def digest_of_code(*names: str) -> str:
-    """SHA-256 over source files of this package.
-
-    Args:
-        names: Files and folders, such as ``batch.py`` and ``models``; of a folder all its Python files.
-    """
+    """SHA-256 over source files of this package; of a folder, such as ``models``, all its Python files."""
     digest = hashlib.sha256()
     for name in names:
         path = Path(__file__).parent / name
@@ -92,11 +88,8 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """Commit of the working folder, with ``-dirty`` if it has changes; ``None`` outside a repository."""
-    git = shutil.which("git")
-    if git is None:
-        return None
+    described = [shutil.which("git") or "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        described = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(described, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -105,27 +98,19 @@ def git_revision() -> str | None:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """What differs between two sets of fingerprints: names with both values, long ones shortened."""
+
+    def shown(value: Any) -> str:
+        return str(value) if len(str(value)) <= 20 else f"{str(value)[:12]}…".replace("\n", " ")
+
     return {
-        name: f"{name}: {_shortened(then.get(name))} then, {_shortened(now.get(name))} now"
+        name: f"{name}: {shown(then.get(name))} then, {shown(now.get(name))} now"
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     }
 
 
-def _shortened(value: Any) -> str:
-    return str(value) if len(str(value)) <= 20 else f"{str(value)[:12]}…".replace("\n", " ")
-
-
 def refuse_other_weights(ours: Mapping[str, tuple[int, ...]], checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of other trained parameters.
-
-    Args:
-        ours: Shapes of this module's, by name.
-        checkpoint: With ``state_dict`` and ``trained_parameters``.
-
-    Raises:
-        CheckpointError: If a name or a shape differs.
-    """
+    """Refuses a checkpoint of other trained parameters than ours, which come as shapes by name."""
     weights, theirs = checkpoint["state_dict"], set(checkpoint["trained_parameters"])
     found = {name: tuple(weights[name].shape) for name in ours if name in weights}
     problems = [
@@ -145,19 +130,13 @@ def changes_to_accept(
     settings: Mapping[str, Any],
     accepted: Collection[str] | None,
 ) -> list[str]:
-    """Compares a run with the one that wrote a checkpoint, and says what is another now.
+    """Compares a run with the one that wrote a checkpoint, and says what is another now and is accepted.
 
     Args:
         checkpoint: With the ``fingerprints`` and ``hyper_parameters`` of the run that wrote it.
         fingerprints: What this run is made of; one that only evaluates the checkpoint may say less of itself.
         settings: Options that may be changed on purpose, such as the learning rate; worth a remark.
-        accepted: Names of fingerprints that may differ; ``None`` for a run that does not go on.
-
-    Returns:
-        The accepted differences, in words, with the step at which they came.
-
-    Raises:
-        CheckpointError: If a fingerprint differs that may not.
+        accepted: Names of fingerprints that may differ, others are refused; ``None`` for a run that does not go on.
     """
     then, goes_on = checkpoint.get("fingerprints", {}), accepted is not None
     changed = differences(
@@ -171,8 +150,8 @@ def changes_to_accept(
             f"Use the files and options of that run{remedy}.",
         )
     before = checkpoint.get("hyper_parameters", {})
-    told = [name for name in settings if name in before and name not in then] if goes_on else []
-    for text in differences({name: before[name] for name in told}, {name: settings[name] for name in told}).values():
+    now = {name: value for name, value in settings.items() if goes_on and name in before and name not in then}
+    for text in differences({name: before[name] for name in now}, now).values():
         rank_zero_info(f"checkpoint: model.{text}.")
     for text in changed.values():
         rank_zero_info(f"checkpoint: {text}, as checkpoint.accept_changes allows.")

@@ -128,16 +128,10 @@ def _keys_of(sources: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Auc:
-    """Probability that a random positive scores higher than a random negative, ties counting half.
-
-    Args:
-        value: The estimate, 0 to 1.
-        low: Lower end of its 95 % interval, which goes from 0 to 1 where one class comes from a single prompt.
-        high: Upper end.
-    """
+    """Probability that a random positive scores higher than a random negative, ties counting half."""
 
     value: float
-    low: float
+    low: float  # of its 95 % interval, which goes from 0 to 1 where one class comes from a single prompt
     high: float
 
     @classmethod
@@ -152,15 +146,9 @@ class Auc:
 def clustered_auc(scores: Array, positive: Array, clusters: Array, weights: Array | None = None) -> tuple[float, float]:
     """The area, and its variance where rows come in clusters that are drawn as wholes.
 
-    Args:
-        scores: A number for each row.
-        positive: Whether each row is positive; there has to be one of either kind.
-        clusters: A number for each row; rows with the same number go together.
-        weights: What each row counts for, above 0; 1 if left out. A row of weight 2 is two equal rows of one cluster.
-
-    Returns:
-        The area and its variance; the variance is NaN where one class comes from a single cluster. With a cluster for
-        each row it is DeLong's.
+    There has to be a row of either class. Rows with the same number in ``clusters`` go together; a row of weight 2 is
+    two equal rows of one cluster. The variance is NaN where one class comes from a single cluster; with a cluster for
+    each row it is DeLong's.
 
     Example:
         >>> scores, positive = np.array([3.0, 1.0, 2.0, 0.0]), np.array([True, True, False, False])
@@ -177,8 +165,8 @@ def clustered_auc(scores: Array, positive: Array, clusters: Array, weights: Arra
     area = float(np.average(above, weights=of_up))
     numbers = np.unique(clusters, return_inverse=True)[1]
     size = int(numbers.max()) + 1
-    of_positives = _sums(numbers[positive], of_up * (above - area), size)
-    of_negatives = _sums(numbers[~positive], of_down * (below - area), size)
+    of_positives = np.bincount(numbers[positive], of_up * (above - area), size)
+    of_negatives = np.bincount(numbers[~positive], of_down * (below - area), size)
     num_positive, num_negative = float(of_up.sum()), float(of_down.sum())
     with_positives, with_negatives = len(np.unique(numbers[positive])), len(np.unique(numbers[~positive]))
     if min(with_positives, with_negatives) < 2:
@@ -192,16 +180,7 @@ def clustered_auc(scores: Array, positive: Array, clusters: Array, weights: Arra
 
 
 def auc(scores: Array, positive: Array, clusters: Array) -> Auc | None:
-    """The area with its interval, or nothing where a class has no row.
-
-    Args:
-        scores: A number for each row.
-        positive: Whether each row is positive.
-        clusters: A number for each row; rows with the same number go together.
-
-    Returns:
-        The area.
-    """
+    """:func:`clustered_auc` with its interval, or nothing where a class has no row."""
     if not 0 < int(positive.sum()) < len(positive):
         return None
     return Auc.mean_of([clustered_auc(np.asarray(scores, dtype=np.float64), positive, clusters)])
@@ -214,7 +193,3 @@ def _share_below(values: Array, others: Array, weights: Array) -> Array:
     places = (np.searchsorted(others[order], values, side) for side in ("left", "right"))
     shares: Array = sum(up_to[place] for place in places) / (2 * up_to[-1])
     return shares
-
-
-def _sums(numbers: Array, values: Array, size: int) -> Array:
-    return np.bincount(numbers, weights=values, minlength=size)

@@ -34,7 +34,7 @@ from bco_lightning.models.layout import Layout, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
-from bco_lightning.objectives import OBJECTIVES, Baseline, class_weights_of, mean_over_rows
+from bco_lightning.objectives import OBJECTIVES, RewardShift, class_weights_of, mean_over_rows
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.parallel.strategy import refuse_unknown_sharding
@@ -101,9 +101,9 @@ class BCOModule(LightningModule):
         return cast(Reference, self._reference)
 
     @property
-    def reward_shift(self) -> Baseline:
+    def reward_shift(self) -> RewardShift:
         """What the objective compares rewards with, estimated from past steps: of BCO the reward shift."""
-        return self.objective.baseline
+        return self.objective.reward_shift
 
     @property
     def importance(self) -> ImportanceWeights | None:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from bco_lightning.errors import ConfigError
 
-CACHE_VARIABLE = "BCO_CACHE"
 _SCHEME = "package:"
 
 
 def cache_root(given: str | None = None) -> Path:
     """The folder of all caches: the one given, that of ``BCO_CACHE``, or the user's own for such things."""
-    named = given or os.environ.get(CACHE_VARIABLE)
+    named = given or os.environ.get("BCO_CACHE")
     if named:
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bco_lightning"
@@ -23,22 +22,7 @@ def cache_root(given: str | None = None) -> Path:
 def resolve_packaged(name: str) -> str:
     """Turns ``package:NAME/path`` into the path of that file or folder; any other name comes back unchanged.
 
-    The package is located, not imported.
-
-    Args:
-        name: For instance ``package:bco_lightning/demo/train.jsonl``, a plain path, or a hub id.
-
-    Returns:
-        An absolute path for a packaged name, else ``name``.
-
-    Raises:
-        ConfigError: If the package is not installed, lacks the file, or the path leads out of the package.
-
-    Example:
-        >>> resolve_packaged("some/folder")
-        'some/folder'
-        >>> resolve_packaged("package:bco_lightning/py.typed").endswith("py.typed")
-        True
+    The package is located, not imported; a path that leads out of it is refused.
     """
     if not name.startswith(_SCHEME):
         return name

@@ -8,10 +8,9 @@ from bco_lightning.callbacks.finite_guard import FiniteGuard
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
 from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
-from bco_lightning.callbacks.reward_shift_update import RewardShiftUpdate
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
 from bco_lightning.callbacks.speed_monitor import SpeedMonitor
-from bco_lightning.callbacks.step_callback import StepCallback
+from bco_lightning.callbacks.step_callback import RewardShiftUpdate, StepCallback
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 
 __all__ = [

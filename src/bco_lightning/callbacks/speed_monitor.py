@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.throughput import Throughput, get_available_flops
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Trainer
 from torch import Tensor
 from typing_extensions import override
@@ -44,10 +44,9 @@ class SpeedMonitor(StepCallback):
                          process elsewhere
     ==================== ===============================================================================================
 
-    Rates and ``mfu`` are those of Lightning's :class:`~lightning.fabric.utilities.throughput.Throughput`; its callback
-    ``ThroughputMonitor`` would take every batch for one of the same size and wait for the device after each. Here
-    counts come from the batches, which know them without asking the device, are summed with all else that processes
-    tell each other of a step, and the device is waited for when values are logged, every
+    Lightning's ``ThroughputMonitor`` would take every batch for one of the same size and wait for the device after
+    each. Here counts come from the batches, which know them without asking the device, are summed with all else that
+    processes tell each other of a step, and the device is waited for when values are logged, every
     ``trainer.log_every_n_steps`` optimizer steps. The clock stands still from the start of a validation, and of a
     checkpoint, to the next micro-batch; waiting for data counts.
 
@@ -63,13 +62,11 @@ class SpeedMonitor(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
         peak = get_available_flops(trainer.strategy.root_device, mixed or dtype_of_matrices(pl_module.policy))
-        # Counts are those of all processes, as if they were one device; a window of two updates is one interval.
-        self._throughput = Throughput(available_flops=(peak or 0) * trainer.world_size, window_size=2)
+        self._peak_flops = (peak or 0) * trainer.world_size
         self._useful, self._layout = UsefulFlops.of(pl_module.policy), layout_of(pl_module.policy)
         self._of_step: Counter[str] = Counter()
-        self._total: Counter[str] = Counter()
-        self._seconds, self._running_since, self._steps = 0.0, None, 0
-        self._update()
+        self._total: Counter[str] = Counter()  # of all processes, as `_seconds` since values were logged
+        self._seconds, self._running_since = 0.0, None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: FeedbackBatch, batch_idx: int) -> None:
@@ -89,9 +86,7 @@ class SpeedMonitor(StepCallback):
 
     @override
     def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
-        self._steps += 1
-        for name in _COUNTS:
-            self._total[name] += int(summary.totals[name])
+        self._total.update({name: int(summary.totals[name]) for name in _COUNTS})
         if not is_time_to_log(trainer, summary.step):
             return
         device = trainer.strategy.root_device
@@ -100,17 +95,16 @@ class SpeedMonitor(StepCallback):
         self._stop()
         self._running_since = self._clock()
         most = torch.tensor([self._seconds, float(peak_memory(device))], dtype=torch.float64)
-        self._seconds, memory = max_over_ranks(most, trainer).tolist()
-        rates = self._update()
+        seconds, memory = max_over_ranks(most, trainer).tolist()
         values = {
-            "speed/tokens_per_second": rates["device/items_per_sec"],
-            "speed/rows_per_second": rates["device/samples_per_sec"],
+            "speed/tokens_per_second": self._total["tokens"] / seconds,
+            "speed/rows_per_second": self._total["rows"] / seconds,
             "speed/padding_share": self._total["padding"] / self._total["positions"],
             "speed/peak_memory_gib": memory / _GIB,
         }
-        if "device/mfu" in rates:
-            values["speed/mfu"] = rates["device/mfu"]
-        self._total["padding"] = self._total["positions"] = 0
+        if self._peak_flops:
+            values["speed/mfu"] = self._total["flops"] / seconds / self._peak_flops
+        self._seconds, self._total = 0.0, Counter()
         log_step(trainer, module, values, summary.step)
         module.log("tok/s", values["speed/tokens_per_second"], prog_bar=True, logger=False)
 
@@ -127,24 +121,9 @@ class SpeedMonitor(StepCallback):
             self._seconds += self._clock() - self._running_since
             self._running_since = None
 
-    def _update(self) -> dict[str, Any]:
-        flops, self._total["flops"] = self._total["flops"], 0
-        self._throughput.update(
-            time=self._seconds,
-            batches=self._steps,
-            samples=self._total["rows"],
-            lengths=self._total["tokens"],
-            flops=flops,
-        )
-        return self._throughput.compute()
-
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory that was in use at any time, in bytes.
-
-    Args:
-        device: On CUDA it is that of tensors there; elsewhere that of this process.
-    """
+    """The most memory that was in use at any time, in bytes: of tensors on CUDA, of this process elsewhere."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -1,4 +1,4 @@
-"""One event for everything that follows a run: an optimizer step has ended."""
+"""One event for everything that follows a run: an optimizer step has ended. The reward shift moves then."""
 
 from __future__ import annotations
 
@@ -27,13 +27,8 @@ class StepCallback(Callback):
     def numbers_of_step(self, trainer: Trainer, module: Any) -> Mapping[str, float | Tensor]:
         """What this process has to tell the others of the step, before the optimizer moves.
 
-        Args:
-            trainer: The trainer.
-            module: The module, with the gradients and ``step_rows`` of the step.
-
-        Returns:
-            Numbers by name, the same names on every process: counts, sums, 1 for yes; tensors are scalars, and are not
-            waited for.
+        Numbers by name, the same names on every process: counts, sums, 1 for yes; tensors are scalars, and are not
+        waited for. The module has the gradients and ``step_rows`` of the step.
         """
         return {}
 
@@ -50,13 +45,23 @@ class StepCallback(Callback):
             self.on_step_end(trainer, pl_module, summary)
 
 
+class RewardShiftUpdate(StepCallback):
+    """Feeds the rewards of all micro-batches and ranks of a step to ``module.reward_shift``, after the step.
+
+    During a step the shift stands still, so the step's gradient does not depend on how it was cut. The state lives in
+    :class:`~bco_lightning.objectives.RewardShift`, which the module puts into checkpoints. A subclass that the
+    trainer is given is used instead.
+    """
+
+    @override
+    def on_step_end(self, trainer: Trainer, module: Any, summary: StepSummary) -> None:
+        module.reward_shift.update(**{name: getattr(summary, name) for name in _REWARDS})
+
+
 def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
     """Sums a step over its micro-batches and processes into ``module.step_summary``; callbacks then look at it.
 
     It is the only collective of a step besides those of the strategy, and the only time that the device is waited for.
-
-    Raises:
-        ConfigError: If two callbacks tell numbers of one name.
     """
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, StepCallback)]
     told: dict[str, float | Tensor] = dict(zip(_REWARDS, _sums_of_rewards(module.step_rows), strict=True))
@@ -114,10 +119,6 @@ def _sum_over_ranks(numbers: Mapping[str, float | Tensor], trainer: Trainer) -> 
     device = root if root.type != "mps" else torch.device("cpu")
     known = {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
     awaited = {name: value.detach() for name, value in numbers.items() if isinstance(value, Tensor)}
-    values = torch.cat(
-        [
-            torch.tensor(list(known.values()), dtype=torch.float64).to(device, non_blocking=True),
-            *(value.to(device).double().reshape(1) for value in awaited.values()),
-        ]
-    )
+    sent = torch.tensor(list(known.values()), dtype=torch.float64).to(device, non_blocking=True)
+    values = torch.cat([sent, *(value.to(device).double().reshape(1) for value in awaited.values())])
     return dict(zip([*known, *awaited], sum_over_ranks(values, trainer).tolist(), strict=True))

@@ -1,4 +1,4 @@
-r"""Binary classifier optimization, the whole method: from implicit rewards to the loss of an optimizer step.
+r"""Binary classifier optimization, the whole method: from implicit rewards and thumbs to the loss of a step.
 
 The implicit reward of a row is :math:`r = \beta\,(\log\pi(y|x) - \log\pi_{ref}(y|x))`, summed over completion tokens.
 In the order of this file:
@@ -6,6 +6,7 @@ In the order of this file:
 * Eq. 7, the reward shift :math:`\delta = (E_+[r] + E_-[r]) / 2`: :class:`RewardShift`.
 * What Eq. 8 takes means of, :math:`-\log\sigma(r - \delta)` and :math:`-\log\sigma(-(r - \delta))`: :func:`bco_loss`.
 * Eq. 8 itself, the sum of two class means, as a mean over rows: :func:`class_weights_of` and :func:`mean_over_rows`.
+* What ``model.objective`` names: :class:`BCO`, and another objective as a subclass of it, such as :class:`BCE`.
 
 Shape legend for this file: ``B`` = rows of a micro-batch. Rewards and losses are in nats.
 
@@ -15,12 +16,12 @@ Source: Jung et al. 2025, "Binary Classifier Optimization for Large Language Mod
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bco_lightning.objectives.objective import Baseline
 from bco_lightning.options import DECAY
 
 
@@ -93,13 +94,13 @@ class RewardShift:
                 self._sums[which] = self.decay * self._sums[which] + reward_sum
                 self._counts[which] = self.decay * self._counts[which] + count
 
-    def state_dict(self) -> dict[str, float | list[float]]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain numbers: ``decay``, ``sums`` and ``counts`` of up and down, and the ``value`` they imply."""
         return {"decay": self.decay, "sums": list(self._sums), "counts": list(self._counts), "value": self.value}
 
-    def load_state_dict(self, state: dict[str, float | list[float]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over sums and counts; the decay stays as configured."""
-        self._sums, self._counts = list(state["sums"]), list(state["counts"])  # type: ignore[arg-type]
+        self._sums, self._counts = list(state["sums"]), list(state["counts"])
 
 
 def bco_loss(
@@ -154,15 +155,33 @@ def bco_loss(
     return losses if importance_weights is None else losses * importance_weights
 
 
+def bce_loss(
+    rewards: Tensor,
+    thumbs_up: Tensor,
+    *,
+    reward_shift: Tensor | float = 0.0,
+    importance_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Per-row loss :math:`-w_i \log \sigma(s_i r_i)`: :func:`bco_loss` with :math:`\delta = 0` (Theorem 1).
+
+    Args:
+        rewards: As for :func:`bco_loss`.
+        thumbs_up: As for :func:`bco_loss`.
+        reward_shift: Ignored, so that objectives can be exchanged.
+        importance_weights: As for :func:`bco_loss`.
+
+    Returns:
+        The loss of each row, shape ``(B,)``, in nats.
+    """
+    return bco_loss(rewards, thumbs_up, reward_shift=0.0, importance_weights=importance_weights)
+
+
 def class_weights_of(share_up: float, share_down: float) -> tuple[float, float]:
     r"""Weights :math:`n / n_c` of thumbs-up and thumbs-down rows, constants of the data.
 
     With them the mean over rows is Eq. 8, :math:`E_+[\ell] + E_-[\ell]`, whatever the shares: its gradient depends
-    neither on how a step is cut into micro-batches nor on which rows fall into one.
-
-    Args:
-        share_up: Share of thumbs-up rows, :math:`n_+ / n`, among those that are drawn; above 0.
-        share_down: Share of thumbs-down rows; above 0.
+    neither on how a step is cut into micro-batches nor on which rows fall into one. The shares, above 0, are those
+    among the rows that are drawn.
 
     Example:
         >>> class_weights_of(0.25, 0.75)
@@ -172,12 +191,7 @@ def class_weights_of(share_up: float, share_down: float) -> tuple[float, float]:
 
 
 def mean_over_rows(losses_B: Tensor, thumbs_up_B: Tensor, class_weights: tuple[float, float]) -> Tensor:
-    """Mean of losses by class weights, a scalar.
-
-    Args:
-        losses_B: Loss of each row.
-        thumbs_up_B: ``True`` where the user gave thumbs-up.
-        class_weights: Of thumbs-up and thumbs-down rows.
+    """Mean of losses by the class weights of thumbs-up and thumbs-down rows, a scalar.
 
     Example:
         >>> losses, up = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([True, False, False, False])
@@ -189,19 +203,15 @@ def mean_over_rows(losses_B: Tensor, thumbs_up_B: Tensor, class_weights: tuple[f
 
 
 class BCO:
-    """The objective as the module uses it.
+    """The objective as the module uses it: what compares a row's reward with :attr:`threshold`."""
 
-    Args:
-        decay: Of the reward shift, per optimizer step.
-    """
-
-    def __init__(self, decay: float = 0.9) -> None:
-        self.baseline: Baseline = RewardShift(decay)
+    def __init__(self, decay: float) -> None:
+        self.reward_shift = RewardShift(decay)
 
     @property
     def threshold(self) -> float:
-        """The reward shift."""
-        return self.baseline.value
+        """The reward in nats above which a row counts as thumbs-up; it stands still within a step."""
+        return self.reward_shift.value
 
     def losses(self, rewards_B: Tensor, thumbs_up_B: Tensor, importance_weights_B: Tensor) -> Tensor:
         """:func:`bco_loss` with thumbs-down rows weighted by how much likelier their prompt is among thumbs-up rows.
@@ -211,3 +221,15 @@ class BCO:
         """
         weights_B = torch.where(thumbs_up_B, 1.0, importance_weights_B)
         return bco_loss(rewards_B, thumbs_up_B, reward_shift=self.threshold, importance_weights=weights_B)
+
+
+class BCE(BCO):
+    """BCO without a reward shift (:func:`bce_loss`); the shift is measured all the same, to be looked at."""
+
+    @property
+    def threshold(self) -> float:
+        """0 nats."""
+        return 0.0
+
+
+OBJECTIVES: dict[str, type[BCO]] = {"bco": BCO, "bce": BCE}
