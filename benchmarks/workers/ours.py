@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.identity import versions
+from bco_lightning.models.layout import layout_of
 from workers.turn_taking import Turns
 
 
@@ -40,7 +41,7 @@ class TakeTurns(Callback):
                 [len(ids), sum(mask)] for ids, mask in zip(rows["input_ids"], rows["completion_mask"], strict=True)
             ],
             preparation_seconds=time.perf_counter() - self._began,
-            layout=pl_module.layout,
+            layout=layout_of(pl_module.policy),
             model=_sizes(pl_module.policy),
             versions=versions(),
         )

@@ -30,7 +30,6 @@ from bco_lightning.identity import (
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
 from bco_lightning.models.build import ModelBuilder, make_optimizer, refuse_precision, require_sharded, said_of_weights
-from bco_lightning.models.layout import Layout, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.trunk import FrozenTrunk, find_trunk
@@ -110,17 +109,8 @@ class BCOModule(LightningModule):
         """The importance weights, once they are known; none without ``model.importance_weights``."""
         return self.weighing.weights
 
-    @property
-    def layout(self) -> Layout:
-        """Whether rows of a micro-batch are packed or padded."""
-        return layout_of(self.policy)
-
     def configure_model(self) -> None:
-        """Loads the policy, once, and cuts it up where the strategy says so.
-
-        Raises:
-            ConfigError: If the model was built before, whole, and is now to be cut up by the strategy.
-        """
+        """Loads the policy, once, and cuts it up where the strategy says so."""
         trainer = self._trainer
         sharding = sharding_of(trainer) if trainer is not None else None
         if self._policy is not None:
@@ -154,11 +144,7 @@ class BCOModule(LightningModule):
     # --- before the first step
 
     def setup(self, stage: str) -> None:
-        """Finds out what is known of the rows before the first step: class weights, reference log-probs, weights.
-
-        Raises:
-            ConfigError: If an option and the trainer do not go together.
-        """
+        """Finds out what is known of the rows before the first step: class weights, reference log-probs, weights."""
         trainer = self.trainer
         refuse_precision(str(trainer.precision))
         refuse_unknown_sharding(trainer.strategy, str(trainer.precision))
@@ -180,14 +166,6 @@ class BCOModule(LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         return data if isinstance(data, FeedbackDataModule) else None
 
-    def find_importance(self, data: FeedbackDataModule) -> ImportanceWeights:
-        """Finds the importance weights of rows that were read, of a stream those of a sample, before any training.
-
-        Raises:
-            ConfigError: If the encoder of prompts cannot be had.
-        """
-        return self.weighing.find(data, self.reference, self._trainer)
-
     def _chosen_class_weights(self) -> tuple[float, float]:
         chosen = self.options.class_weights
         if not isinstance(chosen, str):
@@ -195,10 +173,8 @@ class BCOModule(LightningModule):
         if chosen == "none":
             return 1.0, 1.0
         if self._data is None:
-            raise ConfigError(
-                "model.class_weights",
-                "expected two numbers or 'none' where no FeedbackDataModule is used, found 'auto'.",
-            )
+            problem = "expected two numbers or 'none' where no FeedbackDataModule is used, found 'auto'."
+            raise ConfigError("model.class_weights", problem)
         return class_weights_of(*self._data.class_frequencies)
 
     def _say_what_is_trained(self) -> None:
@@ -237,14 +213,7 @@ class BCOModule(LightningModule):
     # --- a step
 
     def forward(self, batch: FeedbackBatch) -> tuple[Tensor, ScoredRows]:
-        """Scores a micro-batch.
-
-        Args:
-            batch: Rows on this module's device.
-
-        Returns:
-            The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached.
-        """
+        """The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached."""
         policy, trunk = self.policy, self._trunk
         weigher = self.weighing if self.weighing.in_step and self.trainer.training else None
         with weigher.watching(self.reference.own_model or policy) if weigher else nullcontext():
@@ -269,12 +238,9 @@ class BCOModule(LightningModule):
             reward_shift=self.objective.threshold,
         )
 
-    def on_fit_start(self) -> None:
-        """Forgets the rows of an earlier fit."""
-        self.step_rows, self.step_summary = [], None
-
     def on_train_start(self) -> None:
-        """From here on the policy is not the reference any more."""
+        """From here on the policy is not the reference any more; the rows of an earlier fit are forgotten."""
+        self.step_rows, self.step_summary = [], None
         self.reference.policy_moves()
         if self._saved_optimizers:
             restore_states(self, self.trainer.optimizers, self._saved_optimizers)
@@ -317,11 +283,7 @@ class BCOModule(LightningModule):
         return {name: tuple(value.shape) for name, value in self.named_parameters() if value.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the reward shift, the names of what is trained, and what the run is made of.
-
-        Raises:
-            NonFiniteError: If a trained parameter is not finite; a checkpoint of it would be of no use.
-        """
+        """Adds the reward shift, the names of what is trained, and what the run is made of."""
         refuse_not_finite(checkpoint["state_dict"], checkpoint["global_step"], self.trainer)
         fingerprints, free = self.fingerprints(), ModelOptions.names("free")
         decisive = {name: value for name, value in self.hparams.items() if name not in free}
@@ -338,12 +300,7 @@ class BCOModule(LightningModule):
             checkpoint["optimizer_states"] = states_by_name(self, self.trainer.optimizers)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the reward shift, and refuses the checkpoint of another run.
-
-        Raises:
-            CheckpointError: If it is no checkpoint of this module, its trained parameters or its beta are others, or,
-                for a run that is to go on, anything else that the run is made of.
-        """
+        """Restores the reward shift, and refuses the checkpoint of another module or run."""
         if "reward_shift" not in checkpoint or "trained_parameters" not in checkpoint:
             raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
         self.configure_model()

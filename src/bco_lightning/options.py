@@ -37,11 +37,7 @@ class Range:
     holds: Callable[[Any], bool]
 
     def check(self, option: str, value: Any) -> None:
-        """Refuses what lies outside.
-
-        Raises:
-            ConfigError: Naming option, range and value.
-        """
+        """Refuses what lies outside."""
         if not self.holds(value):
             raise ConfigError(option, f"expected {self.words}, found {value}.")
 
@@ -70,16 +66,10 @@ def option(
     fits: Range | None = None,
     on_resume: OnResume = "told",
 ) -> Any:
-    """One field of a class of options.
+    """One field of a class of options: its help and range, and what becomes of a run that goes on with another value.
 
-    Args:
-        help: What it means, for the class's docstring and the command line.
-        default: Its value where none is given; without one, and without a factory of it, it is required.
-        default_factory: Makes its default, where that can be changed.
-        fits: Its range; ``None`` as a value is in every range.
-        on_resume: What becomes of a run that goes on with another value: it is ``refused``, since its numbers would
-            be those of another run; it is ``told``, since some change it on purpose; or it is ``free`` to differ, since
-            the option decides how a number is come by and not which.
+    That is ``refused``, since the numbers would be those of another run; ``told``, since some change it on purpose; or
+    ``free``, since the option decides how a number is come by and not which. ``None`` is in every range.
     """
     metadata = {"help": help, "fits": fits, "on_resume": on_resume}
     return field(default=default, default_factory=default_factory, metadata=metadata)
@@ -87,11 +77,7 @@ def option(
 
 @dataclass_transform(frozen_default=True, field_specifiers=(option,))
 def options(name: str) -> Callable[[type[_Kind]], type[_Kind]]:
-    """Makes a frozen dataclass whose docstring tells each option.
-
-    Args:
-        name: What stands before its fields in messages, such as ``model``.
-    """
+    """Makes a frozen dataclass whose docstring tells each option; in messages ``name`` stands before its fields."""
 
     def decorate(kind: type[_Kind]) -> type[_Kind]:
         kind = dataclass(frozen=True)(kind)
@@ -120,24 +106,22 @@ class Options:
     option_name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for name, hint in _hints_of(type(self)).items():
-            self._set(name, _from_plain(getattr(self, name), hint))
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            self._set(each.name, _from_plain(getattr(self, each.name), _members(hints[each.name])))
         self.check()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone else
 
     def check(self) -> None:
-        """Looks at every option.
-
-        Raises:
-            ConfigError: If one is out of range, or two do not go together.
-        """
-        hints = _hints_of(type(self))
+        """Refuses an option that is out of range, or two that do not go together."""
+        hints = get_type_hints(type(self))
         for each in fields(self):
             where, value = f"{self.option_name}.{each.name}", getattr(self, each.name)
-            words, takes_text = _words_of(hints[each.name])
-            if words and isinstance(value, str) and not takes_text:
+            members = _members(hints[each.name])
+            words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+            if words and isinstance(value, str) and str not in members:
                 check_choice(where, value, words)
             elif value is not None and each.metadata["fits"]:
                 each.metadata["fits"].check(where, value)
@@ -152,27 +136,16 @@ class Options:
         return tuple(each.name for each in fields(cls) if each.metadata["on_resume"] == on_resume)
 
 
-def _hints_of(kind: type) -> dict[str, Any]:
-    return {name: hint for name, hint in get_type_hints(kind).items() if get_origin(hint) is not ClassVar}
-
-
 def _members(hint: Any) -> tuple[Any, ...]:
     """A type, or those of a union."""
     return get_args(hint) if get_origin(hint) not in (None, Literal, tuple, list, dict) else (hint,)
 
 
-def _words_of(hint: Any) -> tuple[list[Any], bool]:
-    """The words that a type knows, and whether it takes any other text."""
-    members = _members(hint)
-    return [word for each in members if get_origin(each) is Literal for word in get_args(each)], str in members
-
-
-def _from_plain(value: Any, hint: Any) -> Any:
+def _from_plain(value: Any, members: tuple[Any, ...]) -> Any:
     if isinstance(value, Mapping):
-        kinds = [each for each in _members(hint) if isinstance(each, type) and issubclass(each, Options)]
+        kinds = [each for each in members if isinstance(each, type) and issubclass(each, Options)]
         return kinds[0](**value) if kinds else value
-    takes_tuple = any(get_origin(each) is tuple for each in _members(hint))
-    return tuple(value) if takes_tuple and isinstance(value, list) else value
+    return tuple(value) if isinstance(value, list) and tuple in map(get_origin, members) else value
 
 
 def _to_plain(value: Any) -> Any:

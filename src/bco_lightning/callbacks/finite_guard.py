@@ -60,12 +60,9 @@ class FiniteGuard(StepCallback):
     def on_before_step(self, trainer: Trainer, module: BCOModule, optimizer: Any, summary: StepSummary) -> None:
         if not summary.totals["not_finite"]:
             return
-        told = [
-            f"rank {rank}: {finding}"
-            for rank, own in enumerate(gather_over_ranks(_findings(trainer, module), trainer))
-            for finding in own
-        ]
-        problem = f"expected finite numbers, found {'; '.join(told)}."
+        findings = gather_over_ranks(_findings(trainer, module), trainer)
+        told = "; ".join(f"rank {rank}: {finding}" for rank, own in enumerate(findings) for finding in own)
+        problem = f"expected finite numbers, found {told}."
         place = f"optimizer step {trainer.global_step}"
         if self.policy == "stop" or self.skipped >= self.max_skipped:
             limit = f" ({self.skipped} steps were skipped before, which is the limit.)" if self.skipped else ""
@@ -117,9 +114,6 @@ def _findings(trainer: Trainer, module: BCOModule) -> list[str]:
 
 def _places(trainer: Any, row_ids: list[int]) -> str:
     data = getattr(trainer, "datamodule", None)
-    shown = [
-        f"{row} ({data.training.place_of(row)})" if isinstance(data, FeedbackDataModule) else str(row)
-        for row in row_ids[:_SHOWN]
-    ]
-    more = f" and {len(row_ids) - _SHOWN} more" if len(row_ids) > _SHOWN else ""
-    return ", ".join(shown) + more
+    known = isinstance(data, FeedbackDataModule)
+    shown = [f"{row} ({data.training.place_of(row)})" if known else str(row) for row in row_ids[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(row_ids) - _SHOWN} more" if len(row_ids) > _SHOWN else "")

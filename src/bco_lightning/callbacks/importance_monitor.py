@@ -17,6 +17,8 @@ from bco_lightning.importance.report import TrustReport, print_trust, trust_rows
 if TYPE_CHECKING:
     from bco_lightning.module import BCOModule
 
+_NUMBERS = ("log_loss", "constant_log_loss", "effective_share", "mass", "at_low", "at_high")
+
 
 class ImportanceMonitor(Callback):
     """Before the first step: prints the trust report, logs it as ``importance/...``, writes ``importance.json``.
@@ -40,15 +42,14 @@ class ImportanceMonitor(Callback):
             if isinstance(logger, TensorBoardLogger):
                 _write_details(logger.experiment, report, importance.down_weights, trainer.global_step)
         if log_dir is not None:
-            _write_file(report, Path(log_dir) / "importance.json")
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+            written = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"
+            (Path(log_dir) / "importance.json").write_text(written, encoding="utf-8")
 
 
 def _scalars(report: TrustReport) -> dict[str, float]:
     """The numbers that are known."""
-    known = {
-        name: getattr(report, name)
-        for name in ("log_loss", "constant_log_loss", "effective_share", "mass", "at_low", "at_high")
-    }
+    known = {name: getattr(report, name) for name in _NUMBERS}
     known |= {name: area and area.value for name, area in (("auc", report.auc), ("matched_auc", report.matched_auc))}
     return {f"importance/{name}": value for name, value in known.items() if value is not None}
 
@@ -59,8 +60,3 @@ def _write_details(writer: Any, report: TrustReport, down_weights: Any, step: in
     said = "\n\n".join([report.verdict, *(f"Warning: {warning}" for warning in report.warnings)])
     rows = "\n".join(f"| {name} | {value} |" for name, value in [("", ""), ("---", "---"), *trust_rows(report)])
     writer.add_text("importance/verdict", f"{said}\n\n{rows}", step)
-
-
-def _write_file(report: TrustReport, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")

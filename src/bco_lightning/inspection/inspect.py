@@ -70,7 +70,8 @@ def inspect_command(
     dataset = data.training.table(MOST_PROMPTS)
     trust: TrustReport | None = None
     if (wanted := config.model.importance_weights) != "off":
-        weights = BCOModule(**model_options).find_importance(data)
+        module = BCOModule(**model_options)
+        weights = module.weighing.find(data, module.reference, None)
         trust, problem = weights.report, problem or weights.problem(wanted)
     notes = [] if problem is None else [Finding("problem", f"fit would not start: {problem.problem}")]
     if data.options.streaming:
