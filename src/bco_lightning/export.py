@@ -31,10 +31,10 @@ tags: [alignment, bco, binary-feedback]
 
 | | |
 |---|---|
-| objective | {objective} |
-| beta | {beta} |
+| objective | {options.objective} |
+| beta | {options.beta} |
 | reward shift (delta), nats | {delta:.6f} |
-| learning rate | {learning_rate} |
+| learning rate | {options.learning_rate} |
 | trained | {trained} |
 | optimizer steps | {steps} |
 
@@ -44,7 +44,7 @@ reward less the reward shift. To score rows with it:
 
 ```
 python -m bco_lightning predict --model.name_or_path FOLDER --model.reference_name_or_path {reference} \\
-    --model.beta {beta} --data.predict_files FILE
+    --model.beta {options.beta} --data.predict_files FILE
 ```
 """
 _MERGED_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,8 +78,7 @@ def export_checkpoint(
     """
     if output_dir.exists():
         raise ConfigError(str(output_dir), "expected a folder that does not exist yet, found one.", "Choose another.")
-    step = _step_of(ckpt_path)
-    module, told = _module_of(step, dtype), verify_checkpoint(step, share=None)
+    module, told = _opened(ckpt_path, dtype)
     chat_template = told.get("fingerprints", {}).get("chat_template")
     adapted, whole = module.lora is not None, merge or module.lora is None
     policy: Any = module.policy
@@ -110,25 +109,23 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     Raises:
         CheckpointError: If it is missing, damaged or no such checkpoint.
     """
-    step = _step_of(ckpt_path)
-    return _module_of(step, dtype), int(verify_checkpoint(step, share=None)["step"])
+    module, told = _opened(ckpt_path, dtype)
+    return module, int(told["step"])
 
 
-def _step_of(ckpt_path: Path) -> Path:
-    return resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} Taking an earlier step."))
-
-
-def _module_of(step: Path, dtype: str | None) -> BCOModule:
+def _opened(ckpt_path: Path, dtype: str | None) -> tuple[BCOModule, dict[str, Any]]:
+    """The module of a checkpoint, and its manifest."""
+    step = resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} Taking an earlier step."))
     # An export has whole weights; how they were trained is in the checkpoint's own settings.
     other = {"quantization": "none", "compile": False, **({"dtype": dtype} if dtype else {})}
-    return BCOModule.load_from_checkpoint(step, **other)
+    return BCOModule.load_from_checkpoint(step, **other), verify_checkpoint(step, share=None)
 
 
 def _write_alignment(module: BCOModule, folder: Path) -> None:
     alignment = {
         "reward_shift": module.reward_shift.state_dict(),
         "beta": module.beta,
-        "objective": module.hparams["objective"],
+        "objective": module.options.objective,
         "reference": _reference_name(module),
     }
     (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
@@ -137,21 +134,17 @@ def _write_alignment(module: BCOModule, folder: Path) -> None:
 
 
 def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:
-    options = module.hparams
-    base = options["name_or_path"]
+    base = module.options.name_or_path
     if not whole:  # an adapter that was trained on belongs to its own base, not to the adapter that came in
         base = module.policy.peft_config["default"].base_model_name_or_path
-    lora = options["lora"]
     return _CARD.format(
         library="transformers" if whole else "peft",
         base=base,
         name=name,
         usage=_MERGED_USAGE if whole else _ADAPTER_USAGE.format(base=base),
-        objective=options["objective"],
-        beta=options["beta"],
+        options=module.options,
         delta=module.reward_shift.value,
-        learning_rate=options["learning_rate"],
-        trained=f"LoRA, rank {module.policy.peft_config['default'].r}" if lora else "all weights",
+        trained=f"LoRA, rank {module.policy.peft_config['default'].r}" if module.lora else "all weights",
         steps=steps,
         alignment_file=ALIGNMENT_FILE,
         reference=_reference_name(module),
@@ -159,4 +152,4 @@ def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:
 
 
 def _reference_name(module: BCOModule) -> str:
-    return str(module.hparams["reference_name_or_path"] or module.hparams["name_or_path"])
+    return module.options.reference_name_or_path or module.options.name_or_path

@@ -109,16 +109,16 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, st
     }
 
 
-def refuse_other_weights(ours: Mapping[str, tuple[int, ...]], checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of other trained parameters than ours, which come as shapes by name."""
-    weights, theirs = checkpoint["state_dict"], set(checkpoint["trained_parameters"])
-    found = {name: tuple(weights[name].shape) for name in ours if name in weights}
+def refuse_other_weights(ours: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
+    """Refuses the weights of a checkpoint unless they have names and shapes of ours."""
     problems = [
-        f"expected {name} of shape {ours[name]}, found {shape}" for name, shape in found.items() if shape != ours[name]
+        f"expected {name} of shape {shape}, found {tuple(weights[name].shape)}"
+        for name, shape in ours.items()
+        if name in weights and weights[name].shape != shape
     ]
-    if theirs != ours.keys() or found.keys() != ours.keys():
-        unmatched = f"{len(theirs ^ ours.keys())} of them with no match"
-        problems = [f"expected {len(ours)} trained parameters as configured, found {len(theirs)}, {unmatched}"]
+    if unmatched := weights.keys() ^ ours.keys():
+        found = f"{len(weights)}, {len(unmatched)} of them with no match"
+        problems = [f"expected {len(ours)} trained parameters as configured, found {found}"]
     if problems:
         remedy = "Use the same model.name_or_path and model.lora as the run that wrote it."
         raise CheckpointError("checkpoint", f"{problems[0]}.", remedy)

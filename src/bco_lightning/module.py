@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
-from bco_lightning.callbacks import callbacks_of_the_method
+from bco_lightning.callbacks import FiniteGuard, ImplicitRewardMonitor, ImportanceMonitor, RewardShiftUpdate
 from bco_lightning.callbacks.step_callback import summarize_step
 from bco_lightning.checkpoints import VerifiedCheckpointIO, read_checkpoint
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
@@ -199,8 +199,11 @@ class BCOModule(LightningModule):
         return min(limits)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The callbacks that belong to the method: the guard, the metrics, and the reward shift's update."""
-        return callbacks_of_the_method(self)
+        """What belongs to the method; one that the trainer was given, or a subclass of it, stands in place of ours."""
+        kinds: list[type[Callback]] = [FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate]
+        if self.options.importance_weights != "off":
+            kinds.append(ImportanceMonitor)
+        return [kind() for kind in kinds if not any(isinstance(given, kind) for given in self.trainer.callbacks)]
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""
@@ -283,13 +286,12 @@ class BCOModule(LightningModule):
         return {name: tuple(value.shape) for name, value in self.named_parameters() if value.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the reward shift, the names of what is trained, and what the run is made of."""
+        """Adds the reward shift, and what the run is made of."""
         refuse_not_finite(checkpoint["state_dict"], checkpoint["global_step"], self.trainer)
         fingerprints, free = self.fingerprints(), ModelOptions.names("free")
         decisive = {name: value for name, value in self.hparams.items() if name not in free}
         checkpoint |= {
             "reward_shift": self.reward_shift.state_dict(),
-            "trained_parameters": list(self._trained_shapes()),
             "fingerprints": fingerprints,
             "config_digest": digest_of_values({**decisive, **fingerprints}),
             "accepted_changes": list(self._accepted_changes),
@@ -301,10 +303,10 @@ class BCOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the reward shift, and refuses the checkpoint of another module or run."""
-        if "reward_shift" not in checkpoint or "trained_parameters" not in checkpoint:
+        if "reward_shift" not in checkpoint:
             raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
         self.configure_model()
-        refuse_other_weights(self._trained_shapes(), checkpoint)
+        refuse_other_weights(self._trained_shapes(), checkpoint["state_dict"])
         self._refuse_another_run(checkpoint)
         # Kept from Lightning, which would give them to an optimizer as they are.
         self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
@@ -334,7 +336,7 @@ class BCOModule(LightningModule):
             CheckpointError: If it is missing, damaged or no checkpoint of this module.
         """
         checkpoint = read_checkpoint(checkpoint_path, moments=False)
-        if "trained_parameters" not in checkpoint:
+        if "reward_shift" not in checkpoint:
             raise CheckpointError(str(checkpoint_path), "expected a checkpoint of BCOModule, found another.")
         module = cls(**{**checkpoint["hyper_parameters"], **options})
         module.on_load_checkpoint(checkpoint)

@@ -1,9 +1,5 @@
 """Callbacks on one hook, a step has ended: guard, reward shift, metrics, speed, checkpoints; and trust, predictions."""
 
-from typing import Any
-
-from lightning.pytorch import Callback
-
 from bco_lightning.callbacks.finite_guard import FiniteGuard
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
 from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
@@ -23,16 +19,4 @@ __all__ = [
     "SpeedMonitor",
     "StepCallback",
     "StepProgressBar",
-    "callbacks_of_the_method",
 ]
-
-
-def callbacks_of_the_method(module: Any) -> list[Callback]:
-    """The guard, the metrics, the reward shift's update, and what tells of importance weights.
-
-    One that the module's trainer was given, or a subclass of it, stands in place of ours.
-    """
-    kinds = [FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate]
-    if module.options.importance_weights != "off":
-        kinds.append(ImportanceMonitor)
-    return [kind() for kind in kinds if not any(isinstance(given, kind) for given in module.trainer.callbacks)]

@@ -23,6 +23,7 @@ from bco_lightning.checkpoints import saved_steps, step_folder, step_of, verify_
 from bco_lightning.checkpoints.folders import prune, remove_orphans
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
 from bco_lightning.identity import random_state, set_random_state
+from bco_lightning.options import at_least
 from bco_lightning.parallel.collectives import by_all, gather_over_ranks, max_over_ranks
 from bco_lightning.parallel.sharding import sharding_of
 
@@ -54,22 +55,18 @@ class RunCheckpoint(Checkpoint, StepCallback):
         if_saving_fails: Literal["stop", "warn"] = "stop",
         accept_changes: list[str] | None = None,
     ) -> None:
-        if every_n_steps < 1:
-            raise ConfigError("checkpoint.every_n_steps", f"expected at least 1 step, found {every_n_steps}.")
+        at_least(1, "step").check("checkpoint.every_n_steps", every_n_steps)
         if every_minutes < 0:
             raise ConfigError("checkpoint.every_minutes", f"expected minutes, or 0 for none; found {every_minutes}.")
         if keep < 2:
-            raise ConfigError(
-                "checkpoint.keep",
-                f"expected at least 2, found {keep}.",
-                "One alone would be lost with a bad disk block.",
-            )
+            remedy = "One alone would be lost with a bad disk block."
+            raise ConfigError("checkpoint.keep", f"expected at least 2, found {keep}.", remedy)
         self.every_n_steps, self.every_minutes, self.keep = every_n_steps, every_minutes, keep
         self.if_saving_fails, self.accept_changes = if_saving_fails, list(accept_changes or [])
         self.run_folder: str | None = None  # where the logger writes, unless it is set
         self.folder = Path("checkpoints")
         self.saved: Path | None = None
-        self._first_step = 0
+        self._first_step = self._num_steps = 0
         self._ended = False
         self._saved_at = time.monotonic()
         self._whole: set[Path] = set()
@@ -90,7 +87,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._first_step, self._ended = trainer.global_step, False
+        self._first_step, self._num_steps, self._ended = trainer.global_step, pl_module.num_steps(), False
         self._saved_at, self._accumulation = time.monotonic(), trainer.accumulate_grad_batches
         resumed_from = step_folder(self.folder, trainer.global_step)
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
@@ -116,7 +113,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
     def on_step_end(self, trainer: Trainer, module: Any, summary: StepSummary) -> None:
         self._progress = trainer.fit_loop.state_dict()
         asked = next((number for number in STOP_SIGNALS if summary.totals[number.name]), None)
-        due, last = summary.totals["checkpoint is due"], summary.step == module.num_steps()
+        due, last = summary.totals["checkpoint is due"], summary.step == self._num_steps
         if summary.step % self.every_n_steps == 0 or due or asked or last:
             self._save(trainer)
         if last:

@@ -21,7 +21,7 @@ from bco_lightning.checkpoints.folders import discard, saved_steps, written_whol
 from bco_lightning.checkpoints.manifest import verify_checkpoint, write_manifest
 from bco_lightning.checkpoints.tensors import read_tensors, shapes_of, write_tensors
 from bco_lightning.errors import CheckpointError
-from bco_lightning.parallel.collectives import Processes, by_all, gather_over_ranks
+from bco_lightning.parallel.collectives import Processes, by_all
 from bco_lightning.parallel.sharding import is_cut
 
 VALUES_FILE = "values.json"
@@ -96,29 +96,21 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
     own = tensors if first else {name: value for name, value in tensors.items() if is_cut(value)}
     try:
         with ExitStack() as writing:
-            made = by_all(lambda: _made(target, writing) if first else None, writers)
-            folder: Any = gather_over_ranks(made, writers)[0]
-            files = by_all(lambda: write_tensors(own, folder), writers)
-            all_files = {name: facts for part in gather_over_ranks(files, writers) for name, facts in part.items()}
-            by_all(lambda: _finish(folder, checkpoint, values, all_files, writing) if first else None, writers)
+            folder = by_all(lambda: writing.enter_context(written_whole(target)) if first else None, writers)[0]
+            parts = by_all(lambda: write_tensors(own, folder), writers)  # which makes the folder, too
+            by_all(lambda: _finish(folder, checkpoint, values, parts) if first else None, writers)
+            by_all(writing.close, writers)
     except OSError as error:
         raise _in_words(target, error) from error
 
 
-def _made(target: Path, writing: ExitStack) -> Path:
-    folder = writing.enter_context(written_whole(target))
-    folder.mkdir()
-    return folder
-
-
-def _finish(
-    folder: Path, checkpoint: Mapping[str, Any], values: bytes, files: dict[str, Any], writing: ExitStack
-) -> None:
+def _finish(folder: Path, checkpoint: Mapping[str, Any], values: bytes, parts: list[dict[str, Any]]) -> None:
     (folder / VALUES_FILE).write_bytes(values)
-    files[VALUES_FILE] = {"bytes": len(values), "sha256": hashlib.sha256(values).hexdigest()}
+    files = {VALUES_FILE: {"bytes": len(values), "sha256": hashlib.sha256(values).hexdigest()}}
+    for part in parts:
+        files |= part
     told = {key: checkpoint[key] for key in _TOLD if key in checkpoint}
     write_manifest(folder, {"step": checkpoint.get("global_step"), **told}, files)
-    writing.close()  # it takes its name
 
 
 def read_checkpoint(path: Path | str, *, moments: bool = True) -> dict[str, Any]:

@@ -6,14 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bco_lightning.errors import UserError
-
-_Made = TypeVar("_Made")
 
 
 def is_in_a_group() -> bool:
@@ -70,16 +68,16 @@ def errors_of_all(errors: Sequence[Exception], trainer: Any) -> list[Exception]:
     return [*errors, *(error for own in gather_over_ranks(told, trainer) for error in own)]
 
 
-def by_all(act: Callable[[], _Made], trainer: Any) -> _Made:
-    """What ``act`` gives in this process; where it fails in one process, it fails in all of them, with that error."""
-    made, errors = [], list[Exception]()
+def by_all(act: Callable[[], Any], trainer: Any) -> list[Any]:
+    """What ``act`` gives in each process; where it fails in one of them, it fails in all, with that error."""
+    made, errors = None, list[Exception]()
     try:
-        made.append(act())
+        made = act()
     except Exception as error:
         errors.append(error)
     for told in errors_of_all(errors, trainer):
         raise told
-    return made[0]
+    return gather_over_ranks(made, trainer)
 
 
 def made_once_per_node(make: Callable[[], Any], trainer: Any) -> list[Any]:
