@@ -200,10 +200,11 @@ class BCOModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What belongs to the method; one that the trainer was given, or a subclass of it, stands in place of ours."""
+        given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         kinds: list[type[Callback]] = [FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate]
         if self.options.importance_weights != "off":
             kinds.append(ImportanceMonitor)
-        return [kind() for kind in kinds if not any(isinstance(given, kind) for given in self.trainer.callbacks)]
+        return [kind() for kind in kinds if not any(isinstance(each, kind) for each in given)]
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""

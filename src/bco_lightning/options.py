@@ -145,7 +145,8 @@ def _from_plain(value: Any, members: tuple[Any, ...]) -> Any:
     if isinstance(value, Mapping):
         kinds = [each for each in members if isinstance(each, type) and issubclass(each, Options)]
         return kinds[0](**value) if kinds else value
-    return tuple(value) if isinstance(value, list) and tuple in map(get_origin, members) else value
+    takes_tuple = any(get_origin(each) is tuple for each in members)
+    return tuple(value) if takes_tuple and isinstance(value, list) else value
 
 
 def _to_plain(value: Any) -> Any:

@@ -113,7 +113,7 @@ def _findings(trainer: Trainer, module: BCOModule) -> list[str]:
 
 
 def _places(trainer: Any, row_ids: list[int]) -> str:
-    data = getattr(trainer, "datamodule", None)
+    data: Any = getattr(trainer, "datamodule", None)
     known = isinstance(data, FeedbackDataModule)
     shown = [f"{row} ({data.training.place_of(row)})" if known else str(row) for row in row_ids[:_SHOWN]]
     return ", ".join(shown) + (f" and {len(row_ids) - _SHOWN} more" if len(row_ids) > _SHOWN else "")

@@ -88,13 +88,14 @@ class ImplicitRewardMonitor(StepCallback):
         self._warn(values, module.beta)
 
     def _warn(self, values: dict[str, float], beta: float) -> None:
+        """Of each kind of problem once."""
+        problems = {}
         for name, thumb in (("chosen", "thumbs-up"), ("rejected", "thumbs-down")):
             reward = values[f"train/rewards/{name}"]
             if abs(reward) > _EXPLODED:
-                self._warn_once(
-                    f"{name} exploded",
+                problems[f"{name} exploded"] = (
                     f"the mean implicit reward of {thumb} rows is {reward:.1f}: the policy is {abs(reward) / beta:.0f} "
-                    "nats per answer away from the reference. Lower model.learning_rate or train for fewer steps.",
+                    "nats per answer away from the reference. Lower model.learning_rate or train for fewer steps."
                 )
         chosen, rejected = values["train/accuracy/chosen"], values["train/accuracy/rejected"]
         moved = max(abs(values["train/rewards/chosen"]), abs(values["train/rewards/rejected"])) > _MOVED
@@ -102,16 +103,13 @@ class ImplicitRewardMonitor(StepCallback):
         self._collapsed = self._collapsed + 1 if lopsided else 0
         if self._collapsed >= _PATIENCE:
             same = "up" if chosen > rejected else "down"
-            self._warn_once(
-                "collapsed",
+            problems["collapsed"] = (
                 f"the classifier says thumbs-{same} to nearly every row, {_PATIENCE} intervals in a row: one class has "
-                "collapsed. Check the labels, and see model.class_weights and data.balanced_sampling.",
+                "collapsed. Check the labels, and see model.class_weights and data.balanced_sampling."
             )
-
-    def _warn_once(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
+        for kind in [kind for kind in problems if kind not in self._warned]:
             self._warned.add(kind)
-            rank_zero_warn(text)
+            rank_zero_warn(problems[kind])
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -128,9 +128,11 @@ class RunCheckpoint(Checkpoint, StepCallback):
             self._save(trainer)
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
         # Before Lightning puts back the handlers that it found: these here would put back Lightning's own.
         self._signals.remove()
+
+    on_exception = on_train_end
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -144,20 +146,19 @@ class RunCheckpoint(Checkpoint, StepCallback):
     ) -> None:
         if not self._signals.installed or trainer.sanity_checking or batch_idx >= self._validation_batches:
             return
-        asked = int(max_over_ranks(torch.tensor(self._signals.received), trainer))
-        if asked:
+        if asked := int(max_over_ranks(torch.tensor(self._signals.received), trainer)):
             self._save(trainer)
             self._leave(trainer, signal.Signals(asked))
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        epochs = trainer.fit_loop.epoch_loop
         if self._progress and (trainer.validating or self._ended):
             # Saved as of the step boundary before, so that a resumed run validates again from the first row on.
             checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self._progress}
             checkpoint["validation_due"] = bool(trainer.validating)
         elif trainer.training:
-            checkpoint["validation_due"] = bool(epochs._should_check_val_fx(trainer.fit_loop._data_fetcher))  # type: ignore[arg-type]
+            loop: Any = trainer.fit_loop
+            checkpoint["validation_due"] = bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -187,10 +188,6 @@ class RunCheckpoint(Checkpoint, StepCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._random_states = state_dict["random_states"]
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._signals.remove()
 
     def _set_later_steps_aside(self, step: int) -> None:
         """What another run, or this one on another way, saved at later steps must not be taken for the newest."""

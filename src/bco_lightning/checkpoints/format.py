@@ -147,13 +147,11 @@ def _read(folder: Path, weights: Mapping[str, Tensor] | None, moments: bool) -> 
         values = json.loads((folder / VALUES_FILE).read_bytes())
         if not moments:
             values.pop("optimizer_states", None)
-        checkpoint = _put_together(values, room_for)
+        checkpoint = dict(_put_together(values, room_for))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             str(folder / VALUES_FILE), "expected plain values and names of tensors, found something else."
         ) from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(str(folder), f"expected a checkpoint, found a {type(checkpoint).__name__}.")
     read_tensors(folder, tensors)
     return checkpoint
 
