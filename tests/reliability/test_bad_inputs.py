@@ -27,9 +27,10 @@ from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.counts import Counted
 from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK
 from bco_lightning.data.options import Columns, Rating, Source
-from bco_lightning.data.rows import RowFormat, RowMaker, rated_rows
+from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
 from tests.reliability.tiny_run import byte_tokenizer
+from tests.unit.made_rows import rows_of
 
 # Stands in every text of every log here, and in no message: it is no identifier, and longer than what labels are.
 SAID = "kestrel-over-bremen"
@@ -1003,7 +1004,7 @@ MALFORMED = {
 @table(MALFORMED)
 def test_a_malformed_row_is_named_with_its_place_and_costs_no_other(case: Case) -> None:
     write(case.files)
-    outcomes = list(rated_rows(case.source, RowMaker(RowFormat(**case.options))))
+    outcomes = list(rows_of(case.source, RowMaker(RowFormat(**case.options))))
     [error] = [outcome for outcome in outcomes if not isinstance(outcome, FeedbackRow)]
     assert isinstance(error, FeedbackRowError)
     says(error, case.where, case.problem)

@@ -16,12 +16,12 @@ import pytest
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
-from bco_lightning.data.records import read_records
 from bco_lightning.data.records.parquet import batch_rows
 from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
+from tests.unit.made_rows import records_of
 
 MIB = 2**20
 GOOD = b'{"prompt": "q", "completion": "a", "label": true}\n'
@@ -89,7 +89,7 @@ def test_a_malformed_line_is_refused_quickly_and_in_little_memory(trials: Trials
 
 def test_one_long_text_that_is_stored_once_does_not_fill_the_memory(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["q"], "completion": ["a"], "label": [True]}), tmp_path / "warm.parquet")
-    list(read_records(str(tmp_path / "warm.parquet"), None))
+    list(records_of(str(tmp_path / "warm.parquet"), {}))
     texts = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array(["x" * 20_000_000]))
     table, log = pa.table({"prompt": texts, "label": [True] * 256}), tmp_path / "log.parquet"
     pq.write_table(table, log, compression="zstd", store_schema=False, write_statistics=False)
@@ -97,7 +97,7 @@ def test_one_long_text_that_is_stored_once_does_not_fill_the_memory(tmp_path: Pa
     pa.default_memory_pool().release_unused()
     assert log.stat().st_size < 4096
     with within(seconds=10.0, megabytes=200):
-        found = [str(error) for _, error in read_records(str(log), None) if isinstance(error, FeedbackRowError)]
+        found = [str(error) for _, error in records_of(str(log), {}) if isinstance(error, FeedbackRowError)]
     assert found == [f"{log}:{row}: expected a row of at most 4 MiB, found a longer one." for row in range(1, 257)]
 
 

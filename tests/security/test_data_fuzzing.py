@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.records import parse_line
+from bco_lightning.data.records.strict_json import parse_line
 from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.errors import FeedbackRowError
 from tests.trials import Trials
@@ -29,7 +29,11 @@ def row_of(line: bytes) -> FeedbackRow | None:
     record = parse_line(line, "log.jsonl:1")
     if record is None:
         return None
-    [row] = RowMaker(RowFormat("unpaired")).rows(record, "log.jsonl:1")
+    [row] = (
+        [record]
+        if isinstance(record, FeedbackRowError)
+        else RowMaker(RowFormat("unpaired")).rows(record, "log.jsonl:1")
+    )
     if isinstance(row, FeedbackRowError):
         raise row
     assert isinstance(row, FeedbackRow)

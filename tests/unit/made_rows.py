@@ -1,10 +1,13 @@
-"""What becomes of single records, for tests."""
+"""What becomes of records, for tests."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.files import expand
+from bco_lightning.data.records import record_file, thumb_in
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.errors import FeedbackRowError
 
@@ -27,3 +30,17 @@ def row_of(record: Any, options: RowFormat | None = None, labelled: bool = True)
         raise row
     assert isinstance(row, FeedbackRow), row
     return row
+
+
+def records_of(source: str, cells: Mapping[str, Callable[[str], Any]] | None = None) -> Iterator[tuple[str, Any]]:
+    """All records of a source, or what is wrong with them, with file and line; of a CSV, labels are thumbs."""
+    for path in expand(source):
+        file = record_file(path, {"label": thumb_in} if cells is None else cells)
+        for place, record in file:
+            yield f"{file.name}:{place.line}", record
+
+
+def rows_of(source: str, maker: RowMaker) -> Iterator[RatedRow]:
+    """What becomes of all records of a source."""
+    for place, record in maker.learn(records_of(source, maker.cells)):
+        yield from [record] if isinstance(record, FeedbackRowError) else maker.rows(record, place)

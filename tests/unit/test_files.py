@@ -18,9 +18,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from bco_lightning.data.files import content_key, expand, open_file, open_unpacked, size_of, suffix_of
-from bco_lightning.data.records import RecordStore, read_records, seekable_files
+from bco_lightning.data.records import RecordStore, seekable_files
 from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
+from tests.unit.made_rows import records_of
 
 SECRET = "c0ffee"
 # What `zstd --check` makes of {"a": 1}; pyarrow writes no checksum.
@@ -162,7 +163,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, memory: Any, source: str, mess
     write(tmp_path / "logs/notes.txt")
     write(tmp_path / "logs/a.parquet.gz")
     with pytest.raises(FeedbackRowError, match=message):
-        list(read_records(source, "label"))
+        list(records_of(source))
 
 
 def test_a_missing_packaged_file_is_a_config_error() -> None:
@@ -257,9 +258,9 @@ def test_a_packed_file_with_a_changed_byte_is_refused(tmp_path: Path, suffix: st
     assert b"1}" in packed  # stored as it is, so that only the checksum can tell
     good = write(tmp_path / f"good.jsonl{suffix}", packed)
     bad = write(tmp_path / f"bad.jsonl{suffix}", packed.replace(b"1}", b"2}"))
-    assert [record for _, record in read_records(good, None)] == [{"a": 1}]
+    assert [record for _, record in records_of(good, {})] == [{"a": 1}]
     with pytest.raises(FeedbackRowError, match=r"bad\.jsonl.*found damaged bytes"):
-        list(read_records(bad, None))
+        list(records_of(bad, {}))
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
@@ -317,7 +318,7 @@ def test_remote_globs_and_files_are_read(memory: Any) -> None:
     memory.pipe(
         {"/logs/b.jsonl.gz": gzip.compress(b'{"a": 2}\n'), "/logs/a.jsonl": b'{"a": 1}\n', "/logs/c/d.csv": b""}
     )
-    assert list(read_records("memory://logs/*.jsonl*", None)) == [
+    assert list(records_of("memory://logs/*.jsonl*", {})) == [
         ("memory://logs/a.jsonl:1", {"a": 1}),
         ("memory://logs/b.jsonl.gz:1", {"a": 2}),
     ]
@@ -326,7 +327,7 @@ def test_remote_globs_and_files_are_read(memory: Any) -> None:
 
 def test_a_remote_file_that_is_cut_off_is_named_with_its_line(memory: Any) -> None:
     memory.pipe("/a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-8])
-    rows = read_records("memory://a.jsonl.gz", None)
+    rows = records_of("memory://a.jsonl.gz", {})
     assert [next(rows)[1] for _ in range(9)] == [{"a": 1}] * 9
     with pytest.raises(FeedbackRowError, match=r"^memory://a\.jsonl\.gz:10: .*cut off"):
         next(rows)
@@ -345,7 +346,7 @@ def test_a_glob_keeps_the_account_of_an_azure_url(monkeypatch: pytest.MonkeyPatc
 def test_http_text_is_read_in_one_request_whatever_its_length(tmp_path: Path, served: str) -> None:
     lines = [b'{"a": %d, "text": "%s"}\n' % (number, b"x" * 1000) for number in range(7000)]
     write(tmp_path / "a.jsonl", b"".join(lines))  # longer than the blocks that fsspec asks for
-    rows = list(read_records(f"{served}/a.jsonl?signature={SECRET}", None))
+    rows = list(records_of(f"{served}/a.jsonl?signature={SECRET}", {}))
     assert [record["a"] for _, record in rows] == list(range(7000))
     assert rows[-1][0] == f"{served}/a.jsonl:7000"
     assert Handler.requests == [f"/a.jsonl?signature={SECRET}"]
@@ -354,7 +355,7 @@ def test_http_text_is_read_in_one_request_whatever_its_length(tmp_path: Path, se
 @pytest.mark.parametrize("served", [RangeHandler], indirect=True)
 def test_parquet_is_read_over_http_with_byte_ranges(tmp_path: Path, served: str) -> None:
     Dataset.from_list([{"a": number} for number in range(1000)]).to_parquet(tmp_path / "a.parquet")
-    assert [record["a"] for _, record in read_records(f"{served}/a.parquet", None)] == list(range(1000))
+    assert [record["a"] for _, record in records_of(f"{served}/a.parquet", {})] == list(range(1000))
 
 
 @pytest.mark.parametrize("served", [RangeHandler], indirect=True)
@@ -389,7 +390,7 @@ def test_http_errors_name_the_file_and_not_what_grants_access(
     write(tmp_path / "broken.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100_000))
     url = served.replace("://", f"://me:{SECRET}@")
     with pytest.raises(FeedbackRowError, match=message) as caught:
-        list(read_records(f"{url}/{name}?signature={SECRET}", None))
+        list(records_of(f"{url}/{name}?signature={SECRET}", {}))
     assert caught.value.where.startswith(f"{served}/{name}")
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -398,7 +399,7 @@ def test_http_errors_name_the_file_and_not_what_grants_access(
 
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(FeedbackRowError, match=r"http://127\.0\.0\.1:9/a\.jsonl: .*Check address, connection"):
-        list(read_records("http://127.0.0.1:9/a.jsonl", None))
+        list(records_of("http://127.0.0.1:9/a.jsonl", {}))
 
 
 @pytest.mark.parametrize(

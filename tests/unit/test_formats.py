@@ -13,10 +13,9 @@ import pytest
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
 from bco_lightning.data.options import Columns, Rating, chosen_rating
-from bco_lightning.data.records import read_records
-from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker, rated_rows
+from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError
-from tests.unit.made_rows import made, row_of
+from tests.unit.made_rows import made, records_of, row_of, rows_of
 
 LOGS = Path(__file__).parent.parent / "data" / "feedback_logs"
 NOT_TOUCHED = {"witty": 5.0, "interesting": 5.0, "upbeat": 5.0}
@@ -24,12 +23,12 @@ CHITCHAT = RowFormat(rating=Rating("interesting", up=8, down=4, untouched=NOT_TO
 
 
 def records(file: str) -> list[tuple[str, Any]]:
-    return list(read_records(str(LOGS / file), "label"))
+    return list(records_of(str(LOGS / file)))
 
 
 def parsed(file: str, options: RowFormat | None = None, labelled: bool = True) -> list[RatedRow]:
     """What becomes of each row of a file."""
-    return list(rated_rows(str(LOGS / file), RowMaker(options or RowFormat(), labelled)))
+    return list(rows_of(str(LOGS / file), RowMaker(options or RowFormat(), labelled)))
 
 
 def rows(file: str, options: RowFormat | None = None) -> list[FeedbackRow]:
@@ -497,7 +496,7 @@ def test_a_conversation_that_is_too_long_is_left_out() -> None:
 
 @pytest.mark.skipif(find_spec("chitchat_dataset") is None, reason="chitchat-dataset 0.9.0 is not installed")
 def test_the_real_ratings_are_counted_one_by_one() -> None:
-    rows_made = rated_rows("package:chitchat_dataset/dataset.json", RowMaker(CHITCHAT))
+    rows_made = rows_of("package:chitchat_dataset/dataset.json", RowMaker(CHITCHAT))
     outcomes = Counter(row.reason if isinstance(row, LeftOut) else type(row).__name__ for row in rows_made)
     assert outcomes["no feedback"] == 7168 - 5988
     assert outcomes["rating left at its default"] == 2920

@@ -18,7 +18,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from bco_lightning.data.records import read_records
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import FittedRatio, fit_density_ratio
 from bco_lightning.models.layout import set_layout
@@ -26,6 +25,7 @@ from bco_lightning.models.load import load_language_model
 from bco_lightning.options import PromptFeatures
 from bco_lightning.places import resolve_packaged
 from tests.conftest import REAL_MODEL
+from tests.unit.made_rows import records_of
 from tests.unit.test_importance import MINILM
 
 Array = np.ndarray[Any, Any]
@@ -47,7 +47,7 @@ DEMO_AND_TALKS = np.r_[:NUM_OF_DEMO, -NUM_OF_DEMO:0]
 @pytest.fixture(scope="module")
 def prompts() -> list[str]:
     """200 of the demo, 400 turns of talks about food, 400 about anything else; all distinct, those of talks short."""
-    demo = (record["prompt"] for _, record in read_records("package:bco_lightning/demo/train.jsonl", None))
+    demo = (record["prompt"] for _, record in records_of("package:bco_lightning/demo/train.jsonl", {}))
     talks = json.loads(Path(resolve_packaged("package:chitchat_dataset/dataset.json")).read_text(encoding="utf-8"))
     turns = {message["text"].strip() for talk in talks.values() for message in chain.from_iterable(talk["messages"])}
     random = np.random.default_rng(0)

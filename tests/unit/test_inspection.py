@@ -271,8 +271,8 @@ def test_texts_of_rows_are_their_prompts_and_decoded_completions() -> None:
     ]
 
 
-def test_tool_calls_and_parts_of_a_message_are_read_too() -> None:
-    stored = '[{"content": [{"type": "text", "text": "see"}]}, {"content": null, "tool_calls": [{"name": "f"}]}]'
+def test_tool_calls_of_a_message_are_read_too() -> None:
+    stored = '[{"content": "see"}, {"content": "", "tool_calls": [{"name": "f"}]}]'
     assert said_in(stored) == 'see\n[{"name": "f"}]'
 
 

@@ -22,18 +22,19 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from bco_lightning.data.records import (
-    MAX_LINE_BYTES,
     Place,
     RecordStore,
     SeekableFile,
     json_document,
     json_lines,
+    number_in,
     parquet,
-    read_records,
     seekable_files,
     tables,
 )
+from bco_lightning.data.records.strict_json import MAX_LINE_BYTES
 from bco_lightning.errors import FeedbackRowError
+from tests.unit.made_rows import records_of
 
 ROWS = [
     {"prompt": "Grüß Gott?", "completion": "Servus, 👋.", "label": True},
@@ -42,9 +43,9 @@ ROWS = [
 TABLE = pa.Table.from_pylist([{"prompt": f"question {number}", "label": number % 2} for number in range(2000)])
 
 
-def records(source: Path | str, **options: Any) -> list[dict[str, Any]]:
+def records(source: Path | str, **cells: Any) -> list[dict[str, Any]]:
     found = []
-    for _, record in read_records(str(source), "label", **options):
+    for _, record in records_of(str(source), cells or None):
         if isinstance(record, FeedbackRowError):
             raise record
         found.append(dict(record))
@@ -52,7 +53,7 @@ def records(source: Path | str, **options: Any) -> list[dict[str, Any]]:
 
 
 def places(source: Path | str) -> list[str]:
-    return [place for place, _ in read_records(str(source), "label")]
+    return [place for place, _ in records_of(str(source))]
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -136,7 +137,7 @@ def test_cells_are_numbers_where_that_is_asked_and_they_look_like_it(tmp_path: P
     ]
     path = write(tmp_path / "a.csv", ("rating,other\n" + "".join(f"{cell},1\n" for cell in cells)).encode())
     numbers = [4, 3.5, -1, 2, 0.5, 4, 10.0, 4]
-    found = records(path, numeric=["rating", "missing"])
+    found = records(path, rating=number_in, missing=number_in)
     assert [record["rating"] for record in found] == numbers + cells[len(numbers) :]
     assert [type(record["rating"]) for record in found[:3]] == [int, float, int]
     assert {record["other"] for record in found} == {"1"}
@@ -146,7 +147,7 @@ def test_only_the_label_of_a_csv_is_read_as_a_thumb(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b"label,prompt\n1,1\n0,0\nTrue,True\nFALSE,x\nup,-1\n")
     assert [record["label"] for record in records(path)] == [1, 0, True, False, "up"]
     assert [record["prompt"] for record in records(path)] == ["1", "0", "True", "x", "-1"]
-    assert [dict(record)["label"] for _, record in read_records(str(path), None)] == ["1", "0", "True", "FALSE", "up"]
+    assert [dict(record)["label"] for _, record in records_of(str(path), {})] == ["1", "0", "True", "FALSE", "up"]
 
 
 def test_an_object_of_objects_is_records_with_their_key_as_id(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_malformed_record_of_a_json_document_leaves_the_others(tmp_path: Path)
     path = write(
         tmp_path / "a.json", b'[{"a": 1}, {"a": NaN}, 3, {"a": 1, "a": 2}, {"a": 1e999}, {"a": "\\ud800"}, {}]'
     )
-    found = [record for _, record in read_records(str(path), None)]
+    found = [record for _, record in records_of(str(path), {})]
     assert (found[0], found[-1]) == ({"a": 1}, {})
     for number, (error, reason) in enumerate(
         zip(found[1:-1], ["NaN", "JSON object, found 3.", "each key once", "finite", "surrogate"], strict=True), 2
@@ -209,7 +210,7 @@ def test_a_value_that_python_cannot_hold_is_one_malformed_row(tmp_path: Path) ->
     bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"\xff", b"c"]).buffers())
     for name, column in (("time", far), ("text", bad)):
         pq.write_table(pa.table({"x": column}), tmp_path / f"{name}.parquet")
-        first, (place, error), last = read_records(f"{tmp_path}/{name}.parquet", None)
+        first, (place, error), last = records_of(f"{tmp_path}/{name}.parquet", {})
         assert not isinstance(first[1], FeedbackRowError)
         assert not isinstance(last[1], FeedbackRowError)
         assert isinstance(error, FeedbackRowError)
@@ -218,7 +219,7 @@ def test_a_value_that_python_cannot_hold_is_one_malformed_row(tmp_path: Path) ->
 
 def test_a_row_of_a_table_over_the_limit_is_one_malformed_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": ["a", "b" * (MAX_LINE_BYTES + 1), "c"]}), tmp_path / "a.parquet")
-    (_, first), (_, error), (_, last) = read_records(f"{tmp_path}/a.parquet", None)
+    (_, first), (_, error), (_, last) = records_of(f"{tmp_path}/a.parquet", {})
     assert (first, last) == ({"x": "a"}, {"x": "c"})
     assert isinstance(error, FeedbackRowError)
     assert error.where == f"{tmp_path}/a.parquet:2"
@@ -231,7 +232,7 @@ def test_a_table_damaged_in_the_middle_names_the_row_reached(tmp_path: Path) -> 
         damaged[position] ^= 0xA5
     found: list[Any] = []
     with pytest.raises(FeedbackRowError, match=r"a\.parquet:\d+: expected a Parquet file") as caught:
-        found.extend(record for _, record in read_records(str(write(tmp_path / "a.parquet", bytes(damaged))), None))
+        found.extend(record for _, record in records_of(str(write(tmp_path / "a.parquet", bytes(damaged))), {}))
     assert len(found) >= 500
     assert found == TABLE.slice(0, len(found)).to_pylist()
     assert caught.value.where == f"{tmp_path}/a.parquet:{len(found) + 1}"
@@ -301,14 +302,14 @@ def test_a_large_row_group_is_read_in_little_memory(tmp_path: Path) -> None:
     del table, text
     pa.default_memory_pool().release_unused()
     before = pa.total_allocated_bytes()
-    peak = max(pa.total_allocated_bytes() - before for _ in read_records(f"{tmp_path}/a.parquet", None))
+    peak = max(pa.total_allocated_bytes() - before for _ in records_of(f"{tmp_path}/a.parquet", {}))
     assert peak < 16 * 2**20 < (tmp_path / "a.parquet").stat().st_size / 4
 
 
 def test_a_long_packed_log_is_read_in_little_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"a": "%s"}\n' % (b"x" * 1000) * 20_000, 1))
     tracemalloc.start()
-    count = sum(1 for _ in read_records(str(path), None))
+    count = sum(1 for _ in records_of(str(path), {}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (count, peak < 8 * 2**20) == (20_000, True)

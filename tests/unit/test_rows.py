@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS
 from bco_lightning.data.options import Columns, Rating
-from bco_lightning.data.records import read_records
-from bco_lightning.data.rows import RowFormat, RowMaker, rated_rows
+from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.data.values import value_at
 from bco_lightning.errors import FeedbackRowError
 from tests.conftest import write_jsonl
-from tests.unit.made_rows import made, row_of
+from tests.unit.made_rows import made, records_of, row_of, rows_of
 
 LOGS = Path(__file__).parent.parent / "data" / "feedback_logs"
 GOOD = {"prompt": "Hello?", "completion": "Hi.", "label": True}
@@ -34,7 +33,7 @@ def test_texts_become_messages_with_a_thumb() -> None:
 
 def test_the_vocabulary_is_that_of_the_whole_source(tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "a.jsonl", [{**GOOD, "label": label} for label in (1, "up", -1)])
-    first, second, third = rated_rows(log, RowMaker(RowFormat()))
+    first, second, third = rows_of(log, RowMaker(RowFormat()))
     assert isinstance(first, FeedbackRow)
     assert isinstance(third, FeedbackRow)
     assert (first.thumbs_up, third.thumbs_up) == (True, False)
@@ -46,7 +45,7 @@ def test_the_first_record_with_marks_of_a_format_decides_for_all(tmp_path: Path)
     unclear, row = {"question": "a"}, {"messages": "x"}
     log = write_jsonl(tmp_path / "a.jsonl", [unclear, PAIR, row])
     maker = RowMaker(RowFormat())
-    malformed, better, worse, other = rated_rows(log, maker)
+    malformed, better, worse, other = rows_of(log, maker)
     assert maker.format == "paired"
     assert [row.thumbs_up for row in (better, worse) if isinstance(row, FeedbackRow)] == [True, False]
     assert "expected a column 'chosen', found 'question'" in str(malformed)
@@ -202,7 +201,7 @@ def with_value(value: Any, way: tuple[Any, ...], new: Any) -> Any:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_value_of_a_real_record_can_break_its_format(name: str) -> None:
-    for _, given_record in read_records(str(LOGS / FILES[name]), "label"):
+    for _, given_record in records_of(str(LOGS / FILES[name])):
         for number, way in enumerate(places_in(given_record)[1:]):
             for odd in ODD[number % 3 :: 3]:
                 check(name, with_value(given_record, way, odd))

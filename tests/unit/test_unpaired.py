@@ -11,10 +11,9 @@ from datasets import Dataset
 
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.options import Columns, Rating
-from bco_lightning.data.records import read_records
 from bco_lightning.data.rows import RowFormat
 from bco_lightning.errors import FeedbackRowError
-from tests.unit.made_rows import row_of
+from tests.unit.made_rows import records_of, row_of
 
 CALL = {
     "id": "c1",
@@ -104,7 +103,7 @@ def test_a_conversation_can_be_json_text_as_in_a_csv(tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     messages = json.dumps([turn("user", "a"), turn("assistant", "b")]).replace('"', '""')
     log.write_text(f'messages,label\n"{messages}",1\n')
-    [(_, record)] = read_records(str(log), "label")
+    [(_, record)] = records_of(str(log))
     assert row_of(record).completion == [{"role": "assistant", "content": "b"}]
 
 
@@ -113,7 +112,7 @@ def test_keys_that_a_parquet_file_fills_up_are_gone(tmp_path: Path) -> None:
     Dataset.from_list([{"messages": [*messages, turn("assistant", "b")], "label": True, "tools": TOOLS}]).to_parquet(
         tmp_path / "log.parquet"
     )
-    [(_, record)] = read_records(str(tmp_path / "log.parquet"), "label")
+    [(_, record)] = records_of(str(tmp_path / "log.parquet"))
     row = row_of(record)
     assert row.prompt == [turn("user", "a")]
     call = {**CALL, "function": {"name": "weather", "arguments": {"city": "Bremen", "unit": None}}}

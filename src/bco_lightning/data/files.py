@@ -12,9 +12,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from bco_lightning.data.remote import HTTP, RemoteFile, errors_named, file_system, is_remote, protocol_of, public_name
+from bco_lightning.data.remote import HTTP, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.identity import digest_of_file
 from bco_lightning.places import resolve_packaged
@@ -29,30 +29,20 @@ _CONTENT_MARKS = ("ETag", "etag", "Content-MD5", "md5Hash", "content_md5", "blob
 
 
 def expand(source: str) -> list[str]:
-    """Finds the files that a source stands for.
+    """The files that a source stands for, sorted; each ends in a known suffix, or is a folder or a hub data set.
 
     Args:
         source: A file, a glob such as ``logs/**/*.jsonl.gz``, a URL of fsspec (with a glob, except for HTTP),
             ``package:NAME/path``, a folder written by ``save_to_disk`` (with ``@SPLIT`` if it has several), or
             ``hub:OWNER/NAME@SPLIT``, which stays as it is.
 
-    Returns:
-        Its files, sorted; each ends in one of the known suffixes, or is such a folder or hub data set.
-
-    Raises:
-        FeedbackRowError: If there is none, one has an unknown suffix or no name in Unicode, or the URL cannot be used.
-        ConfigError: If a packaged file does not exist, or the text is YAML of a source and no name.
-
     Example:
         >>> [Path(file).name for file in expand("package:bco_lightning/demo/train.jsonl")]
         ['train.jsonl']
     """
     if source.strip()[:1] in ("{", "[") and source.strip()[-1:] in ("}", "]"):
-        raise ConfigError(
-            "data files",
-            "expected a file name, found text that looks like YAML.",
-            "Put sources in a list, for instance [{path: log.jsonl, weight: 2}].",
-        )
+        remedy = "Put sources in a list, for instance [{path: log.jsonl, weight: 2}]."
+        raise ConfigError("data files", "expected a file name, found text that looks like YAML.", remedy)
     if source.startswith(HUB):
         if not source.removeprefix(HUB).partition("@")[0]:
             raise FeedbackRowError(source, "expected a data set as hub:OWNER/NAME@SPLIT, found no name.")
@@ -99,11 +89,7 @@ def files_of(path: str) -> list[Path]:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file as it lies there, packed or not, or of all files of a folder; 0 where a server does not say.
-
-    Raises:
-        FeedbackRowError: If it cannot be reached.
-    """
+    """Bytes of a file as it lies there, packed or not, or of all files of a folder; 0 where a server does not say."""
     with errors_named(path):
         if is_remote(path):
             return int(_info(path).get("size") or 0)
@@ -113,12 +99,8 @@ def size_of(path: str) -> int:
 def content_key(path: str) -> str:
     """A key that changes with the content of a file or of an Arrow folder.
 
-    Returns:
-        ``sha256:`` and a digest of the bytes of local files; for remote ones ``fsspec:`` and a digest of what their
-        server says about the content; an empty text where that is nothing, as for hub data sets.
-
-    Raises:
-        FeedbackRowError: If it cannot be reached.
+    It is a digest of the bytes of local files, and for remote ones of what their server says about the content; an
+    empty text where that is nothing, as for hub data sets.
     """
     if path.startswith(HUB):
         return ""
@@ -127,38 +109,24 @@ def content_key(path: str) -> str:
             info = _info(path)
             marks = {name: str(info[name]) for name in _CONTENT_MARKS if info.get(name)}
             return f"fsspec:{_digest_of([info.get('size'), marks])}" if marks else ""
-        folder = arrow_folder(path)
-        digests = {
-            str(file.relative_to(folder[0] if folder else file)): digest_of_file(file) for file in files_of(path)
-        }
-        return f"sha256:{_digest_of([folder[1], digests]) if folder else digests['.']}"
+        folder, files = arrow_folder(path), files_of(path)
+        if folder is None:
+            return f"sha256:{digest_of_file(files[0])}"
+        digests = {str(file.relative_to(folder[0])): digest_of_file(file) for file in files}
+        return f"sha256:{_digest_of([folder[1], digests])}"
 
 
 def open_file(path: str) -> io.BufferedReader:
-    """Opens a file for reading its bytes as they are.
-
-    Args:
-        path: One that :func:`expand` gave, other than a folder or hub data set.
-
-    Returns:
-        A file; it can seek, except for text over HTTP, which is read as it comes.
-
-    Raises:
-        FeedbackRowError: If it cannot be opened. Reads raise one if the connection breaks.
-    """
+    """Opens a file for reading its bytes as they are; it can seek, except for text over HTTP, read as it comes."""
     if is_remote(path):
-        return io.BufferedReader(RemoteFile(path, whole=suffix_of(path) not in TABLES), _BLOCK)
+        return io.BufferedReader(_RemoteFile(path), _BLOCK)
     with errors_named(path):
         return io.BufferedReader(Path(path).open("rb", buffering=0), _BLOCK)
 
 
 @contextmanager
 def open_unpacked(path: str) -> Iterator[BinaryIO]:
-    """Opens a file for reading its content from the front to the end, unpacked if its name ends in ``.gz`` or ``.zst``.
-
-    Raises:
-        FeedbackRowError: If it cannot be opened or read, or is truncated or damaged.
-    """
+    """Opens a file for reading its content from the front to the end, unpacked if its name says that it is packed."""
     with open_file(path) as file:
         name = public_name(path)
         if is_packed(path) and not file.peek(1):  # which both libraries take for a packed file of no bytes
@@ -171,13 +139,7 @@ def open_unpacked(path: str) -> Iterator[BinaryIO]:
 
 
 def damage(name: str, place: str, error: Exception | None) -> FeedbackRowError:
-    """What is wrong with a file that cannot be read on.
-
-    Args:
-        name: How it may be shown, which tells how it is packed.
-        place: How far it was read.
-        error: What came instead; ``None`` if there is nothing in it.
-    """
+    """The error for a file that was read up to a place; ``error`` came instead, or nothing at all."""
     compression = COMPRESSIONS.get(Path(name).suffix.lower())
     if compression is None or (isinstance(error, OSError) and error.errno):
         return FeedbackRowError(place, f"expected to read on, found {type(error).__name__}.")
@@ -189,6 +151,41 @@ def damage(name: str, place: str, error: Exception | None) -> FeedbackRowError:
         found = "one packed with a window of over 128 MiB (zstd --long)"
     remedy = "Copy or pack it again, or rename it if it is not packed."
     return FeedbackRowError(place, f"expected a whole {compression} file, found {found}.", remedy)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec whose every failure is a FeedbackRowError, as each protocol has errors of its own."""
+
+    def __init__(self, url: str) -> None:
+        # What a block of no bytes means to HTTP only: one request for all, whose answer is read as it comes.
+        options = {"block_size": 0} if protocol_of(url) in HTTP and suffix_of(url) not in TABLES else {}
+        with errors_named(url):
+            system, inside = file_system(url)
+            self._url, self._file = url, cast("BinaryIO", system.open(inside, "rb", **options))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        with errors_named(self._url):
+            return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any, /) -> int:
+        with errors_named(self._url):
+            content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._file.close()
 
 
 def _unpacked(file: io.BufferedReader, suffix: str) -> Any:
@@ -210,9 +207,8 @@ def _expand_local(source: str) -> list[str]:
     if arrow_folder(str(path)) is not None:
         return [str(path)]
     if path.is_dir():
-        raise FeedbackRowError(
-            source, "expected a file, found a folder.", f"Name its files, for instance {path}/*.jsonl."
-        )
+        remedy = f"Name its files, for instance {path}/*.jsonl."
+        raise FeedbackRowError(source, "expected a file, found a folder.", remedy)
     if glob.has_magic(str(path)):
         # Path.glob would also give hidden files, such as the checkpoints of editors.
         found = glob.iglob(str(path), recursive=True)  # noqa: PTH207

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bco_lightning.batch import Message
-from bco_lightning.data.values import shown, texts_in, without_nulls
+from bco_lightning.data.values import add_texts, shown, without_nulls
 from bco_lightning.errors import FeedbackRowError
 
 # Limits of a row, so that a single one cannot stall the start: about 250,000 tokens of English, and some 0.2 seconds of
@@ -23,7 +23,11 @@ _MAY_BE_EMPTY = ("system", "tool")
 
 
 def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Message]:
-    """Reads the messages of a column.
+    """The messages of a column, each with a role out of ``ROLES`` and a text as content.
+
+    Whatever other keys they have, such as ``tool_calls`` and ``reasoning_content``, is there for the chat template.
+    Keys without a value, with which a Parquet file fills up, are gone; parts of a content are joined; the arguments of
+    a tool call are an object where they were the JSON text of one.
 
     Args:
         value: A list of messages in OpenAI's layout (``role``, ``content``) or ShareGPT's (``from``, ``value``); text
@@ -31,15 +35,6 @@ def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Messa
         name: Of the column, for messages.
         place: File and line, for messages.
         role: Who says a text.
-
-    Returns:
-        Messages with a role out of ``system``, ``user``, ``assistant`` and ``tool`` and a text as content, and with
-        whatever other keys they have, such as ``tool_calls`` and ``reasoning_content``, for the chat template. Keys
-        without a value, with which a Parquet file fills up, are gone; parts of a content are joined; the arguments
-        of a tool call are an object where they were the JSON text of one.
-
-    Raises:
-        FeedbackRowError: If the value is no such list, or a message holds no text.
 
     Example:
         >>> messages_in([{"from": "human", "value": "Hi?"}, {"role": "assistant", "content": "Hi!"}], "talk", "log:1")
@@ -52,24 +47,13 @@ def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Messa
         found = f"a value of type {type(value).__name__}" if value else "an empty list"
         found = "nothing (null)" if value is None else found
         raise FeedbackRowError(place, f"{name!r} must be {form}, found {found}.")
-    return [_message(message, f"message {number} of {name!r}", name, place) for number, message in enumerate(value, 1)]
+    return [_message(message, number, name, place) for number, message in enumerate(value, 1)]
 
 
 def at_rated_turn(messages: list[Message], name: str, place: str) -> tuple[list[Message], list[Message], int]:
-    """Takes a conversation apart at its last assistant turn.
+    """Takes the conversation of a column apart: what was before its last assistant turn, the turn, how many are after.
 
     A turn is all that the assistant does between two messages of others: its tool calls, their results and its answer.
-
-    Args:
-        messages: The conversation, oldest message first.
-        name: Of the column, for messages.
-        place: File and line, for messages.
-
-    Returns:
-        What was said before the turn, the turn, and the number of messages after it.
-
-    Raises:
-        FeedbackRowError: If the assistant says nothing.
 
     Example:
         >>> talk = [{"role": role, "content": "..."} for role in ("user", "assistant", "tool", "assistant", "user")]
@@ -88,31 +72,29 @@ def at_rated_turn(messages: list[Message], name: str, place: str) -> tuple[list[
 
 
 def check_size(parts: list[Any], place: str) -> None:
-    """Refuses a row that would stall the start or that is no Unicode text.
-
-    Args:
-        parts: Its messages, and what else of it the chat template reads.
-        place: File and line, for messages.
-
-    Raises:
-        FeedbackRowError: If it is over a limit, nested too deeply, or holds half of a surrogate pair or a NUL.
-    """
+    """Refuses a row, given as all that the chat template reads, that would stall the start or is no Unicode text."""
     if len(parts) > MAX_ROW_MESSAGES:
-        raise FeedbackRowError(
-            place, f"expected at most {MAX_ROW_MESSAGES} messages in a row, found {len(parts)}.", "Shorten the row."
-        )
+        found = f"expected at most {MAX_ROW_MESSAGES} messages in a row, found {len(parts)}."
+        raise FeedbackRowError(place, found, "Shorten the row.")
+    texts: list[str] = []
     try:
-        characters = sum(map(_characters_in, parts))
-    except UnicodeEncodeError as error:
-        raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from error
+        for part in parts:
+            if len(part) == 2 and "role" in part and isinstance(part.get("content"), str):
+                texts.append(part["content"])
+            else:
+                add_texts(part, texts, 1)
+        text = "".join(texts)
+        if not text.isascii():
+            text.encode()
+        if "\x00" in text:
+            raise ValueError("text, found a NUL character")
+    except UnicodeEncodeError:
+        raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from None
     except ValueError as error:
         raise FeedbackRowError(place, f"expected {error}.", "Remove or mend the row.") from error
-    if characters > MAX_ROW_CHARACTERS:
-        raise FeedbackRowError(
-            place,
-            f"expected at most {MAX_ROW_CHARACTERS:,} characters in a row, found {characters:,}.",
-            "Shorten or remove the row.",
-        )
+    if len(text) > MAX_ROW_CHARACTERS:
+        found = f"expected at most {MAX_ROW_CHARACTERS:,} characters in a row, found {len(text):,}."
+        raise FeedbackRowError(place, found, "Shorten or remove the row.")
 
 
 def words_of(messages: Sequence[Message]) -> str:
@@ -135,20 +117,20 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
-def _message(message: Any, where: str, name: str, place: str) -> Message:
+def _message(message: Any, number: int, name: str, place: str) -> Message:
     said, role = message, None
-    if isinstance(message, Mapping):
+    if isinstance(message, dict):
         if "role" not in message and "from" in message:
             message = {"role": message["from"], "content": message.get("value")}
         plain = len(message) == 2 and isinstance(message.get("content"), str)
-        said = message if plain else _with_text(without_nulls(message), where, place)
+        said = message if plain else _with_text(without_nulls(message), f"message {number} of {name!r}", place)
         role = _ROLE_OF.get(role) if isinstance(role := said.get("role"), str) else None
     if role is None or not isinstance(said.get("content"), str):
-        raise FeedbackRowError(place, f"{where} must have a text 'content' and a 'role' out of {', '.join(ROLES)}.")
+        expected = f"must have a text 'content' and a 'role' out of {', '.join(ROLES)}."
+        raise FeedbackRowError(place, f"message {number} of {name!r} {expected}")
     if not said["content"].strip() and role not in _MAY_BE_EMPTY and not said.get("tool_calls"):
-        raise FeedbackRowError(
-            place, f"{name!r} must hold text, found nothing but white space.", "Remove or complete the row."
-        )
+        found = f"{name!r} must hold text, found nothing but white space."
+        raise FeedbackRowError(place, found, "Remove or complete the row.")
     return {**said, "role": role}
 
 
@@ -169,16 +151,16 @@ def _with_text(message: Message, where: str, place: str) -> Message:
 def _text_of(part: Any, where: str, place: str) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = part.get("type") if isinstance(part, dict) else None
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
     found = f"one of type {shown(kind)}" if isinstance(kind, str) else shown(part)
     raise FeedbackRowError(place, f"{where} must have text parts as its content, found {found}.", "Remove the row.")
 
 
-def _function_of(call: Any) -> Mapping[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    return function if isinstance(function, Mapping) else {}
+def _function_of(call: Any) -> Message:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return function if isinstance(function, dict) else {}
 
 
 def _with_object(call: Message) -> Message:
@@ -194,24 +176,8 @@ def _with_object(call: Message) -> Message:
     return {**call, "function": function} if "function" in call else function
 
 
-def _characters_in(part: Any) -> int:
-    """The number of characters in all texts, each of which is looked at; plain messages take the short way."""
-    plain = len(part) == 2 and "role" in part and isinstance(part.get("content"), str)
-    characters = 0
-    for text in (part["content"],) if plain else texts_in(part, 1):
-        characters += len(text)
-        if not text.isascii():
-            text.encode()
-        if "\x00" in text:
-            raise ValueError("text, found a NUL character")
-    return characters
-
-
-def _said(message: Any) -> Iterator[str]:
-    content = message.get("content")
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, list):
-        yield from (str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)
+def _said(message: Message) -> Iterator[str]:
+    if message.get("content"):
+        yield message["content"]
     if message.get("tool_calls"):
         yield json.dumps(message["tool_calls"], ensure_ascii=False)

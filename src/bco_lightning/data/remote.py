@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 from bco_lightning.errors import FeedbackRowError
 
@@ -51,28 +50,18 @@ def public_name(path: str) -> str:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it.
-
-    Raises:
-        FeedbackRowError: If the protocol is not one of those allowed, or its package is not installed.
-    """
+    """The file system of a URL, and the path in it; an error if its protocol is not allowed or lacks its package."""
     from fsspec.core import url_to_fs
 
     protocol = protocol_of(url)
     if protocol not in _PACKAGES or "::" in url:
         found = "a chain of URLs" if "::" in url else f"{protocol}://"
-        raise FeedbackRowError(
-            public_name(url),
-            f"expected a path or a URL of {', '.join(_PACKAGES)}, found {found}.",
-            "Copy the file to one of these.",
-        )
+        expected = f"expected a path or a URL of {', '.join(_PACKAGES)}, found {found}."
+        raise FeedbackRowError(public_name(url), expected, "Copy the file to one of these.")
     package = _PACKAGES[protocol]
     if importlib.util.find_spec(package) is None:
-        raise FeedbackRowError(
-            public_name(url),
-            f"expected the package {package} for {protocol}:// URLs, found it not installed.",
-            f"Install it: pip install {package}",
-        )
+        expected = f"expected the package {package} for {protocol}:// URLs, found it not installed."
+        raise FeedbackRowError(public_name(url), expected, f"Install it: pip install {package}")
     with errors_named(url):
         return cast("tuple[Any, str]", url_to_fs(url))
 
@@ -98,58 +87,8 @@ def errors_named(path: str) -> Iterator[None]:
         raise FeedbackRowError(public_name(path), problem, remedy) from None
 
 
-class RemoteFile(io.RawIOBase):
-    """A file of fsspec whose every failure is a FeedbackRowError, as each protocol has errors of its own.
-
-    Args:
-        path: Its URL.
-        whole: Whether it is read from the front to the end, which saves HTTP a request per block.
-    """
-
-    def __init__(self, path: str, whole: bool) -> None:
-        with errors_named(path):
-            system, inside = file_system(path)
-            # What a block of no bytes means to HTTP only: one request, whose answer is read as it comes.
-            options = {"block_size": 0} if whole and protocol_of(path) in HTTP else {}
-            self._path, self._file = path, cast("BinaryIO", system.open(inside, "rb", **options))
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Whether it can seek."""
-        return self._file.seekable()
-
-    def tell(self) -> int:
-        """Bytes from the front."""
-        return self._file.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Moves to a byte."""
-        with errors_named(self._path):
-            return self._file.seek(offset, whence)
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Reads as many bytes as fit, or fewer at the end."""
-        with errors_named(self._path):
-            content = self._file.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-    def close(self) -> None:
-        """Closes the connection."""
-        if not self.closed:
-            super().close()
-            self._file.close()
-
-
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """The bytes of a file between two places, fewer where a local one ends before; of a remote one in one request.
-
-    Raises:
-        FeedbackRowError: If they cannot be read, or a server gives others than were asked for.
-    """
+    """The bytes of a file between two places, fewer where a local one ends before; of a remote one in one request."""
     if start >= stop:
         return b""
     with errors_named(path):
@@ -179,8 +118,5 @@ def require_ranges(url: str, size: int) -> None:
 
 
 def _no_ranges(path: str, found: str) -> FeedbackRowError:
-    return FeedbackRowError(
-        public_name(path),
-        f"expected a server that gives parts of files with data.streaming, found {found}.",
-        "Download the file, or set data.streaming: false.",
-    )
+    expected = f"expected a server that gives parts of files with data.streaming, found {found}."
+    return FeedbackRowError(public_name(path), expected, "Download the file, or set data.streaming: false.")

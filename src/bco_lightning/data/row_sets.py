@@ -223,7 +223,7 @@ class RowReader:
                 else:
                     yield row
             return
-        files = [record_file(path, maker.label_column, maker.numeric_columns) for path in expand(source.path)]
+        files = [record_file(path, maker.cells) for path in expand(source.path)]
         # Tokenizing leaves the interpreter free, so the next rows are read meanwhile.
         for row, _, outcome in _ahead(self._tokenized, _batches(self._read(files, maker))):
             if not isinstance(row, FeedbackRow):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
 from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat
 from bco_lightning.data.labels import LabelVocabulary, thumb_by_rule
-from bco_lightning.data.records import Record, read_records
+from bco_lightning.data.records import Record, number_in, thumb_in
 from bco_lightning.errors import FeedbackRowError
 
-__all__ = ["RatedRow", "RowFormat", "RowMaker", "rated_rows"]
+__all__ = ["RatedRow", "RowFormat", "RowMaker"]
 
 RatedRow = FeedbackRow | LeftOut | FeedbackRowError
 # Records without the marks of any format that may come before the first with some.
@@ -24,55 +24,35 @@ _Place = TypeVar("_Place")
 class RowMaker:
     """Makes rated rows of the records of one source, which have one format and speak one vocabulary.
 
-    It pickles with what it has learned.
+    It pickles with what it has learned: the ``format``, ``None`` before that where it is ``auto``, and the vocabulary.
 
     Args:
         options: How records become rows.
         labelled: Whether rows need a label; without, each is given as it is, and its thumb only where the format says.
-
-    Attributes:
-        format: Name of the format; ``None`` before :meth:`learn` where it is ``auto``.
-        labels: The vocabulary, narrowed down by every row.
     """
 
     def __init__(self, options: RowFormat, labelled: bool = True) -> None:
         self.options, self.labelled = options, labelled
         self.format: str | None = options.format if options.format in FORMATS else None
-        self.labels = LabelVocabulary(thumbs=options.columns.thumbs)
+        self.labels = LabelVocabulary(options.columns.thumbs)
 
     @property
-    def label_column(self) -> str | None:
-        """The column whose cells a CSV means as booleans and numbers, if labels are not mapped as they are written."""
-        return None if self.options.columns.thumbs else self.options.columns.label
-
-    @property
-    def numeric_columns(self) -> frozenset[str]:
-        """Columns whose cells a CSV means as numbers: those of the rule of ratings."""
-        rating = self.options.rating
-        return frozenset({rating.column or self.options.columns.label, *rating.untouched} if rating else ())
+    def cells(self) -> dict[str, Callable[[str], Any]]:
+        """What the cells of a CSV mean, by column: thumbs, unless labels are mapped as they stand, and ratings."""
+        columns, rule = self.options.columns, self.options.rating
+        rated = (rule.column or columns.label, *rule.untouched) if rule else ()
+        return {**({} if columns.thumbs else {columns.label: thumb_in}), **dict.fromkeys(rated, number_in)}
 
     def learn(
         self, records: Iterator[tuple[_Place, Record | FeedbackRowError]]
     ) -> Iterator[tuple[_Place, Record | FeedbackRowError]]:
-        """Finds out the format, where it is ``auto``, by the first record that looks like one of some format.
-
-        Args:
-            records: All of the source, from its first.
-
-        Returns:
-            The same records, those included that were looked at.
-
-        Raises:
-            ConfigError: If that record may be a rated row as well as a pair.
-        """
+        """Finds out the format, where it is ``auto``, by the first record that looks like one; gives all records."""
         seen: list[tuple[_Place, Record | FeedbackRowError]] = []
-        while self.format is None and (item := next(records, None)) is not None:
+        while self.format is None and len(seen) <= _MOST_UNCLEAR and (item := next(records, None)) is not None:
             seen.append(item)
             # A first record that is malformed says nothing about the others.
             if not isinstance(item[1], FeedbackRowError):
                 self.format = format_of(item[1], self.options.columns)
-            if len(seen) > _MOST_UNCLEAR:
-                break
         self.format = self.format or "unpaired"
         return chain(seen, records)
 
@@ -101,17 +81,3 @@ class RowMaker:
         return FeedbackRow(
             row.prompt, row.completion, thumb, row.place, row.tools, row.template_options, row.num_trailing
         )
-
-
-def rated_rows(source: str, maker: RowMaker) -> Iterator[RatedRow]:
-    """All rows of a source, read from the front to the end.
-
-    Args:
-        source: As :func:`~bco_lightning.data.records.read_records` takes it.
-        maker: Makes them.
-
-    Raises:
-        FeedbackRowError: If there is no such source, or a file is malformed as a whole.
-    """
-    for place, record in maker.learn(read_records(source, maker.label_column, maker.numeric_columns)):
-        yield from [record] if isinstance(record, FeedbackRowError) else maker.rows(record, place)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from bco_lightning.errors import FeedbackRowError
+
+Record = dict[str, Any]
 
 MAX_DEPTH = 32
 MISSING = object()
@@ -19,10 +21,8 @@ def shown(value: Any) -> str:
         >>> shown("up"), shown(3.5), shown(None), shown("I was born in Bremen."), shown([True])
         ('"up"', '3.5', 'null', 'a text of 21 characters', 'a list of 1')
     """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "null"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, str):
         label_like = len(value) <= 12 and len(value.split()) <= 1 and "@" not in value and value.isprintable()
         return f'"{value}"' if label_like else f"a text of {len(value)} characters"
@@ -41,44 +41,45 @@ def keys_of(record: Iterable[str]) -> str:
     return ", ".join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "") or "none"
 
 
-def value_at(record: Mapping[str, Any], name: str, default: Any = None) -> Any:
+def value_at(record: Record, name: str, default: Any = None) -> Any:
     """What a record holds under a name, which may reach into nested objects.
 
     Example:
         >>> value_at({"feedback": {"score": 1}}, "feedback.score"), value_at({"a.b": 2}, "a.b"), value_at({}, "a.b")
         (1, 2, None)
     """
-    value = record.get(name, MISSING)
-    if value is not MISSING:
-        return value
-    first, dot, rest = name.partition(".")
-    inner = record.get(first) if dot else None
-    return value_at(inner, rest, default) if isinstance(inner, Mapping) else default
+    if name in record:
+        return record[name]
+    if "." not in name:
+        return default
+    first, _, rest = name.partition(".")
+    inner = record.get(first)
+    return value_at(inner, rest, default) if isinstance(inner, dict) else default
+
+
+def objects_in(value: Any) -> list[Record]:
+    """The objects in a list; none in anything else."""
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
 def without_nulls(value: Any, depth: int = 0) -> Any:
     """The same value without the keys that have none; what is nested too deeply for a message is left as it is."""
     if depth > MAX_DEPTH:
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: without_nulls(part, depth + 1) for key, part in value.items() if part is not None}
     return [without_nulls(part, depth + 1) for part in value] if isinstance(value, list) else value
 
 
 def from_json_text(value: Any, name: str, place: str) -> Any:
-    """What a text says in JSON, for columns of files that know no other types; anything but text as it is.
-
-    Raises:
-        FeedbackRowError: If the text is no JSON.
-    """
+    """What a text says in JSON, for columns of files that know no other types; anything but text as it is."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise FeedbackRowError(
-            place, f"{name!r} must hold JSON, found {shown(value)} that is none.", "Correct or remove the row."
-        ) from error
+    except (ValueError, RecursionError):
+        found = f"{name!r} must hold JSON, found {shown(value)} that is none."
+        raise FeedbackRowError(place, found, "Correct or remove the row.") from None
 
 
 def unpacked(value: Any) -> Any:
@@ -91,19 +92,14 @@ def unpacked(value: Any) -> Any:
     return value
 
 
-def texts_in(value: Any, depth: int = 0) -> Iterator[str]:
-    """Every text in messages or a part of one, keys included.
-
-    Raises:
-        ValueError: If lists and objects are nested too deeply.
-    """
+def add_texts(value: Any, texts: list[str], depth: int) -> None:
+    """Appends every text in a message or a part of one, keys included; a ValueError for what is nested too deeply."""
     if isinstance(value, str):
-        yield value
+        texts.append(value)
     elif isinstance(value, (dict, list)):
         if depth >= MAX_DEPTH:
             raise ValueError(f"at most {MAX_DEPTH} levels of nesting in a message, found more")
         if isinstance(value, dict):
-            yield from value.keys()
-            value = value.values()
-        for part in value:
-            yield from texts_in(part, depth + 1)
+            texts.extend(value)
+        for part in value.values() if isinstance(value, dict) else value:
+            add_texts(part, texts, depth + 1)

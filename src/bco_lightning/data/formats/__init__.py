@@ -1,9 +1,12 @@
-"""The layouts of feedback logs, one module for each."""
+"""The layouts of feedback logs, one module for each.
+
+``matches(record, columns)`` says whether a record looks like one of the format; ``candidates(record, origin)`` gives
+its rows, each as a :class:`~.record_format.Candidate` or left out, or raises a FeedbackRowError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from types import ModuleType
 
 from bco_lightning.data.formats import (
     argilla,
@@ -15,30 +18,19 @@ from bco_lightning.data.formats import (
     paired,
     unpaired,
 )
-from bco_lightning.data.formats.record_format import RecordFormat
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import value_at
+from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError
 
 __all__ = ["FORMATS", "format_of"]
 
-FORMATS: dict[str, RecordFormat] = {
-    "unpaired": unpaired,
-    "paired": paired,
-    "open_webui": open_webui,
-    "langfuse": langfuse,
-    "langsmith": langsmith,
-    "argilla": argilla,
-    "chainlit": chainlit,
-    "chitchat": chitchat,
-}
+# Exports are told by keys that rows do not have, while a row may have keys beside those of its format: they come last.
+_MODULES = (unpaired, paired, open_webui, langfuse, langsmith, argilla, chainlit, chitchat)
+FORMATS: dict[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 
-def format_of(record: Mapping[str, Any], columns: Columns) -> str | None:
+def format_of(record: Record, columns: Columns) -> str | None:
     """Name of the format that a record looks to be of; ``None`` if it looks like none.
-
-    Raises:
-        ConfigError: If it may be a rated row as well as a pair.
 
     Example:
         >>> format_of({"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}, Columns())
@@ -51,5 +43,4 @@ def format_of(record: Mapping[str, Any], columns: Columns) -> str | None:
             "expected rated rows or pairs, found records that have the columns of both.",
             "Set data.format, or the source's own format, to unpaired or to paired.",
         )
-    # Exports are told by keys that rows do not have, while a row may have keys beside those of its format.
     return found[-1] if found else None

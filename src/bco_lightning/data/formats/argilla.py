@@ -12,7 +12,7 @@ Source: the Python package argilla 2.8.0, ``argilla/records/_resource.py`` (``Re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from bco_lightning.batch import LeftOut
@@ -20,48 +20,45 @@ from bco_lightning.data.formats.record_format import Candidate, Origin
 from bco_lightning.data.formats.scores import rated_by
 from bco_lightning.data.formats.unpaired import unrated_row
 from bco_lightning.data.options import Columns
+from bco_lightning.data.values import Record, objects_in
 
 _FLAT, _USERS, _STATUS = ".responses", ".users", ".status"
-Response = tuple[Any, Any]  # user and value
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there are fields and responses, or flat responses."""
-    nested = isinstance(record.get("fields"), Mapping) and "responses" in record
+    nested = isinstance(record.get("fields"), dict) and "responses" in record
     return nested or any(name.endswith(_FLAT) for name in record)
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
     """A row for each response."""
     fields, nested = record.get("fields"), record.get("responses")
-    columns = fields if isinstance(fields, Mapping) else record
-    if isinstance(nested, Mapping):
-        given = {question: _nested(responses) for question, responses in nested.items() if isinstance(responses, list)}
+    columns = fields if isinstance(fields, dict) else record
+    if isinstance(nested, dict):
+        given = {question: objects_in(listed) for question, listed in nested.items() if isinstance(listed, list)}
     else:
         given = {name.removesuffix(_FLAT): _flat(record, name) for name in record if name.endswith(_FLAT)}
-    scores = {question: [value for _, value in responses] for question, responses in given.items()}
-    users = {question: [user for user, _ in responses] for question, responses in given.items()}
+    used = {
+        question: [response for response in responses if _is_used(response)] for question, responses in given.items()
+    }
+    scores, users = (
+        {question: [response.get(key) for response in responses] for question, responses in used.items()}
+        for key in ("value", "user_id")
+    )
     yield from rated_by(scores, lambda: unrated_row(columns, origin), origin, users)
 
 
-def _nested(responses: list[Any]) -> list[Response]:
-    return [
-        (response.get("user_id"), response["value"])
-        for response in responses
-        if isinstance(response, Mapping)
-        and response.get("value") is not None
-        and response.get("status", "submitted") == "submitted"
-    ]
+def _is_used(response: Record) -> bool:
+    return response.get("value") is not None and response.get("status") in (None, "submitted")
 
 
-def _flat(record: Mapping[str, Any], name: str) -> list[Response]:
-    values = record[name] if isinstance(record[name], list) else []
+def _flat(record: Record, name: str) -> list[Record]:
+    """The responses of a flat question as objects; users and states only where there is one for each."""
+    values: list[Any] = record[name] if isinstance(record[name], list) else []
     users, states = (
         column if isinstance(column, list) and len(column) == len(values) else [None] * len(values)
         for column in (record.get(name + _USERS), record.get(name + _STATUS))
     )
-    return [
-        (user, value)
-        for user, value, state in zip(users, values, states, strict=True)
-        if value is not None and state in (None, "submitted")
-    ]
+    parts = zip(values, users, states, strict=True)
+    return [{"value": value, "user_id": user, "status": state} for value, user, state in parts]

@@ -14,31 +14,30 @@ https://docs.chainlit.io, Data Persistence and Human Feedback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, Candidate, Origin
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import shown
+from bco_lightning.data.values import Record, objects_in, shown
 
 ERROR_ANSWER = "answer is an error message"
 NOT_AN_ANSWER = "feedback on something that is no answer"
 _ROLE_OF = {"user_message": "user", "assistant_message": "assistant"}
-Step = Mapping[str, Any]
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there are steps of a thread."""
     return isinstance(record.get("steps"), list) and ("userId" in record or "createdAt" in record)
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
     """The rows of one thread."""
     given = origin.required(record, "steps")
     if not isinstance(given, list):
         raise origin.error(f"expected a list of steps, found {shown(given)}.")
-    steps = [step for step in given if isinstance(step, Mapping)]
+    steps = objects_in(given)
     thumbs = _thumbs(record, steps) if origin.labelled else {}
     numbers = [number for number, step in enumerate(steps) if str(step.get("type")) in _ROLE_OF]
     said = [steps[number] for number in numbers]
@@ -56,7 +55,7 @@ def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate 
         yield from (origin.left_out(NOT_AN_ANSWER) for _ in others)
 
 
-def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[int, list[Any]]:
+def _thumbs(record: Record, steps: list[Record]) -> dict[int, list[Any]]:
     """What each answer was given, by its number among the steps; under -1 what was given to none of them."""
     number_of = {str(step["id"]): number for number, step in enumerate(steps) if step.get("id") is not None}
     parents = [number_of.get(str(step.get("parentId")), -1) for step in steps]
@@ -66,9 +65,13 @@ def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[int, list[Any]
         while around >= 0 and around not in last_of_run:
             last_of_run[around] = number
             around = parents[around]
+    # Every feedback with the number of its step: the one that it stands in, else the one that it names.
+    given = [(number, step["feedback"]) for number, step in enumerate(steps) if isinstance(step.get("feedback"), dict)]
+    for entry in objects_in(record.get("feedback")) + objects_in(record.get("feedbacks")):
+        given.append((number_of.get(str(entry.get("forId")), -1), entry))
     thumbs: dict[int, list[Any]] = {}
     known: set[str] = set()
-    for rated, entry in _feedback(record, steps, number_of):
+    for rated, entry in given:
         # The same feedback may stand both in its step and in the table beside the steps.
         if entry.get("value") is not None and str(entry.get("id")) not in known:
             known.update({str(entry["id"])} if entry.get("id") is not None else ())
@@ -76,17 +79,6 @@ def _thumbs(record: Mapping[str, Any], steps: list[Step]) -> dict[int, list[Any]
     return thumbs
 
 
-def _feedback(record: Mapping[str, Any], steps: list[Step], number_of: Mapping[str, int]) -> Iterator[tuple[int, Step]]:
-    """Every feedback with the number of its step: the one that it stands in, else the one that it names."""
-    for number, step in enumerate(steps):
-        if isinstance(step.get("feedback"), Mapping):
-            yield number, step["feedback"]
-    for entries in (record.get("feedback"), record.get("feedbacks")):
-        for entry in entries if isinstance(entries, list) else ():
-            if isinstance(entry, Mapping):
-                yield number_of.get(str(entry.get("forId")), -1), entry
-
-
-def _message(step: Step) -> Message:
+def _message(step: Record) -> Message:
     text = step.get("output") or step.get("input")
     return {"role": _ROLE_OF[step["type"]], "content": "" if isinstance(text, str) and not text.strip() else text}

@@ -11,7 +11,7 @@ Source: chitchat-dataset 0.9.0 (MIT), ``chitchat_dataset/dataset.json`` and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -20,27 +20,22 @@ from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate, Ori
 from bco_lightning.data.labels import thumb_by_rule
 from bco_lightning.data.messages import MAX_ROW_MESSAGES
 from bco_lightning.data.options import Columns
+from bco_lightning.data.values import Record
 from bco_lightning.errors import ConfigError
 
 NOT_TWO_SPEAKERS = "conversation of other than two speakers"
 TOO_MANY_TURNS = f"conversation of more than {MAX_ROW_MESSAGES} turns"
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there are turns that are lists of utterances."""
     turns = record.get("messages")
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], list) and "start" in record
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
-    """The row of one conversation; its ratings come before its turns in what it is left out for.
-
-    Raises:
-        ConfigError: If there is no rule that makes thumbs of the ratings.
-        FeedbackRowError: If the conversation or its ratings are malformed.
-    """
-    given = record.get("ratings")
-    ratings: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+    """The row of one conversation; its ratings come before its turns in what it is left out for."""
+    ratings = record["ratings"] if isinstance(record.get("ratings"), dict) else {}
     left_out = _by_ratings(ratings, origin) if origin.labelled else None
     turns = _turns(record, origin)
     if left_out is None and len({sender for sender, _ in turns}) != 2:
@@ -56,19 +51,18 @@ def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate 
     yield Candidate(origin.row(messages[:-1], messages[-1:]), None, ratings)
 
 
-def _by_ratings(ratings: Mapping[str, Any], origin: Origin) -> LeftOut | None:
+def _by_ratings(ratings: Record, origin: Origin) -> LeftOut | None:
     if not ratings:
         return origin.left_out(NO_FEEDBACK)
     rule = origin.options.rating
     if rule is None or rule.column is None:
-        raise ConfigError(
-            "data.rating", f"expected a rule for one of the ratings {', '.join(sorted(ratings))}, found none."
-        )
+        expected = f"expected a rule for one of the ratings {', '.join(sorted(ratings))}, found none."
+        raise ConfigError("data.rating", expected)
     thumb = thumb_by_rule(rule, ratings, origin.columns.label, origin.place)
     return thumb if isinstance(thumb, LeftOut) else None
 
 
-def _turns(record: Mapping[str, Any], origin: Origin) -> list[tuple[str, str]]:
+def _turns(record: Record, origin: Origin) -> list[tuple[str, str]]:
     """Who spoke and what they said, all that they said in a row as one turn of several lines."""
     try:
         spoken = [_utterance(utterance) for turn in record["messages"] for utterance in turn]

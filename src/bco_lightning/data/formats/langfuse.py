@@ -13,7 +13,7 @@ The scheduled export to blob storage keeps scores in files apart, which have to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from bco_lightning.batch import LeftOut
@@ -21,7 +21,7 @@ from bco_lightning.data.formats.record_format import Candidate, Origin
 from bco_lightning.data.formats.scores import USUAL_NAMES, by_name, rated_by
 from bco_lightning.data.formats.traces import traced_row
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import from_json_text, unpacked
+from bco_lightning.data.values import Record, from_json_text, unpacked
 
 _OF_LANGFUSE = ("traceId", "observationCount", "bookmarked", "htmlPath", "parentObservationId")
 # Columns that can hold lists and are no scores.
@@ -30,35 +30,31 @@ _NO_SCORES = frozenset({
 })  # fmt: skip
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there are an input, an output, and a column that only Langfuse has."""
     return "input" in record and "output" in record and any(name in record for name in _OF_LANGFUSE)
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
     """The rows of one trace or observation."""
+    scores = _scores(record, origin.place)
     yield from rated_by(
-        _scores(record, origin.place),
-        lambda: traced_row(origin.required(record, "input"), record.get("output"), origin),
-        origin,
+        scores, lambda: traced_row(origin.required(record, "input"), record.get("output"), origin), origin
     )
 
 
-def _scores(record: Mapping[str, Any], place: str) -> dict[str, list[Any]]:
+def _scores(record: Record, place: str) -> dict[str, list[Any]]:
     given = from_json_text(record.get("scores"), "scores", place)
     if isinstance(given, list):
         return by_name(given, "name", _value)
     # The table has a column for each score of the project, so one that was not given is known all the same.
     columns = {name: unpacked(value) for name, value in record.items() if name not in _NO_SCORES}
-    scores = {name: value for name, value in columns.items() if isinstance(value, list) and all(map(_is_score, value))}
+    lists = {name: value for name, value in columns.items() if isinstance(value, list)}
+    scores = {name: value for name, value in lists.items() if all(isinstance(one, (int, float, str)) for one in value)}
     return {**{name: [] for name in USUAL_NAMES if name in record}, **scores}
 
 
-def _is_score(value: Any) -> bool:
-    return isinstance(value, (int, float, str))
-
-
-def _value(score: Mapping[str, Any]) -> Any:
+def _value(score: Record) -> Any:
     kind, value, text = score.get("dataType"), score.get("value"), score.get("stringValue")
     if kind == "BOOLEAN" and value in (0, 1):
         return bool(value)

@@ -12,7 +12,7 @@ understood in OpenAI's form and in those of langchain-core 1.8.2 (``dumpd``, ``m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from bco_lightning.batch import LeftOut
@@ -20,7 +20,7 @@ from bco_lightning.data.formats.record_format import Candidate, Origin
 from bco_lightning.data.formats.scores import by_name, rated_by
 from bco_lightning.data.formats.traces import traced_row
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import from_json_text, value_at
+from bco_lightning.data.values import Record, from_json_text, value_at
 
 MIXED = "mean of several users' feedback"
 MAX_RATINGS = 10_000
@@ -28,42 +28,41 @@ _SEVERAL = object()
 _OF_LANGSMITH = ("run_type", "feedback_stats", "dotted_order")
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there are inputs, outputs, and a field that only runs have."""
     return "inputs" in record and "outputs" in record and any(name in record for name in _OF_LANGSMITH)
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
     """The rows of one run."""
     extra = from_json_text(record.get("extra"), "extra", origin.place)
-    tools = value_at(extra, "invocation_params.tools") if isinstance(extra, Mapping) else None
+    tools = value_at(extra, "invocation_params.tools") if isinstance(extra, dict) else None
     by_rule = origin.options.rating is not None
+    scores = _scores(record, origin)
     for item in rated_by(
-        _scores(record, origin),
-        lambda: traced_row(origin.required(record, "inputs"), record.get("outputs"), origin, tools),
-        origin,
+        scores, lambda: traced_row(origin.required(record, "inputs"), record.get("outputs"), origin, tools), origin
     ):
         label = item.label if isinstance(item, Candidate) else None
         is_mean = not by_rule and isinstance(label, float) and "feedback" not in record
         yield origin.left_out(MIXED) if label is _SEVERAL or is_mean else item
 
 
-def _scores(record: Mapping[str, Any], origin: Origin) -> dict[str, list[Any]]:
+def _scores(record: Record, origin: Origin) -> dict[str, list[Any]]:
     feedback = from_json_text(record.get("feedback"), "feedback", origin.place)
     if isinstance(feedback, list):
-        return by_name(feedback, "key", lambda entry: _first(entry.get("score"), entry.get("value")))
+        return by_name(feedback, "key", lambda entry: entry.get("value" if entry.get("score") is None else "score"))
     stats = from_json_text(record.get("feedback_stats"), "feedback_stats", origin.place)
-    if not isinstance(stats, Mapping):
+    if not isinstance(stats, dict):
         return {}
-    return {key: _given(stat, origin) for key, stat in stats.items() if isinstance(stat, Mapping)}
+    return {key: _given(stat, origin) for key, stat in stats.items() if isinstance(stat, dict)}
 
 
-def _given(stat: Mapping[str, Any], origin: Origin) -> list[Any]:
+def _given(stat: Record, origin: Origin) -> list[Any]:
     """The mean of numbers, unless it stands for different ones and is to be a thumb; or each word as often as said."""
     if stat.get("avg") is not None:
         return [stat["avg"] if origin.options.rating is not None or _all_alike(stat) else _SEVERAL]
     words = stat.get("values")
-    if not isinstance(words, Mapping):
+    if not isinstance(words, dict):
         return []
     said = {word: times for word, times in words.items() if isinstance(times, int) and times > 0}
     if sum(said.values()) > MAX_RATINGS:
@@ -71,13 +70,9 @@ def _given(stat: Mapping[str, Any], origin: Origin) -> list[Any]:
     return [word for word, times in said.items() for _ in range(times)]
 
 
-def _all_alike(stat: Mapping[str, Any]) -> bool:
+def _all_alike(stat: Record) -> bool:
     """Whether all users gave the number that is the mean: that of +1 and -1 looks like a thumb, too."""
     least, most = stat.get("min"), stat.get("max")
     if least is None or most is None:
         return stat.get("n") in (None, 1)
     return bool(least == most)
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)

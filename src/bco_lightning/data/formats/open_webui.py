@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -23,28 +23,26 @@ from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.formats.record_format import NO_FEEDBACK, WITH_IMAGE, Candidate, Origin
 from bco_lightning.data.formats.scores import plain_number
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import value_at
+from bco_lightning.data.values import Record, objects_in, value_at
 
 NO_SNAPSHOT = "no snapshot of the chat"
 NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
 WITH_TOOLS = "answer with tool calls that the export keeps no messages of"
 
 # Openings and closings are looked for one after the other: a pattern of both takes time that grows with the square.
-_DETAILS, _DETAILS_END = (
-    re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE),
-    re.compile(r"</details>\s*", re.IGNORECASE),
-)
+_DETAILS = re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE)
+_DETAILS_END = re.compile(r"</details>\s*", re.IGNORECASE)
 _SUMMARY, _SUMMARY_END = re.compile("<summary>", re.IGNORECASE), re.compile("</summary>", re.IGNORECASE)
 _QUOTE = re.compile(r"^> ?", re.MULTILINE)
 _THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there are the data of a rating and what it refers to."""
-    return isinstance(record.get("data"), Mapping) and isinstance(record.get("meta"), Mapping) and "type" in record
+    return isinstance(record.get("data"), dict) and isinstance(record.get("meta"), dict) and "type" in record
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
     """The row of one rating."""
     label, rule = origin.columns.label, origin.options.rating
     ratings = _ratings(record, label)
@@ -58,7 +56,7 @@ def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate 
     yield row if isinstance(row, LeftOut) else Candidate(row, ratings[label], ratings)
 
 
-def _ratings(record: Mapping[str, Any], label: str) -> dict[str, Any]:
+def _ratings(record: Record, label: str) -> dict[str, Any]:
     """The thumb, ``None`` for a draw in the arena, and the rating from 1 to 10; what is no thumb stays as it is."""
     given = plain_number(value_at(record, "data.rating"))
     thumb = _THUMBS.get(given, given) if type(given) in (int, str) else given
@@ -66,14 +64,14 @@ def _ratings(record: Mapping[str, Any], label: str) -> dict[str, Any]:
     return {"rating": thumb, "details.rating": value_at(record, "data.details.rating"), label: thumb}
 
 
-def _row(record: Mapping[str, Any], origin: Origin) -> FeedbackRow | LeftOut:
+def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
     messages = value_at(record, "snapshot.chat.chat.history.messages")
-    if not isinstance(messages, Mapping):
+    if not isinstance(messages, dict):
         return origin.left_out(NO_SNAPSHOT)
     branch = _branch(messages, value_at(record, "meta.message_id"))
     if not branch or branch[-1].get("role") != "assistant":
         return origin.left_out(NOT_IN_SNAPSHOT)
-    if any(_has_image(message) for message in branch):
+    if any(file.get("type") == "image" for message in branch for file in objects_in(message.get("files"))):
         return origin.left_out(WITH_IMAGE)
     answer, calls = _message(branch[-1])
     if calls:
@@ -83,24 +81,19 @@ def _row(record: Mapping[str, Any], origin: Origin) -> FeedbackRow | LeftOut:
     return origin.answered([*told, *(_message(node)[0] for node in branch[:-1])], answer, "snapshot")
 
 
-def _branch(messages: Mapping[str, Any], message_id: Any) -> list[Mapping[str, Any]]:
+def _branch(messages: Record, message_id: Any) -> list[Record]:
     """The messages from the root of the tree to the rated one; none if the way is broken."""
-    branch: list[Mapping[str, Any]] = []
+    branch: list[Record] = []
     while message_id is not None:
         message = messages.get(message_id) if isinstance(message_id, str) else None
-        if not isinstance(message, Mapping) or len(branch) > len(messages):
+        if not isinstance(message, dict) or len(branch) > len(messages):
             return []
         branch.append(message)
         message_id = message.get("parentId")
     return branch[::-1]
 
 
-def _has_image(message: Mapping[str, Any]) -> bool:
-    files = message.get("files")
-    return isinstance(files, list) and any(isinstance(file, Mapping) and file.get("type") == "image" for file in files)
-
-
-def _message(node: Mapping[str, Any]) -> tuple[Message, bool]:
+def _message(node: Record) -> tuple[Message, bool]:
     """A message as the model saw or said it, and whether it held anything but text and thoughts."""
     content: Any = node.get("content")
     if isinstance(content, str) and not content.strip():

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from bco_lightning.batch import LeftOut, Message
 from bco_lightning.data.formats.record_format import Candidate, Origin
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import value_at
+from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError
 
 SAME = "chosen and rejected are the same"
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there is a chosen and a rejected answer."""
     return all(value_at(record, name) is not None for name in (columns.chosen, columns.rejected))
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
-    """The two rows, the chosen one first; two answers that are the same say nothing and are both left out.
-
-    Raises:
-        ConfigError: If a rule of ratings is given, of which there are none here.
-        FeedbackRowError: If the record is malformed, or a column is missing.
-    """
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+    """The two rows, the chosen one first; two answers that are the same say nothing and are both left out."""
     if origin.options.rating is not None:
         raise ConfigError("data.rating", "expected no rule of ratings for pairs, found one.", "Leave it out.")
     prompt, chosen, rejected = _parts(record, origin)
@@ -38,7 +33,7 @@ def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate 
         yield Candidate(replace(row, thumbs_up=thumbs_up) if origin.labelled else row, thumbs_up, record)
 
 
-def _parts(record: Mapping[str, Any], origin: Origin) -> tuple[list[Message], list[Message], list[Message]]:
+def _parts(record: Record, origin: Origin) -> tuple[list[Message], list[Message], list[Message]]:
     """Prompt, chosen and rejected; of whole conversations, what both begin with is the prompt."""
     columns = origin.columns
     chosen, rejected = (

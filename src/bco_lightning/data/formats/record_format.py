@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.messages import check_size, messages_in
 from bco_lightning.data.options import Columns, FormatName, LossOn, Rating
-from bco_lightning.data.values import MISSING, from_json_text, keys_of, shown, value_at, without_nulls
-from bco_lightning.errors import ConfigError, FeedbackRowError, check_choice
+from bco_lightning.data.values import MISSING, Record, from_json_text, keys_of, shown, value_at, without_nulls
+from bco_lightning.errors import ConfigError, FeedbackRowError
 
-__all__ = ["NO_ANSWER", "NO_FEEDBACK", "NO_PROMPT", "WITH_IMAGE", "Candidate", "Origin", "RecordFormat", "RowFormat"]
+__all__ = ["NO_ANSWER", "NO_FEEDBACK", "NO_PROMPT", "WITH_IMAGE", "Candidate", "Origin", "RowFormat"]
 
 NO_ANSWER = "no answer that holds text"
 NO_PROMPT = "answer without a prompt"
@@ -24,22 +23,11 @@ _RESERVED_OPTIONS = frozenset({
     "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask",
 })  # fmt: skip
-_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the records of a source become rows.
-
-    Args:
-        format: What they are; ``auto`` goes by the first record.
-        columns: Names of the columns.
-        rating: The rule for ratings; ``None`` where labels are thumbs.
-        loss_on: The rated assistant turn alone, or all assistant turns of the conversation.
-
-    Raises:
-        ConfigError: If there is no such format or choice of turns, or both a rule and a map say what labels mean.
-    """
+    """How the records of a source become rows, as the options of the same names say."""
 
     format: FormatName = "auto"
     columns: Columns = field(default_factory=Columns)
@@ -47,8 +35,6 @@ class RowFormat:
     loss_on: LossOn = "rated_turn"
 
     def __post_init__(self) -> None:
-        check_choice("data.format", self.format, get_args(FormatName))
-        check_choice("data.loss_on", self.loss_on, get_args(LossOn))
         if self.rating is not None and self.columns.thumbs:
             raise ConfigError(
                 "data.rating",
@@ -68,7 +54,7 @@ class Candidate(NamedTuple):
 
     row: FeedbackRow
     label: Any
-    ratings: Mapping[str, Any]
+    ratings: Record
 
 
 @dataclass
@@ -85,10 +71,8 @@ class Origin:
     options: RowFormat
     labelled: bool = True
 
-    @property
-    def columns(self) -> Columns:
-        """Names of the columns."""
-        return self.options.columns
+    def __post_init__(self) -> None:
+        self.columns = self.options.columns
 
     def left_out(self, reason: str) -> LeftOut:
         """A row of the record that is not used."""
@@ -98,17 +82,12 @@ class Origin:
         """What is wrong with the record."""
         return FeedbackRowError(self.place, problem, remedy)
 
-    def required(self, record: Mapping[str, Any], column: str) -> Any:
-        """What stands in a column.
-
-        Raises:
-            FeedbackRowError: If there is no such column.
-        """
+    def required(self, record: Record, column: str) -> Any:
+        """What stands in a column; an error if there is none of that name."""
         value = value_at(record, column, MISSING)
         if value is MISSING:
-            raise self.error(
-                f"expected a column {column!r}, found {keys_of(record)}.", "Rename the column, or set data.columns."
-            )
+            found = f"expected a column {column!r}, found {keys_of(record)}."
+            raise self.error(found, "Rename the column, or set data.columns.")
         return value
 
     def messages(self, value: Any, name: str, role: str = "") -> list[Message]:
@@ -118,23 +97,15 @@ class Origin:
         return messages_in(value, name, self.place, role)
 
     def row(
-        self,
-        prompt: list[Message],
-        completion: list[Message],
-        record: Mapping[str, Any] = _NOTHING,
-        num_trailing: int = 0,
+        self, prompt: list[Message], completion: list[Message], record: Record | None = None, num_trailing: int = 0
     ) -> FeedbackRow:
-        """A row without a thumb, of messages that are valid each for itself.
+        """A row without a thumb, of messages that are valid each for itself; an error if they are not as a whole.
 
         Args:
             prompt: What was said before.
             completion: What is rated.
             record: Where tools and options of the template stand, if there are any.
             num_trailing: Messages after the rated turn.
-
-        Raises:
-            FeedbackRowError: If there is no prompt, the completion does not begin and end with the assistant, or the
-                row is over a limit.
         """
         if self.options.loss_on == "all_turns":
             answers = (at for at, message in enumerate(prompt) if at and message["role"] == "assistant")
@@ -150,18 +121,14 @@ class Origin:
         tools = self._given(record, self.columns.tools)
         if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise self.error(f"{self.columns.tools!r} must be a list of JSON schemas, found {shown(tools)}.")
-        told = self._template_options(record)
+        told = self._given(record, self.columns.template_options) or {}
+        if told:
+            self._check_template_options(told)
         check_size([*prompt, *completion, *(tools or ()), *([told] if told else ())], self.place)
         return FeedbackRow(prompt, completion, None, self.place, tools or None, told, num_trailing)
 
     def answered(self, before: list[Message], answer: Message, name: str) -> FeedbackRow | LeftOut:
-        """The row of an exported chat; messages that say nothing are none.
-
-        Args:
-            before: What was said before.
-            answer: What is rated.
-            name: Of the column that holds them, for messages.
-        """
+        """The row of an exported chat, whose messages stand in the column ``name``; those that say nothing are none."""
         if not answer["content"]:
             return self.left_out(NO_ANSWER)
         prompt = [message for message in before if message["content"]]
@@ -169,32 +136,15 @@ class Origin:
             return self.left_out(NO_PROMPT)
         return self.row(self.messages(prompt, name), self.messages([answer], name))
 
-    def _template_options(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _check_template_options(self, options: Any) -> None:
         column = self.columns.template_options
-        options = self._given(record, column) or {}
         if not isinstance(options, dict):
             raise self.error(f"{column!r} must be an object, found {shown(options)}.")
         for name in options:
             if name in _RESERVED_OPTIONS or name.endswith("_token"):
-                raise self.error(
-                    f"{column!r} must hold options of the template, found {keys_of([name])}, which is none."
-                )
-        return options
+                expected = f"{column!r} must hold options of the template, found {keys_of([name])}, which is none."
+                raise self.error(expected)
 
-    def _given(self, record: Mapping[str, Any], column: str) -> Any:
-        given = value_at(record, column)
+    def _given(self, record: Record | None, column: str) -> Any:
+        given = value_at(record, column) if record else None
         return without_nulls(from_json_text(given, column, self.place)) if given else None
-
-
-class RecordFormat(Protocol):
-    """A module of this folder."""
-
-    def matches(self, record: Mapping[str, Any], columns: Columns) -> bool:
-        """Whether a record looks like one of this format."""
-
-    def candidates(self, record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate | LeftOut]:
-        """The rows of one record, each to be used or left out.
-
-        Raises:
-            FeedbackRowError: If the record is malformed, or a column is missing.
-        """

@@ -8,7 +8,7 @@ from typing import Any
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate, Origin
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import keys_of
+from bco_lightning.data.values import Record, keys_of, objects_in
 
 # What the documentation of Langfuse and LangSmith call the score of a user's thumb.
 USUAL_NAMES = (Columns().label, "user-feedback", "user_feedback", "user-score", "user_score")
@@ -28,21 +28,15 @@ def rated_by(
         make_row: Makes the row; only called if there is feedback, as traces hold much that is no conversation.
         origin: Of the record.
         users: Who gave each of the scores, where that is known: the other ratings of a row are then of the same user.
-
-    Raises:
-        FeedbackRowError: If there are scores, and none is chosen.
     """
     chosen = _chosen(scores, origin) if origin.labelled else ""
     given = scores.get(chosen, ()) if origin.labelled else (None,)
     if not given:
         yield origin.left_out(NO_FEEDBACK)
         return
-    row = make_row()
-    givers = (users or {}).get(chosen) or [None] * len(given)
-    by_user = {
-        name: {str(user): value for user, value in zip(names, scores[name], strict=True) if user is not None}
-        for name, names in (users or {}).items()
-    }
+    row, users = make_row(), users or {}
+    givers = users.get(chosen) or [None] * len(given)
+    by_user = {name: dict(zip(map(str, names), scores[name], strict=True)) for name, names in users.items()}
     for number, (value, user) in enumerate(zip(given, givers, strict=True)):
         if isinstance(row, LeftOut):
             yield row
@@ -65,11 +59,11 @@ def plain_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def by_name(entries: Iterable[Any], name: str, value: Callable[[Mapping[str, Any]], Any]) -> dict[str, list[Any]]:
+def by_name(entries: list[Any], name: str, value: Callable[[Record], Any]) -> dict[str, list[Any]]:
     """The values of a list of scores by their name; scores without a value are none."""
     scores: dict[str, list[Any]] = {}
-    for entry in entries:
-        if isinstance(entry, Mapping) and isinstance(entry.get(name), str):
+    for entry in objects_in(entries):
+        if isinstance(entry.get(name), str):
             found = value(entry)
             scores.setdefault(entry[name], []).extend([] if found is None else [found])
     return scores
@@ -84,8 +78,6 @@ def _chosen(names: Iterable[str], origin: Origin) -> str:
         return label
     usual = next((name for name in USUAL_NAMES if name in known), None)
     if usual is None:
-        raise origin.error(
-            f"expected a score {USUAL_NAMES[1]!r}, found {keys_of(sorted(known))}.",
-            "Name the score by data.columns.label.",
-        )
+        expected = f"expected a score {USUAL_NAMES[1]!r}, found {keys_of(sorted(known))}."
+        raise origin.error(expected, "Name the score by data.columns.label.")
     return usual

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.formats.record_format import Candidate, Origin
 from bco_lightning.data.messages import at_rated_turn
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import from_json_text, value_at
+from bco_lightning.data.values import Record, from_json_text, value_at
 
 _USUAL_NAMES = ("messages", "conversation", "conversations", "chat")
 
 
-def matches(record: Mapping[str, Any], columns: Columns) -> bool:
+def matches(record: Record, columns: Columns) -> bool:
     """Whether there is a completion or a conversation."""
     if value_at(record, _completion(record, columns)) is not None:
         return True
     column = _conversation(record, columns)
     messages = None if column is None else value_at(record, column)
     return isinstance(messages, str) or (
-        isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
+        isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     )
 
 
-def candidates(record: Mapping[str, Any], origin: Origin) -> Iterator[Candidate]:
+def candidates(record: Record, origin: Origin) -> Iterator[Candidate]:
     """The row; every column of the record is a rating that a rule can name."""
     row, label = unrated_row(record, origin), origin.columns.label
     needed = origin.labelled and origin.options.rating is None
     yield Candidate(row, origin.required(record, label) if needed else value_at(record, label), record)
 
 
-def unrated_row(record: Mapping[str, Any], origin: Origin) -> FeedbackRow:
-    """The row of a record in columns, whatever holds its conversation.
-
-    Raises:
-        FeedbackRowError: If there are no such columns, or their messages are malformed.
-    """
+def unrated_row(record: Record, origin: Origin) -> FeedbackRow:
+    """The row of a record in columns, whatever holds its conversation."""
     columns = origin.columns
     column = _conversation(record, columns)
     if column is None:
@@ -50,13 +45,13 @@ def unrated_row(record: Mapping[str, Any], origin: Origin) -> FeedbackRow:
     return origin.row(prompt, completion, record, num_trailing)
 
 
-def _completion(record: Mapping[str, Any], columns: Columns) -> str:
+def _completion(record: Record, columns: Columns) -> str:
     """The column with the completion; HelpSteer2 and others call it ``response``."""
     usual = columns.completion == "completion" and "completion" not in record and "response" in record
     return "response" if usual else columns.completion
 
 
-def _conversation(record: Mapping[str, Any], columns: Columns) -> str | None:
+def _conversation(record: Record, columns: Columns) -> str | None:
     """The column with the whole conversation, if the row stands in one."""
     named = columns.messages not in _USUAL_NAMES
     if not named and value_at(record, _completion(record, columns)) is not None:

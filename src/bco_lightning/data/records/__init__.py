@@ -2,91 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
 
 from bco_lightning.data.files import HUB, arrow_folder, expand, is_packed, size_of, suffix_of
-from bco_lightning.data.records.csv_rows import CsvRows
-from bco_lightning.data.records.json_document import JsonDocument
-from bco_lightning.data.records.json_lines import JsonLines, PackedLines
+from bco_lightning.data.records.csv_rows import csv_rows, number_in, thumb_in
+from bco_lightning.data.records.json_document import document_records
+from bco_lightning.data.records.json_lines import JsonLines, line_records
 from bco_lightning.data.records.parquet import ParquetRows
-from bco_lightning.data.records.record_file import Place, Record, RecordFile, SeekableFile, changed
-from bco_lightning.data.records.record_store import RecordStore
-from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, parse_line
-from bco_lightning.data.records.tables import ArrowFile, ArrowFolder, HubRows
+from bco_lightning.data.records.record_file import Block, Place, RecordFile, SeekableFile, changed
+from bco_lightning.data.records.tables import ArrowFolder, arrow_rows, hub_rows
 from bco_lightning.data.remote import HTTP, is_remote, protocol_of, require_ranges
+from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 
 __all__ = [
-    "MAX_LINE_BYTES",
     "Place",
     "Record",
     "RecordFile",
     "RecordStore",
     "SeekableFile",
     "changed",
-    "parse_line",
-    "read_records",
+    "number_in",
     "record_file",
     "seekable_file",
     "seekable_files",
+    "thumb_in",
 ]
 
-_LINES = (".jsonl", ".ndjson")
+_OPEN_FILES = 64
+_NO_CELLS: Mapping[str, Callable[[str], Any]] = {}
 
 
-def record_file(path: str, label_column: str | None = None, numeric: Collection[str] = ()) -> RecordFile:
+def record_file(path: str, cells: Mapping[str, Callable[[str], Any]] = _NO_CELLS) -> RecordFile:
     """The file of a path, as :func:`~bco_lightning.data.files.expand` gives it, by its suffix.
 
     Args:
         path: A file, a folder of ``save_to_disk``, or a data set of the hub.
-        label_column: Name of the column with the thumbs; a CSV's cells there are read as numbers and booleans.
-            ``None`` leaves every cell of a CSV the text that it is.
-        numeric: Names of further columns of a CSV, such as ratings, whose cells are read as numbers where they are
-            finite decimal ones.
+        cells: What a cell of a CSV means, by the name of its column; every other one is the text that it is.
     """
     suffix = suffix_of(path)
     if path.startswith(HUB):
-        return HubRows(path)
+        return RecordFile(path, hub_rows)
     if not is_remote(path) and arrow_folder(path) is not None:
         return ArrowFolder(path)
     if suffix in (".csv", ".tsv"):
-        return CsvRows(path, label_column, numeric)
-    if suffix in _LINES:
-        return PackedLines(path) if is_packed(path) else JsonLines(path)
+        return RecordFile(path, partial(csv_rows, cells=cells))
+    if suffix in (".jsonl", ".ndjson"):
+        return RecordFile(path, line_records) if is_packed(path) else JsonLines(path)
     if suffix == ".json":
-        return JsonDocument(path)
-    return ParquetRows(path) if suffix == ".parquet" else ArrowFile(path)
-
-
-def read_records(
-    source: str, label_column: str | None = None, numeric: Collection[str] = ()
-) -> Iterator[tuple[str, Record | FeedbackRowError]]:
-    """Reads all files of a source, lazily.
-
-    Args:
-        source: One or more files, a folder or a data set, as :func:`~bco_lightning.data.files.expand` takes them.
-        label_column: As :func:`record_file` takes it.
-        numeric: As :func:`record_file` takes it.
-
-    Yields:
-        The place (``file:line`` for lines of text, else ``file:row``, from 1) and the record, or what is wrong with
-        it; reading can go on after a malformed row.
-
-    Raises:
-        FeedbackRowError: If there is no such source, or a file of it is of no known kind or malformed as a whole.
-    """
-    for path in expand(source):
-        file = record_file(path, label_column, numeric)
-        for place, record in file:
-            yield f"{file.name}:{place.line}", record
+        return RecordFile(path, document_records)
+    return ParquetRows(path) if suffix == ".parquet" else RecordFile(path, arrow_rows)
 
 
 def seekable_files(source: str) -> list[SeekableFile]:
-    """The files of a source, whose records are found again by their place.
-
-    Raises:
-        FeedbackRowError: If there are none, or one of them is of another kind.
-    """
+    """The files of a source, whose records are found again by their place; an error if one is of another kind."""
     if source.startswith(HUB):
         name = source.removeprefix(HUB).partition("@")[0]
         raise FeedbackRowError(
@@ -98,22 +73,63 @@ def seekable_files(source: str) -> list[SeekableFile]:
 
 
 def seekable_file(path: str) -> SeekableFile:
-    """The file of a path, if its records are found again by their place.
-
-    Raises:
-        FeedbackRowError: If they are not.
-    """
+    """The file of a path; an error if its records cannot be found again by their place."""
     file = record_file(path)
-    if isinstance(file, SeekableFile):
-        if protocol_of(path) in HTTP:
-            require_ranges(path, size_of(path))
-        return file
-    packed = is_packed(path)
-    raise FeedbackRowError(
-        file.name,
-        "expected a file that can be read from the middle with data.streaming, found "
-        f"{'a packed one' if packed else f'a {suffix_of(path)} file'}.",
-        "Unpack it, or convert it to Parquet, which is packed inside."
-        if packed
-        else "Convert it to JSON lines or Parquet.",
-    )
+    if not isinstance(file, SeekableFile):
+        found, remedy = f"a {suffix_of(path)} file", "Convert it to JSON lines or Parquet."
+        if is_packed(path):
+            found, remedy = "a packed one", "Unpack it, or convert it to Parquet, which is packed inside."
+        expected = f"expected a file that can be read from the middle with data.streaming, found {found}."
+        raise FeedbackRowError(file.name, expected, remedy)
+    if protocol_of(path) in HTTP:
+        require_ranges(path, size_of(path))
+    return file
+
+
+class RecordStore:
+    """Finds records again, and keeps the blocks used last. It pickles to loader workers without these.
+
+    Args:
+        paths: Files as :func:`seekable_file` takes them.
+        marks: Of each file its :meth:`SeekableFile.mark` when its places were taken.
+        num_bytes: About how much memory blocks may take; one is kept in any case.
+    """
+
+    def __init__(self, paths: Sequence[str], marks: Sequence[str], num_bytes: int = 2**26) -> None:
+        self._paths, self._marks, self._num_bytes = list(paths), list(marks), num_bytes
+        self._files: OrderedDict[tuple[int, int], SeekableFile] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], Block] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[RecordStore], tuple[Any, ...]]:
+        return type(self), (self._paths, self._marks, self._num_bytes)
+
+    @property
+    def bytes_kept(self) -> int:
+        """About how much memory blocks take."""
+        return sum(block.num_bytes for block in self._blocks.values())
+
+    def at(self, number: int, place: Place) -> Record | FeedbackRowError:
+        """The record at a place in the file with that number, or what is wrong with it.
+
+        Raises:
+            FeedbackRowError: If the file cannot be read any more, or has changed since the place was taken.
+        """
+        file = self._file(number)
+        key = number, int(file.units(np.array([place.offset]))[0])
+        if key not in self._blocks:
+            self._blocks[key] = file.block(key[1])
+            while self.bytes_kept > self._num_bytes and len(self._blocks) > 1:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(key)
+        return self._blocks[key].at(place)
+
+    def _file(self, number: int) -> SeekableFile:
+        key = os.getpid(), number  # an open file has one position for a process and those forked from it
+        if key not in self._files:
+            self._files[key] = file = seekable_file(self._paths[number])
+            if file.mark() != self._marks[number]:
+                raise changed(file.name)
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(key)
+        return self._files[key]

@@ -6,7 +6,7 @@ import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from bco_lightning.data.files import open_unpacked, suffix_of
@@ -20,77 +20,84 @@ from bco_lightning.data.records.strict_json import (
     refuse_other_encodings,
     too_long,
 )
+from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 
 # CSV has no types; these cells are what spreadsheets and pandas write for numbers and booleans.
 _THUMBS = {"1": 1, "0": 0, "-1": -1, "True": True, "False": False, "TRUE": True, "FALSE": False}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _SURROGATE, _NUL = re.compile("[\ud800-\udfff]"), "\udc00"
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-class CsvRows(RecordFile):
-    """A ``.csv`` file, or a ``.tsv`` file, which is delimited by tabs.
+def csv_rows(file: RecordFile, cells: Mapping[str, Callable[[str], Any]]) -> Read:
+    """The rows of a ``.csv`` file, or of a ``.tsv`` file, which is delimited by tabs; a place is a row's last line."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with open_unpacked(file.path) as opened:
+        lines = _Lines(opened, file.name)
+        rows = csv.reader(lines, delimiter="\t" if suffix_of(file.path) == ".tsv" else ",", strict=True)
+        try:
+            header = next(rows, [])
+            _check_header(header, f"{file.name}:{rows.line_num or 1}")
+            for number, row in enumerate(rows):
+                lines.bytes_of_row = 0
+                if row:
+                    yield Place(number, rows.line_num), _record(header, row, cells, f"{file.name}:{rows.line_num}")
+        except csv.Error as error:
+            raise FeedbackRowError(f"{file.name}:{rows.line_num}", f"expected CSV, found {error}.") from error
 
-    Args:
-        path: The file.
-        label_column: Column whose cells are read as thumbs where they look like it.
-        numeric: Columns whose cells are read as numbers where they look like it.
-    """
 
-    def __init__(self, path: str, label_column: str | None = None, numeric: Collection[str] = ()) -> None:
-        super().__init__(path)
-        self._label_column, self._numeric, self._bytes_of_row = label_column, numeric, 0
+def thumb_in(cell: str) -> int | str:
+    """The thumb that a cell holds, if it looks like one of spreadsheets, else the cell."""
+    return _THUMBS.get(cell, cell)
 
-    def __iter__(self) -> Read:
-        """Reads it through; the place of a row is its last line."""
-        csv.field_size_limit(MAX_LINE_BYTES)
-        with open_unpacked(self.path) as file:
-            rows = csv.reader(self._texts(file), delimiter=_DELIMITERS[suffix_of(self.path)], strict=True)
-            self._bytes_of_row = 0
-            try:
-                header = next(rows, [])
-                self._check_header(header, f"{self.name}:{rows.line_num or 1}")
-                for number, cells in enumerate(rows):
-                    self._bytes_of_row, place = 0, f"{self.name}:{rows.line_num}"
-                    problem = _problem_of(cells, place)
-                    if problem is None and len(cells) != len(header):
-                        expected = f"expected {len(header)} cells as in the header, found {len(cells)}."
-                        problem = FeedbackRowError(place, expected)
-                    if cells:
-                        record = problem or self._typed(dict(zip(header, cells, strict=True)))
-                        yield Place(number, rows.line_num), record
-            except csv.Error as error:
-                raise FeedbackRowError(f"{self.name}:{rows.line_num}", f"expected CSV, found {error}.") from error
 
-    def _texts(self, file: BinaryIO) -> Iterator[str]:
-        """The lines. The CSV reader cannot go on after an error, so bytes that are no text come as surrogates."""
-        for number, line, _ in numbered_lines(file, self.name):
-            self._bytes_of_row += len(line)
-            if self._bytes_of_row > MAX_LINE_BYTES:
-                raise too_long(f"{self.name}:{number}")
+def number_in(cell: str) -> float | str:
+    """The finite decimal number that a cell holds, or the cell."""
+    digits = cell.strip()
+    if len(digits) > MAX_INTEGER_DIGITS or not _NUMBER.fullmatch(digits):
+        return cell
+    if digits.lstrip("+-").isdigit():
+        return int(digits)
+    return number if math.isfinite(number := float(digits)) else cell
+
+
+class _Lines:
+    """The lines of a file. The CSV reader cannot go on after an error, so bytes that are no text come as surrogates."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name, self.bytes_of_row = file, name, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line, _ in numbered_lines(self._file, self._name):
+            self.bytes_of_row += len(line)
+            if self.bytes_of_row > MAX_LINE_BYTES:
+                raise too_long(f"{self._name}:{number}")
             if number == 1:
-                refuse_other_encodings(line, f"{self.name}:1")
+                refuse_other_encodings(line, f"{self._name}:1")
             yield line.decode("utf-8", "surrogateescape").replace("\x00", _NUL)
 
-    def _check_header(self, header: list[str], place: str) -> None:
-        if (problem := _problem_of(header, place)) is not None:
-            raise problem
-        if not any(name.strip() for name in header):
-            found = "expected a header with the names of the columns, found an empty line or file."
-            raise FeedbackRowError(place, found)
-        times = Counter(header)
-        if twice := [number for number, name in enumerate(header, 1) if times[name] > 1]:
-            found = f"found the same one in columns {', '.join(map(str, twice[:10]))}."
-            raise FeedbackRowError(place, f"expected each column name once, {found}", "Rename or remove one.")
 
-    def _typed(self, record: dict[str, Any]) -> dict[str, Any]:
-        if self._label_column in record:
-            record[self._label_column] = _THUMBS.get(record[self._label_column], record[self._label_column])
-        for column in self._numeric:
-            if isinstance(cell := record.get(column), str):
-                record[column] = _number_of(cell)
-        return record
+def _record(
+    header: list[str], row: list[str], cells: Mapping[str, Callable[[str], Any]], place: str
+) -> Record | FeedbackRowError:
+    if (problem := _problem_of(row, place)) is not None:
+        return problem
+    if len(row) != len(header):
+        return FeedbackRowError(place, f"expected {len(header)} cells as in the header, found {len(row)}.")
+    record: Record = dict(zip(header, row, strict=True))
+    return record | {name: read(record[name]) for name, read in cells.items() if name in record}
+
+
+def _check_header(header: list[str], place: str) -> None:
+    if (problem := _problem_of(header, place)) is not None:
+        raise problem
+    if not any(name.strip() for name in header):
+        found = "expected a header with the names of the columns, found an empty line or file."
+        raise FeedbackRowError(place, found)
+    times = Counter(header)
+    if twice := [str(number) for number, name in enumerate(header, 1) if times[name] > 1]:
+        found = f"expected each column name once, found the same one in columns {', '.join(twice[:10])}."
+        raise FeedbackRowError(place, found, "Rename or remove one.")
 
 
 def _problem_of(cells: list[str], place: str) -> FeedbackRowError | None:
@@ -98,13 +105,3 @@ def _problem_of(cells: list[str], place: str) -> FeedbackRowError | None:
     if odd is None:
         return None
     return no_nul(place) if odd[0] == _NUL else not_utf8(place, f"byte 0x{ord(odd[0]) & 0xFF:02x}")
-
-
-def _number_of(cell: str) -> int | float | str:
-    """The number that a cell holds, or the cell."""
-    digits = cell.strip()
-    if len(digits) > MAX_INTEGER_DIGITS or not _NUMBER.fullmatch(digits):
-        return cell
-    if digits.lstrip("+-").isdigit():
-        return int(digits)
-    return number if math.isfinite(number := float(digits)) else cell

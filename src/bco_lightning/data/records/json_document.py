@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 
 from bco_lightning.data.files import open_unpacked
-from bco_lightning.data.records.record_file import Place, Read, Record, RecordFile
-from bco_lightning.data.records.strict_json import decode, parse_line
+from bco_lightning.data.records.record_file import Place, Read, RecordFile
+from bco_lightning.data.records.strict_json import NESTED, SURROGATE, decode, parse_line
+from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 
 # The text of one emoji makes Python hold four bytes per character: 1 GiB for this.
@@ -19,52 +20,44 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _LENIENT = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 
 
-class JsonDocument(RecordFile):
-    """A ``.json`` file, which is held in memory whole.
+def document_records(file: RecordFile) -> Read:
+    """The records of a ``.json`` file, which is held in memory whole; places are their numbers.
 
-    Its records are each object of an array; of an object whose values are all objects these, with their key as ``id``
-    unless they have one; else the object itself.
+    They are each object of an array; of an object whose values are all objects these, with their key as ``id`` unless
+    they have one; else the object itself.
     """
-
-    def __iter__(self) -> Read:
-        """Reads it through; places are numbers of records."""
-        with open_unpacked(self.path) as file:
-            content = file.read(MAX_DOCUMENT_BYTES + 1)
-        if len(content) > MAX_DOCUMENT_BYTES:
-            found = f"expected a JSON document of at most {MAX_DOCUMENT_BYTES / 2**20:g} MiB, found a larger one."
-            raise FeedbackRowError(
-                self.name, found, "Write one object per line, as .jsonl, which is read line by line."
-            )
-        text = decode(content, self.name)
-        del content
-        start = _next(text, 0)
-        if text[start : start + 1] not in ("[", "{"):
-            found = "an empty file" if start == len(text) else "neither"
-            raise FeedbackRowError(self.name, f"expected a JSON array or object, found {found}.")
-        for number, (key, first, end) in enumerate(_records_in(text, start, self.name)):
-            place = f"{self.name}:{number + 1}"
-            try:
-                yield Place(number, number + 1), _record(key, text[first:end], place)
-            except FeedbackRowError as error:
-                yield Place(number, number + 1), error.without_cause()
+    with open_unpacked(file.path) as opened:
+        content = opened.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        found = f"expected a JSON document of at most {MAX_DOCUMENT_BYTES / 2**20:g} MiB, found a larger one."
+        raise FeedbackRowError(file.name, found, "Write one object per line, as .jsonl, which is read line by line.")
+    text = decode(content, file.name)
+    del content
+    for number, (key, first, end) in enumerate(_records_in(text, file.name)):
+        place = f"{file.name}:{number + 1}"
+        record = parse_line(text[first:end].encode(), place) or {}
+        if key is not None and isinstance(record, dict):
+            record = _with_id(key, record, place)
+        yield Place(number, number + 1), record
 
 
-def _record(key: str | None, text: str, place: str) -> Record:
-    record = parse_line(text.encode(), place) or {}
-    if key is None:
-        return record
+def _with_id(key: str, record: Record, place: str) -> Record | FeedbackRowError:
     try:
         key.encode()
     except UnicodeEncodeError:
-        raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from None
+        return FeedbackRowError(place, SURROGATE)
     return {"id": key, **record}
 
 
-def _records_in(text: str, start: int, name: str) -> Iterator[tuple[str | None, int, int]]:
+def _records_in(text: str, name: str) -> Iterator[tuple[str | None, int, int]]:
     """Key, first and last index of each record."""
-    if text[start] == "[":
+    start = _next(text, 0)
+    if text[start : start + 1] == "[":
         yield from _parts(text, start, name)
         return
+    if text[start : start + 1] != "{":
+        found = "an empty file" if start == len(text) else "neither"
+        raise FeedbackRowError(name, f"expected a JSON array or object, found {found}.")
     parts = list(_parts(text, start, name))
     if not all(text[first] == "{" for _, first, _ in parts):
         yield None, start, len(text.rstrip(" \t\r\n"))
@@ -76,50 +69,40 @@ def _records_in(text: str, start: int, name: str) -> Iterator[tuple[str | None, 
 
 def _parts(text: str, start: int, name: str) -> Iterator[tuple[str | None, int, int]]:
     """Key (of an object), first and last index of each value of an array or object, which must be all of the text."""
-    closing = {"[": "]", "{": "}"}[text[start]]
+    key, closing = None, {"[": "]", "{": "}"}[text[start]]
     try:
         at = _next(text, start + 1)
         while text[at : at + 1] != closing:
-            key, at = _key(text, at) if closing == "}" else (None, at)
+            if closing == "}":
+                key, at = _LENIENT.raw_decode(text, _past('"', text, at) - 1)
+                at = _next(text, _past(":", text, _next(text, at)))
             _, end = _LENIENT.raw_decode(text, at)
             yield key, at, end
             at = _next(text, end)
-            if text[at : at + 1] == closing:
-                break
-            at = _past(",", text, at)
-            if text[at : at + 1] == closing:
-                raise json.JSONDecodeError("a comma before the end", text, at)
+            if text[at : at + 1] != closing:
+                at = _next(text, _past(",", text, at))
+                if text[at : at + 1] == closing:
+                    raise json.JSONDecodeError("a comma before the end", text, at)
         rest = _next(text, at + 1)
+        if rest < len(text):
+            raise json.JSONDecodeError(_MORE, text, rest)
     except json.JSONDecodeError as error:
-        raise _malformed(name, text, error.pos, error.msg) from None
+        remedy = "If it has one object per line, name it .jsonl." if error.msg == _MORE else ""
+        if error.pos >= len(text) or error.msg.startswith("Unterminated"):
+            remedy = "It may have been cut off."
+        found = f"malformed JSON ({error.msg}, line {error.lineno})"
+        raise FeedbackRowError(name, f"expected one JSON document, found {found}.", remedy) from None
     except RecursionError:
-        raise FeedbackRowError(name, "expected plain JSON values, found brackets nested too deeply.") from None
-    if rest < len(text):
-        raise _malformed(name, text, rest, _MORE)
-
-
-def _key(text: str, at: int) -> tuple[str, int]:
-    if text[at : at + 1] != '"':
-        raise json.JSONDecodeError("Expecting '\"'", text, at)
-    key, end = _LENIENT.raw_decode(text, at)
-    return key, _past(":", text, _next(text, end))
+        raise FeedbackRowError(name, NESTED) from None
 
 
 def _past(character: str, text: str, at: int) -> int:
     if text[at : at + 1] != character:
         raise json.JSONDecodeError(f"Expecting {character!r}", text, at)
-    return _next(text, at + 1)
+    return at + 1
 
 
 def _next(text: str, at: int) -> int:
     """Where the next character is that is no white space."""
     found = _SPACE.match(text, at)
     return found.end() if found else at
-
-
-def _malformed(name: str, text: str, at: int, message: str) -> FeedbackRowError:
-    line = text.count("\n", 0, at) + 1
-    remedy = "If it has one object per line, name it .jsonl." if message == _MORE else ""
-    if at >= len(text) or message.startswith("Unterminated"):
-        remedy = "It may have been cut off."
-    return FeedbackRowError(name, f"expected one JSON document, found malformed JSON ({message}, line {line}).", remedy)

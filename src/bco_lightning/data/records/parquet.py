@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bco_lightning.data.files import open_file, size_of
-from bco_lightning.data.records.record_file import Read, SeekableFile
-from bco_lightning.data.records.tables import BATCH_ROWS, RowBlock, in_one_line, rows_of
+from bco_lightning.data.records.record_file import Block, SeekableFile
+from bco_lightning.data.records.tables import BATCH_ROWS, block_of, in_one_line, rows_of
 from bco_lightning.errors import FeedbackRowError
 
 _KIND = "a Parquet file"
@@ -32,16 +32,14 @@ _USUAL_DICTIONARY = 2**20  # what writers limit it to
 class ParquetRows(SeekableFile):
     """A ``.parquet`` file, on a disk or wherever fsspec reads."""
 
-    def __iter__(self) -> Read:
-        """Reads it through."""
-        groups = range(self._file.metadata.num_row_groups)
-        yield from rows_of((batch for group in groups for batch in self._batches(group)), self.name, _KIND)
+    def __init__(self, path: str) -> None:
+        super().__init__(path, lambda file: rows_of(file._all_batches(), file.name, _KIND))
 
     def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Parts of row groups."""
         return np.searchsorted(self._units, offsets, side="right") - 1
 
-    def block(self, unit: int) -> RowBlock:
+    def block(self, unit: int) -> Block:
         """One part; where its texts would fill the memory, rows are decoded anew when they are asked for."""
         from pyarrow import Table
 
@@ -51,7 +49,7 @@ class ParquetRows(SeekableFile):
             batches.append(batch)
             if sum(held.nbytes for held in batches) > 2 * _UNIT_BYTES:
                 break
-        return RowBlock(Table.from_batches(batches), start, self.name, lambda row: next(self._between(row, row + 1)))
+        return block_of(Table.from_batches(batches), start, self.name, lambda row: next(self._between(row, row + 1)))
 
     def mark(self) -> str:
         """A digest of its size and its footer, which has counts, sizes and mostly the limits of each column chunk."""
@@ -93,6 +91,10 @@ class ParquetRows(SeekableFile):
             firsts += range(start, stop, max(1, min(fitting, max(_UNIT_ROWS, -(-(stop - start) // _UNITS)))))
         return np.array([*firsts, self._groups[-1]], np.int64)
 
+    def _all_batches(self) -> Iterator[Any]:
+        for group in range(self._file.metadata.num_row_groups):
+            yield from self._batches(group)
+
     def _batches(self, group: int) -> Iterator[Any]:
         rows = batch_rows(self._source, self._file.metadata.row_group(group))
         yield from self._file.iter_batches(batch_size=rows, row_groups=[group])
@@ -119,12 +121,7 @@ class ParquetRows(SeekableFile):
 
 
 def batch_rows(file: BinaryIO, group: Any) -> int:
-    """Rows of a row group that are decoded at a time, so few that their texts cannot fill the memory.
-
-    Args:
-        file: The Parquet file; where it stands does not matter, and changes.
-        group: What the footer says of the row group, a ``pyarrow.parquet.RowGroupMetaData``.
-    """
+    """Rows of a row group, by what the footer says of it, that are decoded at a time: their texts fit the memory."""
     columns = [group.column(number) for number in range(group.num_columns)]
     longest = sum(_longest_text(file, column) for column in columns if column.physical_type == "BYTE_ARRAY")
     return max(1, min(BATCH_ROWS, _BATCH_BYTES // max(1, longest)))

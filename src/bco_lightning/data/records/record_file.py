@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bco_lightning.data.remote import public_name
+from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
-
-Record = Mapping[str, Any]
 
 
 class Place(NamedTuple):
@@ -29,39 +28,28 @@ class Place(NamedTuple):
     check: int = 0
 
 
-Read = Iterator[tuple[Place, "Record | FeedbackRowError"]]
+Read = Iterator[tuple[Place, Record | FeedbackRowError]]
 
 
-class RecordFile(ABC):
-    """One file of records.
+class RecordFile:
+    """One file of records, as :func:`~bco_lightning.data.files.expand` gives its path.
 
-    Args:
-        path: As :func:`~bco_lightning.data.files.expand` gives it.
+    Iterating reads it through in bounded memory: each record, or what is wrong with it, with its place. A file that is
+    malformed as a whole, or from some place on, raises a FeedbackRowError.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self.name = path, public_name(path)
+    def __init__(self, path: str, read: Callable[[Any], Read]) -> None:
+        self.path, self.name, self._read = path, public_name(path), read
 
-    @abstractmethod
     def __iter__(self) -> Read:
-        """Reads it through, in bounded memory: each record, or what is wrong with it, with its place.
-
-        Raises:
-            FeedbackRowError: If the file is malformed as a whole, or from some place on.
-        """
+        return self._read(self)
 
 
-class Block(Protocol):
-    """Neighbouring records of a file that are held together."""
+class Block(NamedTuple):
+    """Neighbouring records that are held together; ``at`` gives one, or what is wrong with it, by its place."""
 
     num_bytes: int
-
-    def at(self, place: Place) -> Record | FeedbackRowError:
-        """The record at a place, or what is wrong with it.
-
-        Raises:
-            FeedbackRowError: If the file has changed since the place was taken.
-        """
+    at: Callable[[Place], Record | FeedbackRowError]
 
 
 class SeekableFile(RecordFile):
@@ -73,11 +61,7 @@ class SeekableFile(RecordFile):
 
     @abstractmethod
     def block(self, unit: int) -> Block:
-        """The records of a neighbourhood.
-
-        Raises:
-            FeedbackRowError: If the file cannot be read any more.
-        """
+        """The records of a neighbourhood."""
 
     @abstractmethod
     def mark(self) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
 from bco_lightning.data.files import damage
-from bco_lightning.data.records.record_file import Record
-from bco_lightning.data.values import shown
+from bco_lightning.data.values import Record, shown
 from bco_lightning.errors import FeedbackRowError
 
 # A million tokens of English are four of these MiB; a parsed line can take 24 times its bytes in memory.
 MAX_LINE_BYTES = 4 * 2**20
 # As many as the largest float has; longer ones take time that grows with the square of their length.
 MAX_INTEGER_DIGITS = 309
+NESTED = "expected plain JSON values, found brackets nested too deeply."
+SURROGATE = "expected Unicode text, found half of a surrogate pair."
 _BINARY = {
     b"\x1f\x8b": "a gzip file",
     b"\x28\xb5\x2f\xfd": "a zstd file",
@@ -28,58 +30,45 @@ _BINARY = {
 _MARKS = (*_BINARY, b"\xef\xbb\xbf")
 
 
-def parse_line(line: bytes, place: str) -> Record | None:
-    """The record in one line of a JSON Lines file.
-
-    Args:
-        line: Its bytes, with or without the line break.
-        place: File and line, for messages.
-
-    Returns:
-        The record; ``None`` for a line of white space.
-
-    Raises:
-        FeedbackRowError: If it is anything but one JSON object in UTF-8.
+def parse_line(line: bytes, place: str) -> Record | FeedbackRowError | None:
+    """The record in one line of JSON, or what is wrong with it; ``None`` for white space.
 
     Example:
         >>> parse_line(b'{"label": true}', "log.jsonl:1")
         {'label': True}
-        >>> parse_line(b'{"label": true, "label": false}', "log.jsonl:2")
-        Traceback (most recent call last):
-        ...
-        bco_lightning.errors.FeedbackRowError: log.jsonl:2: expected each key once, found "label" twice in one object.
+        >>> print(parse_line(b'{"label": true, "label": false}', "log.jsonl:2"))
+        log.jsonl:2: expected each key once, found "label" twice in one object.
     """
     if len(line) > MAX_LINE_BYTES:
-        raise too_long(place)
-    text = decode(line, place)
-    if not text or text.isspace():
-        return None
+        return too_long(place)
     try:
+        text = decode(line, place)
+        if not text or text.isspace():
+            return None
         record = _STRICT.decode(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(record, ensure_ascii=False).encode()
+    except FeedbackRowError as error:
+        return error.without_cause()
     except json.JSONDecodeError as error:
-        raise FeedbackRowError(
-            place,
-            f"expected one JSON object per line, found malformed JSON ({error.msg}, column {error.colno}).",
-            "" if text.endswith("\n") else "The file ends within this line; it may have been cut off.",
-        ) from error
-    except UnicodeEncodeError as error:
-        raise FeedbackRowError(place, "expected Unicode text, found half of a surrogate pair.") from error
-    except RecursionError as error:
-        raise FeedbackRowError(place, "expected plain JSON values, found brackets nested too deeply.") from error
+        found = f"malformed JSON ({error.msg}, column {error.colno})"
+        remedy = "" if text.endswith("\n") else "The file ends within this line; it may have been cut off."
+        return FeedbackRowError(place, f"expected one JSON object per line, found {found}.", remedy)
+    except UnicodeEncodeError:
+        return FeedbackRowError(place, SURROGATE)
+    except RecursionError:
+        return FeedbackRowError(place, NESTED)
     except ValueError as error:
-        raise FeedbackRowError(place, f"expected {error}.") from error
+        return FeedbackRowError(place, f"expected {error}.")
     if not isinstance(record, dict):
-        raise FeedbackRowError(place, f"expected a JSON object, found {shown(record)}.")
+        return FeedbackRowError(place, f"expected a JSON object, found {shown(record)}.")
     return record
 
 
 def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]]:
     """Number from 1, bytes and length of each line of a file; of bytes, no more than one over the limit.
 
-    Raises:
-        FeedbackRowError: If the file breaks off or cannot be read on, naming the line reached.
+    An error for a file that breaks off or cannot be read on names the line reached.
     """
     number = 0
     try:
@@ -97,11 +86,7 @@ def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]
 
 
 def decode(content: bytes, place: str) -> str:
-    """The text of UTF-8 bytes.
-
-    Raises:
-        FeedbackRowError: If they are something else.
-    """
+    """The text of UTF-8 bytes; an error if they are something else."""
     refuse_other_encodings(content, place)
     try:
         return content.decode("utf-8")
@@ -114,9 +99,8 @@ def refuse_other_encodings(content: bytes, place: str) -> None:
     """Raises a FeedbackRowError if bytes begin like a known binary file, or with a mark, or hold a NUL."""
     if content.startswith(_MARKS):
         refuse_binary(content, place)
-        raise FeedbackRowError(
-            place, "expected UTF-8 without a byte order mark, found one.", "Save the file without it."
-        )
+        found = "expected UTF-8 without a byte order mark, found one."
+        raise FeedbackRowError(place, found, "Save the file without it.")
     if b"\x00" in content:
         raise no_nul(place)
 
@@ -146,8 +130,7 @@ def too_long(place: str) -> FeedbackRowError:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for at, key in enumerate(keys) if key in record and keys.index(key) < at)
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"each key once, found {shown(twice)} twice in one object")
     return record
 

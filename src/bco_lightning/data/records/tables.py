@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, size_of
-from bco_lightning.data.records.record_file import Place, Read, Record, RecordFile, SeekableFile
+from bco_lightning.data.records.record_file import Block, Place, Read, RecordFile, SeekableFile
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, not_utf8, too_long
+from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.places import resolve_packaged
 
@@ -24,53 +25,42 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _FILE_MAGIC = b"ARROW1"
 
 
-class ArrowFile(RecordFile):
-    """An ``.arrow`` file, of the streaming or the random access format."""
-
-    def __iter__(self) -> Read:
-        """Reads it through."""
-        with open_file(self.path) as file:
-            yield from rows_of(_batches_in(file), self.name, "an Arrow file")
+def arrow_rows(file: RecordFile) -> Read:
+    """The rows of an ``.arrow`` file, of the streaming or the random access format."""
+    with open_file(file.path) as opened:
+        yield from rows_of(_batches_in(opened), file.name, "an Arrow file")
 
 
-class HubRows(RecordFile):
-    """A data set of the hub, ``hub:OWNER/NAME@SPLIT``; the split is ``train`` if left out."""
+def hub_rows(file: RecordFile) -> Read:
+    """The rows of a data set of the hub, ``hub:OWNER/NAME@SPLIT``; the split is ``train`` if left out."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    def __iter__(self) -> Read:
-        """Reads it through.
-
-        Raises:
-            FeedbackRowError: If it cannot be loaded.
-        """
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        name, _, split = self.path.removeprefix(HUB).partition("@")
-        try:
-            dataset = load_dataset(resolve_packaged(name), split=split or "train")
-        except (OSError, ValueError, DatasetsError) as error:
-            raise _not_loaded(self.path, error) from error
-        yield from _rows_in(dataset, self.name)
+    name, _, split = file.path.removeprefix(HUB).partition("@")
+    try:
+        dataset = load_dataset(resolve_packaged(name), split=split or "train")
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _not_loaded(file.path, error) from error
+    yield from _rows_in(dataset, file.name)
 
 
 class ArrowFolder(SeekableFile):
     """A folder that ``save_to_disk`` has written, with ``@SPLIT`` if it has several; it is mapped, not read."""
 
-    def __iter__(self) -> Read:
-        """Reads it through."""
-        yield from _rows_in(self._rows, self.name)
+    def __init__(self, path: str) -> None:
+        super().__init__(path, lambda file: _rows_in(file._rows, file.name))
 
     def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Runs of at most 256 rows."""
         return offsets // self._unit_rows
 
-    def block(self, unit: int) -> RowBlock:
+    def block(self, unit: int) -> Block:
         """The rows of one run."""
         from pyarrow import ArrowException
 
         start = unit * self._unit_rows
         try:
-            return RowBlock(_whole(self._rows[start : start + self._unit_rows]), start, self.name)
+            return block_of(_whole(self._rows[start : start + self._unit_rows]), start, self.name)
         except (ArrowException, OSError) as error:
             raise FeedbackRowError(self.name, f"expected a data set, found {in_one_line(error)}.") from error
 
@@ -89,38 +79,22 @@ class ArrowFolder(SeekableFile):
         return _saved_dataset(self.path).with_format("arrow")
 
 
-class RowBlock:
-    """Neighbouring rows of a table.
+def block_of(table: Any, first: int, name: str, rest: Callable[[int], Any] | None = None) -> Block:
+    """Neighbouring rows of a file, given as a table and the number of its first; ``rest`` gives one that it lacks."""
 
-    Args:
-        table: They, as an Arrow table.
-        first: Number of the first.
-        name: What to call their file.
-        rest: Gives a row of the block that is not in the table.
-    """
+    def at(place: Place) -> Record | FeedbackRowError:
+        row = table.slice(place.offset - first, 1)
+        if not len(row) and rest is not None:
+            row = rest(place.offset)
+        return _record_of(row, f"{name}:{place.line}")
 
-    def __init__(self, table: Any, first: int, name: str, rest: Callable[[int], Any] | None = None) -> None:
-        self._table, self._first, self._name, self._rest = table, first, name, rest
-        self.num_bytes = int(table.nbytes) + 4096
-
-    def at(self, place: Place) -> Record | FeedbackRowError:
-        """The row at a place."""
-        row = self._table.slice(place.offset - self._first, 1)
-        if not len(row) and self._rest is not None:
-            row = self._rest(place.offset)
-        return _record_of(row, f"{self._name}:{place.line}")
+    return Block(int(table.nbytes) + 4096, at)
 
 
 def rows_of(batches: Iterable[Any], name: str, kind: str) -> Read:
     """The rows of Arrow batches as Python values, a few hundred in memory at a time.
 
-    Args:
-        batches: They.
-        name: What to call the file.
-        kind: What it is expected to be.
-
-    Raises:
-        FeedbackRowError: If the file is damaged; its place then is the row reached.
+    The error for damaged ones names the row reached and the ``kind`` of file expected.
     """
     from pyarrow import ArrowException
 
@@ -128,9 +102,8 @@ def rows_of(batches: Iterable[Any], name: str, kind: str) -> Read:
     try:
         for batch in batches:
             if len(set(batch.schema.names)) < len(batch.schema.names):
-                raise FeedbackRowError(
-                    name, "expected each column name once, found one twice.", "Rename or remove one."
-                )
+                found = "expected each column name once, found one twice."
+                raise FeedbackRowError(name, found, "Rename or remove one.")
             for start in range(0, len(batch), BATCH_ROWS):
                 for record in _records_of(batch.slice(start, BATCH_ROWS), name, number):
                     yield Place(number, number + 1), record
@@ -162,9 +135,8 @@ def _record_of(row: Any, place: str) -> Record | FeedbackRowError:
     except UnicodeDecodeError as error:
         return not_utf8(place, f"byte 0x{error.object[error.start]:02x}")
     except (ValueError, OverflowError, ArithmeticError) as error:
-        return FeedbackRowError(
-            place, f"expected values that Python can hold, found one that it cannot ({type(error).__name__})."
-        )
+        found = f"one that it cannot ({type(error).__name__})"
+        return FeedbackRowError(place, f"expected values that Python can hold, found {found}.")
     return record  # type: ignore[no-any-return]
 
 
@@ -216,20 +188,15 @@ def _check_end(file: BinaryIO) -> int:
 
 
 def _saved_dataset(path: str) -> Any:
-    """The data set in a folder.
-
-    Raises:
-        FeedbackRowError: If there is no such split, or a file is missing, cut off or no such description.
-    """
+    """The data set in a folder; an error if there is no such split, or a file is missing, cut off or damaged."""
     from datasets import load_from_disk
 
-    folder, split = _folder_and_split(path)
+    folder, split = arrow_folder(path) or (Path(path), "")
     splits = sorted(inner.parent.name for inner in folder.glob("*/state.json"))
     if split not in (splits or [""]):
         found = f"those of {', '.join(splits)}" if splits else "one without splits"
-        raise FeedbackRowError(
-            path, f"expected one data set, found {found}.", f"Name it as {folder}@SPLIT if it has any."
-        )
+        remedy = f"Name it as {folder}@SPLIT if it has any."
+        raise FeedbackRowError(path, f"expected one data set, found {found}.", remedy)
     try:
         for shard in (folder / split).glob("*.arrow"):
             with open_file(str(shard)) as file:
@@ -237,10 +204,6 @@ def _saved_dataset(path: str) -> Any:
         return load_from_disk(str(folder / split))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_loaded(path, error) from None
-
-
-def _folder_and_split(path: str) -> tuple[Path, str]:
-    return arrow_folder(path) or (Path(path), "")
 
 
 def _not_loaded(source: str, error: Exception) -> FeedbackRowError:
