@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from bco_lightning.data.remote import HTTP, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
-from bco_lightning.identity import digest_of_file
+from bco_lightning.identity import digest_of_file, digest_of_values
 from bco_lightning.places import resolve_packaged
 
 HUB = "hub:"
@@ -35,10 +33,6 @@ def expand(source: str) -> list[str]:
         source: A file, a glob such as ``logs/**/*.jsonl.gz``, a URL of fsspec (with a glob, except for HTTP),
             ``package:NAME/path``, a folder written by ``save_to_disk`` (with ``@SPLIT`` if it has several), or
             ``hub:OWNER/NAME@SPLIT``, which stays as it is.
-
-    Example:
-        >>> [Path(file).name for file in expand("package:bco_lightning/demo/train.jsonl")]
-        ['train.jsonl']
     """
     if source.strip()[:1] in ("{", "[") and source.strip()[-1:] in ("}", "]"):
         remedy = "Put sources in a list, for instance [{path: log.jsonl, weight: 2}]."
@@ -50,27 +44,16 @@ def expand(source: str) -> list[str]:
     with errors_named(source):
         files = _known(source, _matching(source)) if is_remote(source) else _expand_local(source)
     for file in files:
-        try:
-            file.encode()
-        except UnicodeEncodeError:  # which could not be written down as the place of a row
-            name = file.encode(errors="backslashreplace").decode()
-            raise FeedbackRowError(name, "expected a name in UTF-8, found other bytes.", "Rename the file.") from None
+        name = file.encode(errors="backslashreplace").decode()
+        if name != file:  # which could not be written down as the place of a row
+            raise FeedbackRowError(name, "expected a name in UTF-8, found other bytes.", "Rename the file.")
     return files
 
 
-def suffix_of(path: str) -> str:
-    """The suffix in lower case, without that of a compression and without the query of a URL.
-
-    Example:
-        >>> suffix_of("logs/a.JSONL.gz"), suffix_of("https://host/a.csv?signature=x"), suffix_of("notes")
-        ('.jsonl', '.csv', '')
-    """
-    return _suffixes(path)[0]
-
-
-def is_packed(path: str) -> bool:
-    """Whether gzip or zstd has packed it, by its name."""
-    return bool(_suffixes(path)[1])
+def suffixes_of(path: str) -> tuple[str, str]:
+    """The suffix in lower case, without the query of a URL, and that of the compression if there is one."""
+    *before, last = ["", *Path(public_name(path).rsplit("/", 1)[-1].lower()).suffixes]
+    return (before[-1], last) if last in COMPRESSIONS else (last, "")
 
 
 def arrow_folder(path: str) -> tuple[Path, str] | None:
@@ -108,12 +91,12 @@ def content_key(path: str) -> str:
         if is_remote(path):
             info = _info(path)
             marks = {name: str(info[name]) for name in _CONTENT_MARKS if info.get(name)}
-            return f"fsspec:{_digest_of([info.get('size'), marks])}" if marks else ""
+            return f"fsspec:{digest_of_values({'size': info.get('size'), **marks})}" if marks else ""
         folder, files = arrow_folder(path), files_of(path)
         if folder is None:
             return f"sha256:{digest_of_file(files[0])}"
         digests = {str(file.relative_to(folder[0])): digest_of_file(file) for file in files}
-        return f"sha256:{_digest_of([folder[1], digests])}"
+        return f"sha256:{digest_of_values({'split': folder[1], 'files': digests})}"
 
 
 def open_file(path: str) -> io.BufferedReader:
@@ -128,11 +111,19 @@ def open_file(path: str) -> io.BufferedReader:
 def open_unpacked(path: str) -> Iterator[BinaryIO]:
     """Opens a file for reading its content from the front to the end, unpacked if its name says that it is packed."""
     with open_file(path) as file:
-        name = public_name(path)
-        if is_packed(path) and not file.peek(1):  # which both libraries take for a packed file of no bytes
+        name, packed = public_name(path), suffixes_of(path)[1]
+        if packed and not file.peek(1):  # which both libraries take for a packed file of no bytes
             raise damage(name, name, None)
+        # Whatever unpacks before a damage is to be read, so that the line that is named is the one reached.
+        content: Any = file
         try:
-            with _unpacked(file, _suffixes(path)[1]) as content:
+            if packed == ".gz":
+                content = gzip.GzipFile(fileobj=file)
+            elif packed:
+                from pyarrow import CompressedInputStream
+
+                content = io.BufferedReader(CompressedInputStream(file, "zstd"), _PACKED_BLOCK)
+            with content:
                 yield content
         except (EOFError, OSError, zlib.error) as error:
             raise damage(name, name, error) from None
@@ -158,7 +149,7 @@ class _RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         # What a block of no bytes means to HTTP only: one request for all, whose answer is read as it comes.
-        options = {"block_size": 0} if protocol_of(url) in HTTP and suffix_of(url) not in TABLES else {}
+        options = {"block_size": 0} if protocol_of(url) in HTTP and suffixes_of(url)[0] not in TABLES else {}
         with errors_named(url):
             system, inside = file_system(url)
             self._url, self._file = url, cast("BinaryIO", system.open(inside, "rb", **options))
@@ -186,17 +177,6 @@ class _RemoteFile(io.RawIOBase):
         if not self.closed:
             super().close()
             self._file.close()
-
-
-def _unpacked(file: io.BufferedReader, suffix: str) -> Any:
-    # Whatever unpacks before a damage is to be read, so that the line that is named is the one reached.
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)
-    if suffix == ".zst":
-        from pyarrow import CompressedInputStream
-
-        return io.BufferedReader(CompressedInputStream(file, "zstd"), _PACKED_BLOCK)
-    return file
 
 
 def _expand_local(source: str) -> list[str]:
@@ -236,7 +216,7 @@ def _known(source: str, files: Iterable[str]) -> list[str]:
     if not found:
         raise FeedbackRowError(public_name(source), "expected at least one file, found none that matches.")
     for file in found:
-        suffix, compression = _suffixes(file)
+        suffix, compression = suffixes_of(file)
         if suffix not in _KNOWN:
             other = repr(suffix or compression) if suffix or compression else "one without a suffix"
             expected = f"expected a file ending in {', '.join(_KNOWN)}, or hub:OWNER/NAME; found {other}."
@@ -247,16 +227,6 @@ def _known(source: str, files: Iterable[str]) -> list[str]:
     return found
 
 
-def _suffixes(path: str) -> tuple[str, str]:
-    """The suffix, and that of the compression if there is one."""
-    *before, last = ["", *Path(public_name(path).rsplit("/", 1)[-1].lower()).suffixes]
-    return (before[-1], last) if last in COMPRESSIONS else (last, "")
-
-
 def _info(url: str) -> Any:
     system, inside = file_system(url)
     return system.info(inside)
-
-
-def _digest_of(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

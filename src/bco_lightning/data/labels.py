@@ -32,17 +32,6 @@ class LabelVocabulary:
 
     Args:
         thumbs: What each label means instead, as ``data.columns.thumbs`` says.
-
-    Example:
-        >>> labels = LabelVocabulary()
-        >>> labels.thumbs_up(1, "log.jsonl:1"), labels.thumbs_up(-1, "log.jsonl:2")
-        (True, False)
-        >>> labels.thumbs_up(0, "log.jsonl:3")
-        Traceback (most recent call last):
-        ...
-        bco_lightning.errors.FeedbackRowError: log.jsonl:3: label 0 mixes two vocabularies; labels so far were 1/-1...
-        >>> LabelVocabulary({"3": "drop", "4": "up"}).thumbs_up(4, "log.jsonl:1")
-        True
     """
 
     def __init__(self, thumbs: Mapping[str, str] | None = None) -> None:
@@ -88,18 +77,7 @@ class LabelVocabulary:
 def thumb_by_rule(rule: Rating, ratings: Record, column: str, place: str) -> bool | LeftOut:
     """Whether the rule calls a row thumbs-up, or that it is left out; null or an empty cell is no feedback.
 
-    Args:
-        rule: The rule.
-        ratings: Every rating of the row, by name.
-        column: The one to go by if the rule names none.
-        place: File and line; a missing rating, or one that is no finite number, is an error that names it.
-
-    Example:
-        >>> rule = Rating("helpfulness", up=4, down=2)
-        >>> [thumb_by_rule(rule, {"helpfulness": value}, "label", "log.jsonl:1") for value in (4, 1.5)]
-        [True, False]
-        >>> thumb_by_rule(rule, {"helpfulness": 3}, "label", "log.jsonl:1")
-        LeftOut(place='log.jsonl:1', reason='rating between thumbs-up and thumbs-down')
+    Of all ratings of the row, it goes by the one that the rule names, else by ``column``.
     """
     if rule.untouched and all(value_at(ratings, name) == value for name, value in rule.untouched.items()):
         return LeftOut(place, UNTOUCHED)

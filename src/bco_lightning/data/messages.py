@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from bco_lightning.batch import Message
@@ -23,22 +24,11 @@ _MAY_BE_EMPTY = ("system", "tool")
 
 
 def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Message]:
-    """The messages of a column, each with a role out of ``ROLES`` and a text as content.
+    """The messages of a column in OpenAI's layout or ShareGPT's, or a text that ``role`` says.
 
-    Whatever other keys they have, such as ``tool_calls`` and ``reasoning_content``, is there for the chat template.
-    Keys without a value, with which a Parquet file fills up, are gone; parts of a content are joined; the arguments of
-    a tool call are an object where they were the JSON text of one.
-
-    Args:
-        value: A list of messages in OpenAI's layout (``role``, ``content``) or ShareGPT's (``from``, ``value``); text
-            too, where a role is given.
-        name: Of the column, for messages.
-        place: File and line, for messages.
-        role: Who says a text.
-
-    Example:
-        >>> messages_in([{"from": "human", "value": "Hi?"}, {"role": "assistant", "content": "Hi!"}], "talk", "log:1")
-        [{'role': 'user', 'content': 'Hi?'}, {'role': 'assistant', 'content': 'Hi!'}]
+    Each gets a role out of ``ROLES`` and a text as content; other keys, such as ``tool_calls`` and
+    ``reasoning_content``, are left for the chat template. Keys without a value, with which a Parquet file fills up, are
+    gone; the arguments of a tool call are an object where they were the JSON text of one.
     """
     if role and isinstance(value, str):
         value = [{"role": role, "content": value}]
@@ -54,11 +44,6 @@ def at_rated_turn(messages: list[Message], name: str, place: str) -> tuple[list[
     """Takes the conversation of a column apart: what was before its last assistant turn, the turn, how many are after.
 
     A turn is all that the assistant does between two messages of others: its tool calls, their results and its answer.
-
-    Example:
-        >>> talk = [{"role": role, "content": "..."} for role in ("user", "assistant", "tool", "assistant", "user")]
-        >>> [len(part) for part in at_rated_turn(talk, "messages", "log.jsonl:1")[:2]]
-        [1, 3]
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
@@ -99,16 +84,14 @@ def check_size(parts: list[Any], place: str) -> None:
 
 def words_of(messages: Sequence[Message]) -> str:
     """The words of messages, one message after the other."""
-    return "\n".join(text for message in messages for text in _said(message))
+    calls = (message.get("tool_calls") for message in messages)
+    called = (json.dumps(call, ensure_ascii=False) if call else "" for call in calls)
+    both = zip((message["content"] for message in messages), called, strict=True)
+    return "\n".join(filter(None, chain.from_iterable(both)))
 
 
 def said_in(prompt: str) -> str:
-    r"""The words of a prompt that is stored as JSON of its messages.
-
-    Example:
-        >>> said_in('[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]')
-        'Be kind.\nHi'
-    """
+    """The words of a prompt that is stored as JSON of its messages."""
     return words_of(json.loads(prompt))
 
 
@@ -174,10 +157,3 @@ def _with_object(call: Message) -> Message:
         if isinstance(arguments, dict):
             function["arguments"] = arguments
     return {**call, "function": function} if "function" in call else function
-
-
-def _said(message: Message) -> Iterator[str]:
-    if message.get("content"):
-        yield message["content"]
-    if message.get("tool_calls"):
-        yield json.dumps(message["tool_calls"], ensure_ascii=False)

@@ -19,6 +19,7 @@ RatedRow = FeedbackRow | LeftOut | FeedbackRowError
 # Records without the marks of any format that may come before the first with some.
 _MOST_UNCLEAR = 100
 _Place = TypeVar("_Place")
+_Records = Iterator[tuple[_Place, Record | FeedbackRowError]]
 
 
 class RowMaker:
@@ -43,9 +44,7 @@ class RowMaker:
         rated = (rule.column or columns.label, *rule.untouched) if rule else ()
         return {**({} if columns.thumbs else {columns.label: thumb_in}), **dict.fromkeys(rated, number_in)}
 
-    def learn(
-        self, records: Iterator[tuple[_Place, Record | FeedbackRowError]]
-    ) -> Iterator[tuple[_Place, Record | FeedbackRowError]]:
+    def learn(self, records: _Records[_Place]) -> _Records[_Place]:
         """Finds out the format, where it is ``auto``, by the first record that looks like one; gives all records."""
         seen: list[tuple[_Place, Record | FeedbackRowError]] = []
         while self.format is None and len(seen) <= _MOST_UNCLEAR and (item := next(records, None)) is not None:

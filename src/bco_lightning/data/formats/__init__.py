@@ -30,12 +30,7 @@ FORMATS: dict[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for
 
 
 def format_of(record: Record, columns: Columns) -> str | None:
-    """Name of the format that a record looks to be of; ``None`` if it looks like none.
-
-    Example:
-        >>> format_of({"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}, Columns())
-        'paired'
-    """
+    """Name of the format that a record looks to be of; ``None`` if it looks like none."""
     found = [name for name, known in FORMATS.items() if known.matches(record, columns)]
     if found == ["unpaired", "paired"] and value_at(record, columns.label) is not None:
         raise ConfigError(

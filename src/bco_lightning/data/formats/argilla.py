@@ -1,10 +1,7 @@
 """Records of Argilla with the responses of annotators.
 
-A row for each response to the question that ``columns.label`` or the rule of ratings names. Two layouts: that of
-``Dataset.records.to_json`` and ``to_list``, in which ``responses`` holds, for each question, a list of ``{"value",
-"user_id"}``; and the flat one of ``to_list(flatten=True)`` and ``to_datasets``, in which the fields are columns and
-those of a question end in ``.responses``, ``.responses.users`` and ``.responses.status``. Only the flat one knows
-drafts and discarded responses, of which neither is used.
+Two layouts: that of ``Dataset.records.to_json`` and ``to_list``, and the flat one of ``to_list(flatten=True)`` and
+``to_datasets``. Only the flat one knows drafts and discarded responses, of which neither is used.
 
 Source: the Python package argilla 2.8.0, ``argilla/records/_resource.py`` (``Record.to_dict``) and
 ``argilla/records/_io/_generic.py``; https://docs.argilla.io.

@@ -1,11 +1,8 @@
 """Threads of Chainlit with the feedback of its data layer.
 
-One row for each answer in a thread, or for each time that it was rated. A file holds one thread per record, as
-``BaseDataLayer.get_thread`` and ``SQLAlchemyDataLayer.get_all_user_threads`` give it: ``steps`` in the order of their
-creation, those of type ``user_message`` and ``assistant_message`` being the conversation, and ``feedback`` (``value`` 0
-or 1, ``comment``, ``forId``) in the rated step, or for the whole thread in a list of its own, as the table
-``feedbacks`` has it. The interface rates the run around an answer where there is one, which means the last message of
-that run.
+One thread per record, as ``BaseDataLayer.get_thread`` and ``SQLAlchemyDataLayer.get_all_user_threads`` give it, with
+feedback in the rated step or in a list for the whole thread, as the table ``feedbacks`` has it. The interface rates the
+run around an answer where there is one, which means the last message of that run.
 
 Source: the Python package chainlit 2.12.0, ``chainlit/types.py`` (``ThreadDict``, ``FeedbackDict``),
 ``chainlit/step.py`` (``StepDict``), ``chainlit/data/sql_alchemy.py``, and the bundled interface (``scorableRun``);

@@ -1,10 +1,7 @@
 """Conversations of two people with three ratings, from the PyPI package ``chitchat-dataset``.
 
-``package:chitchat_dataset/dataset.json`` maps each conversation's id to its ``messages`` (a list of turns, each a list
-of utterances with ``text``, ``timestamp`` and ``sender``) and, where there are any, its ``ratings`` (``witty``,
-``interesting`` and ``upbeat``, 1 to 10). The sliders stood at 5, where most were left. Each conversation is a row whose
-last turn is rated: who spoke last is taken for the assistant; a conversation that the assistant begins stays as it is,
-so the chat template has to take that.
+Each conversation is a row whose last turn is rated: who spoke last is taken for the assistant. One that the assistant
+begins stays as it is, so the chat template has to take that.
 
 Source: chitchat-dataset 0.9.0 (MIT), ``chitchat_dataset/dataset.json`` and its description on PyPI.
 """
@@ -13,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate, Origin
@@ -37,16 +33,22 @@ def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
     """The row of one conversation; its ratings come before its turns in what it is left out for."""
     ratings = record["ratings"] if isinstance(record.get("ratings"), dict) else {}
     left_out = _by_ratings(ratings, origin) if origin.labelled else None
-    turns = _turns(record, origin)
-    if left_out is None and len({sender for sender, _ in turns}) != 2:
+    try:
+        spoken = [(utterance["sender"], utterance["text"].strip()) for turn in record["messages"] for utterance in turn]
+        # All that someone said in a row is one turn of several lines.
+        runs = groupby((one for one in spoken if one[1]), lambda one: one[0])
+        turns = [(sender, "\n".join(text for _, text in run)) for sender, run in runs]
+        speakers = len({sender for sender, _ in turns})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise origin.error("expected utterances with 'sender' and 'text', found something else.") from error
+    if left_out is None and speakers != 2:
         left_out = origin.left_out(NOT_TWO_SPEAKERS)
     if left_out is None and len(turns) > MAX_ROW_MESSAGES:
         left_out = origin.left_out(TOO_MANY_TURNS)
     if left_out is not None:
         yield left_out
         return
-    assistant = turns[-1][0]
-    said = [{"role": "assistant" if who == assistant else "user", "content": text} for who, text in turns]
+    said = [{"role": "assistant" if who == turns[-1][0] else "user", "content": text} for who, text in turns]
     messages = origin.messages(said, "messages")
     yield Candidate(origin.row(messages[:-1], messages[-1:]), None, ratings)
 
@@ -60,20 +62,3 @@ def _by_ratings(ratings: Record, origin: Origin) -> LeftOut | None:
         raise ConfigError("data.rating", expected)
     thumb = thumb_by_rule(rule, ratings, origin.columns.label, origin.place)
     return thumb if isinstance(thumb, LeftOut) else None
-
-
-def _turns(record: Record, origin: Origin) -> list[tuple[str, str]]:
-    """Who spoke and what they said, all that they said in a row as one turn of several lines."""
-    try:
-        spoken = [_utterance(utterance) for turn in record["messages"] for utterance in turn]
-    except (TypeError, KeyError) as error:
-        raise origin.error("expected utterances with 'sender' and 'text', found something else.") from error
-    groups = groupby((one for one in spoken if one[1]), lambda one: one[0])
-    return [(sender, "\n".join(text for _, text in group)) for sender, group in groups]
-
-
-def _utterance(utterance: Any) -> tuple[str, str]:
-    sender, text = utterance["sender"], utterance["text"]
-    if not (isinstance(sender, str) and isinstance(text, str)):
-        raise TypeError
-    return sender, text.strip()

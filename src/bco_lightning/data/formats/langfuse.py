@@ -1,9 +1,7 @@
 """Traces and observations of Langfuse with their scores.
 
-A row for each time that the chosen score was given to a trace or observation. Read from two kinds of files: the export
-of the table of traces or observations in the interface (JSON, JSON Lines or CSV), in which each score is a column of
-its own with a list of values; and what the API and the download of a single trace give, in which ``scores`` is a list
-of objects.
+Two layouts: the export of the table of traces or observations, in which each score is a column of its own with a list
+of values; and what the API and the download of a single trace give, in which ``scores`` is a list of objects.
 
 Source: langfuse/langfuse v3, ``worker/src/features/database-read-stream/{trace,observation}-stream.ts`` and
 ``getDatabaseReadStream.ts`` (``getChunkWithFlattenedScores``, ``prepareScoresForOutput``); data types of scores from

@@ -1,9 +1,7 @@
 """Runs of LangSmith with their feedback.
 
-A row for each time that the chosen feedback was given to a run. A file holds one run per record, as
-``Client.list_runs`` and the bulk export give it, with ``inputs``, ``outputs`` and ``feedback_stats``; or beside it
-under ``feedback`` the list that ``Client.list_feedback`` gives, which is taken first, as it has every user's own word
-where the statistics only have the mean.
+One run per record, as ``Client.list_runs`` and the bulk export give it. What ``Client.list_feedback`` gives may stand
+beside it under ``feedback``; it has every user's own word where ``feedback_stats`` only has the mean.
 
 Source: the Python package langsmith 0.15.0, ``langsmith/schemas.py`` (``Run``, ``FeedbackBase``) and
 ``langsmith/types/run.py`` (``FeedbackStats``); https://docs.langchain.com/langsmith/feedback-data-format. Messages are
@@ -60,7 +58,10 @@ def _scores(record: Record, origin: Origin) -> dict[str, list[Any]]:
 def _given(stat: Record, origin: Origin) -> list[Any]:
     """The mean of numbers, unless it stands for different ones and is to be a thumb; or each word as often as said."""
     if stat.get("avg") is not None:
-        return [stat["avg"] if origin.options.rating is not None or _all_alike(stat) else _SEVERAL]
+        # The mean of +1 and -1 looks like a thumb, too.
+        least, most = stat.get("min"), stat.get("max")
+        alike = stat.get("n") in (None, 1) if least is None or most is None else least == most
+        return [stat["avg"] if alike or origin.options.rating is not None else _SEVERAL]
     words = stat.get("values")
     if not isinstance(words, dict):
         return []
@@ -68,11 +69,3 @@ def _given(stat: Record, origin: Origin) -> list[Any]:
     if sum(said.values()) > MAX_RATINGS:
         raise origin.error(f"expected at most {MAX_RATINGS:,} ratings of one run, found more.")
     return [word for word, times in said.items() for _ in range(times)]
-
-
-def _all_alike(stat: Record) -> bool:
-    """Whether all users gave the number that is the mean: that of +1 and -1 looks like a thumb, too."""
-    least, most = stat.get("min"), stat.get("max")
-    if least is None or most is None:
-        return stat.get("n") in (None, 1)
-    return bool(least == most)

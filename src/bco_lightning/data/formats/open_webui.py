@@ -1,9 +1,7 @@
 """Feedback of Open WebUI, as an administrator exports it: a JSON array of ratings with a snapshot of each chat.
 
-A rating holds a thumb (``data.rating``, 1 or -1), a reason and a comment, and where the user gave one a rating from 1
-to 10 (``data.details.rating``), which a rule finds as ``details.rating``. The snapshot holds the tree of messages; the
-prompt is the branch that leads to the rated message. What a model thought stands in its message as HTML for the
-interface; it becomes ``reasoning_content``, for the chat template to show or not.
+The prompt is the branch of the snapshot's tree that leads to the rated message. What a model thought stands in its
+message as HTML for the interface; it becomes ``reasoning_content``, for the chat template to show or not.
 
 Source: open-webui/open-webui 0.6 to 0.8, ``backend/open_webui/models/feedbacks.py`` (``FeedbackModel``, version 0 of
 its data) and ``routers/evaluations.py`` (``/api/v1/evaluations/feedbacks/all/export``),

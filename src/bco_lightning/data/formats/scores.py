@@ -50,12 +50,7 @@ def rated_by(
 
 
 def plain_number(value: Any) -> Any:
-    """A whole number as an integer: thumbs that went through a column of floating-point numbers are 1.0 and 0.0.
-
-    Example:
-        >>> plain_number(1.0), plain_number(0.5), plain_number("up")
-        (1, 0.5, 'up')
-    """
+    """A whole number as an integer: thumbs that went through a column of floating-point numbers are 1.0 and 0.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

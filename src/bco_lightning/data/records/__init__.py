@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from bco_lightning.data.files import HUB, arrow_folder, expand, is_packed, size_of, suffix_of
+from bco_lightning.data.files import HUB, arrow_folder, expand, size_of, suffixes_of
 from bco_lightning.data.records.csv_rows import csv_rows, number_in, thumb_in
 from bco_lightning.data.records.json_document import document_records
 from bco_lightning.data.records.json_lines import JsonLines, line_records
@@ -42,11 +42,9 @@ _NO_CELLS: Mapping[str, Callable[[str], Any]] = {}
 def record_file(path: str, cells: Mapping[str, Callable[[str], Any]] = _NO_CELLS) -> RecordFile:
     """The file of a path, as :func:`~bco_lightning.data.files.expand` gives it, by its suffix.
 
-    Args:
-        path: A file, a folder of ``save_to_disk``, or a data set of the hub.
-        cells: What a cell of a CSV means, by the name of its column; every other one is the text that it is.
+    Of a CSV, ``cells`` says what those of a column mean; every other one is the text that it is.
     """
-    suffix = suffix_of(path)
+    suffix, packed = suffixes_of(path)
     if path.startswith(HUB):
         return RecordFile(path, hub_rows)
     if not is_remote(path) and arrow_folder(path) is not None:
@@ -54,7 +52,7 @@ def record_file(path: str, cells: Mapping[str, Callable[[str], Any]] = _NO_CELLS
     if suffix in (".csv", ".tsv"):
         return RecordFile(path, partial(csv_rows, cells=cells))
     if suffix in (".jsonl", ".ndjson"):
-        return RecordFile(path, line_records) if is_packed(path) else JsonLines(path)
+        return RecordFile(path, line_records) if packed else JsonLines(path)
     if suffix == ".json":
         return RecordFile(path, document_records)
     return ParquetRows(path) if suffix == ".parquet" else RecordFile(path, arrow_rows)
@@ -62,13 +60,6 @@ def record_file(path: str, cells: Mapping[str, Callable[[str], Any]] = _NO_CELLS
 
 def seekable_files(source: str) -> list[SeekableFile]:
     """The files of a source, whose records are found again by their place; an error if one is of another kind."""
-    if source.startswith(HUB):
-        name = source.removeprefix(HUB).partition("@")[0]
-        raise FeedbackRowError(
-            source,
-            "expected files with data.streaming, found a data set of the hub.",
-            f"Name its Parquet files, for instance hf://datasets/{name}/**/*.parquet.",
-        )
     return [seekable_file(path) for path in expand(source)]
 
 
@@ -76,8 +67,13 @@ def seekable_file(path: str) -> SeekableFile:
     """The file of a path; an error if its records cannot be found again by their place."""
     file = record_file(path)
     if not isinstance(file, SeekableFile):
-        found, remedy = f"a {suffix_of(path)} file", "Convert it to JSON lines or Parquet."
-        if is_packed(path):
+        suffix, packed = suffixes_of(path)
+        found, remedy = f"a {suffix} file", "Convert it to JSON lines or Parquet."
+        if path.startswith(HUB):
+            name = path.removeprefix(HUB).partition("@")[0]
+            found = "a data set of the hub"
+            remedy = f"Name its Parquet files, for instance hf://datasets/{name}/**/*.parquet."
+        elif packed:
             found, remedy = "a packed one", "Unpack it, or convert it to Parquet, which is packed inside."
         expected = f"expected a file that can be read from the middle with data.streaming, found {found}."
         raise FeedbackRowError(file.name, expected, remedy)
@@ -97,7 +93,7 @@ class RecordStore:
 
     def __init__(self, paths: Sequence[str], marks: Sequence[str], num_bytes: int = 2**26) -> None:
         self._paths, self._marks, self._num_bytes = list(paths), list(marks), num_bytes
-        self._files: OrderedDict[tuple[int, int], SeekableFile] = OrderedDict()
+        self._file = lru_cache(_OPEN_FILES)(partial(_opened, self._paths, self._marks))
         self._blocks: OrderedDict[tuple[int, int], Block] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[RecordStore], tuple[Any, ...]]:
@@ -109,12 +105,8 @@ class RecordStore:
         return sum(block.num_bytes for block in self._blocks.values())
 
     def at(self, number: int, place: Place) -> Record | FeedbackRowError:
-        """The record at a place in the file with that number, or what is wrong with it.
-
-        Raises:
-            FeedbackRowError: If the file cannot be read any more, or has changed since the place was taken.
-        """
-        file = self._file(number)
+        """The record at a place in the file with that number, or what is wrong with it; raises if the file changed."""
+        file = self._file(number, os.getpid())  # an open file has one position for a process and those forked from it
         key = number, int(file.units(np.array([place.offset]))[0])
         if key not in self._blocks:
             self._blocks[key] = file.block(key[1])
@@ -123,13 +115,9 @@ class RecordStore:
         self._blocks.move_to_end(key)
         return self._blocks[key].at(place)
 
-    def _file(self, number: int) -> SeekableFile:
-        key = os.getpid(), number  # an open file has one position for a process and those forked from it
-        if key not in self._files:
-            self._files[key] = file = seekable_file(self._paths[number])
-            if file.mark() != self._marks[number]:
-                raise changed(file.name)
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(key)
-        return self._files[key]
+
+def _opened(paths: Sequence[str], marks: Sequence[str], number: int, process: int) -> SeekableFile:
+    file = seekable_file(paths[number])
+    if file.mark() != marks[number]:
+        raise changed(file.name)
+    return file

@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from bco_lightning.data.files import open_unpacked, suffix_of
+from bco_lightning.data.files import open_unpacked, suffixes_of
 from bco_lightning.data.records.record_file import Place, Read, RecordFile
 from bco_lightning.data.records.strict_json import (
     MAX_INTEGER_DIGITS,
     MAX_LINE_BYTES,
-    no_nul,
+    NUL,
+    TOO_LONG,
     not_utf8,
     numbered_lines,
     refuse_other_encodings,
-    too_long,
 )
 from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
@@ -32,14 +32,27 @@ _SURROGATE, _NUL = re.compile("[\ud800-\udfff]"), "\udc00"
 def csv_rows(file: RecordFile, cells: Mapping[str, Callable[[str], Any]]) -> Read:
     """The rows of a ``.csv`` file, or of a ``.tsv`` file, which is delimited by tabs; a place is a row's last line."""
     csv.field_size_limit(MAX_LINE_BYTES)
+    bytes_of_row = 0
+
+    def lines(opened: BinaryIO) -> Iterator[str]:
+        # The CSV reader cannot go on after an error, so bytes that are no text come as surrogates.
+        nonlocal bytes_of_row
+        for number, line, _ in numbered_lines(opened, file.name):
+            bytes_of_row += len(line)
+            if bytes_of_row > MAX_LINE_BYTES:
+                raise FeedbackRowError(f"{file.name}:{number}", TOO_LONG)
+            if number == 1:
+                refuse_other_encodings(line, f"{file.name}:1")
+            yield line.decode("utf-8", "surrogateescape").replace("\x00", _NUL)
+
     with open_unpacked(file.path) as opened:
-        lines = _Lines(opened, file.name)
-        rows = csv.reader(lines, delimiter="\t" if suffix_of(file.path) == ".tsv" else ",", strict=True)
+        delimiter = "\t" if suffixes_of(file.path)[0] == ".tsv" else ","
+        rows = csv.reader(lines(opened), delimiter=delimiter, strict=True)
         try:
             header = next(rows, [])
             _check_header(header, f"{file.name}:{rows.line_num or 1}")
             for number, row in enumerate(rows):
-                lines.bytes_of_row = 0
+                bytes_of_row = 0
                 if row:
                     yield Place(number, rows.line_num), _record(header, row, cells, f"{file.name}:{rows.line_num}")
         except csv.Error as error:
@@ -59,22 +72,6 @@ def number_in(cell: str) -> float | str:
     if digits.lstrip("+-").isdigit():
         return int(digits)
     return number if math.isfinite(number := float(digits)) else cell
-
-
-class _Lines:
-    """The lines of a file. The CSV reader cannot go on after an error, so bytes that are no text come as surrogates."""
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self._file, self._name, self.bytes_of_row = file, name, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for number, line, _ in numbered_lines(self._file, self._name):
-            self.bytes_of_row += len(line)
-            if self.bytes_of_row > MAX_LINE_BYTES:
-                raise too_long(f"{self._name}:{number}")
-            if number == 1:
-                refuse_other_encodings(line, f"{self._name}:1")
-            yield line.decode("utf-8", "surrogateescape").replace("\x00", _NUL)
 
 
 def _record(
@@ -104,4 +101,4 @@ def _problem_of(cells: list[str], place: str) -> FeedbackRowError | None:
     odd = _SURROGATE.search("".join(cells))
     if odd is None:
         return None
-    return no_nul(place) if odd[0] == _NUL else not_utf8(place, f"byte 0x{ord(odd[0]) & 0xFF:02x}")
+    return FeedbackRowError(place, *NUL) if odd[0] == _NUL else not_utf8(place, f"byte 0x{ord(odd[0]) & 0xFF:02x}")

@@ -52,7 +52,7 @@ class ParquetRows(SeekableFile):
         return block_of(Table.from_batches(batches), start, self.name, lambda row: next(self._between(row, row + 1)))
 
     def mark(self) -> str:
-        """A digest of its size and its footer, which has counts, sizes and mostly the limits of each column chunk."""
+        """A digest of size and footer, which has counts, sizes and mostly the limits of each column chunk."""
         return hashlib.sha256(f"{size_of(self.path)} {self._file.metadata.to_dict()}".encode()).hexdigest()
 
     @cached_property

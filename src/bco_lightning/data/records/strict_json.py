@@ -19,6 +19,8 @@ MAX_LINE_BYTES = 4 * 2**20
 MAX_INTEGER_DIGITS = 309
 NESTED = "expected plain JSON values, found brackets nested too deeply."
 SURROGATE = "expected Unicode text, found half of a surrogate pair."
+TOO_LONG = f"expected a row of at most {MAX_LINE_BYTES / 2**20:g} MiB, found a longer one."
+NUL = ("expected text, found a NUL byte.", "Convert the file to UTF-8.")
 _BINARY = {
     b"\x1f\x8b": "a gzip file",
     b"\x28\xb5\x2f\xfd": "a zstd file",
@@ -31,16 +33,9 @@ _MARKS = (*_BINARY, b"\xef\xbb\xbf")
 
 
 def parse_line(line: bytes, place: str) -> Record | FeedbackRowError | None:
-    """The record in one line of JSON, or what is wrong with it; ``None`` for white space.
-
-    Example:
-        >>> parse_line(b'{"label": true}', "log.jsonl:1")
-        {'label': True}
-        >>> print(parse_line(b'{"label": true, "label": false}', "log.jsonl:2"))
-        log.jsonl:2: expected each key once, found "label" twice in one object.
-    """
+    """The record in one line of JSON, or what is wrong with it; ``None`` for white space."""
     if len(line) > MAX_LINE_BYTES:
-        return too_long(place)
+        return FeedbackRowError(place, TOO_LONG)
     try:
         text = decode(line, place)
         if not text or text.isspace():
@@ -102,7 +97,7 @@ def refuse_other_encodings(content: bytes, place: str) -> None:
         found = "expected UTF-8 without a byte order mark, found one."
         raise FeedbackRowError(place, found, "Save the file without it.")
     if b"\x00" in content:
-        raise no_nul(place)
+        raise FeedbackRowError(place, *NUL)
 
 
 def refuse_binary(content: bytes, place: str) -> None:
@@ -115,16 +110,6 @@ def refuse_binary(content: bytes, place: str) -> None:
 def not_utf8(place: str, found: str) -> FeedbackRowError:
     """The error for bytes that are no UTF-8."""
     return FeedbackRowError(place, f"expected UTF-8, found {found}.", "Convert the file.")
-
-
-def no_nul(place: str) -> FeedbackRowError:
-    """The error for a byte that no text has."""
-    return FeedbackRowError(place, "expected text, found a NUL byte.", "Convert the file to UTF-8.")
-
-
-def too_long(place: str) -> FeedbackRowError:
-    """The error for a row that would take too much memory."""
-    return FeedbackRowError(place, f"expected a row of at most {MAX_LINE_BYTES / 2**20:g} MiB, found a longer one.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

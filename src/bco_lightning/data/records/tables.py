@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, size_of
 from bco_lightning.data.records.record_file import Block, Place, Read, RecordFile, SeekableFile
-from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, not_utf8, too_long
+from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, TOO_LONG, not_utf8
 from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.places import resolve_packaged
@@ -129,7 +129,7 @@ def _records_of(batch: Any, name: str, before: int) -> Iterable[Record | Feedbac
 def _record_of(row: Any, place: str) -> Record | FeedbackRowError:
     """One row, which is measured before it becomes Python values."""
     if row.nbytes > MAX_LINE_BYTES:
-        return too_long(place)
+        return FeedbackRowError(place, TOO_LONG)
     try:
         [record] = row.to_pylist()
     except UnicodeDecodeError as error:
