@@ -25,7 +25,8 @@ from datasets import Dataset
 from bco_lightning import FeedbackDataModule, cli
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.counts import Counted
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK
+from bco_lightning.data.formats.record_format import NO_ANSWER
+from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns, Rating, Source
 from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError

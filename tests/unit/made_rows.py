@@ -7,7 +7,8 @@ from typing import Any
 
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.files import expand
-from bco_lightning.data.records import record_file, thumb_in
+from bco_lightning.data.records import record_file
+from bco_lightning.data.records.csv_rows import thumb_in
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.errors import FeedbackRowError
 

@@ -22,16 +22,15 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from bco_lightning.data.records import (
-    Place,
     RecordStore,
-    SeekableFile,
     json_document,
     json_lines,
-    number_in,
     parquet,
     seekable_files,
     tables,
 )
+from bco_lightning.data.records.csv_rows import number_in
+from bco_lightning.data.records.record_file import Place, SeekableFile
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES
 from bco_lightning.errors import FeedbackRowError
 from tests.unit.made_rows import records_of

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from bco_lightning.batch import Message
-from bco_lightning.data.values import add_texts, shown, without_nulls
+from bco_lightning.data.values import add_texts, shown, unpacked, without_nulls
 from bco_lightning.errors import FeedbackRowError
 
 # Limits of a row, so that a single one cannot stall the start: about 250,000 tokens of English, and some 0.2 seconds of
@@ -149,11 +149,7 @@ def _function_of(call: Any) -> Message:
 def _with_object(call: Message) -> Message:
     """The call with its arguments as an object, as chat templates want them; logs of the API have them as JSON text."""
     function = dict(_function_of(call))
-    if isinstance(function.get("arguments"), str):
-        try:
-            arguments = json.loads(function["arguments"])
-        except (ValueError, RecursionError):  # the model's own mistake, which is shown as it was
-            arguments = None
-        if isinstance(arguments, dict):
-            function["arguments"] = arguments
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and isinstance(known := unpacked(arguments.strip()), dict):
+        function["arguments"] = known  # else it is the model's own mistake, which is shown as it was
     return {**call, "function": function} if "function" in call else function

@@ -24,7 +24,8 @@ from bco_lightning.data.chat import chosen_template
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.files import content_key, expand
 from bco_lightning.data.options import DataOptions, Source, chosen_rating
-from bco_lightning.data.records import RecordFile, record_file, seekable_files
+from bco_lightning.data.records import record_file, seekable_files
+from bco_lightning.data.records.record_file import RecordFile
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.data.stream import PlaceTable, RowPlace, StreamRows

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset, get_worker_info
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.counts import RowCounts
 from bco_lightning.data.messages import words_of
-from bco_lightning.data.records import Place, RecordStore, SeekableFile, changed, seekable_file
+from bco_lightning.data.records import RecordStore, seekable_file
+from bco_lightning.data.records.record_file import Place, SeekableFile, changed
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.rows import RowMaker
 from bco_lightning.data.table import Array, RowLog, prompt_key

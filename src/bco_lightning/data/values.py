@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from bco_lightning.errors import FeedbackRowError
@@ -73,10 +74,8 @@ def without_nulls(value: Any, depth: int = 0) -> Any:
 
 def from_json_text(value: Any, name: str, place: str) -> Any:
     """What a text says in JSON, for columns of files that know no other types; anything but text as it is."""
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         found = f"{name!r} must hold JSON, found {shown(value)} that is none."
         raise FeedbackRowError(place, found, "Correct or remove the row.") from None
@@ -84,11 +83,9 @@ def from_json_text(value: Any, name: str, place: str) -> Any:
 
 def unpacked(value: Any) -> Any:
     """Objects and lists that were written as JSON text; any other text is itself."""
-    if isinstance(value, str) and value.startswith(("{", "[")):
-        try:
+    with suppress(ValueError, RecursionError):
+        if isinstance(value, str) and value.startswith(("{", "[")):
             return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
     return value
 
 

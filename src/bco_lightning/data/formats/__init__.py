@@ -8,16 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from bco_lightning.data.formats import (
-    argilla,
-    chainlit,
-    chitchat,
-    langfuse,
-    langsmith,
-    open_webui,
-    paired,
-    unpaired,
-)
+from bco_lightning.data.formats import argilla, chainlit, chitchat, langfuse, langsmith, open_webui, paired, unpaired
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError

@@ -9,11 +9,9 @@ Source: the Python package argilla 2.8.0, ``argilla/records/_resource.py`` (``Re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from bco_lightning.batch import LeftOut
-from bco_lightning.data.formats.record_format import Candidate, Origin
+from bco_lightning.data.formats.record_format import Origin, Rows
 from bco_lightning.data.formats.scores import rated_by
 from bco_lightning.data.formats.unpaired import unrated_row
 from bco_lightning.data.options import Columns
@@ -28,7 +26,7 @@ def matches(record: Record, columns: Columns) -> bool:
     return nested or any(name.endswith(_FLAT) for name in record)
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """A row for each response."""
     fields, nested = record.get("fields"), record.get("responses")
     columns = fields if isinstance(fields, dict) else record

@@ -11,11 +11,11 @@ https://docs.chainlit.io, Data Persistence and Human Feedback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_FEEDBACK, Candidate, Origin
+from bco_lightning.data.formats.record_format import NO_ANSWER, Candidate, Origin, Rows
+from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, objects_in, shown
 
@@ -29,7 +29,7 @@ def matches(record: Record, columns: Columns) -> bool:
     return isinstance(record.get("steps"), list) and ("userId" in record or "createdAt" in record)
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """The rows of one thread."""
     given = origin.required(record, "steps")
     if not isinstance(given, list):

@@ -8,12 +8,11 @@ Source: chitchat-dataset 0.9.0 (MIT), ``chitchat_dataset/dataset.json`` and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import groupby
 
 from bco_lightning.batch import LeftOut
-from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate, Origin
-from bco_lightning.data.labels import thumb_by_rule
+from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
+from bco_lightning.data.labels import NO_FEEDBACK, thumb_by_rule
 from bco_lightning.data.messages import MAX_ROW_MESSAGES
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record
@@ -29,7 +28,7 @@ def matches(record: Record, columns: Columns) -> bool:
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], list) and "start" in record
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """The row of one conversation; its ratings come before its turns in what it is left out for."""
     ratings = record["ratings"] if isinstance(record.get("ratings"), dict) else {}
     left_out = _by_ratings(ratings, origin) if origin.labelled else None

@@ -11,11 +11,10 @@ The scheduled export to blob storage keeps scores in files apart, which have to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from bco_lightning.batch import LeftOut
-from bco_lightning.data.formats.record_format import Candidate, Origin
+from bco_lightning.data.formats.record_format import Origin, Rows
 from bco_lightning.data.formats.scores import USUAL_NAMES, by_name, rated_by
 from bco_lightning.data.formats.traces import traced_row
 from bco_lightning.data.options import Columns
@@ -33,12 +32,10 @@ def matches(record: Record, columns: Columns) -> bool:
     return "input" in record and "output" in record and any(name in record for name in _OF_LANGFUSE)
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """The rows of one trace or observation."""
-    scores = _scores(record, origin.place)
-    yield from rated_by(
-        scores, lambda: traced_row(origin.required(record, "input"), record.get("output"), origin), origin
-    )
+    make_row = partial(traced_row, record, ("input", "output"), origin)
+    yield from rated_by(_scores(record, origin.place), make_row, origin)
 
 
 def _scores(record: Record, place: str) -> dict[str, list[Any]]:

@@ -10,11 +10,10 @@ understood in OpenAI's form and in those of langchain-core 1.8.2 (``dumpd``, ``m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from bco_lightning.batch import LeftOut
-from bco_lightning.data.formats.record_format import Candidate, Origin
+from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.formats.scores import by_name, rated_by
 from bco_lightning.data.formats.traces import traced_row
 from bco_lightning.data.options import Columns
@@ -31,17 +30,14 @@ def matches(record: Record, columns: Columns) -> bool:
     return "inputs" in record and "outputs" in record and any(name in record for name in _OF_LANGSMITH)
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """The rows of one run."""
     extra = from_json_text(record.get("extra"), "extra", origin.place)
     tools = value_at(extra, "invocation_params.tools") if isinstance(extra, dict) else None
-    by_rule = origin.options.rating is not None
-    scores = _scores(record, origin)
-    for item in rated_by(
-        scores, lambda: traced_row(origin.required(record, "inputs"), record.get("outputs"), origin, tools), origin
-    ):
+    make_row = partial(traced_row, record, ("inputs", "outputs"), origin, tools)
+    for item in rated_by(_scores(record, origin), make_row, origin):
         label = item.label if isinstance(item, Candidate) else None
-        is_mean = not by_rule and isinstance(label, float) and "feedback" not in record
+        is_mean = origin.options.rating is None and isinstance(label, float) and "feedback" not in record
         yield origin.left_out(MIXED) if label is _SEVERAL or is_mean else item
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.formats.record_format import NO_FEEDBACK, WITH_IMAGE, Candidate, Origin
+from bco_lightning.data.formats.record_format import WITH_IMAGE, Candidate, Origin, Rows
 from bco_lightning.data.formats.scores import plain_number
+from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, objects_in, value_at
 
@@ -40,7 +40,7 @@ def matches(record: Record, columns: Columns) -> bool:
     return isinstance(record.get("data"), dict) and isinstance(record.get("meta"), dict) and "type" in record
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """The row of one rating."""
     label, rule = origin.columns.label, origin.options.rating
     ratings = _ratings(record, label)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from bco_lightning.batch import LeftOut, Message
-from bco_lightning.data.formats.record_format import Candidate, Origin
+from bco_lightning.batch import Message
+from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError
@@ -20,7 +19,7 @@ def matches(record: Record, columns: Columns) -> bool:
     return all(value_at(record, name) is not None for name in (columns.chosen, columns.rejected))
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate | LeftOut]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """The two rows, the chosen one first; two answers that are the same say nothing and are both left out."""
     if origin.options.rating is not None:
         raise ConfigError("data.rating", "expected no rule of ratings for pairs, found one.", "Leave it out.")

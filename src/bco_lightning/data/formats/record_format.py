@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.messages import check_size, messages_in
 from bco_lightning.data.options import Columns, FormatName, LossOn, Rating
 from bco_lightning.data.values import MISSING, Record, from_json_text, keys_of, shown, value_at, without_nulls
 from bco_lightning.errors import ConfigError, FeedbackRowError
-
-__all__ = ["NO_ANSWER", "NO_FEEDBACK", "NO_PROMPT", "WITH_IMAGE", "Candidate", "Origin", "RowFormat"]
 
 NO_ANSWER = "no answer that holds text"
 NO_PROMPT = "answer without a prompt"
@@ -44,28 +42,19 @@ class RowFormat:
 
 
 class Candidate(NamedTuple):
-    """A row with its label as it stands in the source.
-
-    Args:
-        row: Without a thumb yet; with one where the format itself says which answer is good.
-        label: A word, a number or a boolean in the source's vocabulary.
-        ratings: Every rating of the record by name, for a rule to choose from; the label's own under its column.
-    """
+    """A row, whose thumb only pairs have, with its label as it stands in the source and all ratings for a rule."""
 
     row: FeedbackRow
     label: Any
     ratings: Record
 
 
+Rows = Iterator[Candidate | LeftOut]
+
+
 @dataclass
 class Origin:
-    """Where the rows of one record come from, and what their making goes by.
-
-    Args:
-        place: File and line of the record, for messages; its rows have the same.
-        options: Columns, rule of ratings, and which turns carry loss.
-        labelled: Whether rows need a label; without, a row that has none is used as it is.
-    """
+    """File and line of one record, and what the making of its rows goes by; a row may need no label."""
 
     place: str
     options: RowFormat
@@ -101,11 +90,7 @@ class Origin:
     ) -> FeedbackRow:
         """A row without a thumb, of messages that are valid each for itself; an error if they are not as a whole.
 
-        Args:
-            prompt: What was said before.
-            completion: What is rated.
-            record: Where tools and options of the template stand, if there are any.
-            num_trailing: Messages after the rated turn.
+        Tools and options of the template stand in ``record``, if there are any.
         """
         if self.options.loss_on == "all_turns":
             answers = (at for at, message in enumerate(prompt) if at and message["role"] == "assistant")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.formats.record_format import NO_FEEDBACK, Candidate, Origin
+from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
+from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, keys_of, objects_in
 
@@ -19,15 +20,11 @@ def rated_by(
     make_row: Callable[[], FeedbackRow | LeftOut],
     origin: Origin,
     users: Mapping[str, Sequence[Any]] | None = None,
-) -> Iterator[Candidate | LeftOut]:
+) -> Rows:
     """The rows of one answer: one for each time that the chosen score was given.
 
-    Args:
-        scores: What was given under each name. The score is that of the rule of ratings, else that of
-            ``columns.label``, else one of the usual names.
-        make_row: Makes the row; only called if there is feedback, as traces hold much that is no conversation.
-        origin: Of the record.
-        users: Who gave each of the scores, where that is known: the other ratings of a row are then of the same user.
+    The row is only made if there is feedback, as traces hold much that is no conversation. Where it is known which of
+    the ``users`` gave each score, the other ratings of a row are of the same user.
     """
     chosen = _chosen(scores, origin) if origin.labelled else ""
     given = scores.get(chosen, ()) if origin.labelled else (None,)
@@ -65,6 +62,7 @@ def by_name(entries: list[Any], name: str, value: Callable[[Record], Any]) -> di
 
 
 def _chosen(names: Iterable[str], origin: Origin) -> str:
+    """The score of the rule of ratings, else that of ``columns.label``, else the first of the usual names."""
     label, rating = origin.columns.label, origin.options.rating
     if rating is not None and rating.column is not None:
         return rating.column

@@ -19,16 +19,12 @@ _HISTORY = ("chat_history", "history")
 _IMAGES = ("image", "image_url", "input_image", "image_file")
 
 
-def traced_row(given: Any, answer: Any, origin: Origin, tools: Any = None) -> FeedbackRow | LeftOut:
-    """The row of one traced call.
+def traced_row(record: Record, columns: tuple[str, str], origin: Origin, tools: Any = None) -> FeedbackRow | LeftOut:
+    """The row of one traced call: text, messages, or an object that holds these went in and came out, or its JSON text.
 
-    Args:
-        given: What went in: text, messages, or an object that holds one of these; as such, or as JSON text.
-        answer: What came out; if it is a whole conversation, its last assistant turn is rated.
-        origin: Of the record.
-        tools: JSON schemas of the functions that could be called, where they do not stand beside the messages.
+    If a whole conversation came out, its last assistant turn is rated. Tools may also stand beside the messages.
     """
-    given, answer = unpacked(given), unpacked(answer)
+    given, answer = unpacked(origin.required(record, columns[0])), unpacked(record.get(columns[1]))
     said = _found(answer, "assistant", origin)
     if not any(map(_says_something, said)):
         return origin.left_out(NO_ANSWER)

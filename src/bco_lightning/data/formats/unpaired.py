@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bco_lightning.batch import FeedbackRow
-from bco_lightning.data.formats.record_format import Candidate, Origin
+from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.messages import at_rated_turn
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, from_json_text, value_at
@@ -24,7 +22,7 @@ def matches(record: Record, columns: Columns) -> bool:
     )
 
 
-def candidates(record: Record, origin: Origin) -> Iterator[Candidate]:
+def candidates(record: Record, origin: Origin) -> Rows:
     """The row; every column of the record is a rating that a rule can name."""
     row, label = unrated_row(record, origin), origin.columns.label
     needed = origin.labelled and origin.options.rating is None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bco_lightning.data.files import HUB, arrow_folder, expand, size_of, suffixes_of
-from bco_lightning.data.records.csv_rows import csv_rows, number_in, thumb_in
+from bco_lightning.data.records.csv_rows import csv_rows
 from bco_lightning.data.records.json_document import document_records
 from bco_lightning.data.records.json_lines import JsonLines, line_records
 from bco_lightning.data.records.parquet import ParquetRows
@@ -20,20 +20,6 @@ from bco_lightning.data.records.tables import ArrowFolder, arrow_rows, hub_rows
 from bco_lightning.data.remote import HTTP, is_remote, protocol_of, require_ranges
 from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
-
-__all__ = [
-    "Place",
-    "Record",
-    "RecordFile",
-    "RecordStore",
-    "SeekableFile",
-    "changed",
-    "number_in",
-    "record_file",
-    "seekable_file",
-    "seekable_files",
-    "thumb_in",
-]
 
 _OPEN_FILES = 64
 _NO_CELLS: Mapping[str, Callable[[str], Any]] = {}

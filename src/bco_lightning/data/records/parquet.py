@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from bco_lightning.data.files import open_file, size_of
 from bco_lightning.data.records.record_file import Block, SeekableFile
-from bco_lightning.data.records.tables import BATCH_ROWS, block_of, in_one_line, rows_of
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.data.records.tables import BATCH_ROWS, block_of, rows_of, whole
 
 _KIND = "a Parquet file"
 # A row group can only be decoded from its beginning. Its rows are therefore shuffled in runs, of at most an eighth of
@@ -63,16 +62,11 @@ class ParquetRows(SeekableFile):
 
     @cached_property
     def _file(self) -> Any:
-        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
-        try:
+        with whole(self.name, _KIND):
             # Without a buffer, whole column chunks are read, which may be as large as the file.
             return ParquetFile(self._source, pre_buffer=False, buffer_size=2**20)
-        except FeedbackRowError:
-            raise
-        except (ArrowException, OSError, ValueError, MemoryError) as error:
-            raise self._unreadable(error) from error
 
     @cached_property
     def _groups(self) -> NDArray[np.int64]:
@@ -101,11 +95,11 @@ class ParquetRows(SeekableFile):
 
     def _between(self, start: int, stop: int) -> Iterator[Any]:
         """Batches of the rows from one to another of the same row group."""
-        from pyarrow import ArrowException, ArrowInvalid
+        from pyarrow import ArrowInvalid
 
         group = int(np.searchsorted(self._groups, start, side="right")) - 1
         row = int(self._groups[group])
-        try:
+        with whole(self.name, _KIND):
             for batch in self._batches(group):
                 if row + len(batch) > start:
                     yield batch.slice(max(0, start - row), stop - max(start, row))
@@ -113,11 +107,6 @@ class ParquetRows(SeekableFile):
                 if row >= stop:
                     return
             raise ArrowInvalid("fewer rows than its footer says")
-        except (ArrowException, OSError, UnicodeDecodeError) as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> FeedbackRowError:
-        return FeedbackRowError(self.name, f"expected {_KIND}, found {in_one_line(error)}.")
 
 
 def batch_rows(file: BinaryIO, group: Any) -> int:

@@ -15,13 +15,7 @@ from bco_lightning.errors import FeedbackRowError
 
 
 class Place(NamedTuple):
-    """Where a record stands in its file.
-
-    Args:
-        offset: By what it is found again: its first byte (JSON lines), else the number of rows before it.
-        line: Its line or row from 1, for messages; of a CSV row of several lines the last.
-        check: CRC-32 of its bytes; 0 where the file's mark stands for all records.
-    """
+    """Where a record stands: its first byte (JSON lines) or the rows before it; its line from 1; CRC-32 of a line."""
 
     offset: int
     line: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,13 +57,9 @@ class ArrowFolder(SeekableFile):
 
     def block(self, unit: int) -> Block:
         """The rows of one run."""
-        from pyarrow import ArrowException
-
         start = unit * self._unit_rows
-        try:
-            return block_of(_whole(self._rows[start : start + self._unit_rows]), start, self.name)
-        except (ArrowException, OSError) as error:
-            raise FeedbackRowError(self.name, f"expected a data set, found {in_one_line(error)}.") from error
+        with whole(self.name, "a data set"):
+            return block_of(_validated(self._rows[start : start + self._unit_rows]), start, self.name)
 
     def mark(self) -> str:
         """A digest of the names and sizes of its files, and of what they say about the others."""
@@ -96,10 +93,8 @@ def rows_of(batches: Iterable[Any], name: str, kind: str) -> Read:
 
     The error for damaged ones names the row reached and the ``kind`` of file expected.
     """
-    from pyarrow import ArrowException
-
     number = 0
-    try:
+    with whole(lambda: f"{name}:{number + 1}" if number else name, kind):
         for batch in batches:
             if len(set(batch.schema.names)) < len(batch.schema.names):
                 found = "expected each column name once, found one twice."
@@ -108,21 +103,26 @@ def rows_of(batches: Iterable[Any], name: str, kind: str) -> Read:
                 for record in _records_of(batch.slice(start, BATCH_ROWS), name, number):
                     yield Place(number, number + 1), record
                     number += 1
+
+
+@contextmanager
+def whole(place: str | Callable[[], str], kind: str) -> Iterator[None]:
+    """Makes a FeedbackRowError of what Arrow raises for a file that is damaged or of another kind."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
     except FeedbackRowError:
         raise
     except (ArrowException, OSError, ValueError, MemoryError) as error:  # the last one where a length is damaged
-        place = f"{name}:{number + 1}" if number else name
-        raise FeedbackRowError(place, f"expected {kind}, found {in_one_line(error)}.") from error
+        where = place if isinstance(place, str) else place()
+        raise FeedbackRowError(where, f"expected {kind}, found {_in_one_line(error)}.") from error
 
 
 def _records_of(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRowError]:
-    if batch.nbytes <= MAX_LINE_BYTES:
-        try:
-            records: list[Record] = batch.to_pylist()
-        except (ValueError, OverflowError, ArithmeticError):
-            pass  # as for single rows below
-        else:
-            return records
+    with suppress(ValueError, ArithmeticError):  # which are told of single rows
+        if batch.nbytes <= MAX_LINE_BYTES:
+            return batch.to_pylist()  # type: ignore[no-any-return]
     return [_record_of(batch.slice(at, 1), f"{name}:{before + at + 1}") for at in range(len(batch))]
 
 
@@ -134,13 +134,13 @@ def _record_of(row: Any, place: str) -> Record | FeedbackRowError:
         [record] = row.to_pylist()
     except UnicodeDecodeError as error:
         return not_utf8(place, f"byte 0x{error.object[error.start]:02x}")
-    except (ValueError, OverflowError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError) as error:
         found = f"one that it cannot ({type(error).__name__})"
         return FeedbackRowError(place, f"expected values that Python can hold, found {found}.")
     return record  # type: ignore[no-any-return]
 
 
-def in_one_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """What a library says of a file; what the operating system says comes without the path, which may be a long one."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
@@ -151,7 +151,7 @@ def in_one_line(error: Exception) -> str:
 def _rows_in(dataset: Any, name: str) -> Read:
     # As Arrow, not decoded: images and sounds stay what they are, and need no package to open them.
     tables = dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)
-    yield from rows_of((_whole(batch) for table in tables for batch in table.to_batches()), name, "a data set")
+    yield from rows_of((_validated(batch) for table in tables for batch in table.to_batches()), name, "a data set")
 
 
 def _batches_in(file: BinaryIO) -> Iterator[Any]:
@@ -159,16 +159,16 @@ def _batches_in(file: BinaryIO) -> Iterator[Any]:
 
     if file.read(len(_FILE_MAGIC)) == _FILE_MAGIC:
         reader = pa.ipc.open_file(file)
-        yield from (_whole(reader.get_batch(number)) for number in range(reader.num_record_batches))
+        yield from (_validated(reader.get_batch(number)) for number in range(reader.num_record_batches))
         return
     size = _check_end(file)
     file.seek(0)
-    yield from map(_whole, pa.ipc.open_stream(file))
+    yield from map(_validated, pa.ipc.open_stream(file))
     if file.tell() < size:
         raise pa.ArrowInvalid("more behind the end of the stream")
 
 
-def _whole(rows: Any) -> Any:
+def _validated(rows: Any) -> Any:
     # Arrow takes the offsets of a file as they are; damaged ones would end the process.
     rows.validate(full=True)
     return rows
@@ -207,4 +207,4 @@ def _saved_dataset(path: str) -> Any:
 
 
 def _not_loaded(source: str, error: Exception) -> FeedbackRowError:
-    return FeedbackRowError(source, f"expected a data set, but it could not be loaded ({in_one_line(error)}).")
+    return FeedbackRowError(source, f"expected a data set, but it could not be loaded ({_in_one_line(error)}).")
