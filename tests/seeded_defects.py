@@ -363,8 +363,8 @@ DEFECTS = [
     ),
     Defect(
         'R22', 'all rows are held in memory', 'data/row_sets.py',
-        '        for row, _, outcome in _ahead(self._tokenized, _batches(self._read(files, maker))):\n',
-        '        for row, _, outcome in list(_ahead(self._tokenized, _batches(self._read(files, maker)))):\n',
+        'for row, _, outcome in self.row_tokenizer.tokenize_all(self._read(files, maker)):',
+        'for row, _, outcome in list(self.row_tokenizer.tokenize_all(self._read(files, maker))):',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
 ]  # fmt: skip

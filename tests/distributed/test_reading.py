@@ -58,12 +58,13 @@ def drawn(model: str, log: str, held_out: str, ranks: int) -> dict[str, Any]:
     """Trains for two epochs and returns what this process has read and used."""
     tempfile.tempdir = f"{Path(log).parent}/temporary"
     tokenized = []
-    tokenize, setup = RowTokenizer.tokenize_batch, FeedbackDataModule.setup
+    tokenize, setup = RowTokenizer.tokenize_all, FeedbackDataModule.setup
     found: dict[str, Any] = {}
 
-    def noted_tokenize(self: Any, rows: Any) -> Any:
-        tokenized.append(len(rows))
-        return tokenize(self, rows)
+    def noted_tokenize(self: Any, items: Any) -> Any:
+        for item in tokenize(self, items):
+            tokenized.append(item)
+            yield item
 
     def noted_setup(self: Any, stage: Any = None) -> None:
         setup(self, stage)
@@ -75,7 +76,7 @@ def drawn(model: str, log: str, held_out: str, ranks: int) -> dict[str, Any]:
             "rows": [list(self.train_dataset), list(self.validation_dataset)],
         }
 
-    RowTokenizer.tokenize_batch, FeedbackDataModule.setup = noted_tokenize, noted_setup  # type: ignore[method-assign]
+    RowTokenizer.tokenize_all, FeedbackDataModule.setup = noted_tokenize, noted_setup  # type: ignore[method-assign]
     watch = Watch()
     options = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "accumulate_grad_batches": 2}
     state = tiny_fit(
@@ -88,7 +89,7 @@ def drawn(model: str, log: str, held_out: str, ranks: int) -> dict[str, Any]:
     assert set(watch.files.values()) <= mapped()
     return {
         **found, "rows": state["rows"], "validated": watch.validated, "files": watch.files,
-        "tokenized": sum(tokenized),
+        "tokenized": len(tokenized),
     }  # fmt: skip
 
 

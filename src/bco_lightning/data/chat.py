@@ -65,22 +65,19 @@ class ChatTemplate:
             for row in rows
         ]
         # Most rows are one answer to one prompt: the library renders such rows together, in a third of the time.
-        prompts = self._render_all(told, [len(row.prompt) for row in rows], asks_next=True)
-        wholes = self._render_all(told, [None] * len(rows), asks_next=False)
-        return [self._script(*known) for known in zip(rows, told, prompts, wholes, strict=True)]
+        plain = [at for at, row in enumerate(rows) if len(row.completion) == 1 and not (row.tools or told[at].options)]
+        rendered: dict[int, list[str]] = {}
+        with contextlib.suppress(*TEMPLATE_FAILURES):  # rendering each alone shows whose it is
+            prompts = self._apply([told[at].messages[:-1] for at in plain], self._text, asks_next=True)
+            wholes = self._apply([told[at].messages for at in plain], self._text, asks_next=False)
+            rendered = dict(zip(plain, map(list, zip(prompts, wholes, strict=True)), strict=True))
+        return [self._script(row, told[at], rendered.get(at)) for at, row in enumerate(rows)]
 
     def render(self, conversation: Conversation, stop: int | None = None, *, asks_next: bool) -> str:
         """The messages up to ``stop`` as text; ``asks_next`` adds what comes before an answer."""
-        return str(
-            self._tokenizer.apply_chat_template(
-                _without_nulls(conversation.messages[:stop]),
-                tools=conversation.tools,
-                chat_template=self._text if conversation.tools is None else self._text_with_tools,
-                tokenize=False,
-                add_generation_prompt=asks_next,
-                **conversation.options,
-            )
-        )
+        text = self._text if conversation.tools is None else self._text_with_tools
+        given = {"tools": conversation.tools, **conversation.options}
+        return str(self._apply(conversation.messages[:stop], text, asks_next=asks_next, **given))
 
     def after_last_message(self, conversation: Conversation, prompt: str, num_messages: int) -> str:
         """What the template writes after what is said last in the prompt, so that the assistant can speak.
@@ -105,35 +102,21 @@ class ChatTemplate:
             return prompt[len(unasked) :] if prompt.startswith(unasked) else ""
         return ""
 
-    def _render_all(
-        self, told: Sequence[Conversation], stops: Sequence[int | None], *, asks_next: bool
-    ) -> list[str | None]:
-        """Renders what needs no tools and options; nothing if any of it fails, which rendering each alone shows."""
-        plain = [not (conversation.tools or conversation.options) for conversation in told]
-        messages = [
-            _without_nulls(told[number].messages[: stops[number]]) for number, it_is in enumerate(plain) if it_is
-        ]
-        rendered: list[str | None] = [None] * len(messages)
-        if messages:
-            with contextlib.suppress(*TEMPLATE_FAILURES):
-                rendered = self._tokenizer.apply_chat_template(
-                    messages, chat_template=self._text, tokenize=False, add_generation_prompt=asks_next
-                )
-        remaining = iter(rendered)
-        return [next(remaining) if it_is else None for it_is in plain]
+    def _apply(self, messages: list[Any], text: str, *, asks_next: bool, **given: Any) -> Any:
+        return self._tokenizer.apply_chat_template(
+            messages, chat_template=text, tokenize=False, add_generation_prompt=asks_next, **given
+        )
 
     def _script(
-        self, row: FeedbackRow, told: Conversation, prompt: str | None, whole: str | None
+        self, row: FeedbackRow, told: Conversation, rendered: list[str] | None
     ) -> ChatScript | FeedbackRowError:
         try:
             self._check_options(row)
             stops = _turns(row)
-            if prompt is None or whole is None or stops != [(len(told.messages), True)]:
-                prompt = self.render(told, len(row.prompt), asks_next=True)
-                after = [self.render(told, stop, asks_next=not speaks) for stop, speaks in stops]
-            else:
-                after = [whole]
-            return ChatScript(told, _added([prompt, *after], row.place), [speaks for _, speaks in stops])
+            if rendered is None:
+                rendered = [self.render(told, len(row.prompt), asks_next=True)]
+                rendered += [self.render(told, stop, asks_next=not speaks) for stop, speaks in stops]
+            return ChatScript(told, _added(rendered, row.place), [speaks for _, speaks in stops])
         except FeedbackRowError as error:
             return error
         except TEMPLATE_FAILURES as error:
@@ -198,11 +181,6 @@ def _text_with_tools(tokenizer: Any, text: str) -> str:
     templates = tokenizer.chat_template
     own = isinstance(templates, dict) and templates.get("default") == text
     return str(templates.get("tool_use", text)) if own else text
-
-
-def _without_nulls(messages: Sequence[Message]) -> list[Message]:
-    """Later versions of transformers do so too: many templates print a null, or fail on it."""
-    return [{name: part for name, part in message.items() if part is not None} for message in messages]
 
 
 def _added(renderings: Sequence[str], place: str) -> list[str]:

@@ -47,7 +47,13 @@ class Conversation:
 
     def texts(self) -> Iterator[str]:
         """Every text that the template is told."""
-        yield from _texts_in(self.messages)
+        for message in self.messages:
+            for name, part in message.items():
+                yield name
+                if isinstance(part, str):
+                    yield part
+                else:
+                    yield from _texts_in(part)
         if self.tools or self.options:
             yield from _texts_in((self.tools, self.options))
 

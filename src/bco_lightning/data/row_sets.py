@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -35,15 +33,12 @@ from bco_lightning.errors import FeedbackRowError
 from bco_lightning.identity import digest_of_tokenizer, digest_of_values
 
 _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
-_BATCH_ROWS, _BATCH_CHARACTERS = 128, 2**20
 # Rows are many small objects without cycles; looking for some after every 700 of them took a fifth of the time.
 _COLLECT_AFTER = (50_000, 20, 50)
 _OF_ROWS = (
     "format", "columns", "rating", "loss_on", "conflicts", "max_length", "max_prompt_length", "long_prompts",
     "long_completions", "seed", "bad_rows", "max_bad_rows", "streaming",
 )  # fmt: skip
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 @dataclass
@@ -163,8 +158,8 @@ class RowReader:
 
         def make(folder: Path) -> dict[str, Any]:
             log = RowTable(folder, [source.label for source in sources])
-            for row, number, outcome in _ahead(self._tokenized, _batches(rows)):
-                if not isinstance(outcome, FeedbackRowError):
+            for row, number, outcome in self.row_tokenizer.tokenize_all(rows):
+                if isinstance(row, FeedbackRow) and not isinstance(outcome, FeedbackRowError):
                     log.append(row, number, outcome)
             row_sets = _divided(log, {"train": np.ones(len(log), bool)}, RowCounts("others"))
             return {"row_sets": row_sets, "summary": None}
@@ -225,14 +220,13 @@ class RowReader:
                     yield row
             return
         files = [record_file(path, maker.cells) for path in expand(source.path)]
-        # Tokenizing leaves the interpreter free, so the next rows are read meanwhile.
-        for row, _, outcome in _ahead(self._tokenized, _batches(self._read(files, maker))):
-            if not isinstance(row, FeedbackRow):
-                yield row
-            elif isinstance(outcome, FeedbackRowError):
+        for row, _, outcome in self.row_tokenizer.tokenize_all(self._read(files, maker)):
+            if isinstance(outcome, FeedbackRowError):
                 yield outcome
-            else:
+            elif isinstance(row, FeedbackRow):
                 log.append(row, number, outcome)
+            else:
+                yield row
 
     def _read(self, files: Sequence[RecordFile], maker: RowMaker) -> Iterator[tuple[RatedRow, RowPlace]]:
         """The rows of one source with their places, to the first malformed one where that is not to be skipped."""
@@ -244,11 +238,6 @@ class RowReader:
                 yield row, RowPlace(number, place, part)
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
                     return
-
-    def _tokenized(self, items: list[tuple[RatedRow, Any]]) -> list[tuple[Any, Any, Any]]:
-        rows = [row for row, _ in items if isinstance(row, FeedbackRow)]
-        outcomes = iter(self.row_tokenizer.tokenize_batch(rows))
-        return [(row, known, next(outcomes) if isinstance(row, FeedbackRow) else None) for row, known in items]
 
     def _key(self, sources: Mapping[str, Sequence[Source]], **others: Any) -> str | None:
         """A digest of all that rows depend on; nothing where that cannot be known without reading."""
@@ -304,33 +293,6 @@ def _digest_of_code() -> str:
     for file in sorted([Path(batch.__file__), *Path(__file__).parent.rglob("*.py")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _batches(items: Iterable[tuple[RatedRow, Any]]) -> Iterator[list[tuple[RatedRow, Any]]]:
-    pending: list[tuple[RatedRow, Any]] = []
-    characters = 0
-    for item in items:
-        pending.append(item)
-        if isinstance(item[0], FeedbackRow):
-            messages = (*item[0].prompt, *item[0].completion)
-            characters += sum(len(message.get("content") or "") for message in messages)
-        if len(pending) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-            yield pending
-            pending, characters = [], 0
-    if pending:
-        yield pending
-
-
-def _ahead(function: Callable[[_Item], list[_Made]], items: Iterable[_Item]) -> Iterator[_Made]:
-    """What ``function`` makes of each item, made in a thread while the next item is fetched."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        waiting: deque[Future[list[_Made]]] = deque()
-        for item in items:
-            waiting.append(thread.submit(function, item))
-            if len(waiting) > 1:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import json
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +29,8 @@ _CUTS = {
 _THUMBS = {True: _UP, False: _DOWN, None: 0}
 _KEPT = np.dtype([("prompt", "<i8"), ("answer", "<i8"), ("flags", "u1"), ("reason", "u1"), ("source", "<u2")])
 _PACK = struct.Struct("<qqBBH").pack  # the same
-_BATCH_ROWS, _BATCH_TOKENS = 128, 2**18
 # Opening a file touches each of its batches, and every touch makes some pages of it resident.
-_FINAL_BATCH_BYTES = 2**23
+_BATCH_BYTES = 2**23
 _SCHEMA = pa.schema(
     {
         "row_id": pa.int64(),
@@ -49,7 +47,6 @@ _SCHEMA = pa.schema(
 )
 _NO_TOKENS = TokenizedSample([], [])
 # An encoder for each call would take half of the time.
-_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 _sorted_json = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True).encode
 
 
@@ -71,22 +68,22 @@ class RowLog:
         """Of each row the keys of its prompt and of all that it says, flags, why it is left out, and its source."""
         return np.frombuffer(bytes(self._kept), _KEPT)
 
-    def note(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut = _NO_TOKENS) -> int:
+    def note(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut = _NO_TOKENS) -> tuple[int, str]:
         """Takes note of a row of the source with that number, and of its tokens, if there are any, or why not.
 
         Returns:
-            Its prompt's key.
+            Its prompt's key, and the messages of the prompt as JSON.
         """
-        said = _prompt_digest(row)
+        said, prompt = _prompt_digest(row), _sorted_json(row.prompt)
         key, reason = _first_bytes(said), ""
-        said.update(_sorted_json([row.prompt, row.completion, dict(row.template_options)]).encode())
+        said.update(f"{prompt}{_sorted_json([row.completion, dict(row.template_options)])}".encode())
         flags = _THUMBS[row.thumbs_up] | bool(row.num_trailing) * _TRAILING_CUT
         if isinstance(outcome, LeftOut):
             reason = outcome.reason
         else:
             flags |= outcome.prompt_cut * _PROMPT_CUT | outcome.completion_cut * _COMPLETION_CUT
         self._kept += _PACK(key, _first_bytes(said), flags, self._reason_number(reason), source)
-        return key
+        return key, prompt
 
     def leave_out_conflicts(self, rule: Conflicts) -> None:
         """Leaves out rows whose answer has thumbs of both kinds, as far as the rule says so."""
@@ -155,19 +152,22 @@ class RowTable(RowLog):
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         self._writer = pa.ipc.new_stream(str(self._draft), _SCHEMA, options=options)
         self._pending: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        self._pending_tokens = 0
+        self._pending_bytes = 0
 
     def append(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut) -> None:
         """Adds a row of the source with that number, with its tokens, or why it is left out."""
         sample = outcome if isinstance(outcome, TokenizedSample) else _NO_TOKENS
+        number, (key, prompt) = len(self), self.note(row, source, outcome)
+        # Arrow takes ten times longer to look at each number by itself.
+        ids, mask = np.array(sample.input_ids, np.int32), np.frombuffer(bytes(sample.completion_mask), bool)
         values = (
-            len(self), sample.input_ids, sample.completion_mask, row.thumbs_up, _json(row.prompt), row.place, source,
-            self.note(row, source, outcome), sample.prompt_length, sample.completion_length,
+            number, ids, mask, row.thumbs_up, prompt, row.place, source, key, sample.prompt_length,
+            sample.completion_length,
         )  # fmt: skip
         for pending, value in zip(self._pending.values(), values, strict=True):
             pending.append(value)
-        self._pending_tokens += len(sample.input_ids)
-        if len(self._pending["place"]) >= _BATCH_ROWS or self._pending_tokens >= _BATCH_TOKENS:
+        self._pending_bytes += ids.nbytes + mask.nbytes + len(prompt)
+        if self._pending_bytes >= _BATCH_BYTES:
             self._flush()
 
     def divide(self, chosen: Mapping[str, Array]) -> dict[str, RowCounts]:
@@ -179,14 +179,17 @@ class RowTable(RowLog):
         self._flush()
         self._writer.close()
         counts = {name: self.counts(name, rows) for name, rows in chosen.items()}
-        files = {name: _RowFile(self._folder / f"{name}.arrow") for name in chosen}
-        start, reasons = 0, self.rows["reason"]
+        files = {name: pa.ipc.new_stream(str(self._folder / f"{name}.arrow"), _SCHEMA) for name in chosen}
+        start, reasons, numbers = 0, self.rows["reason"], dict.fromkeys(chosen, 0)
         # Read, not memory-mapped: what passes through should not stay in resident memory.
         with pa.OSFile(str(self._draft)) as draft:
             for batch in pa.ipc.open_stream(draft):
                 mine = slice(start, start + len(batch))
                 for name, rows in chosen.items():
-                    files[name].take(batch.filter(pa.array(rows[mine] & (reasons[mine] == 0))))
+                    used = batch.filter(pa.array(rows[mine] & (reasons[mine] == 0)))
+                    row_ids = pa.array(np.arange(numbers[name], numbers[name] + len(used)))
+                    files[name].write_batch(pa.RecordBatch.from_arrays([row_ids, *used.columns[1:]], schema=_SCHEMA))
+                    numbers[name] += len(used)
                     for row in np.flatnonzero(rows[mine] & (reasons[mine] > 0)).tolist():
                         reason = self.reason(reasons[start + row])
                         counts[name].left_out[reason].add(batch.column("place")[row].as_py())
@@ -199,36 +202,11 @@ class RowTable(RowLog):
 
     def _flush(self) -> None:
         if self._pending["place"]:
-            # Arrow takes ten times longer to look at each number by itself.
-            lists = {name: _lists(self._pending[name], _SCHEMA.field(name).type) for name in _SCHEMA.names[1:3]}
+            lists = {name: _lists(self._pending[name]) for name in ("input_ids", "completion_mask")}
             self._writer.write_batch(pa.RecordBatch.from_pydict({**self._pending, **lists}, schema=_SCHEMA))
         for values in self._pending.values():
             values.clear()
-        self._pending_tokens = 0
-
-
-class _RowFile:
-    """The rows of a data set, numbered anew and written in large batches."""
-
-    def __init__(self, path: Path) -> None:
-        self._writer = pa.ipc.new_stream(str(path), _SCHEMA)
-        self._pending: list[pa.RecordBatch] = []
-        self._num_rows = 0
-
-    def take(self, batch: pa.RecordBatch) -> None:
-        numbers = pa.array(np.arange(self._num_rows, self._num_rows + len(batch)))
-        self._pending.append(pa.RecordBatch.from_arrays([numbers, *batch.columns[1:]], schema=_SCHEMA))
-        self._num_rows += len(batch)
-        if sum(part.nbytes for part in self._pending) >= _FINAL_BATCH_BYTES:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_batches(self._pending, schema=_SCHEMA).combine_chunks())
-        self._pending = []
+        self._pending_bytes = 0
 
 
 def prompt_key(row: FeedbackRow) -> int:
@@ -303,11 +281,9 @@ def rows_in_conflict(answer_keys: Array, thumbs_up: Array, rule: Conflicts) -> A
     return np.logical_and(conflicting, losing)
 
 
-def _lists(values: Sequence[Sequence[Any]], kind: pa.ListType) -> pa.ListArray:
-    lengths = np.fromiter(map(len, values), dtype=np.int32, count=len(values))
-    offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(lengths, dtype=np.int32)])
-    numbers = np.fromiter(chain.from_iterable(values), dtype=kind.value_type.to_pandas_dtype(), count=offsets[-1])
-    return pa.ListArray.from_arrays(offsets, pa.array(numbers), type=kind)
+def _lists(values: Sequence[Array]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate(values))
 
 
 def _prompt_digest(row: FeedbackRow) -> Any:

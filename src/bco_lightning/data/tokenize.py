@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
@@ -24,6 +26,15 @@ COMPLETION_TOO_LONG = "completion too long (data.max_length)"
 NO_ROOM_FOR_PROMPT = "no room for a prompt"
 NO_ROOM_FOR_COMPLETION = "no room for a completion"
 CANNOT_BE_TEXT = "name of a control token that cannot be written as text"
+
+# Rows that are tokenized together, and batches of them that wait for their token ids while the next one is read.
+_BATCH_ROWS, _BATCH_CHARACTERS, _AHEAD = 256, 2**20, 3
+
+Row = FeedbackRow | LeftOut | FeedbackRowError
+Outcome = TokenizedSample | LeftOut | FeedbackRowError
+Scripts = list[ChatScript | FeedbackRowError]
+TokenIds = dict[str, list[int]]
+Known = TypeVar("Known")
 
 
 @dataclass(frozen=True)
@@ -135,22 +146,48 @@ class RowTokenizer:
 
     def tokenize_batch(self, rows: Sequence[FeedbackRow]) -> list[TokenizedSample | LeftOut | FeedbackRowError]:
         """Tokenizes rows together, which is faster; each outcome is what :meth:`tokenize` returns or raises."""
-        scripts = self._template.scripts(rows)
-        ordinary = [script for script in scripts if isinstance(script, ChatScript) and not script.conversation.literals]
-        texts = list(dict.fromkeys(text for script in ordinary for text in script.texts))  # several rows of one prompt
-        token_ids = dict(zip(texts, self._encode_all(texts), strict=True))
+        scripts = self._scripts(rows)
+        return self._outcomes(rows, scripts, self._encode_all(scripts))
+
+    def tokenize_all(self, items: Iterable[tuple[Row, Known]]) -> Iterator[tuple[Row, Known, Outcome]]:
+        """Tokenizes rows that come one by one, each with what is known of it, in their order.
+
+        The tokenizer leaves the interpreter free, so the next rows are read and rendered meanwhile. What is no row is
+        its own outcome.
+        """
+        with ThreadPoolExecutor(max_workers=2) as threads:
+            waiting: deque[tuple[list[tuple[Row, Known]], Sequence[FeedbackRow], Scripts, Future[TokenIds]]] = deque()
+            for batch in _batches(items):
+                rows = [row for row, _ in batch if isinstance(row, FeedbackRow)]
+                scripts = self._scripts(rows)
+                waiting.append((batch, rows, scripts, threads.submit(self._encode_all, scripts)))
+                if len(waiting) > _AHEAD:
+                    yield from self._finished(*waiting.popleft())
+            while waiting:
+                yield from self._finished(*waiting.popleft())
+
+    def _scripts(self, rows: Sequence[FeedbackRow]) -> Scripts:
+        self._encode("")  # takes back the truncation and padding of an earlier call, which stay with the tokenizer
+        return self._template.scripts(rows)
+
+    def _finished(
+        self, batch: list[tuple[Row, Known]], rows: Sequence[FeedbackRow], scripts: Scripts, token_ids: Future[TokenIds]
+    ) -> Iterator[tuple[Row, Known, Outcome]]:
+        outcomes = iter(self._outcomes(rows, scripts, token_ids.result()))
+        for row, known in batch:
+            yield row, known, next(outcomes) if isinstance(row, FeedbackRow) else row
+
+    def _outcomes(self, rows: Sequence[FeedbackRow], scripts: Scripts, token_ids: TokenIds) -> list[Outcome]:
         return [
             script if isinstance(script, FeedbackRowError) else self._outcome(row, script, token_ids)
             for row, script in zip(rows, scripts, strict=True)
         ]
 
-    def _outcome(
-        self, row: FeedbackRow, script: ChatScript, known: dict[str, list[int]]
-    ) -> TokenizedSample | LeftOut | FeedbackRowError:
+    def _outcome(self, row: FeedbackRow, script: ChatScript, known: TokenIds) -> Outcome:
         try:
-            if script.conversation.literals:
-                known = {text: self._encode_apart(text, script) for text in script.texts}
-            return self._sample(row, script, [known[text] for text in script.texts])
+            apart = known if not script.conversation.literals else {}
+            token_ids = [apart[text] if text in apart else self._encode_apart(text, script) for text in script.texts]
+            return self._sample(row, script, token_ids)
         except CannotBeTextError:
             return LeftOut(row.place, CANNOT_BE_TEXT)
         except FeedbackRowError as error:
@@ -254,15 +291,32 @@ class RowTokenizer:
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+    def _encode_all(self, scripts: Scripts) -> TokenIds:
+        """Token ids of the texts in which nothing is to be kept apart; of a slow tokenizer, for one thread, none."""
+        ordinary = [script for script in scripts if isinstance(script, ChatScript) and not script.conversation.literals]
+        texts = list(dict.fromkeys(text for script in ordinary for text in script.texts))  # several rows of one prompt
         if not texts or not self.tokenizer.is_fast:
-            return [self._encode(text) for text in texts]
-        self._encode("")  # takes back the truncation and padding of an earlier call, which stay with the tokenizer
+            return {}
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
 
     def _encode_apart(self, text: str, script: ChatScript) -> list[int]:
         """Token ids of a rendered text, with what was typed kept apart from control tokens."""
         if not script.conversation.literals:
             return self._encode(text)
         return self._control.encode(text, script.conversation)
+
+
+def _batches(items: Iterable[tuple[Row, Known]]) -> Iterator[list[tuple[Row, Known]]]:
+    pending: list[tuple[Row, Known]] = []
+    characters = 0
+    for item in items:
+        pending.append(item)
+        if isinstance(item[0], FeedbackRow):
+            messages = (*item[0].prompt, *item[0].completion)
+            characters += sum([len(message.get("content") or "") for message in messages])
+        if len(pending) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield pending
+            pending, characters = [], 0
+    if pending:
+        yield pending
