@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class SampledCompletion:
-    """One sampled answer.
-
-    Args:
-        text: The answer without special tokens.
-        token_ids: Its tokens, with the EOS token when the model ended the answer by itself.
-        finished: Whether the model ended the answer before the token limit.
-    """
+class SampledCompletion(NamedTuple):
+    """A sampled answer without special tokens, its tokens, and whether it ended, with an EOS token, by itself."""
 
     text: str
     token_ids: list[int]
@@ -27,25 +19,9 @@ class SampledCompletion:
 
 @torch.no_grad()
 def sample_completions(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: list[str],
-    *,
-    max_new_tokens: int,
-    seed: int,
+    model: PreTrainedModel, tokenizer: Any, prompts: list[str], *, max_new_tokens: int, seed: int
 ) -> list[SampledCompletion]:
-    """Samples one completion for each prompt, from the whole distribution (no top-k, no top-p).
-
-    Args:
-        model: A causal language model with ``generate``, in evaluation mode.
-        tokenizer: Its tokenizer.
-        prompts: Prompts as text with the chat template applied. They form one batch.
-        max_new_tokens: Limit of each completion, in tokens.
-        seed: Seed of this call; the same call gives the same answers.
-
-    Returns:
-        One completion for each prompt, in order.
-    """
+    """One completion for each rendered prompt of a batch, from the whole distribution (no top-k, no top-p)."""
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
@@ -65,13 +41,10 @@ def sample_completions(
             pad_token_id=tokenizer.pad_token_id,
         )
     model.train(was_training)
-    answers = output_ids[:, encoded["input_ids"].shape[1] :].tolist()
-    return [_until_eos(answer, tokenizer) for answer in answers]
-
-
-def _until_eos(token_ids: list[int], tokenizer: Any) -> SampledCompletion:
-    finished = tokenizer.eos_token_id in token_ids
-    if finished:
-        token_ids = token_ids[: token_ids.index(tokenizer.eos_token_id) + 1]
-    text = tokenizer.decode(token_ids, skip_special_tokens=True)
-    return SampledCompletion(text.strip(), token_ids, finished)
+    completions = []
+    for token_ids in output_ids[:, encoded["input_ids"].shape[1] :].tolist():
+        finished = tokenizer.eos_token_id in token_ids
+        kept = token_ids[: token_ids.index(tokenizer.eos_token_id) + 1] if finished else token_ids
+        text = tokenizer.decode(kept, skip_special_tokens=True)
+        completions.append(SampledCompletion(text.strip(), kept, finished))
+    return completions

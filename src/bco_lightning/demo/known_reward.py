@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from bco_lightning.errors import ConfigError
 
 
 def tone(text: str) -> float:
-    """Scores how friendly a text sounds, from -1 (hostile) to 1 (warm).
-
-    Args:
-        text: Any English text.
-
-    Returns:
-        VADER's compound score.
-
-    Raises:
-        ConfigError: If ``vaderSentiment`` is not installed.
+    """How friendly an English text sounds, from -1 (hostile) to 1 (warm): VADER's compound score.
 
     Source:
         Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text".
@@ -27,7 +17,7 @@ def tone(text: str) -> float:
     return float(_analyzer().polarity_scores(text)["compound"])
 
 
-@lru_cache(maxsize=1)
+@cache
 def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -38,6 +28,3 @@ def _analyzer() -> Any:
             'pip install "bco-lightning[demo]"',
         ) from error
     return SentimentIntensityAnalyzer()
-
-
-KNOWN_REWARDS: dict[str, Callable[[str], float]] = {"tone": tone}

@@ -12,6 +12,7 @@ import json
 import math
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,13 @@ def _sample_rows(
     model: Any, tokenizer: Any, subjects: list[str], per_prompt: int, generator: random.Random
 ) -> list[dict[str, Any]]:
     prompts = [PROMPT.format(subject=subject) for subject in subjects for _ in range(per_prompt)]
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     rows = []
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start : start + BATCH_SIZE]
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in batch
-        ]
-        answers = sample_completions(
-            model, tokenizer, chats, max_new_tokens=MAX_NEW_TOKENS, seed=generator.getrandbits(32)
-        )
+        chats = [render([{"role": "user", "content": prompt}]) for prompt in batch]
+        seed = generator.getrandbits(32)
+        answers = sample_completions(model, tokenizer, chats, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
         for prompt, answer in zip(batch, answers, strict=True):
             # An answer that ran into the limit has no end, and a rated answer must have one.
             if answer.finished and answer.text:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,16 +18,8 @@ from torch import Tensor
 _NUM_RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Fresh samples of one model, each of shape ``(P, S)``.
-
-    Args:
-        rewards_PS: True rewards.
-        log_probs_PS: Log-probabilities under the model that drew them, in nats.
-        reference_log_probs_PS: The same under the reference.
-        lengths_PS: Tokens.
-    """
+class Samples(NamedTuple):
+    """Fresh samples of one model: true rewards, log-probs in nats under it and under the reference, and tokens."""
 
     rewards_PS: Tensor
     log_probs_PS: Tensor
@@ -43,19 +36,10 @@ class Samples:
 class Alignment:
     """Policy against reference on held-out prompts, by fresh samples of both.
 
-    Intervals are 95 % intervals over prompts, by bootstrap.
-
-    Args:
-        gain, gain_low, gain_high: Mean true reward of the policy less that of the reference, and its interval.
-        reward_policy, reward_reference: Mean true reward of each model's samples.
-        win_rate, win_rate_low, win_rate_high: Probability that a policy sample beats a reference sample for the same
-            prompt, ties counting half, and its interval.
-        kl: KL(policy, reference) per answer, in nats, estimated on the policy's samples.
-        perplexity, perplexity_reference: Perplexity of each model's samples under the reference.
-        tokens_policy, tokens_reference: Mean length of each model's samples.
-        num_prompts: Held-out prompts.
-        samples_per_prompt: Samples of each model for each prompt.
-        seed: Seed of the samples and of the bootstrap.
+    ``gain`` is the mean true reward of the policy less that of the reference; ``win_rate`` the probability that a
+    policy sample beats a reference sample for the same prompt, ties counting half; ``kl`` is KL(policy, reference) per
+    answer, in nats, on the policy's samples; perplexities are under the reference, tokens are means. Intervals are 95 %
+    intervals over prompts, by bootstrap; ``seed`` is its seed, and that of the samples.
     """
 
     gain: float
@@ -78,11 +62,12 @@ class Alignment:
     @property
     def verdict(self) -> str:
         """One sentence: improved, not shown, or worse."""
+        said, where = "NOT IMPROVED", "includes zero"
         if self.gain_low > 0:
-            return "Improved: the 95 % interval of the gain in true reward lies above zero."
+            said, where = "Improved", "lies above zero"
         if self.gain_high < 0:
-            return "WORSE: the 95 % interval of the gain in true reward lies below zero."
-        return "NOT IMPROVED: the 95 % interval of the gain in true reward includes zero."
+            said, where = "WORSE", "lies below zero"
+        return f"{said}: the 95 % interval of the gain in true reward {where}."
 
     def write(self, path: Path) -> None:
         """Writes the numbers as JSON."""
@@ -91,11 +76,10 @@ class Alignment:
 
     def print(self, reward_name: str) -> None:
         """Prints the numbers as a table, with the verdict."""
-        table = Table(
-            title=f"Held-out prompts: {self.num_prompts}, {self.samples_per_prompt} fresh samples of each model"
-        )
-        for heading in ("", "policy", "reference", "difference (95 % interval)"):
-            table.add_column(heading, justify="left" if not heading else "right")
+        title = f"Held-out prompts: {self.num_prompts}, {self.samples_per_prompt} fresh samples of each model"
+        table = Table("", title=title)
+        for heading in ("policy", "reference", "difference (95 % interval)"):
+            table.add_column(heading, justify="right")
         interval = f"{self.gain:+.3f} ({self.gain_low:+.3f} to {self.gain_high:+.3f})"
         win_rate = f"{self.win_rate:.3f} ({self.win_rate_low:.3f} to {self.win_rate_high:.3f})"
         for cells in (

@@ -18,7 +18,7 @@ from typing_extensions import override
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
 from bco_lightning.demo.generation import SampledCompletion, sample_completions
-from bco_lightning.demo.known_reward import KNOWN_REWARDS
+from bco_lightning.demo.known_reward import tone
 from bco_lightning.demo.report import Alignment, Samples, measure_alignment
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.log_probs import completion_log_probs
@@ -63,7 +63,7 @@ class KnownRewardTrial(Callback):
             raise ConfigError(
                 "known_reward.reward", "expected whole weights to sample from, found them cut up.", "Use ddp, or none."
             )
-        KNOWN_REWARDS[self.reward]("")  # what the reward needs must be missed before training, not after
+        tone("")  # what the reward needs must be missed before training, not after
         if getattr(getattr(trainer, "datamodule", None), "validation_dataset", None) is None:
             raise ConfigError("known_reward.reward", "expected held-out rows to sample prompts from, found none.")
 
@@ -73,7 +73,10 @@ class KnownRewardTrial(Callback):
             return
         log_dir = trainer.log_dir  # a broadcast: every process has to ask
         if trainer.is_global_zero:
-            self.alignment = self.compare(pl_module, _held_out_prompts(trainer.datamodule, self.max_prompts))
+            data = trainer.datamodule
+            distinct = list(dict.fromkeys(data.validation_dataset["prompt"]))[: self.max_prompts or None]
+            prompts = [data.row_tokenizer.render_prompt(json.loads(prompt)) for prompt in distinct]
+            self.alignment = self.compare(pl_module, prompts)
             self.alignment.print(self.reward)
             if log_dir is not None:
                 self.alignment.write(Path(log_dir) / "alignment.json")
@@ -81,15 +84,7 @@ class KnownRewardTrial(Callback):
 
     @torch.no_grad()
     def compare(self, module: BCOModule, prompts: list[str]) -> Alignment:
-        """Samples both models on rendered prompts and measures the difference.
-
-        Args:
-            module: Policy and reference.
-            prompts: Prompts with the chat template applied.
-
-        Returns:
-            Rewards, intervals, KL, perplexity and lengths.
-        """
+        """Samples policy and reference on rendered prompts and measures the difference."""
         asked = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
         by_policy = self._sample(module.policy, module.tokenizer, asked, "policy samples")
         with module.reference.model() as reference:
@@ -102,14 +97,9 @@ class KnownRewardTrial(Callback):
     def _sample(self, model: PreTrainedModel, tokenizer: Any, asked: list[str], name: str) -> list[SampledCompletion]:
         answers: list[SampledCompletion] = []
         for start in tqdm(range(0, len(asked), self.batch_size), desc=name):
-            answers += sample_completions(
-                model,
-                tokenizer,
-                asked[start : start + self.batch_size],
-                max_new_tokens=self.max_new_tokens,
-                # Policy and reference draw from the same random numbers, which narrows their difference.
-                seed=self.seed + start,
-            )
+            some, length = asked[start : start + self.batch_size], self.max_new_tokens
+            # Policy and reference draw from the same random numbers, which narrows their difference.
+            answers += sample_completions(model, tokenizer, some, max_new_tokens=length, seed=self.seed + start)
         return answers
 
     def _measured(
@@ -124,9 +114,8 @@ class KnownRewardTrial(Callback):
         for prompt, answer in zip(asked, answers, strict=True):
             prompt_ids = module.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             mask = [False] * len(prompt_ids) + [True] * len(answer.token_ids)
-            rows.append(
-                {"input_ids": prompt_ids + answer.token_ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0}
-            )
+            ids = prompt_ids + answer.token_ids
+            rows.append({"input_ids": ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0})
         device = next(module.policy.parameters()).device
         batches = [collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
 
@@ -138,14 +127,8 @@ class KnownRewardTrial(Callback):
 
         reference_log_probs_PS = scored(module.reference.log_probs)
         return Samples(
-            rewards_PS=by_prompt(KNOWN_REWARDS[self.reward](answer.text) for answer in answers),
+            rewards_PS=by_prompt(tone(answer.text) for answer in answers),
             log_probs_PS=scored(score) if score else reference_log_probs_PS,
             reference_log_probs_PS=reference_log_probs_PS,
             lengths_PS=by_prompt(len(answer.token_ids) for answer in answers),
         )
-
-
-def _held_out_prompts(data: Any, most: int) -> list[str]:
-    """Distinct prompts of the held-out rows, rendered; at most so many, or all of them by 0."""
-    distinct = list(dict.fromkeys(data.validation_dataset["prompt"]))
-    return [data.row_tokenizer.render_prompt(json.loads(prompt)) for prompt in distinct[: most or None]]
