@@ -224,7 +224,7 @@ DEFECTS = [
         ('tests/security/test_config_yaml.py::test_every_text_is_measured',),
     ),
     Defect(
-        'S11', 'secrets in a config are not looked for', 'cli/secrets.py',
+        'S11', 'secrets in a config are not looked for', 'cli/plain_yaml.py',
         '    _refuse_secrets_of(value, where)\n    return value',
         '    return value',
         ('tests/security/test_secrets.py::test_a_secret_that_is_written_down_is_refused_and_not_shown',),

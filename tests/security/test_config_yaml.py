@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from bco_lightning.cli import main
-from bco_lightning.cli.plain_yaml import LARGEST_TEXT, MOST_NODES, Refusal
-from bco_lightning.cli.secrets import load_without_secrets
+from bco_lightning.cli.plain_yaml import LARGEST_TEXT, MOST_NODES, Refusal, load_without_secrets
 from tests.trials import Trials
 
 

@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from bco_lightning.cli import main
-from bco_lightning.cli.plain_yaml import Refusal
-from bco_lightning.cli.secrets import load_without_secrets
+from bco_lightning.cli.plain_yaml import Refusal, load_without_secrets
 from tests.reliability.tiny_run import ROOT, make_model
 from tests.trials import Trials
 

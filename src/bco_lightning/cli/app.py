@@ -10,34 +10,31 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
-from bco_lightning.cli import safety
 from bco_lightning.cli.faults import in_words, watch_processes
 from bco_lightning.cli.help import keeping_help
 from bco_lightning.cli.parser import BCOArgumentParser
+from bco_lightning.cli.plain_yaml import refuse_secrets
 from bco_lightning.cli.plan import PlanOptions, plan_command
 from bco_lightning.cli.run import BCOCLI, InspectCLI
-from bco_lightning.cli.secrets import refuse_secrets
 from bco_lightning.errors import PreemptedError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.parallel.collectives import is_in_a_group
 
 DEBUG = "--debug"
+_EXPORT = "Write a folder that transformers (merged) or peft (adapter) load."
+_PLAN = "Work out what a run would take of each GPU's memory. No weight is loaded."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; where it is that of a process group, it also ends the process.
-
-    A thread of gloo may still hold the last tensor that it sent. If it lets go of it while the interpreter ends, C++
-    aborts the process, and a run that has done all its work seems to have failed; so the interpreter does not end.
 
     Args:
         arguments: Command-line arguments; those of the process if left out.
@@ -48,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop and has saved.
     """
     status = _run(list(sys.argv[1:] if arguments is None else arguments))
+    # A thread of gloo may still hold the last tensor that it sent. Letting go of it while the interpreter ends, it
+    # aborts the process, and a run that has done all its work seems to have failed; so the interpreter does not end.
     if arguments is None and is_in_a_group():
         atexit._run_exitfuncs()  # os._exit leaves them out, and Python has no public name for them
         sys.stdout.flush()
@@ -85,9 +84,9 @@ def _run(words: list[str]) -> int:
 
 def _internal(error: Exception) -> str:
     """Names an error that is nobody's but ours by its kind and place; what it says may be the text of a user."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parents[1])] or frames
-    place = f" at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame[0].is_relative_to(Path(__file__).parents[1])] or frames
+    place = f" at {ours[-1][0].name}:{ours[-1][1]}" if ours else ""
     said = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
     return (
         f"internal error: {type(error).__name__}{said}{place}. Run the same command again with {DEBUG} for the "
@@ -96,35 +95,24 @@ def _internal(error: Exception) -> str:
 
 
 def _dispatch(given: list[str]) -> None:
-    besides: dict[str, Callable[[list[str]], object]] = {"inspect": InspectCLI, "export": _export, "plan": _plan}
-    if given and given[0] in besides:
-        besides[given[0]](given[1:])
+    command, *others = given or [""]
+    if command == "inspect":
+        InspectCLI(others)
+    elif command == "export":
+        parser = BCOArgumentParser(prog="python -m bco_lightning export", description=_EXPORT)
+        parser.add_function_arguments(export_checkpoint, skip={"merge"})
+        parser.add_flag("merge", "Merge the adapter into the model's weights.")
+        options = parser.parsed(others)
+        export_checkpoint(**options)
+        print(f"exported: {options['output_dir']} (its README.md says how to load it)")
+    elif command == "plan":
+        parser = BCOArgumentParser(prog="python -m bco_lightning plan", description=_PLAN)
+        parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})
+        parser.add_flag("gradient_checkpointing", "Compute activations again in the backward pass.")
+        parser.add_flag("table", "Print 8B, 70B and 405B on 8 to 1024 GPUs as markdown, and nothing else.")
+        plan_command(**parser.parsed(others))
     else:
         BCOCLI(given)
-
-
-def _export(arguments: list[str]) -> None:
-    told = "Write a folder that transformers (merged) or peft (adapter) load."
-    parser = BCOArgumentParser(prog="python -m bco_lightning export", description=told)
-    parser.add_function_arguments(export_checkpoint, skip={"merge"})
-    parser.add_flag("merge", "Merge the adapter into the model's weights.")
-    options = _parsed(parser, arguments)
-    export_checkpoint(**options)
-    print(f"exported: {options['output_dir']} (its README.md says how to load it)")
-
-
-def _plan(arguments: list[str]) -> None:
-    told = "Work out what a run would take of each GPU's memory. No weight is loaded."
-    parser = BCOArgumentParser(prog="python -m bco_lightning plan", description=told)
-    parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})
-    parser.add_flag("gradient_checkpointing", "Compute activations again in the backward pass.")
-    parser.add_flag("table", "Print 8B, 70B and 405B on 8 to 1024 GPUs as markdown, and nothing else.")
-    plan_command(**_parsed(parser, arguments))
-
-
-def _parsed(parser: BCOArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    with safety.safe_parsing():
-        return dict(vars(parser.parse_args(arguments)))
 
 
 def _quiet_libraries() -> None:

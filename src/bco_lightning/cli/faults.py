@@ -53,18 +53,12 @@ _SAID = (
         "Often the machine ran out of memory; data.num_workers: 0 loads in the training process.",
     ),
 )
+_LOOK_THERE = "Look for the first error in the output of the others"
 _LAST_WORDS, _LOOK_EVERY, _OUTLIVE = 30.0, 0.5, 5.0  # seconds
 
 
 def in_words(error: BaseException) -> UserError | None:
-    """The fault behind an error, if it is one that a user meets.
-
-    Args:
-        error: What a library raised.
-
-    Returns:
-        What happened and what to do, or ``None`` for an error that is nobody's but ours.
-    """
+    """The fault behind an error that a library raised, or nothing if it is nobody's but ours."""
     causes = causes_of(error)
     told = [cause for cause in causes if isinstance(cause, UserError)]
     return next((fault for fault in (*told, *map(_fault_of, causes)) if fault is not None), None)
@@ -87,20 +81,18 @@ def _fault_of(error: BaseException) -> UserError | None:
 def _fault_of_another_process(text: str) -> FaultError:
     """What gloo, NCCL or the store that they meet at have to say of a process that does not answer."""
     first = _first_line(_PLACE_IN_LIBRARY.sub("", text.strip())).rstrip(".")
-    seconds, came = _WAITED.search(text), _NOT_ALL_CAME.search(text)
-    waited = f"{int(seconds[1]) / (1 if seconds[2] else 1000):g} s (process_timeout)" if seconds else "process_timeout"
-    if came:
+    waited = "process_timeout"
+    if seconds := _WAITED.search(text):
+        waited = f"{int(seconds[1]) / (1 if seconds[2] else 1000):g} s (process_timeout)"
+    problem = f"expected an answer of every process, found that one is gone or hangs ({first})."
+    remedy = f"{_LOOK_THERE}; one without any may have been killed for want of memory."
+    if came := _NOT_ALL_CAME.search(text):
+        problem = f"expected {came[2]} processes to start, found {came[1]} after {waited}."
         remedy = "Start it on every node, with the same first node and port, or raise process_timeout."
-        return FaultError(
-            "processes", f"expected {came[2]} processes to start, found {came[1]} after {waited}.", remedy
-        )
-    gone = "expected an answer of every process, found that one is gone or hangs"
-    look = "Look for the first error in the output of the others"
-    if _TOO_LONG.search(text):
-        remedy = f"{look}; raise process_timeout if one of them only took long."
-        return FaultError("processes", f"{gone}: none in {waited}. {first}.", remedy)
-    remedy = f"{look}; one without any may have been killed for want of memory."
-    return FaultError("processes", f"{gone} ({first}).", remedy)
+    elif _TOO_LONG.search(text):
+        problem = f"expected an answer of every process, found that one is gone or hangs: none in {waited}. {first}."
+        remedy = f"{_LOOK_THERE}; raise process_timeout if one of them only took long."
+    return FaultError("processes", problem, remedy)
 
 
 def _first_line(text: str) -> str:
@@ -111,10 +103,7 @@ def watch_processes(child_processes: list[subprocess.Popen[Any]]) -> None:
     """Sees to it that the processes which the first one has started end with it, and it with them.
 
     Lightning's own watch kills the first process without a word, often before that could say what it has met, and
-    leaves the others behind when the first one fails.
-
-    Args:
-        child_processes: The second process of this machine and those after it; this one is the first.
+    leaves the others behind when the first one fails. Given are the second process of this machine and those after it.
     """
     over = threading.Event()
     atexit.register(_end_with_this_one, child_processes, over)

@@ -40,6 +40,11 @@ class BCOArgumentParser(LightningArgumentParser):
         """Adds an option that takes no value."""
         self.add_argument(f"--{name}", action="store_true", help=told)
 
+    def parsed(self, arguments: list[str]) -> dict[str, Any]:
+        """The options of a command line."""
+        with safety.safe_parsing():
+            return dict(vars(self.parse_args(arguments)))
+
     @override
     def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **options: Any) -> Namespace:
         options["instantiators"] = [(_made, Options, True)]
@@ -53,8 +58,7 @@ class BCOArgumentParser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
         safety.refuse_import_named_in(message)
-        unknown = _UNKNOWN.search(message)
-        if unknown and "xpected a" not in message:
+        if (unknown := _UNKNOWN.search(message)) and "xpected a" not in message:
             given = ".".join(filter(None, unknown.groups()))
             close = difflib.get_close_matches(given, _options_of(self), n=1, cutoff=0.7)
             message += f"\nDid you mean --{close[0]}?" if close else ""
@@ -62,11 +66,7 @@ class BCOArgumentParser(LightningArgumentParser):
 
 
 def refuse_misread_sources(data: Namespace) -> None:
-    """Ends with what is wrong with a list of sources that was taken for a text, and so for the name of a file.
-
-    Args:
-        data: The resolved options of the data.
-    """
+    """Ends with what is wrong with a list of sources that was taken for a text, and so for the name of a file."""
     for name in ("train_files", "validation_files", "test_files", "predict_files"):
         given = data.get(name)
         for text in given if isinstance(given, list) else [given]:

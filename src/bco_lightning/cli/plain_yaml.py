@@ -1,13 +1,14 @@
-"""YAML from somebody else: measured before it is built, so that none takes long, swells, or names a Python object."""
+"""Texts from somebody else: YAML is measured before it is built, and what looks like a secret is refused."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader
+from jsonargparse import Namespace, get_loader
 
 from bco_lightning.errors import ConfigError
 
@@ -15,6 +16,18 @@ LARGEST_TEXT = 1_000_000
 LONGEST_PLAIN_SCALAR = 10_000
 MOST_NODES = 10_000
 DEEPEST_NESTING = 50
+
+_SECRET_WORDS = {"secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"}
+_SECRET_KEYS = {"api", "access", "private", "secret", "auth", "account", "encryption", "signing", "license"}
+_HARMLESS_TOKENS = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "end", "start", "max", "min", "num", "per"}
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}|\bsk-(?:[A-Za-z0-9]+-)*[A-Za-z0-9_]{16,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+    r"|\bgh[opsur]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bxox[abeprs]-[\w-]{10,}"
+    r"|\bAIza[\w-]{30,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
+    # A user name alone may be a token; before an account of Azure it is the name of a container.
+    r"|://(?<!\b(?i:az)://)(?<!\b(?i:abfs)://)(?<!\b(?i:abfss)://)[^\s/@]+@|://[^\s/@:]*:[^\s/@]*@"
+    r"|[?&](?i:sig|signature|token|access_token|x-amz-signature|x-amz-security-token|x-goog-signature)=[^\s&]"
+)
 
 load_unmeasured = get_loader("yaml")
 
@@ -36,21 +49,16 @@ def refusals_as_errors() -> Iterator[None]:
         raise refusal.user_error from None
 
 
-def load_measured(text: str, where: str) -> Any:
-    """Reads YAML of a size that can be read, numbers as jsonargparse has them (``1e-6`` is one).
+# --- size
 
-    Raises:
-        Refusal: If it is too large, swells by aliases, or holds Python tags.
-        yaml.YAMLError: If it is no YAML.
+
+def load_measured(text: str, where: str) -> Any:
+    """Reads YAML, numbers as jsonargparse has them (``1e-6`` is one), if it is not too large, swelling, or a program.
+
+    The document is measured as it would be with its aliases written out, in one pass that builds nothing.
     """
     if len(text) > LARGEST_TEXT:
         raise Refusal(where, f"expected at most {LARGEST_TEXT:,} characters of YAML, found {len(text):,}.")
-    _refuse_swelling(text, where)
-    return load_unmeasured(text)
-
-
-def _refuse_swelling(text: str, where: str) -> None:
-    """Measures the document as it would be with its aliases written out, in one pass that builds nothing."""
     sizes: dict[str | None, int] = {}
     nodes = 0
     open_nodes: list[tuple[str | None, int]] = []  # an anchor, and how many nodes there were before it
@@ -72,6 +80,7 @@ def _refuse_swelling(text: str, where: str) -> None:
             raise Refusal(where, f"expected at most {MOST_NODES:,} YAML nodes with aliases written out, found more.")
         if len(open_nodes) > DEEPEST_NESTING:
             raise Refusal(where, f"expected at most {DEEPEST_NESTING} levels of YAML, found more.")
+    return load_unmeasured(text)
 
 
 def _refuse_tag_or_length(event: yaml.Event, where: str) -> None:
@@ -80,3 +89,87 @@ def _refuse_tag_or_length(event: yaml.Event, where: str) -> None:
     # YAML's numbers in base 60 take time that grows with the square of their length.
     if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > LONGEST_PLAIN_SCALAR:
         raise Refusal(where, f"expected at most {LONGEST_PLAIN_SCALAR:,} characters without quotes, found more.")
+
+
+# --- secrets
+
+
+def load_without_secrets(text: str, path: str = "") -> Any:
+    """Reads a config file, or a value of the command line; where it is refused, by a :class:`Refusal`."""
+    where = str(path) or "config"
+    try:
+        value = load_measured(text, where)
+    except (yaml.YAMLError, ValueError):
+        # What cannot be read ends in an error message, with its text.
+        if _SECRET_VALUE.search(text):
+            _refuse(where)
+        raise
+    _refuse_secrets_of(value, where)
+    return value
+
+
+def refuse_secrets(arguments: Sequence[str]) -> None:
+    """Refuses a command line that holds something that looks like a secret; says where, never what."""
+    with refusals_as_errors():
+        for option, text in options_in(arguments):
+            where = "command line" if _SECRET_VALUE.search(option) else option
+            try:
+                value = load_measured(text, where)
+            except (yaml.YAMLError, ValueError):
+                value = text
+            _refuse_secrets_of({where.lstrip("-"): value}, where)
+            if _SECRET_VALUE.search(text) or _SECRET_VALUE.search(option):
+                _refuse(where)
+
+
+def options_in(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each option with each of its values; what stands before the first option belongs to the command line."""
+    option = "command line"
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-") and (equals or not re.match(r"-[\d.]", argument)):
+            option = name
+            yield option, value
+        else:
+            yield option, argument
+
+
+def leaves_of(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Values at the ends of nested mappings and lists, with the keys that lead there."""
+    value = vars(value) if isinstance(value, Namespace) else value
+    if isinstance(value, (list, tuple, set)):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves_of(inner, (*path, str(key)))
+    else:
+        yield path, value
+
+
+def _refuse_secrets_of(value: Any, where: str) -> None:
+    for path, leaf in leaves_of(value):
+        name = ".".join(path)
+        if _SECRET_VALUE.search(name):
+            _refuse(where)
+        is_set = leaf is not None and not isinstance(leaf, bool) and leaf != ""
+        names_secret = is_set and any(_is_secret_name(part) for part in name.split("."))
+        if names_secret or (isinstance(leaf, str) and _SECRET_VALUE.search(leaf)):
+            _refuse(name or where)
+
+
+def _refuse(where: str) -> NoReturn:
+    raise Refusal(
+        where,
+        "expected no secret in a config file or on the command line, found what looks like one (not shown).",
+        "Configs are saved with every run. Give it by the environment alone, for instance HF_TOKEN.",
+    )
+
+
+def _is_secret_name(name: str) -> bool:
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+    pairs = list(zip(["", *words], words))  # noqa: B905
+    return (
+        bool(_SECRET_WORDS & set(words))
+        or any(second == "key" and first in _SECRET_KEYS for first, second in pairs)
+        or (words[-1:] == ["token"] and pairs[-1][0] not in _HARMLESS_TOKENS)
+    )

@@ -66,10 +66,6 @@ def memory_of(options: PlanOptions, tile: tuple[int, int] = _TILE) -> dict[str, 
     Weights, gradients, moments and the reference are there all the time; gathered weights, gradients in transit, copies
     of weights, activations and the head (``tile`` rows and columns of logits at a time) come and go: here they are as
     at the moment at which they are most.
-
-    Raises:
-        ConfigError: If no model is named, or rows have no prompt.
-        LanguageModelError: If the model cannot be read, or its layers are not like Llama's.
     """
     if options.model is None:
         raise ConfigError("--model", "expected a model, found none.", f"Give {', '.join(NAMED_SHAPES)}, or a name.")
@@ -169,13 +165,12 @@ def plan_command(table: bool = False, **options: Any) -> None:
     if table:
         print(scale_table(given.gpu_memory))
         return
-    memory = memory_of(given)
-    total = sum(memory.values()) / GIB
+    memory = {part: size / GIB for part, size in memory_of(given).items() if size}
+    total = sum(memory.values())
     kind = f"LoRA of rank {given.lora_r}" if given.lora_r else "full fine-tuning"
     shown = Table("", "GiB of one GPU", title=f"{given.model}, {kind}, {given.strategy}, GPUs: {given.gpus}")
-    for part, size in [*memory.items(), ("peak", total * GIB)]:
-        if size:
-            shown.add_row(part, f"{size / GIB:,.2f}")
+    for part, size in {**memory, "peak": total}.items():
+        shown.add_row(part, f"{size:,.2f}")
     fits = "fits into" if total <= given.gpu_memory else "DOES NOT FIT into"
     Console().print(shown)
     Console().print(f"{total:,.2f} GiB at the peak: {fits} {given.gpu_memory:g} GiB. {LEFT_OUT}", highlight=False)

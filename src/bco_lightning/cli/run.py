@@ -17,13 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bco_lightning.callbacks import (
-    FiniteGuard,
-    PredictionWriter,
-    RunCheckpoint,
-    SpeedMonitor,
-    StepProgressBar,
-)
+from bco_lightning.callbacks import FiniteGuard, PredictionWriter, RunCheckpoint, SpeedMonitor, StepProgressBar
 from bco_lightning.checkpoints import VerifiedCheckpointIO, resolve_checkpoint
 from bco_lightning.cli import safety
 from bco_lightning.cli.parser import BCOArgumentParser, refuse_misread_sources
@@ -72,12 +66,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class BCOCLI(LightningCLI):
-    """LightningCLI with this package's module, data and callbacks, and one folder of runs.
-
-    Args:
-        arguments: The command line.
-        options: What LightningCLI takes besides.
-    """
+    """LightningCLI with this package's module, data and callbacks, and one folder of runs."""
 
     _step_was_chosen = False  # not named by the user
 
@@ -104,16 +93,13 @@ class BCOCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--run_folder", type=str, default="runs/bco", help="Each run gets a folder version_N in this one."
+        told = "Each run gets a folder version_N in this one."
+        parser.add_argument("--run_folder", type=str, default="runs/bco", help=told)
+        told = (
+            "Seconds to wait for another process before the run ends with an error; the others also wait while the "
+            "first one writes a checkpoint and reads it back."
         )
-        parser.add_argument(
-            "--process_timeout",
-            type=float,
-            default=600.0,
-            help="Seconds to wait for another process before the run ends with an error; the others also wait while "
-            "the first one writes a checkpoint and reads it back.",
-        )
+        parser.add_argument("--process_timeout", type=float, default=600.0, help=told)
         parser.add_class_arguments(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(FiniteGuard, "guard")
         parser.add_lightning_class_args(KnownRewardTrial, "known_reward")
@@ -202,11 +188,11 @@ class BCOCLI(LightningCLI):
         if not self.trainer.is_global_zero or log_dir is None:
             return
         run = Path(log_dir)
-        saved = [found.saved for found in self.trainer.checkpoint_callbacks if isinstance(found, RunCheckpoint)]
         print(f"\nRun folder   {run}")
-        if saved and saved[0] is not None:
-            shift = self.model.reward_shift.value
-            print(f"Checkpoint   {saved[0]} ({self.trainer.global_step} optimizer steps, reward shift {shift:.4f})")
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint) and callback.saved is not None:
+                told = f"{self.trainer.global_step} optimizer steps, reward shift {self.model.reward_shift.value:.4f}"
+                print(f"Checkpoint   {callback.saved} ({told})")
         if (run / "alignment.json").exists():
             print(f"Alignment    {run / 'alignment.json'}")
         print(
@@ -219,11 +205,7 @@ class BCOCLI(LightningCLI):
 
 
 class InspectCLI(BCOCLI):
-    """Parses and checks what ``fit`` would run with, and reports on its data instead; there is no trainer.
-
-    Args:
-        arguments: The command line.
-    """
+    """Parses and checks what ``fit`` would run with, and reports on its data instead; there is no trainer."""
 
     def __init__(self, arguments: list[str]) -> None:
         told = {"prog": "python -m bco_lightning inspect", "description": _INSPECT}

@@ -16,8 +16,15 @@ from typing import NoReturn
 import yaml
 from jsonargparse import Namespace, set_loader, set_parsing_settings
 
-from bco_lightning.cli.plain_yaml import Refusal, load_measured, load_unmeasured, refusals_as_errors
-from bco_lightning.cli.secrets import leaves_of, load_without_secrets, options_in
+from bco_lightning.cli.plain_yaml import (
+    Refusal,
+    leaves_of,
+    load_measured,
+    load_unmeasured,
+    load_without_secrets,
+    options_in,
+    refusals_as_errors,
+)  # fmt: skip
 
 ALLOWED_IMPORTS_VARIABLE = "BCO_ALLOWED_IMPORTS"
 ALLOWED_IMPORTS = (
@@ -55,11 +62,7 @@ _granted_before: set[str] = set()
 
 @contextlib.contextmanager
 def safe_parsing() -> Iterator[None]:
-    """Within it jsonargparse imports what is allowed alone, and every YAML text is measured and searched for secrets.
-
-    Raises:
-        ConfigError: If something is refused.
-    """
+    """Within it jsonargparse imports what is allowed alone; every YAML text is measured and searched for secrets."""
     try:
         with refusals_as_errors():
             _restrict_imports()
@@ -74,7 +77,7 @@ def safe_parsing() -> Iterator[None]:
 
 
 def refuse_import_named_in(message: str) -> None:
-    """Turns jsonargparse's message about an import that is not allowed into a :class:`Refusal` that says what is."""
+    """Turns jsonargparse's message about an import that is not allowed into one that says what is."""
     refused = re.search(r"Importing '([^']+)' is not allowed", message)
     if refused:
         key = re.search(r'(?:Parser key "|^--)([^":]+)', message)
@@ -112,20 +115,12 @@ def _granted_by_environment() -> list[str]:
 
 
 def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
-    """Refuses what only the user may name: places outside the working directory, web addresses, and other classes.
-
-    Args:
-        options: The resolved options of a command.
-        arguments: The command line; a place or an address that it names itself is the user's own choice.
-
-    Raises:
-        ConfigError: Naming the option.
-    """
+    """Refuses among resolved options what only the command line may name: places outside, web addresses, classes."""
     trainer, chosen = options.get("trainer") or {}, _chosen_by_user(arguments)
     with refusals_as_errors():
         for name in _MAY_NAME_CLASSES:
-            if re.fullmatch(r"\w+(\.\w+)+", str(trainer.get(name))):
-                _refuse_import(f"trainer.{name}", str(trainer.get(name)))
+            if re.fullmatch(r"\w+(\.\w+)+", found := str(trainer.get(name))):
+                _refuse_import(f"trainer.{name}", found)
         for path, leaf in leaves_of(options):
             if isinstance(leaf, (str, os.PathLike)) and path[-1] not in ("class_path", "__path__"):
                 _refuse_place(path, str(leaf), chosen)
@@ -136,7 +131,8 @@ def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
     on_the_web = path[0] == "data" and path[-1] != "name" and _WEB_ADDRESS.match(text)
     is_written = path[0] not in _READ_FROM or path in _WRITTEN_TO
     option = _STRUCTURE.sub("", ".".join(path[:2] if on_the_web else path)).rstrip(".")
-    if not (on_the_web or is_written) or _is_by_user(option, text, chosen):
+    by_user = any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
+    if by_user or not (on_the_web or is_written):
         return
     if on_the_web:
         raise Refusal(
@@ -156,10 +152,6 @@ def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
             f"expected a place inside the working directory, found {text!r}.",
             f"A config file may not name places outside it; give this one on the command line: --{option}={text}",
         )
-
-
-def _is_by_user(option: str, text: str, chosen: Chosen) -> bool:
-    return any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
 
 
 def _chosen_by_user(arguments: Sequence[str]) -> Chosen:
