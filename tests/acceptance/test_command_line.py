@@ -14,7 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bco_lightning.checkpoints import read_checkpoint, saved_steps
-from bco_lightning.cli import app, main
+from bco_lightning.cli import app
+from bco_lightning.cli.app import main
 from bco_lightning.data.chat import PLAIN_TEMPLATE
 from bco_lightning.errors import PreemptedError
 from bco_lightning.models.load import load_language_model, load_tokenizer

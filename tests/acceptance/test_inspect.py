@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from tests.conftest import tiny_data, write_jsonl
 
 CONFIGS = Path(__file__).parents[2] / "configs"

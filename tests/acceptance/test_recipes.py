@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bco_lightning.checkpoints import read_checkpoint, saved_steps
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from tests.reliability.tiny_run import finish, start
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, Trainer
 
-from bco_lightning import BCOModule, FeedbackDataModule, cli
+from bco_lightning import BCOModule, FeedbackDataModule
+from bco_lightning.cli import app as cli
 from bco_lightning.data.row_sets import RowReader
 from bco_lightning.data.tokenize import RowTokenizer
 from tests.reliability.tiny_run import finish, make_log, make_model, start, tiny_fit, wait

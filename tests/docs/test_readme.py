@@ -18,7 +18,7 @@ DOCS = "".join(
 
 
 def test_every_option_it_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    from bco_lightning.cli import main
+    from bco_lightning.cli.app import main
 
     with pytest.raises(SystemExit):
         main(["fit", f"--config={ROOT / 'configs' / 'bco.yaml'}", "--data.columns.prompt=question", "--print_config"])

@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from bco_lightning import FeedbackDataModule, cli
+from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
+from bco_lightning.cli import app as cli
 from bco_lightning.data.counts import Counted
 from bco_lightning.data.formats.record_format import NO_ANSWER
 from bco_lightning.data.labels import NO_FEEDBACK

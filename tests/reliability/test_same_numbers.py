@@ -246,7 +246,7 @@ def test_the_same_command_gives_the_same_bytes(byte_model: str, feedback: str, t
 
 
 def fit_by_command(model: str, log: str) -> None:
-    from bco_lightning.cli import main
+    from bco_lightning.cli.app import main
 
     options = {
         "model.name_or_path": model, "data.train_files": log, "trainer.max_epochs": "2", "trainer.accelerator": "cpu",

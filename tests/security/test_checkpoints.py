@@ -14,7 +14,7 @@ import torch
 
 from bco_lightning.checkpoints import newest_verified, read_checkpoint, saved_steps, step_folder, write_checkpoint
 from bco_lightning.checkpoints.manifest import _sealed
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from bco_lightning.errors import CheckpointError
 from bco_lightning.export import export_checkpoint, load_aligned
 from tests.reliability.tiny_run import make_log, make_model

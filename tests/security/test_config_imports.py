@@ -14,7 +14,7 @@ import yaml
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.callbacks import FiniteGuard, RunCheckpoint
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from bco_lightning.cli.safety import ALLOWED_IMPORTS
 from bco_lightning.data.options import DataOptions
 from bco_lightning.demo.trial import KnownRewardTrial

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import yaml
 
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from bco_lightning.cli.plain_yaml import LARGEST_TEXT, MOST_NODES, Refusal, load_without_secrets
 from tests.trials import Trials
 

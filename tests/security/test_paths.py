@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from bco_lightning.errors import ConfigError
 from bco_lightning.places import resolve_packaged
 from tests.reliability.tiny_run import make_log, make_model

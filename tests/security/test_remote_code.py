@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bco_lightning import BCOModule, LoraSettings
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.load import load_language_model, load_policy, load_tokenizer
 from tests.reliability.tiny_run import make_log, make_model

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from bco_lightning.cli.plain_yaml import Refusal, load_without_secrets
 from tests.reliability.tiny_run import ROOT, make_model
 from tests.trials import Trials

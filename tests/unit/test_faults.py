@@ -60,7 +60,7 @@ def test_an_error_that_is_nobodys_but_ours_is_not_hidden() -> None:
 
 
 def fit(model: str, log: str, how: str) -> None:
-    from bco_lightning import cli
+    from bco_lightning.cli import app as cli
     from bco_lightning.data import datamodule
 
     original, asked = datamodule.collate, [0]

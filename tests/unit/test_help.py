@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bco_lightning.cli import help as help_
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 
 QUICK = """
 import runpy, sys

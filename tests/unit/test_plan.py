@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from bco_lightning import BCOModule, LoraSettings
-from bco_lightning.cli import main
+from bco_lightning.cli.app import main
 from bco_lightning.cli.plan import PlanOptions, memory_of
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models import fused_layers

@@ -20,10 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from bco_lightning.cli.faults import in_words, watch_processes
 from bco_lightning.cli.help import keeping_help
-from bco_lightning.cli.parser import BCOArgumentParser
 from bco_lightning.cli.plain_yaml import refuse_secrets
 from bco_lightning.cli.plan import PlanOptions, plan_command
-from bco_lightning.cli.run import BCOCLI, InspectCLI
+from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
 from bco_lightning.errors import PreemptedError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.parallel.collectives import is_in_a_group

@@ -1,15 +1,19 @@
-"""The commands that LightningCLI runs, and ``inspect``, which takes the same options."""
+"""The commands that LightningCLI runs, ``inspect``, which takes the same options, and the parser of all commands."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import json
 import os
 import platform
+import re
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,15 +24,15 @@ from typing_extensions import override
 from bco_lightning.callbacks import FiniteGuard, PredictionWriter, RunCheckpoint, SpeedMonitor, StepProgressBar
 from bco_lightning.checkpoints import VerifiedCheckpointIO, resolve_checkpoint
 from bco_lightning.cli import safety
-from bco_lightning.cli.parser import BCOArgumentParser, refuse_misread_sources
-from bco_lightning.cli.plain_yaml import refusals_as_errors
+from bco_lightning.cli.plain_yaml import Refusal, load_measured, refusals_as_errors
 from bco_lightning.data import FeedbackDataModule
+from bco_lightning.data.options import Source
 from bco_lightning.demo.trial import KnownRewardTrial
-from bco_lightning.errors import CheckpointError, UserError
+from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import InspectOptions, inspect_command
 from bco_lightning.module import BCOModule
-from bco_lightning.options import ModelOptions
+from bco_lightning.options import ModelOptions, Options
 from bco_lightning.parallel.strategy import named_strategy
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
@@ -39,6 +43,83 @@ error."""
 _INSPECT = """Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left out and
 cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. No weight is loaded,
 except for model.importance_weights. It takes every option of `fit`."""
+
+
+_UNKNOWN = re.compile(
+    r"(?:Group '([\w.]+)' does not )?(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)"
+)
+
+
+class BCOArgumentParser(LightningArgumentParser):
+    """Suggests the option that was probably meant, and takes no objects where only Python can give them."""
+
+    @override
+    def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
+        if theclass is FeedbackDataModule:
+            kwargs["skip"] = {*(kwargs.get("skip") or ()), "tokenizer"}
+            kwargs["sub_configs"] = False  # a log's lines would be taken for a list of logs
+        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
+        return added
+
+    def add_flag(self, name: str, told: str) -> None:
+        """Adds an option that takes no value."""
+        self.add_argument(f"--{name}", action="store_true", help=told)
+
+    def parsed(self, arguments: list[str]) -> dict[str, Any]:
+        """The options of a command line."""
+        with safety.safe_parsing():
+            return dict(vars(self.parse_args(arguments)))
+
+    @override
+    def instantiate(self, namespace: Namespace, instantiate_groups: bool = True, **options: Any) -> Namespace:
+        options["instantiators"] = [(_made, Options, True)]
+        return super().instantiate(namespace, instantiate_groups, **options)
+
+    @override
+    def print_usage(self, file: Any = None) -> None:
+        """Prints one line before an error: a hundred options are for the help."""
+        print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
+        safety.refuse_import_named_in(message)
+        if (unknown := _UNKNOWN.search(message)) and "xpected a" not in message:
+            given = ".".join(filter(None, unknown.groups()))
+            close = difflib.get_close_matches(given, _options_of(self), n=1, cutoff=0.7)
+            message += f"\nDid you mean --{close[0]}?" if close else ""
+        super().error(message, ex)
+
+
+def _refuse_misread_sources(data: Namespace) -> None:
+    """Ends with what is wrong with a list of sources that was taken for a text, and so for the name of a file."""
+    for name in ("train_files", "validation_files", "test_files", "predict_files"):
+        given = data.get(name)
+        for text in given if isinstance(given, list) else [given]:
+            # A file may be called like one, but hardly with these beginnings.
+            if isinstance(text, str) and text.lstrip().startswith(("[", "{", "- ")):
+                with contextlib.suppress(yaml.YAMLError):
+                    sources = load_measured(text, f"data.{name}")
+                    parser = BCOArgumentParser(prog="python -m bco_lightning")
+                    parser.add_argument(f"--data.{name}", type=list[str | Source])
+                    parser.parse_object({f"data.{name}": sources})
+
+
+def _made(kind: type, **values: Any) -> Any:
+    """Makes what is part of an option; jsonargparse would hide an error, and try what else the option could hold."""
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise Refusal(error.where, error.problem, error.remedy) from None
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Names of a parser's options and of those of its subcommands; argparse has no public list of them."""
+    options: set[str] = set()
+    for action in parser._actions:
+        options |= {option.lstrip("-") for option in action.option_strings}
+        if isinstance(action, argparse._SubParsersAction):
+            options = options.union(*(_options_of(child) for child in action.choices.values()))
+    return options
 
 
 class RunConfig(SaveConfigCallback):
@@ -110,7 +191,7 @@ class BCOCLI(LightningCLI):
         with safety.safe_parsing():
             super().parse_arguments(parser, args)
             options = self.config.get(str(self.config.get("subcommand")), self.config)
-            refuse_misread_sources(options.data)
+            _refuse_misread_sources(options.data)
         safety.check_resolved(options, args)
         options.weights_only = True  # Lightning's own default would unpickle whatever a checkpoint holds
         if options.ckpt_path is not None and self.config.get("subcommand"):

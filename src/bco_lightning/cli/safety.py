@@ -16,15 +16,8 @@ from typing import NoReturn
 import yaml
 from jsonargparse import Namespace, set_loader, set_parsing_settings
 
-from bco_lightning.cli.plain_yaml import (
-    Refusal,
-    leaves_of,
-    load_measured,
-    load_unmeasured,
-    load_without_secrets,
-    options_in,
-    refusals_as_errors,
-)  # fmt: skip
+from bco_lightning.cli import plain_yaml
+from bco_lightning.cli.plain_yaml import Refusal, leaves_of, refusals_as_errors
 
 ALLOWED_IMPORTS_VARIABLE = "BCO_ALLOWED_IMPORTS"
 ALLOWED_IMPORTS = (
@@ -66,11 +59,11 @@ def safe_parsing() -> Iterator[None]:
     try:
         with refusals_as_errors():
             _restrict_imports()
-            set_loader("yaml", load_without_secrets, exceptions=(yaml.YAMLError,))
+            set_loader("yaml", plain_yaml.load_without_secrets, exceptions=(yaml.YAMLError,))
             yield
     finally:
         # A path is handed over ever since a loader took one.
-        set_loader("yaml", lambda text, path="": load_unmeasured(text), exceptions=(yaml.YAMLError,))
+        set_loader("yaml", lambda text, path="": plain_yaml.load_unmeasured(text), exceptions=(yaml.YAMLError,))
 
 
 # --- imports
@@ -157,9 +150,9 @@ def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
 def _chosen_by_user(arguments: Sequence[str]) -> Chosen:
     """Options of the command line, without what only structures them, and the texts that stand in their values."""
     chosen = []
-    for option, text in options_in(arguments):
+    for option, text in plain_yaml.options_in(arguments):
         with contextlib.suppress(yaml.YAMLError, ValueError):
-            texts = {text, *(str(leaf) for _, leaf in leaves_of(load_measured(text, option)))}
+            texts = {text, *(str(leaf) for _, leaf in leaves_of(plain_yaml.load_measured(text, option)))}
             chosen.append((_STRUCTURE.sub("", option.lstrip("-").rstrip("+")).rstrip("."), texts))
     return chosen
 

@@ -1,12 +1,15 @@
-"""Sample completions from a language model, without touching the global random state."""
+"""Sampled completions, without touching the global random state, and their known reward: tone by the VADER lexicon."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from bco_lightning.errors import ConfigError
 
 
 class SampledCompletion(NamedTuple):
@@ -48,3 +51,25 @@ def sample_completions(
         text = tokenizer.decode(kept, skip_special_tokens=True)
         completions.append(SampledCompletion(text.strip(), kept, finished))
     return completions
+
+
+def tone(text: str) -> float:
+    """How friendly an English text sounds, from -1 (hostile) to 1 (warm): VADER's compound score.
+
+    Source:
+        Hutto and Gilbert 2014, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text".
+    """
+    return float(_analyzer().polarity_scores(text)["compound"])
+
+
+@cache
+def _analyzer() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as error:
+        raise ConfigError(
+            "known reward 'tone'",
+            "expected the package vaderSentiment, found none.",
+            'pip install "bco-lightning[demo]"',
+        ) from error
+    return SentimentIntensityAnalyzer()

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from bco_lightning.demo.generation import sample_completions
-from bco_lightning.demo.known_reward import tone
+from bco_lightning.demo.generation import sample_completions, tone
 from bco_lightning.models.load import load_language_model, load_tokenizer
 
 PROMPT = "In one short sentence, tell me something about {subject}."

@@ -17,8 +17,7 @@ from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
-from bco_lightning.demo.generation import SampledCompletion, sample_completions
-from bco_lightning.demo.known_reward import tone
+from bco_lightning.demo.generation import SampledCompletion, sample_completions, tone
 from bco_lightning.demo.report import Alignment, Samples, measure_alignment
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.log_probs import completion_log_probs

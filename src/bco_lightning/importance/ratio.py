@@ -103,15 +103,8 @@ def fit_density_ratio(
 
     The strength of the penalty is chosen by cross-validation within these other folds, so nothing that a prompt's ratio
     is made of knows its thumbs, nor those of its fold. (The one number that scales all weights to a mean of 1 does.)
-    The same input gives the same bits on one machine.
-
-    Args:
-        features_PH: Features of distinct prompts, floating, at most some 20,000 prompts.
-        num_up_P: Thumbs-up rows of each prompt; may be fractions.
-        num_down_P: Thumbs-down rows of each prompt.
-        keys_P: Key of each prompt, of which its fold is the remainder; int64.
-        clip: Least and largest ratio.
-        encoder: What people call the source of the features.
+    Prompts are distinct, at most some 20,000; their rows may be fractions; the remainder of a key is a prompt's fold.
+    ``encoder`` is what people call the source of the features. The same input gives the same bits on one machine.
     """
     up_P, down_P = (np.asarray(of, dtype=np.float64) for of in (num_up_P, num_down_P))
     folds_P = np.asarray(keys_P, dtype=np.int64) % K

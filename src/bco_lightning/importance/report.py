@@ -134,12 +134,7 @@ class TrustReport:
 
 
 def interval(area: Auc | None) -> str:
-    """An area with its interval, in words.
-
-    Example:
-        >>> interval(Auc(0.7, 0.65, 0.75)), interval(None)
-        ('0.700 (0.650 to 0.750)', 'not known')
-    """
+    """An area with its interval, in words."""
     return "not known" if area is None else f"{area.value:.3f} ({area.low:.3f} to {area.high:.3f})"
 
 

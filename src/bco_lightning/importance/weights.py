@@ -44,24 +44,14 @@ Encoder = ReferenceEncoder | SentenceEncoder
 
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """The density ratio of prompts, fitted, and what it gives the rows that it was fitted on.
-
-    Args:
-        ratio: Gives the weight of any prompt.
-        report: How far it can be trusted.
-        row_weights: Weight of each thumbs-down row, and 1 for each thumbs-up row, of the training set or of a sample
-            of a stream; shape ``(rows,)``, float32.
-        thumbs_up: Thumbs of these rows; bool.
-        encoder: Fingerprint of the prompt encoder.
-        key: Digest of all that they depend on.
-    """
+    """The density ratio of prompts, which gives the weight of any, and the weights of rows that it was fitted on."""
 
     ratio: DensityRatio
     report: TrustReport
-    row_weights: Tensor
-    thumbs_up: Tensor
-    encoder: str
-    key: str
+    row_weights: Tensor  # float32; 1 for thumbs-up rows; of the training set, or of a sample of a stream
+    thumbs_up: Tensor  # of these rows
+    encoder: str  # fingerprint
+    key: str  # digest of all that they depend on
 
     @property
     def down_weights(self) -> Tensor:
@@ -118,10 +108,6 @@ class PromptWeighing:
 
     Rows of a table have them as a column. Rows of a stream are weighed in the step, by the classifiers that have not
     seen their prompts; states of the reference are taken from the pass that the step makes anyway.
-
-    Attributes:
-        weights: The weights, once they are known.
-        in_step: Whether rows are weighed in the step.
     """
 
     def __init__(self, options: ModelOptions) -> None:
@@ -131,11 +117,7 @@ class PromptWeighing:
         self.in_step = False
 
     def start(self, data: FeedbackDataModule | None, reference: Reference, trainer: Any) -> None:
-        """Weighs the training rows, if that is asked for.
-
-        Raises:
-            ConfigError: If it cannot be done, or nothing can be tested where weights are asked for by ``on``.
-        """
+        """Weighs the training rows, if that is asked for; refused where ``on`` asks for weights without a test."""
         self.weights, self.in_step = None, False
         wanted = self._options.importance_weights
         if wanted == "off":
@@ -181,11 +163,7 @@ class PromptWeighing:
         return ratio.weights(ratio.log_ratios(features_BH, cast(Tensor, batch.prompt_keys_B)))
 
     def load_state_dict(self, state: Mapping[str, Any] | None, data: FeedbackDataModule | None) -> None:
-        """Goes on with the bits of a run that had the same rows, encoder and options.
-
-        Raises:
-            CheckpointError: If they are weights of another version.
-        """
+        """Goes on with the bits of a run that had the same rows, encoder and options."""
         if state is None or self._options.importance_weights == "off":
             return
         try:

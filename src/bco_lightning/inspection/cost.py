@@ -38,14 +38,10 @@ class Cost:
 
 
 def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, micro_batches_per_epoch: int) -> Cost:
-    """What a run takes, with a rough time by the speed that matrix products have here.
+    """What a run with such rows and the resolved options of ``fit`` takes, by the speed of matrix products here.
 
-    Args:
-        arrays: The rows, or a sample of them.
-        share_up: Share of thumbs-up among the rows that are drawn, 0 to 1.
-        config: The resolved options of ``fit``.
-        batch_size: Rows of a micro-batch.
-        micro_batches_per_epoch: Were there one device and no accumulation.
+    ``share_up`` is that of thumbs-up among the rows that are drawn; micro-batches of an epoch are as if there were one
+    device and no accumulation.
     """
     trainer = vars(config.trainer)
     device, devices = _devices(trainer)
@@ -80,12 +76,7 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
 
 
 def num_steps(trainer: Mapping[str, Any], steps_per_epoch: int) -> int | None:
-    """Optimizer steps of a run by ``trainer.max_epochs`` and ``trainer.max_steps``; ``None`` if it has no end.
-
-    Example:
-        >>> num_steps({"max_epochs": 3, "max_steps": -1}, 10), num_steps({"max_epochs": 3, "max_steps": 7}, 10)
-        (30, 7)
-    """
+    """Optimizer steps of a run by ``trainer.max_epochs`` and ``trainer.max_steps``; ``None`` if it has no end."""
     epochs, limit = trainer.get("max_epochs"), trainer.get("max_steps")
     ends = [limit] if isinstance(limit, int) and limit >= 0 else []
     if isinstance(epochs, int) and epochs >= 0:

@@ -33,9 +33,6 @@ class InspectOptions:
         report: The page to write, which needs no other file.
         examples: Rows of either class to show.
         hide_examples: Show no row's text, neither in the terminal nor on the page.
-
-    Raises:
-        ConfigError: If an option is out of range, or the page cannot be a file.
     """
 
     report: str = "inspect.html"
@@ -54,11 +51,7 @@ class InspectOptions:
 def inspect_command(
     options: InspectOptions, config: Any, data_options: Mapping[str, Any], model_options: Mapping[str, Any]
 ) -> None:
-    """Reads, reports to the terminal, and writes the page; ``config`` has the resolved options of ``fit``.
-
-    Raises:
-        UserError: Where ``fit`` would not start either; if the rows could be read, after the report.
-    """
+    """Reads, reports, and fails where ``fit`` would not start either; if the rows can be read, after the report."""
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
     problem: UserError | None = None
     try:

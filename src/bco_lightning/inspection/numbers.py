@@ -63,12 +63,7 @@ def texts_of(dataset: Any, tokenizer: Any, rows: Sequence[int] | None = None) ->
 
 
 def length_summary(lengths: Array) -> list[float]:
-    """Numbers for :data:`LENGTH_HEADINGS`.
-
-    Example:
-        >>> length_summary(np.array([1, 2, 3, 10]))[:4]
-        [4, 1.0, 2.5, 4.0]
-    """
+    """Numbers for :data:`LENGTH_HEADINGS`."""
     least, median, *high, most = (float(value) for value in np.percentile(lengths, (0, 50, 90, 95, 99, 100)))
     return [len(lengths), least, median, float(lengths.mean()), *high, most]
 

@@ -38,15 +38,7 @@ def print_report(report: DataReport, console: Console) -> None:
 
 
 def write_page(report: DataReport, path: Path) -> None:
-    """Writes the page.
-
-    Args:
-        report: What was found.
-        path: A file, which is replaced.
-
-    Raises:
-        ConfigError: If it cannot be written.
-    """
+    """Writes the page into a file, which is replaced."""
     try:
         path.write_text(page_of(report), encoding="utf-8")
     except OSError as error:

@@ -128,29 +128,25 @@ def sections(report: DataReport) -> list[Section]:
     """The report in the order in which it is read."""
     lost, counts, trust = _lost(report.counts), report.trained_on, report.trust
     of_training = {what: count for c, what, count, _ in lost if c is counts}
+    plain, weights = ("", ""), []
+    if trust is not None and trust.has_evidence:
+        weights.append(partial(figures.weight_histogram, trust.histogram))
+    if trust is not None and trust.calibration:
+        weights.append(partial(figures.calibration, trust.calibration))
     parts = [
+        Section("Rows", ("", "read", "used", "up", "down", "left out", "malformed"), [
+            (c.name, *(f"{n:,}" for n in (c.read, c.used, c.up, c.down, c.num_left_out, c.malformed.count)))
+            for c in report.counts
+        ]),
         Section(
-            "Rows",
-            ("", "read", "used", "up", "down", "left out", "malformed"),
-            [
-                (c.name, *(f"{n:,}" for n in (c.read, c.used, c.up, c.down, c.num_left_out, c.malformed.count)))
-                for c in report.counts
-            ],
-        ),
-        Section(
-            "What was lost, and why",
-            ("", "rows", "first places"),
+            "What was lost, and why", ("", "rows", "first places"),
             [(f"{c.name}, {what}", f"{count:,}", places) for c, what, count, places in lost],
-            pictures=[partial(figures.rows_lost, of_training)] if of_training else (),
-            left=(0, 2),
+            pictures=[partial(figures.rows_lost, of_training)] if of_training else (), left=(0, 2),
         ),
         Section(
-            "Thumbs by source",
-            ("", "up", "down", "share up"),
-            [
-                (name, f"{ups:,}", f"{downs:,}", f"{ups / max(1, ups + downs):.0%}")
-                for name, (ups, downs) in counts.by_source.items()
-            ],
+            "Thumbs by source", ("", "up", "down", "share up"),
+            [(name, f"{ups:,}", f"{downs:,}", f"{ups / max(1, ups + downs):.0%}")
+             for name, (ups, downs) in counts.by_source.items()],
             pictures=[partial(figures.thumbs_by_source, counts.by_source)] if counts.by_source else (),
             remark="" if report.feedback is None else (
                 f"Rows that repeat an earlier one, thumb included: {report.feedback.duplicates:,}. Answers with thumbs "
@@ -159,31 +155,22 @@ def sections(report: DataReport) -> list[Section]:
         ),
         _lengths(report),
         Section(
-            "Prompts of thumbs-up against thumbs-down rows",
-            ("", ""),
-            _prompt_rows(report.prompts, report.prompt_bias),
+            "Prompts of thumbs-up against thumbs-down rows", plain, _prompt_rows(report.prompts, report.prompt_bias),
             said=report.prompts.verdict,
             remark="Logistic regression on words and pairs of words, trained and tested in five folds; a prompt is in "
             "one fold alone.",
             pictures=[partial(figures.roc, report.prompts.roc)] if report.prompts.roc else (),
         ),
-        Section("An epoch, and the run", ("", ""), _cost_rows(report.cost)),
+        Section("An epoch, and the run", plain, _cost_rows(report.cost)),
         Section(
-            "What looks like personal data",
-            ("", "rows", "finds"),
+            "What looks like personal data", ("", "rows", "finds"),
             [(kind, f"{rows:,}", f"{finds:,}") for kind, (rows, finds) in report.personal_data.items()],
             remark="By patterns, and by checksums of cards and IBANs. Names are not looked for, and none found is no "
             "promise.",
         ),
         Section(
-            "Importance weights of thumbs-down rows",
-            ("", ""),
-            trust_rows(trust) if trust else (),
-            said=trust.verdict if trust else "",
-            pictures=[
-                *([partial(figures.weight_histogram, trust.histogram)] if trust and trust.has_evidence else ()),
-                *([partial(figures.calibration, trust.calibration)] if trust and trust.calibration else ()),
-            ],
+            "Importance weights of thumbs-down rows", plain, trust_rows(trust) if trust else (),
+            said=trust.verdict if trust else "", pictures=weights,
         ),
     ]  # fmt: skip
     return [part for part in parts if part.rows]
@@ -268,24 +255,14 @@ def _duration(seconds: float) -> tuple[str, str]:
 
 
 def shortened(text: str, longest: int = _LONGEST_EXAMPLE) -> str:
-    """The beginning and the end of a text, as long as each other, without what would steer a terminal.
-
-    Example:
-        >>> shortened("one" + chr(27) + "[31mtwo")
-        'one\ufffd[31mtwo'
-    """
+    """The beginning and the end of a text, as long as each other, without what would steer a terminal."""
     half = longest // 2
     text = text.strip()
     return printable(text if len(text) <= longest else f"{text[:half].rstrip()} […] {text[-half:].lstrip()}")
 
 
 def short_place(place: str) -> str:
-    """A place with the last folder of its path alone, which is enough to find it.
-
-    Example:
-        >>> short_place("/home/ann/logs/day/1.jsonl:7"), short_place("log.jsonl:3")
-        ('day/1.jsonl:7', 'log.jsonl:3')
-    """
+    """A place with the last folder of its path alone, which is enough to find it."""
     return printable("/".join(place.split("/")[-2:]))
 
 
