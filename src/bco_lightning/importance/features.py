@@ -206,47 +206,35 @@ class SentenceEncoder:
         )
 
     def _digest(self) -> str:
-        model = self._model
-        config = model[0].config.to_dict()
-        return digest_of_values(
-            {
-                "weights": digest_of_tensors(model.state_dict().items()),
-                # Before the first use, which changes how it truncates and pads.
-                "tokenizer": digest_of_tokenizer(model.tokenizer),
-                "parts": [f"{type(part).__name__} {part.get_config_dict()}" for part in model],
-                "config": {name: value for name, value in config.items() if name not in _NO_PART_OF_A_MODEL},
-                "max_seq_length": model.max_seq_length,
-                "prompt": model.prompts.get(model.default_prompt_name),
-            }
-        )
+        model, config = self._model, self._model[0].config.to_dict()
+        made_of = {
+            "weights": digest_of_tensors(model.state_dict().items()),
+            "tokenizer": digest_of_tokenizer(model.tokenizer),  # before the first use changes how it cuts and pads
+            "parts": [f"{type(part).__name__} {part.get_config_dict()}" for part in model],
+            "config": {name: value for name, value in config.items() if name not in _NO_PART_OF_A_MODEL},
+            "max_seq_length": model.max_seq_length,
+            "prompt": model.prompts.get(model.default_prompt_name),
+        }
+        return digest_of_values(made_of)
 
 
 def _check_parts(name: str, location: str) -> None:
     """Refuses a model with parts whose code or weights could run code."""
-
-    def file(path: str) -> str | None:
-        found: str | None = cached_file(location, path, _raise_exceptions_for_missing_entries=False)
-        return found
-
+    file = partial(cached_file, location, _raise_exceptions_for_missing_entries=False)
     listed = file("modules.json")
     if listed is None:
-        raise LanguageModelError(
-            name,
-            "expected a sentence-transformers model, found no modules.json there, or could not reach it.",
-            _REMEDY,
-        )
+        found = "found no modules.json there, or could not reach it."
+        raise LanguageModelError(name, f"expected a sentence-transformers model, {found}", _REMEDY)
     for part in json.loads(Path(listed).read_text(encoding="utf-8")):
         kind, folder = part["type"].rpartition(".")[2], f"{part['path']}/" if part["path"] else ""
         if not part["type"].startswith("sentence_transformers.") or kind not in _KNOWN_PARTS:
-            raise LanguageModelError(
-                name, f"expected a model made of {', '.join(_KNOWN_PARTS)}, found a part of type {part['type']}."
-            )
+            problem = f"expected a model made of {', '.join(_KNOWN_PARTS)}, found a part of type {part['type']}."
+            raise LanguageModelError(name, problem)
         if kind == "Transformer" and file(f"{folder}adapter_config.json"):
             raise LanguageModelError(name, "expected a whole model, found an adapter.", "Merge it into its model.")
         config = file(f"{folder}config.json") if kind == "Transformer" else None
         weights = json.loads(Path(config).read_text(encoding="utf-8")).get("transformers_weights") if config else None
         pickled = weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json"))
         if pickled or (kind == "Dense" and file(f"{folder}model.safetensors") is None):
-            raise LanguageModelError(
-                name, "expected weights in .safetensors files, found others, which are never read."
-            )
+            problem = "expected weights in .safetensors files, found others, which are never read."
+            raise LanguageModelError(name, problem)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import CheckpointError, ConfigError, FaultError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_values
@@ -90,17 +90,6 @@ class ImportanceWeights:
         tensors = {**state["ratio"], **(state["rows"] if rows else {})}
         told = {**state["told"], **others, "digest": digest_of_tensors(tensors.items())}
         save_file(tensors, file, metadata={name: json.dumps(value) for name, value in told.items()})
-
-    @classmethod
-    def load(cls, file: Path) -> ImportanceWeights:
-        """Reads what :meth:`save` has written with its rows; any of several errors if the file is damaged."""
-        with safe_open(file, framework="pt") as opened:
-            told = {name: json.loads(text) for name, text in opened.metadata().items()}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if digest_of_tensors(tensors.items()) != told["digest"]:
-            raise ValueError("the digest is another")
-        rows = {name: tensors.pop(name) for name in ("row_weights", "thumbs_up")}
-        return cls.from_state_dict({"ratio": tensors, "rows": rows, "told": told})
 
 
 class PromptWeighing:
@@ -184,36 +173,33 @@ def find_weights(
 
     Every process computes the features of a share of the prompts; the first one fits, and where it cannot, all fail.
     """
-    dataset = data.training.table(MOST_PROMPTS)
-    prompts = _Prompts(dataset, data.training.passes_of(dataset), encoder, trainer)
+    prompts = _Prompts(data, encoder, trainer)
     file = folder / f"{prompts.key(clip)}.safetensors"
-    known: ImportanceWeights | None = _of_first_process(lambda: _read(file), trainer)
+    known: ImportanceWeights | None = _of_first_process(partial(_read, file), trainer)
     if known is not None:
         return known
     began = time.monotonic()
     ratio, log_ratios_P, report = prompts.fitted(clip)
-
-    def finish() -> ImportanceWeights:
-        up_R, weights_R = torch.from_numpy(prompts.up_R), ratio.weights(log_ratios_P)[prompts.numbers_R]
-        # What is cut of a prompt for the reference is cut for training too, and counted there.
-        cut = encoder.num_truncated(dataset, prompts.first_rows_P) if isinstance(encoder, SentenceEncoder) else 0
-        told = replace(report, num_truncated=cut, seconds=time.monotonic() - began)
-        row_weights = torch.where(up_R, 1.0, weights_R)
-        weights = ImportanceWeights(ratio, told, row_weights, up_R, encoder.fingerprint, file.stem)
+    weights_R, up_R = ratio.weights(log_ratios_P)[prompts.numbers_R], torch.from_numpy(prompts.up_R)
+    # What is cut of a prompt for the reference is cut for training too, and counted there.
+    if isinstance(encoder, SentenceEncoder):
+        report = replace(report, num_truncated=encoder.num_truncated(prompts.dataset, prompts.first_rows_P))
+    report = replace(report, seconds=time.monotonic() - began)
+    row_weights = torch.where(up_R, 1.0, weights_R)
+    weights = ImportanceWeights(ratio, report, row_weights, up_R, encoder.fingerprint, file.stem)
+    if trainer.is_global_zero:
         _write(weights, file)
-        return weights
-
-    found: ImportanceWeights = _of_first_process(finish, trainer)
-    return found
+    return weights
 
 
 class _Prompts:
     """Distinct prompts in the order of their keys, ``P``, and the prompt of each row, ``R``, as a place among them."""
 
-    def __init__(self, dataset: Any, row_passes: Array | None, encoder: Encoder, trainer: Any) -> None:
-        self._dataset, self._encoder, self._trainer = dataset, encoder, trainer
-        keys_R, self.up_R = (np.array(dataset.data.column(name)) for name in ("prompt_key", "thumbs_up"))
-        passes_R = np.ones(len(keys_R)) if row_passes is None else row_passes
+    def __init__(self, data: FeedbackDataModule, encoder: Encoder, trainer: Any) -> None:
+        self.dataset, self._encoder, self._trainer = data.training.table(MOST_PROMPTS), encoder, trainer
+        keys_R, self.up_R = (np.array(self.dataset.data.column(name)) for name in ("prompt_key", "thumbs_up"))
+        passes_R = data.training.passes_of(self.dataset)
+        passes_R = np.ones(len(keys_R)) if passes_R is None else passes_R
         self.keys_P, self.first_rows_P, self.numbers_R = np.unique(keys_R, return_index=True, return_inverse=True)
         self.num_up_P, self.num_down_P = (
             np.bincount(self.numbers_R, passes_R * chosen, len(self.keys_P)) for chosen in (self.up_R, ~self.up_R)
@@ -253,7 +239,7 @@ class _Prompts:
 
         Every process makes as many passes, as sharded models need it: one without a batch of its own repeats another's.
         """
-        trainer, batches = self._trainer, self._encoder.batches(self._dataset, self.first_rows_P[chosen])
+        trainer, batches = self._trainer, self._encoder.batches(self.dataset, self.first_rows_P[chosen])
         made: Any = None
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with tqdm(total=len(chosen), desc="prompt features", unit="prompt", disable=not shown) as bar:
@@ -276,16 +262,12 @@ def _of_first_process(make: Callable[[], Any], trainer: Any) -> Any:
     if trainer.is_global_zero:
         try:
             made = make()
-        except UserError as error:
-            fault = error
         except Exception as error:  # the others are waiting, whatever it is
             if trainer.world_size == 1:
                 raise
-            fault = FaultError(
-                "model.importance_weights",
-                f"expected the first process to find them, found that it failed ({type(error).__name__}: {error}).",
-                "Set off to train without them.",
-            )
+            said = f"expected the first process to find them, found that it failed ({type(error).__name__}: {error})."
+            fault = FaultError("model.importance_weights", said, "Set off to train without them.")
+            fault = error if isinstance(error, UserError) else fault
     ((made, fault), *_) = gather_over_ranks((made, fault), trainer)
     if fault is not None:
         raise fault
@@ -296,7 +278,13 @@ def _read(file: Path) -> ImportanceWeights | None:
     if not file.exists():
         return None
     try:
-        return ImportanceWeights.load(file)
+        with safe_open(file, framework="pt") as opened:
+            told = {name: json.loads(text) for name, text in opened.metadata().items()}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if digest_of_tensors(tensors.items()) != told["digest"]:
+            raise ValueError("the digest is another")
+        rows = {name: tensors.pop(name) for name in ("row_weights", "thumbs_up")}
+        return ImportanceWeights.from_state_dict({"ratio": tensors, "rows": rows, "told": told})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         rank_zero_warn(
             f"{file}: expected importance weights of an earlier run, found that they cannot be used "
@@ -307,11 +295,9 @@ def _read(file: Path) -> ImportanceWeights | None:
 
 def _write(weights: ImportanceWeights, file: Path) -> None:
     """A folder that cannot be written to is worth a warning: the run has its weights, only the next one will not."""
-    partial = file.with_suffix(f".{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        weights.save(partial, rows=True)
-        partial.replace(file)
+        with written_whole(file) as partial_file:
+            weights.save(partial_file, rows=True)
     except (SafetensorError, OSError):
         rank_zero_warn(
             f"{file}: importance weights could not be written; this run goes on with them, a later one will compute "
