@@ -18,8 +18,8 @@ from bco_lightning.errors import ConfigError
 from bco_lightning.importance.report import TrustReport
 from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import Cost
+from bco_lightning.inspection.inspect import page_of, print_report, write_page
 from bco_lightning.inspection.numbers import RowArrays, RowText
-from bco_lightning.inspection.page import page_of, print_report, write_page
 from bco_lightning.inspection.prompts import PromptShift
 from bco_lightning.inspection.report import DataReport, Finding, length_bias
 from bco_lightning.metrics import Auc

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bco_lightning.demo.report import Alignment, Samples, measure_alignment
+from bco_lightning.demo.trial import Alignment, Samples, measure_alignment
 
 
 def measured(policy: list[list[float]], reference: list[list[float]]) -> Alignment:
