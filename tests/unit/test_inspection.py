@@ -16,7 +16,7 @@ from bco_lightning import LoraSettings
 from bco_lightning.data.messages import said_in
 from bco_lightning.inspection import cost as cost_module
 from bco_lightning.inspection.cost import EFFICIENCY, cost_of, num_steps
-from bco_lightning.inspection.numbers import RowArrays, length_summary, over_limits, texts_of
+from bco_lightning.inspection.numbers import RowArrays, length_summary, texts_of
 from bco_lightning.inspection.personal_data import count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
 from bco_lightning.inspection.report import length_bias
@@ -38,14 +38,6 @@ def arrays_of(lengths: Any, up: Any) -> RowArrays:
 
 def test_a_summary_of_lengths_has_the_numbers_of_the_sorted_list() -> None:
     assert length_summary(np.arange(101)) == [101, 0, 50, 50, 90, 95, 99, 100]
-
-
-def test_rows_over_a_limit_are_counted_by_its_name() -> None:
-    arrays = arrays_of([4, 9, 10], [True, False, True])
-    assert over_limits(arrays, {"data.max_length": 10, "data.max_prompt_length": 1}) == {
-        "data.max_length": 1,
-        "data.max_prompt_length": 0,
-    }
 
 
 def test_thumbs_that_follow_length_are_warned_of() -> None:

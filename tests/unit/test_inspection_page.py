@@ -103,7 +103,8 @@ def test_every_number_of_the_rows_is_on_the_page_and_in_the_terminal() -> None:
         assert said in page
         assert said in terminal
     assert "/home/ann" not in page + terminal
-    for said in ("0.640 (0.550 to 0.730)", "0.6600; 0.6931", "1.3 to 19 min", "21"):
+    over = "data.max_length 256: 36 rows over, data.max_prompt_length 64: 36 rows over"
+    for said in ("0.640 (0.550 to 0.730)", "0.6600; 0.6931", "1.3 to 19 min", "21", over):
         assert said in page
         assert said in terminal
 

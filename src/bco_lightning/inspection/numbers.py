@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,12 +66,3 @@ def length_summary(lengths: Array) -> list[float]:
     """Numbers for :data:`LENGTH_HEADINGS`."""
     least, median, *high, most = (float(value) for value in np.percentile(lengths, (0, 50, 90, 95, 99, 100)))
     return [len(lengths), least, median, float(lengths.mean()), *high, most]
-
-
-def over_limits(arrays: RowArrays, limits: Mapping[str, int]) -> dict[str, int]:
-    """How many of the rows used are over each limit, ``data.max_length`` or ``data.max_prompt_length``."""
-    whole = arrays.prompt_lengths + arrays.completion_lengths
-    return {
-        name: int(((whole if name == "data.max_length" else arrays.prompt_lengths) > limit).sum())
-        for name, limit in limits.items()
-    }

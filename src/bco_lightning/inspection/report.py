@@ -15,7 +15,7 @@ from bco_lightning.data.messages import printable
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
-from bco_lightning.inspection.numbers import LENGTH_HEADINGS, RowArrays, RowText, length_summary, over_limits, texts_of
+from bco_lightning.inspection.numbers import LENGTH_HEADINGS, RowArrays, RowText, length_summary, texts_of
 from bco_lightning.inspection.prompts import COIN, PromptShift
 from bco_lightning.metrics import Array, Auc, auc
 
@@ -178,8 +178,10 @@ def sections(report: DataReport) -> list[Section]:
 
 def _lengths(report: DataReport) -> Section:
     arrays, up = report.arrays, report.arrays.thumbs_up
-    over = over_limits(arrays, report.limits)
-    said = ", ".join(f"{name} {limit:,}: {over[name]:,} rows over" for name, limit in report.limits.items())
+    whole = arrays.prompt_lengths + arrays.completion_lengths
+    limited = {"data.max_length": whole, "data.max_prompt_length": arrays.prompt_lengths}
+    over = [(name, limit, (limited[name] > limit).sum()) for name, limit in report.limits.items()]
+    said = ", ".join(f"{name} {limit:,}: {count:,} rows over" for name, limit, count in over)
     rows, drawn = [], []
     for what, lengths in (("prompt", arrays.prompt_lengths), ("completion", arrays.completion_lengths)):
         for name, chosen in ((what, lengths), ("  up", lengths[up]), ("  down", lengths[~up])):
