@@ -98,7 +98,7 @@ def test_the_page_needs_nothing_but_itself() -> None:
 
 
 def test_every_number_of_the_rows_is_on_the_page_and_in_the_terminal() -> None:
-    page, terminal = page_of(report()), printed(report())
+    page, terminal = page_of(report()), " ".join(printed(report()).split())
     for said in ("130", "17", "no feedback", "rating left at its default", "day/log.jsonl:5", "validation", "13"):
         assert said in page
         assert said in terminal
