@@ -1,14 +1,8 @@
 r"""Binary classifier optimization, the whole method: from implicit rewards and thumbs to the loss of a step.
 
 The implicit reward of a row is :math:`r = \beta\,(\log\pi(y|x) - \log\pi_{ref}(y|x))`, summed over completion tokens.
-In the order of this file:
-
-* Eq. 7, the reward shift :math:`\delta = (E_+[r] + E_-[r]) / 2`: :class:`RewardShift`.
-* What Eq. 8 takes means of, :math:`-\log\sigma(r - \delta)` and :math:`-\log\sigma(-(r - \delta))`: :func:`bco_loss`.
-* Eq. 8 itself, the sum of two class means, as a mean over rows: :func:`class_weights_of` and :func:`mean_over_rows`.
-* What ``model.objective`` names: :class:`BCO`, and another objective as a subclass of it, such as :class:`BCE`.
-
-Shape legend for this file: ``B`` = rows of a micro-batch. Rewards and losses are in nats.
+:class:`RewardShift` is Eq. 7; :func:`bco_loss` is what Eq. 8 takes means of; :func:`class_weights_of` and
+:func:`mean_over_rows` make its sum of two class means a mean over rows. Rewards and losses are in nats.
 
 Source: Jung et al. 2025, "Binary Classifier Optimization for Large Language Model Alignment", arXiv:2404.04656.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from bco_lightning.parallel.sharding import is_cut
 
 VALUES_FILE = "values.json"
 _TOLD = ("fingerprints", "config_digest", "versions", "accepted_changes")
+_MOMENTS = "optimizer_states"
 _TENSOR, _TUPLE, _DICT = "$tensor", "$tuple", "$dict"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -134,7 +135,15 @@ def _read(folder: Path, weights: Mapping[str, Tensor] | None, moments: bool) -> 
     """A tensor under the name of a weight, and of its shape, is cut up like it."""
     shapes, tensors = shapes_of(folder), dict[str, Tensor]()
 
-    def room_for(key: str) -> Tensor:
+    def whole(value: dict[str, Any]) -> Any:
+        """The inverse of :func:`_taken_apart`, from the inside out, with room for tensors."""
+        if _TUPLE in value:
+            return tuple(value[_TUPLE])
+        if _TENSOR not in value:
+            return dict(value[_DICT]) if _DICT in value else value
+        key = value[_TENSOR]
+        if not moments and key.startswith(_MOMENTS):
+            return None
         shape, dtype = shapes[key]
         weight = next((weights[part] for part in key.split("/") if part in weights), None) if weights else None
         if weight is not None and weight.shape == shape:
@@ -144,14 +153,13 @@ def _read(folder: Path, weights: Mapping[str, Tensor] | None, moments: bool) -> 
         return tensors[key]
 
     try:
-        values = json.loads((folder / VALUES_FILE).read_bytes())
-        if not moments:
-            values.pop("optimizer_states", None)
-        checkpoint = dict(_put_together(values, room_for))
+        checkpoint = dict(json.loads((folder / VALUES_FILE).read_bytes(), object_hook=whole))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             str(folder / VALUES_FILE), "expected plain values and names of tensors, found something else."
         ) from error
+    if not moments:
+        checkpoint.pop(_MOMENTS, None)
     read_tensors(folder, tensors)
     return checkpoint
 
@@ -176,21 +184,6 @@ def _taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         f"expected tensors, numbers, texts, lists and dictionaries, found a {type(value).__name__}.",
         "A callback may have put it there.",
     )
-
-
-def _put_together(value: Any, room_for: Callable[[str], Tensor]) -> Any:
-    """The inverse of :func:`_taken_apart`."""
-    if isinstance(value, list):
-        return [_put_together(each, room_for) for each in value]
-    if not isinstance(value, dict):
-        return value
-    if _TENSOR in value:
-        return room_for(value[_TENSOR])
-    if _TUPLE in value:
-        return tuple(_put_together(value[_TUPLE], room_for))
-    if _DICT in value:
-        return {_put_together(key, room_for): _put_together(each, room_for) for key, each in value[_DICT]}
-    return {key: _put_together(each, room_for) for key, each in value.items()}
 
 
 def _in_words(target: Path, error: OSError) -> CheckpointError:
