@@ -8,10 +8,7 @@ from collections.abc import Sequence
 class UserError(ValueError):
     """An error that the user can mend; the command line prints it as one message, without a traceback.
 
-    Args:
-        where: The place: a file and line, an option, a folder.
-        problem: What was expected and what was found, in one sentence. It never holds a row's text.
-        remedy: What to do about it.
+    ``problem`` says in one sentence what was expected and what was found, and never holds a row's text.
     """
 
     def __init__(self, where: str, problem: str, remedy: str = "") -> None:

@@ -132,11 +132,8 @@ def changes_to_accept(
 ) -> list[str]:
     """Compares a run with the one that wrote a checkpoint, and says what is another now and is accepted.
 
-    Args:
-        checkpoint: With the ``fingerprints`` and ``hyper_parameters`` of the run that wrote it.
-        fingerprints: What this run is made of; one that only evaluates the checkpoint may say less of itself.
-        settings: Options that may be changed on purpose, such as the learning rate; worth a remark.
-        accepted: Names of fingerprints that may differ, others are refused; ``None`` for a run that does not go on.
+    Only fingerprints that are ``accepted`` by name may differ; that is ``None`` for a run that does not go on, which
+    may say less of itself. ``settings`` may be changed on purpose, such as the learning rate; that is worth a remark.
     """
     then, goes_on = checkpoint.get("fingerprints", {}), accepted is not None
     changed = differences(

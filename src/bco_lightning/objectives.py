@@ -70,13 +70,7 @@ class RewardShift:
         return up, down
 
     def update(self, *, sum_up: float, num_up: float, sum_down: float, num_down: float) -> None:
-        """Takes in the rewards of one optimizer step: all micro-batches of all ranks.
-
-        Args:
-            sum_up: Sum of the rewards of thumbs-up rows, in nats.
-            num_up: Number of thumbs-up rows.
-            sum_down: Sum of the rewards of thumbs-down rows, in nats.
-            num_down: Number of thumbs-down rows.
+        """Takes in one optimizer step: sums of rewards, in nats, and numbers of rows, of all micro-batches and ranks.
 
         Raises:
             ValueError: If a sum is not finite; the shift is then unchanged.

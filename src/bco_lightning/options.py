@@ -1,8 +1,6 @@
 """What a user can set: each option states its type, default, range and meaning here, and nowhere else.
 
-``BCOModule`` and ``FeedbackDataModule`` take options by keyword and make these frozen dataclasses of them. From the
-same lines follow the arguments of the command line with their help, what is refused and in which words, the
-``hyper_parameters`` of checkpoints, and what a change means to a run that goes on.
+The command line with its help, ``hyper_parameters``, what is refused, and what a change means on resume follow from it.
 """
 
 from __future__ import annotations

@@ -115,15 +115,10 @@ def _finish(folder: Path, checkpoint: Mapping[str, Any], values: bytes, parts: l
 
 
 def read_checkpoint(path: Path | str, *, moments: bool = True) -> dict[str, Any]:
-    """Verifies and reads a checkpoint, whole, onto the CPU; no other process is asked.
-
-    Args:
-        path: Folder of a step; never a URL.
-        moments: Whether the optimizer's state is wanted.
+    """Verifies and reads a step's folder, whole, onto the CPU; no other process is asked.
 
     Raises:
-        CheckpointError: If it is missing, incomplete, changed or unreadable.
-        UnsafeCheckpointError: If it is a file, which could run code when read.
+        CheckpointError: If it is missing, incomplete, changed or unreadable, or a file, which could run code when read.
     """
     if "://" in str(path):
         raise CheckpointError(str(path), "expected a local checkpoint, found a URL.", "Fetch it first.")

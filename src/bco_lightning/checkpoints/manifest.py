@@ -24,15 +24,10 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], files: Mapping[str, M
 
 
 def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> dict[str, Any]:
-    """Compares the files of a step's folder with its manifest, which it gives back.
+    """Compares the files of a step's folder with its manifest, which it gives back, and names the first that is wrong.
 
-    Args:
-        folder: Folder of a step.
-        share: ``(process, processes)``: this process compares the bytes of its share of the files, and the sizes of
-            all; ``None`` for sizes alone.
-
-    Raises:
-        CheckpointError: Naming the file that is missing, cut, changed or not the checkpoint's own.
+    ``share`` is ``(process, processes)``: this process compares the bytes of its share of the files, and the sizes of
+    all; ``None`` is for sizes alone.
     """
     _require_folder(folder)
     if folder.is_symlink():
@@ -106,15 +101,8 @@ def resolve_checkpoint(
 ) -> Path:
     """The step's folder that a path means.
 
-    Args:
-        path: A step's folder, a run's folder (its newest whole step), or a folder of runs (that of its newest run that
-            has one).
-        skipped: Is told why each newer step was passed over.
-        share: As for :func:`verify_checkpoint`.
-
-    Raises:
-        CheckpointError: If there is none.
-        UnsafeCheckpointError: If it is a file.
+    That may be a step's folder, a run's folder (its newest whole step), or a folder of runs (that of its newest run
+    that has one). ``skipped`` is told why each newer step was passed over.
     """
     _require_folder(path)
     if (path / MANIFEST_FILE).exists() or STEP_FOLDER.fullmatch(path.name):

@@ -36,10 +36,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict
     """Writes tensors, and gives size and SHA-256 digest of each file that this process has written, by name.
 
     Where some are cut up, each process writes its parts, and all of them call this; what is not cut up, the first one
-    has to give, and no other.
-
-    Raises:
-        OSError: In every process, if one cannot write.
+    has to give, and no other. An ``OSError`` in one is raised in all.
     """
     files = _HashedFiles()
     writer = HuggingFaceStorageWriter(str(folder), _numbers_of_files(tensors), save_distributed=True)
