@@ -164,7 +164,7 @@ DEFECTS = [
     ),
     Defect(
         "R19", "a failed write is passed over", "checkpoints/format.py",
-        "        raise _in_words(target, error) from error\n", "        return\n",
+        "        raise CheckpointError(str(target), problem, remedy) from error\n", "        return\n",
         (f"{WHOLE}::test_a_full_disk_leaves_earlier_steps_whole",),
     ),
     Defect(

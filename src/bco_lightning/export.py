@@ -91,7 +91,15 @@ def export_checkpoint(
         if chat_template is not None:
             module.tokenizer.chat_template = chat_template
         module.tokenizer.save_pretrained(folder)
-        _write_alignment(module, folder)
+        alignment = {
+            "reward_shift": module.reward_shift.state_dict(),
+            "beta": module.beta,
+            "objective": module.options.objective,
+            "reference": _reference_name(module),
+        }
+        (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
+        if module.importance is not None:
+            module.importance.save(folder / IMPORTANCE_FILE, prompt_features=module.hparams["prompt_features"])
         card = _card(module, output_dir.name, told["step"], whole)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -119,18 +127,6 @@ def _opened(ckpt_path: Path, dtype: str | None) -> tuple[BCOModule, dict[str, An
     # An export has whole weights; how they were trained is in the checkpoint's own settings.
     other = {"quantization": "none", "compile": False, **({"dtype": dtype} if dtype else {})}
     return BCOModule.load_from_checkpoint(step, **other), verify_checkpoint(step, share=None)
-
-
-def _write_alignment(module: BCOModule, folder: Path) -> None:
-    alignment = {
-        "reward_shift": module.reward_shift.state_dict(),
-        "beta": module.beta,
-        "objective": module.options.objective,
-        "reference": _reference_name(module),
-    }
-    (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
-    if module.importance is not None:
-        module.importance.save(folder / IMPORTANCE_FILE, prompt_features=module.hparams["prompt_features"])
 
 
 def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:

@@ -308,22 +308,21 @@ class BCOModule(LightningModule):
             raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
         self.configure_model()
         refuse_other_weights(self._trained_shapes(), checkpoint["state_dict"])
-        self._refuse_another_run(checkpoint)
+        self._accepted_changes = [*checkpoint.get("accepted_changes", []), *self._changes_since(checkpoint)]
         # Kept from Lightning, which would give them to an optimizer as they are.
         self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
         self.reference.policy_moves()
         self.weighing.load_state_dict(checkpoint.get("importance"), self._data)
 
-    def _refuse_another_run(self, checkpoint: dict[str, Any]) -> None:
+    def _changes_since(self, checkpoint: dict[str, Any]) -> list[str]:
         made_of, accepted = {"beta": self.beta}, None
         if self._trainer is not None and self.trainer.training:
             callbacks = self.trainer.checkpoint_callbacks
             accepted = [name for callback in callbacks for name in getattr(callback, "accept_changes", [])]
             made_of = self.fingerprints()
         settings = {name: self.hparams[name] for name in ModelOptions.names("told")}
-        accepted = changes_to_accept(checkpoint, made_of, settings, accepted)
-        self._accepted_changes = [*checkpoint.get("accepted_changes", []), *accepted]
+        return changes_to_accept(checkpoint, made_of, settings, accepted)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> BCOModule:  # type: ignore[override]

@@ -80,21 +80,15 @@ def options(name: str) -> Callable[[type[_Kind]], type[_Kind]]:
     def decorate(kind: type[_Kind]) -> type[_Kind]:
         kind = dataclass(frozen=True)(kind)
         kind.option_name = name
-        told = "\n".join(
-            textwrap.fill(f"{each.name}: {_help_of(each)}", 112, initial_indent=" " * 4, subsequent_indent=" " * 8)
-            for each in fields(kind)
-        )
-        kind.__doc__ = (
-            f"{(kind.__doc__ or '').strip()}\n\nArgs:\n{told}\n\nRaises:\n    ConfigError: If one is out of range.\n"
-        )
+        told = [(kind.__doc__ or "").strip(), "\nArgs:"]
+        for each in fields(kind):
+            fits = each.metadata["fits"]
+            text = f"{each.name}: {each.metadata['help']}{f' Range: {fits.words}.' if fits else ''}"
+            told.append(textwrap.fill(text, 112, initial_indent=" " * 4, subsequent_indent=" " * 8))
+        kind.__doc__ = "\n".join([*told, "\nRaises:\n    ConfigError: If one is out of range.\n"])
         return kind
 
     return decorate
-
-
-def _help_of(each: Any) -> str:
-    fits = each.metadata["fits"]
-    return f"{each.metadata['help']} Range: {fits.words}." if fits else str(each.metadata["help"])
 
 
 @dataclass(frozen=True)  # or jsonargparse would take its subclasses for classes to be named by their path

@@ -102,7 +102,11 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
             by_all(lambda: _finish(folder, checkpoint, values, parts) if first else None, writers)
             by_all(writing.close, writers)
     except OSError as error:
-        raise _in_words(target, error) from error
+        remedy = "Give a run_folder that can be written."
+        if error.errno in _NO_SPACE:
+            remedy = "Free some space, or lower checkpoint.keep; the checkpoints written before are whole."
+        problem = f"expected to write a checkpoint, found that {error.strerror or error}."
+        raise CheckpointError(str(target), problem, remedy) from error
 
 
 def _finish(folder: Path, checkpoint: Mapping[str, Any], values: bytes, parts: list[dict[str, Any]]) -> None:
@@ -178,13 +182,4 @@ def _taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         f"checkpoint, {path}",
         f"expected tensors, numbers, texts, lists and dictionaries, found a {type(value).__name__}.",
         "A callback may have put it there.",
-    )
-
-
-def _in_words(target: Path, error: OSError) -> CheckpointError:
-    remedy = "Give a run_folder that can be written."
-    if error.errno in _NO_SPACE:
-        remedy = "Free some space, or lower checkpoint.keep; the checkpoints written before are whole."
-    return CheckpointError(
-        str(target), f"expected to write a checkpoint, found that {error.strerror or error}.", remedy
     )
