@@ -38,9 +38,9 @@ class ImportanceMonitor(Callback):
         report, step = importance.report, trainer.global_step
         print_trust(report, Console())
         known = {name: getattr(report, name) for name in _NUMBERS}
-        numbers = {f"importance/{name}": getattr(k, "value", k) for name, k in known.items() if k is not None}
+        numbers = {f"importance/{name}": getattr(n, "value", n) for name, n in known.items() if n is not None}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step)
+            logger.log_metrics(dict(numbers), step=step)
             if isinstance(logger, TensorBoardLogger):
                 if len(importance.down_weights):
                     weights = importance.down_weights.detach().cpu()
