@@ -17,18 +17,12 @@ __version__ = "0.1.0"
 
 # Imported when first used, since torch and Lightning take seconds.
 _HOMES = {
-    "BCOModule": "bco_lightning.module",
-    "FeedbackDataModule": "bco_lightning.data",
-    "ImplicitRewardMetrics": "bco_lightning.metrics",
-    "LoraSettings": "bco_lightning.options",
-    "PromptFeatures": "bco_lightning.options",
-    "Rating": "bco_lightning.data",
-    "RewardShift": "bco_lightning.objectives",
-    "Source": "bco_lightning.data",
-    "bce_loss": "bco_lightning.objectives",
-    "bco_loss": "bco_lightning.objectives",
-    "export_checkpoint": "bco_lightning.export",
-    "load_aligned": "bco_lightning.export",
+    "data": ("FeedbackDataModule", "Rating", "Source"),
+    "export": ("export_checkpoint", "load_aligned"),
+    "metrics": ("ImplicitRewardMetrics",),
+    "module": ("BCOModule",),
+    "objectives": ("RewardShift", "bce_loss", "bco_loss"),
+    "options": ("LoraSettings", "PromptFeatures"),
 }
 
 __all__ = [
@@ -48,6 +42,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"bco_lightning.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
