@@ -13,10 +13,10 @@ _USUAL_NAMES = ("messages", "conversation", "conversations", "chat")
 
 def matches(record: Record, columns: Columns) -> bool:
     """Whether there is a completion or a conversation."""
-    if value_at(record, _completion(record, columns)) is not None:
+    completion, conversation = _columns_of(record, columns)
+    if value_at(record, completion) is not None:
         return True
-    column = _conversation(record, columns)
-    messages = None if column is None else value_at(record, column)
+    messages = value_at(record, conversation) if conversation else None
     return isinstance(messages, str) or (
         isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     )
@@ -31,28 +31,24 @@ def candidates(record: Record, origin: Origin) -> Rows:
 
 def unrated_row(record: Record, origin: Origin) -> FeedbackRow:
     """The row of a record in columns, whatever holds its conversation."""
-    columns = origin.columns
-    column = _conversation(record, columns)
-    if column is None:
-        name = _completion(record, columns)
-        prompt = origin.messages(origin.required(record, columns.prompt), columns.prompt, "user")
+    name, conversation = _columns_of(record, origin.columns)
+    if conversation is None:
+        column = origin.columns.prompt
+        prompt = origin.messages(origin.required(record, column), column, "user")
         completion = origin.messages(origin.required(record, name), name, "assistant")
         return origin.row(prompt, completion, record)
-    messages = origin.messages(from_json_text(value_at(record, column), column, origin.place), column)
-    prompt, completion, num_trailing = at_rated_turn(messages, column, origin.place)
+    given = from_json_text(value_at(record, conversation), conversation, origin.place)
+    prompt, completion, num_trailing = at_rated_turn(origin.messages(given, conversation), conversation, origin.place)
     return origin.row(prompt, completion, record, num_trailing)
 
 
-def _completion(record: Record, columns: Columns) -> str:
-    """The column with the completion; HelpSteer2 and others call it ``response``."""
+def _columns_of(record: Record, columns: Columns) -> tuple[str, str | None]:
+    """The column with the completion, and that with a whole conversation if the row stands in one."""
+    # HelpSteer2 and others call it ``response``.
     usual = columns.completion == "completion" and "completion" not in record and "response" in record
-    return "response" if usual else columns.completion
-
-
-def _conversation(record: Record, columns: Columns) -> str | None:
-    """The column with the whole conversation, if the row stands in one."""
+    completion = "response" if usual else columns.completion
     named = columns.messages not in _USUAL_NAMES
-    if not named and value_at(record, _completion(record, columns)) is not None:
-        return None
+    if not named and value_at(record, completion) is not None:
+        return completion, None
     names = (columns.messages,) if named else _USUAL_NAMES
-    return next((name for name in names if value_at(record, name) is not None), None)
+    return completion, next((name for name in names if value_at(record, name) is not None), None)
