@@ -74,7 +74,7 @@ DEFECTS = [
     ),
     Defect(
         "R3", "the order depends on the number of workers", "data/training.py",
-        "pools = pools_of(thumbs_up, self._options.row_seed,", "pools = pools_of(thumbs_up, self._options.num_workers,",
+        "pools = pools_of(thumbs_up, options.row_seed,", "pools = pools_of(thumbs_up, options.num_workers,",
         (f"{RESUME}::test_the_rows_of_a_step_do_not_depend_on_plumbing",),
     ),
     Defect(
@@ -338,7 +338,7 @@ DEFECTS = [
         ('tests/security/test_data_bombs.py::test_a_costly_row_is_decided_quickly',),
     ),
     Defect(
-        'S15', 'contradictions are not counted', 'data/counts.py',
+        'S15', 'contradictions are not counted', 'data/table.py',
         '            contradictions=len(np.intersect1d(up, down, assume_unique=True)),\n',
         '            contradictions=0,\n',
         ('tests/security/test_data_poisoning.py::test_poisoned_feedback_is_visible',),
@@ -363,8 +363,8 @@ DEFECTS = [
     ),
     Defect(
         'R22', 'all rows are held in memory', 'data/row_sets.py',
-        'for row, _, outcome in self.row_tokenizer.tokenize_all(self._read(files, maker)):',
-        'for row, _, outcome in list(self.row_tokenizer.tokenize_all(self._read(files, maker))):',
+        'in self.row_tokenizer.tokenize_all(row for row, _ in self._read(files, maker)):',
+        'in list(self.row_tokenizer.tokenize_all(row for row, _ in self._read(files, maker))):',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
 ]  # fmt: skip

@@ -16,8 +16,9 @@ import pytest
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.options import DataOptions
 from bco_lightning.data.records.parquet import batch_rows
-from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
+from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
@@ -203,8 +204,8 @@ def test_no_sample_is_without_completion_tokens(trials: Trials, tmp_path: Path) 
             row = FeedbackRow(prompt, [*inside, {"role": "assistant", "content": "x"}], True, "log.jsonl:7")
             template = str(tmp_path / name) if TEMPLATES[name] else None
             try:
-                limits = LengthLimits(length, **POLICIES[policy])
-                sample = RowTokenizer(byte_tokenizer(), limits, template).tokenize(row)
+                limits = DataOptions(max_length=length, chat_template=template, **POLICIES[policy])
+                sample = RowTokenizer(byte_tokenizer(), limits).tokenize(row)
             except FeedbackRowError as error:
                 decided.add("refused")
                 assert error.where == "log.jsonl:7"

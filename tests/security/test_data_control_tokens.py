@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
-from bco_lightning.data.tokenize import CANNOT_BE_TEXT, LengthLimits, RowTokenizer
+from bco_lightning.data.options import DataOptions
+from bco_lightning.data.tokenize import CANNOT_BE_TEXT, RowTokenizer
 from tests.reliability.tiny_run import CHATML
 from tests.trials import Trials
 
@@ -139,7 +140,7 @@ def conversation(place: str, typed: str) -> list[dict[str, str]]:
 
 def outcome_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample | LeftOut:
     row = FeedbackRow(messages[:-1], messages[-1:], True, "log.jsonl:1")
-    return RowTokenizer(tokenizer, LengthLimits(4096), **options).tokenize(row)
+    return RowTokenizer(tokenizer, DataOptions(max_length=4096, **options)).tokenize(row)
 
 
 def sample_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample:
@@ -249,7 +250,7 @@ def test_a_row_that_is_cut_keeps_its_typed_names_as_text() -> None:
     messages = conversation("system", "<|im_end|>")
     messages[3]["content"] = "<|im_start|>" * 50
     row = FeedbackRow(messages[:-1], messages[-1:], True, "log.jsonl:1")
-    sample = RowTokenizer(tokenizer, LengthLimits(100)).tokenize(row)
+    sample = RowTokenizer(tokenizer, DataOptions()).tokenize(row)
     assert isinstance(sample, TokenizedSample)
     assert tokenizer.decode(sample.input_ids).startswith("<|im_start|>system\n<|im_end|><|im_end|>\n")
     assert sample.input_ids[: len("system\n<|im_end|>") + 2].count(tokenizer.eos_token_id) == 1
@@ -270,7 +271,7 @@ def test_a_tokenizer_that_cannot_write_a_name_in_any_other_way_leaves_the_row_ou
 
 def test_a_prompt_is_rendered_as_it_was_typed() -> None:
     messages = conversation("prompt", "a <|im_end|> b")[1:2]
-    rendered = RowTokenizer(TOKENIZERS["ChatML"], LengthLimits(100)).render_prompt(messages)
+    rendered = RowTokenizer(TOKENIZERS["ChatML"], DataOptions()).render_prompt(messages)
     assert rendered == "<|im_start|>user\na <|im_end|> b<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -324,7 +325,7 @@ def test_names_in_tools_calls_results_and_options_are_text(trials: Trials) -> No
     for trial in trials([(place, typed) for place in PLACES for typed in TYPED], quick=42):
         with trial as (place, typed):
             row = tool_row(place, TYPED[typed])
-            sample = RowTokenizer(tokenizer, LengthLimits(4096)).tokenize(row)
+            sample = RowTokenizer(tokenizer, DataOptions(max_length=4096)).tokenize(row)
             assert isinstance(sample, TokenizedSample)
             markup = [token for token in sample.input_ids if token in control]
             assert tokenizer.convert_ids_to_tokens(markup) == ["<|im_start|>", "<|im_end|>"] * 4

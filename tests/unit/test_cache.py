@@ -76,7 +76,7 @@ def test_rows_read_in_another_way_are_not_taken(log: str, folder: Path, tokenize
         assert not was_found(caplog), change
 
 
-@pytest.mark.parametrize("changed", ["version", "_digest_of_code"])
+@pytest.mark.parametrize("changed", ["version", "digest_of_code"])
 def test_rows_of_other_libraries_or_code_are_not_taken(
     changed: str, log: str, folder: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from tokenizers.processors import TemplateProcessing
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE
-from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
+from bco_lightning.data.options import DataOptions
+from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 from tests.reliability.tiny_run import byte_tokenizer
 
@@ -31,7 +32,8 @@ def row(prompt: str | list[dict[str, str]], completion: str | list[dict[str, str
 def outcome(
     tokenizer: Any, a_row: FeedbackRow, max_length: int = 512, chat_template: str | None = None, **limits: Any
 ) -> TokenizedSample | LeftOut:
-    return RowTokenizer(tokenizer, LengthLimits(max_length, **limits), chat_template).tokenize(a_row)
+    options = DataOptions(max_length=max_length, chat_template=chat_template, **limits)
+    return RowTokenizer(tokenizer, options).tokenize(a_row)
 
 
 def tokenize(tokenizer: Any, a_row: FeedbackRow, *args: Any, **options: Any) -> TokenizedSample:
@@ -164,12 +166,12 @@ def test_of_what_a_template_says_only_its_own_words_are_shown(
 
 def test_a_tokenizer_without_chat_template_is_refused_with_the_remedy() -> None:
     with pytest.raises(LanguageModelError, match=r"chat template.*Set data\.chat_template"):
-        RowTokenizer(SimpleNamespace(chat_template=None), LengthLimits(10))
+        RowTokenizer(SimpleNamespace(chat_template=None), DataOptions())
 
 
 def test_a_missing_template_file_is_named(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"nope\.jinja"):
-        RowTokenizer(tokenizer, LengthLimits(10), chat_template="nope.jinja")
+        RowTokenizer(tokenizer, DataOptions(chat_template="nope.jinja"))
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any, tmp_path: Path) -> None:
@@ -188,14 +190,14 @@ BYTES = byte_tokenizer()
 
 
 @st.composite
-def limits_and_lengths(draw: st.DrawFn) -> tuple[LengthLimits, int, int, bool]:
+def limits_and_lengths(draw: st.DrawFn) -> tuple[DataOptions, int, int, bool]:
     max_length = draw(st.integers(2, 120))
     max_prompt_length = draw(st.none() | st.integers(1, max_length - 1))
-    limits = LengthLimits(
-        max_length,
-        max_prompt_length,
-        draw(st.sampled_from(["keep_end", "keep_start", "drop"])),
-        draw(st.sampled_from(["cut", "drop"])),
+    limits = DataOptions(
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        long_prompts=draw(st.sampled_from(["keep_end", "keep_start", "drop"])),
+        long_completions=draw(st.sampled_from(["cut", "drop"])),
     )
     return limits, draw(st.integers(1, 150)), draw(st.integers(1, 150)), draw(st.booleans())
 
@@ -203,7 +205,7 @@ def limits_and_lengths(draw: st.DrawFn) -> tuple[LengthLimits, int, int, bool]:
 @settings(max_examples=400, deadline=None)
 @given(limits_and_lengths())
 def test_whatever_the_limits_a_row_keeps_to_them_or_says_why_it_is_left_out(
-    case: tuple[LengthLimits, int, int, bool],
+    case: tuple[DataOptions, int, int, bool],
 ) -> None:
     limits, num_asked, num_answered, with_system = case
     system = SYSTEM if with_system else []
@@ -236,7 +238,7 @@ def test_whatever_the_limits_a_row_keeps_to_them_or_says_why_it_is_left_out(
         _prompt_is_cut_where_it_should(limits.long_prompts, kept, system_text, "q" * num_asked)
 
 
-def _is_left_out_rightly(limits: LengthLimits, reason: str, num_prompt: int, num_answered: int, system: bool) -> bool:
+def _is_left_out_rightly(limits: DataOptions, reason: str, num_prompt: int, num_answered: int, system: bool) -> bool:
     room = limits.max_prompt_length or max(limits.max_length - num_answered - 1, limits.max_length // 2)
     stays = {"keep_end": system * SYSTEM_TOKENS, "keep_start": HEADER + len("\n") + 1, "drop": 0}
     over = "prompt over data.max_prompt_length" if limits.max_prompt_length else "prompt too long (data.max_length)"
@@ -271,7 +273,7 @@ def _prompt_is_cut_where_it_should(policy: str, prompt: str, system: str, asked:
 )
 def test_limits_that_leave_no_room_or_are_unknown_are_refused_by_name(limits: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
-        LengthLimits(**limits)
+        DataOptions(**limits)
 
 
 LONG = "word " * 100
@@ -384,7 +386,7 @@ def test_a_template_that_prints_only_the_end_of_a_completion_names_the_row(token
 
 def test_rows_tokenized_together_come_out_as_they_do_alone(tokenizer: Any) -> None:
     rows = [row("Hi?", "Hello."), row("Hi?", "<|im_end|>"), row(LONG, "Yes."), row("Hi?", LONG)]
-    row_tokenizer = RowTokenizer(tokenizer, LengthLimits(60, long_completions="drop"))
+    row_tokenizer = RowTokenizer(tokenizer, DataOptions(max_length=60, long_completions="drop"))
     together = row_tokenizer.tokenize_batch(rows)
     assert together == [row_tokenizer.tokenize(one) for one in rows]
     assert [type(one) for one in together] == [TokenizedSample, TokenizedSample, TokenizedSample, LeftOut]
@@ -392,7 +394,7 @@ def test_rows_tokenized_together_come_out_as_they_do_alone(tokenizer: Any) -> No
 
 def test_one_bad_row_of_several_is_an_outcome_of_its_own(tokenizer: Any) -> None:
     two_in_a_row = row("Hi?", [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}])
-    outcomes = RowTokenizer(tokenizer, LengthLimits(60)).tokenize_batch([row("Hi?", "Yes."), two_in_a_row])
+    outcomes = RowTokenizer(tokenizer, DataOptions(max_length=60)).tokenize_batch([row("Hi?", "Yes."), two_in_a_row])
     assert isinstance(outcomes[0], TokenizedSample)
     assert isinstance(outcomes[1], FeedbackRowError)
     assert "found two in a row" in str(outcomes[1])
@@ -422,7 +424,7 @@ def test_tools_and_options_of_a_row_reach_the_template(tokenizer: Any, telling: 
 
 def test_neighbouring_rows_of_one_prompt_keep_their_own_options(tokenizer: Any, telling: str) -> None:
     rows = [replace(row("Hi?", "Yes."), template_options={"style": style}) for style in ("brief", "long")]
-    samples = RowTokenizer(tokenizer, LengthLimits(), telling).tokenize_batch(rows)
+    samples = RowTokenizer(tokenizer, DataOptions(chat_template=telling)).tokenize_batch(rows)
     texts = [tokenizer.decode(sample.input_ids) for sample in samples if isinstance(sample, TokenizedSample)]
     assert [text[: text.index(":")] for text in texts] == ["brief", "long"]
 

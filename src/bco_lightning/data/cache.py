@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bco_lightning.identity import digest_of_file
 
+_Make = Callable[[Path], Mapping[str, Any]]
 _Opened = TypeVar("_Opened")
 _DAYS_UNUSED, _DAYS_UNFINISHED = 30, 1
 _MANIFEST, _DRAFT = "manifest.json", ".draft-"
@@ -27,26 +28,19 @@ _MANIFEST, _DRAFT = "manifest.json", ".draft-"
 class FolderCache:
     """One folder for each content, which only its owner can look into; one that nobody used for 30 days is removed.
 
-    Args:
-        root: Where they are kept; it is made when it is needed. Without, a folder goes with what was opened of it.
+    Without a ``root`` to keep them in, a folder goes with what was opened of it.
     """
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
 
-    def get(
-        self, key: str | None, make: Callable[[Path], Mapping[str, Any]], open_: Callable[[Path, Any], _Opened]
-    ) -> _Opened:
-        """What the folder of that key holds; it is made now if there is none.
+    def get(self, key_of: Callable[[], str | None], make: _Make, open_: Callable[[Path, Any], _Opened]) -> _Opened:
+        """What the folder of a key holds, a digest of all that it depends on, if known; it is made if there is none.
 
-        Args:
-            key: Digest of all that it depends on, in hexadecimal digits; ``None`` where that is not known.
-            make: Leaves files in the folder that it is given, and returns plain values to be kept with them.
-            open_: Opens them, by the folder and these values; it raises a ``ValueError``, ``TypeError`` or
-                ``LookupError`` if the values are not such.
+        ``make`` leaves files in a folder and returns plain values to be kept with them, by which ``open_`` opens them.
         """
-        if self._root is None or key is None:
-            return self._temporary(make, open_)
+        if self._root is None or (key := key_of()) is None:
+            return _temporary(make, open_)
         entry = self._root / key
         found = _opened(entry, open_)
         if found is not None:
@@ -69,18 +63,7 @@ class FolderCache:
         finally:
             if draft is not None:
                 shutil.rmtree(draft, ignore_errors=True)
-        return self._temporary(make, open_)
-
-    def _temporary(self, make: Callable[[Path], Mapping[str, Any]], open_: Callable[[Path, Any], _Opened]) -> _Opened:
-        folder = Path(tempfile.mkdtemp(prefix="bco_lightning-"))
-        try:
-            _fill(folder, make)
-            opened = open_(folder, values_in(folder))
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        weakref.finalize(opened, _remove, folder, os.getpid())
-        return opened
+        return _temporary(make, open_)
 
     def _remove_unused(self) -> None:
         """Removes what this class has made, and nothing else that may lie there."""
@@ -95,15 +78,23 @@ class FolderCache:
 
 
 def values_in(folder: Path) -> Any:
-    """The values that were kept with the files of a folder.
-
-    Raises:
-        OSError: If there are none, as where another process of the node sees no such folder.
-    """
+    """The values that were kept with the files of a folder; an OSError if there are none."""
     return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["values"]
 
 
-def _fill(folder: Path, make: Callable[[Path], Mapping[str, Any]]) -> None:
+def _temporary(make: _Make, open_: Callable[[Path, Any], _Opened]) -> _Opened:
+    folder = Path(tempfile.mkdtemp(prefix="bco_lightning-"))
+    try:
+        (folder / _MANIFEST).write_text(json.dumps({"values": make(folder)}), encoding="utf-8")
+        opened = open_(folder, values_in(folder))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(opened, _remove, folder, os.getpid())
+    return opened
+
+
+def _fill(folder: Path, make: _Make) -> None:
     values = make(folder)
     files = {path.name: digest_of_file(path) for path in folder.iterdir()}
     (folder / _MANIFEST).write_text(json.dumps({"values": values, "files": files}), encoding="utf-8")
@@ -121,24 +112,18 @@ def _put(draft: Path, entry: Path, open_: Callable[[Path, Any], _Opened]) -> _Op
 
 
 def _opened(entry: Path, open_: Callable[[Path, Any], _Opened]) -> _Opened | None:
-    try:
-        return open_(entry, values_in(entry)) if _is_whole(entry) else None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # of another shape than ours
-        return None
-
-
-def _is_whole(entry: Path) -> bool:
-    """Whether only this user can have put it there (rows of a stranger would be trained on), as it was written."""
+    """The folder if it is as it was written, and nobody else can have put it there to be trained on."""
     try:
         status = entry.lstat()
         if not stat.S_ISDIR(status.st_mode):
-            return False
+            return None
         if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o077):
-            return False
+            return None
         files = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all(Path(name).name == name and digest_of_file(entry / name) == known for name, known in files.items())
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return False
+        whole = all(Path(name).name == name and digest_of_file(entry / name) == known for name, known in files.items())
+        return open_(entry, values_in(entry)) if whole else None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # of another shape than ours
+        return None
 
 
 def _remove(folder: Path, process: int) -> None:

@@ -30,27 +30,15 @@ _STAND_IN = OPEN + CLOSE
 
 @dataclass
 class ChatScript:
-    """A row as the chat template renders it.
-
-    Args:
-        conversation: What the template was told.
-        texts: The rendered prompt, then what each turn of the completion adds to it.
-        speakers: For each turn of the completion, whether it is the assistant's.
-    """
+    """A row as the chat template renders it: its prompt, then what each turn of the completion adds, and who speaks."""
 
     conversation: Conversation
     texts: list[str]
-    speakers: list[bool]
+    speakers: list[bool]  # of each turn, whether it is the assistant's
 
 
 class ChatTemplate:
-    """Renders rows by a tokenizer's chat template, with user text kept apart from control tokens.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        text: The template.
-        control: The tokenizer's control tokens.
-    """
+    """Renders rows by a tokenizer's chat template, with user text kept apart from control tokens."""
 
     def __init__(self, tokenizer: Any, text: str, control: ControlTokens) -> None:
         self._tokenizer, self._text, self._control = tokenizer, text, control
@@ -80,16 +68,7 @@ class ChatTemplate:
         return str(self._apply(conversation.messages[:stop], text, asks_next=asks_next, **given))
 
     def after_last_message(self, conversation: Conversation, prompt: str, num_messages: int) -> str:
-        """What the template writes after what is said last in the prompt, so that the assistant can speak.
-
-        Args:
-            conversation: What the template was told.
-            prompt: What it made of the prompt.
-            num_messages: Messages of the prompt.
-
-        Returns:
-            The end of ``prompt``; empty if the template writes nothing there.
-        """
+        """What the template writes after what is said last in the prompt, so that the assistant speaks."""
         last: Message = conversation.messages[num_messages - 1]
         messages = [*conversation.messages[: num_messages - 1], {**last, "content": _STAND_IN}]
         stood_in = Conversation(messages, conversation.tools, conversation.options)
@@ -145,17 +124,7 @@ class ChatTemplate:
 
 
 def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
-    """The Jinja text that ``data.chat_template`` means.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        chat_template: ``None`` for the tokenizer's own, ``plain`` for the bare texts one after the other, or the path
-            of a Jinja file.
-
-    Raises:
-        LanguageModelError: If the tokenizer has no chat template and none is given.
-        ConfigError: If the template file cannot be read.
-    """
+    """The Jinja text that ``data.chat_template`` means, or the tokenizer's own."""
     if chat_template == "plain":
         return PLAIN_TEMPLATE
     if chat_template is not None:

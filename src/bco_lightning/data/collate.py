@@ -22,13 +22,8 @@ def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True)
 
     Args:
         samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``; ``source`` where there are
-            several; what is known of them, ``reference_log_prob``, ``importance_weight`` and ``prompt_key``; and
-            ``prompt`` where its words are wanted. The first token of a row is never scored, whatever its mask: nothing
-            comes before it.
+            several; what else is known of them. The first token of a row is never scored, whatever its mask says.
         share_prompts: Whether to lay out a prompt once for all its rows.
-
-    Returns:
-        The micro-batch, its rows in the order given.
 
     Example:
         >>> row = {"input_ids": [5, 6, 7], "completion_mask": [False, False, True], "thumbs_up": True, "row_id": 0}

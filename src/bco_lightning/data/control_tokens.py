@@ -31,29 +31,19 @@ class CannotBeTextError(Exception):
 
 @dataclass
 class Conversation:
-    """What the chat template is told; a mark may stand for a text that would be taken for a control token.
-
-    Args:
-        messages: Prompt and completion.
-        tools: JSON schemas of the functions that the assistant could call.
-        options: What else the template is told, by name.
-        literals: The texts behind the marks.
-    """
+    """What the chat template is told; a mark may stand for a text that would be taken for a control token."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    literals: list[str] = field(default_factory=list)
+    literals: list[str] = field(default_factory=list)  # the texts behind the marks
 
     def texts(self) -> Iterator[str]:
         """Every text that the template is told."""
         for message in self.messages:
-            for name, part in message.items():
-                yield name
-                if isinstance(part, str):
-                    yield part
-                else:
-                    yield from _texts_in(part)
+            yield from message
+            for part in message.values():
+                yield from (part,) if isinstance(part, str) else _texts_in(part)
         if self.tools or self.options:
             yield from _texts_in((self.tools, self.options))
 
@@ -76,11 +66,7 @@ class Conversation:
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, and how to write their names as ordinary text.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-    """
+    """The special tokens of a tokenizer, and how to write their names as ordinary text."""
 
     def __init__(self, tokenizer: Any) -> None:
         added = {number: token for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -115,10 +101,6 @@ class ControlTokens:
 
     def encode(self, text: str, conversation: Conversation) -> list[int]:
         """Token ids of a rendered text with marks: control tokens for its own, ordinary tokens for what was typed.
-
-        Args:
-            text: What the chat template made of ``conversation``, or a part of it.
-            conversation: Holds the literals behind the marks.
 
         Raises:
             CannotBeTextError: If the template takes a mark apart, or the tokenizer has one token for the name, whoever

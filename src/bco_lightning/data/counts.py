@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from bco_lightning.batch import LeftOut
 from bco_lightning.errors import FeedbackRowError
 
@@ -20,10 +18,6 @@ class Counted:
 
     count: int = 0
     places: list[str] = field(default_factory=list)
-
-    def add(self, place: str) -> None:
-        """Counts one more row."""
-        self.take(1, [place])
 
     def take(self, count: int, places: Iterable[str]) -> None:
         """Counts more rows, of which the first stand at ``places``."""
@@ -39,17 +33,6 @@ class RowCounts:
     """What became of the rows of one data set.
 
     ``read`` is always ``used``, plus those left out for some reason, plus ``malformed`` ones.
-
-    Args:
-        name: Of the data set.
-        read: Rows in its sources.
-        up: Rows with thumbs-up that are used.
-        down: Rows with thumbs-down that are used.
-        left_out: Rows that are not used, by reason.
-        cut: Rows that are used and lost something, by what they lost.
-        malformed: Rows that are not as they should be, and were to be skipped.
-        by_source: Used rows of each source, thumbs-up and thumbs-down.
-        formats: The format that the records of each source were read as.
     """
 
     name: str
@@ -84,27 +67,23 @@ class RowCounts:
         """Rows that are trained on or scored."""
         return self.read - self.num_left_out - self.malformed.count
 
-    def require_used(self, remedy: str = "") -> None:
-        """Refuses a data set without a row that can be used.
-
-        Raises:
-            FeedbackRowError: With the reasons for which rows were left out.
-        """
+    def require_used(self) -> None:
+        """Raises a FeedbackRowError with the reasons for which rows were left out, if none can be used."""
         if not self.used:
             reasons = "; ".join(f"{reason}: {counted.count}" for reason, counted in self.left_out.items())
             raise FeedbackRowError(
                 self.name,
                 f"expected rows to use, found none ({self.num_left_out} left out, {self.malformed.count} malformed).",
-                ". ".join(filter(None, [reasons, remedy])),
+                reasons,
             )
 
     def take(self, row: LeftOut | FeedbackRowError) -> None:
         """Counts a row that gets no place in a table: a malformed one, or one that its record or a rule leaves out."""
         self.read += 1
         if isinstance(row, LeftOut):
-            self.left_out.setdefault(row.reason, Counted()).add(row.place)
+            self.left_out.setdefault(row.reason, Counted()).take(1, [row.place])
         else:
-            self.malformed.add(row.where)
+            self.malformed.take(1, [row.where])
 
     def add(self, others: RowCounts) -> None:
         """Adds such rows, and what else is known of how the sources were read."""
@@ -135,12 +114,8 @@ class RowCounts:
 class FeedbackSummary:
     """What should make one look twice at a log: repeated rows, answers with both thumbs, one source that prevails.
 
-    Args:
-        rows: Valid rows.
-        duplicates: Rows with the prompt, completion and label of an earlier row.
-        contradictions: Prompts with one completion that have thumbs of both kinds.
-        sources: Valid rows of each source.
-        validation_prompts_in_training: Rows of the validation files whose prompt is trained on too.
+    ``duplicates`` have the prompt, completion and label of an earlier row; ``contradictions`` are prompts with one
+    completion that have thumbs of both kinds. Only valid rows count.
     """
 
     rows: int
@@ -148,19 +123,6 @@ class FeedbackSummary:
     contradictions: int
     sources: Mapping[str, int]
     validation_prompts_in_training: int = 0
-
-    @classmethod
-    def of(
-        cls, answer_keys: np.ndarray[Any, Any], thumbs_up: np.ndarray[Any, Any], sources: Mapping[str, int]
-    ) -> FeedbackSummary:
-        """Counts from a key of prompt and completion and the thumb of each row."""
-        up, down = np.unique(answer_keys[thumbs_up]), np.unique(answer_keys[~thumbs_up])
-        return cls(
-            rows=len(answer_keys),
-            duplicates=len(answer_keys) - len(up) - len(down),
-            contradictions=len(np.intersect1d(up, down, assume_unique=True)),
-            sources=dict(sources),
-        )
 
     @property
     def largest_source(self) -> tuple[str, float]:

@@ -23,7 +23,7 @@ from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
-from bco_lightning.data.row_sets import ReadRows, RowReader, RowSet, limits_of, row_format_of
+from bco_lightning.data.row_sets import ReadRows, RowReader, RowSet, row_format_of
 from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.training import TrainingRows
@@ -31,8 +31,6 @@ from bco_lightning.errors import ConfigError
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
 
-# What these options are of no meaning without.
-_NEEDED_FOR = {"shuffle_buffer": "streaming", "group_by_prompt": "group_by_prompt"}
 _log = logging.getLogger("lightning.pytorch")
 
 
@@ -57,7 +55,6 @@ class FeedbackDataModule(LightningDataModule):
         # What is wrong with an option is said before anything is read.
         for source in (*self.options.sources("train"), Source("any")):
             row_format_of(self.options, source)
-        limits_of(self.options)
         self._tokenizer = tokenizer
         self._rows: dict[str, ReadRows] = {}  # by what was asked for, in the order in which it was read
         self._stream: StreamDataset | None = None
@@ -86,15 +83,10 @@ class FeedbackDataModule(LightningDataModule):
         return self._dataset("predict")
 
     def set_column(self, dataset_name: str, column: str, values: Any) -> None:
-        """Adds what is known of every row before the first step to its table, from where batches take it.
+        """Adds what is known of every row, in order, to its table, from where batches take it; ``None`` takes it away.
 
-        Loaders that were made before do not see it.
-
-        Args:
-            dataset_name: ``train``, ``validation``, ``test`` or ``predict``; where no test files were given, the rows
-                of ``test`` are those of ``validation``.
-            column: Such as ``reference_log_prob`` or ``importance_weight``; one of that name is replaced.
-            values: One for each row, in order, as an array or a tensor; ``None`` takes the column away.
+        Loaders that were made before do not see it. Where no test files were given, the rows of ``test`` are those of
+        ``validation``.
 
         Raises:
             ValueError: If there is no such table, or it has another number of rows.
@@ -164,8 +156,7 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all processes and accumulated micro-batches."""
-        trainer = self.trainer
-        return self.options.batch_size * self._accumulation * (trainer.world_size if trainer else 1)
+        return self.options.batch_size * self._accumulation * self._world_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -186,7 +177,7 @@ class FeedbackDataModule(LightningDataModule):
                 has other rows than the first node.
             ConfigError: If there are no files for this stage.
         """
-        if self.trainer is None or self.trainer.world_size == 1:
+        if self._world_size == 1:
             self._read(stage)
         else:
             _refuse_injected_sampler(self.trainer)
@@ -205,8 +196,8 @@ class FeedbackDataModule(LightningDataModule):
             training.order(self.rows_per_step),
             batch_size=self.options.batch_size,
             accumulation=self._accumulation,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            rank=self._rank,
+            world_size=self._world_size,
             current_step=lambda: trainer.global_step if trainer else 0,
             lengths=training.lengths if sorts else None,
         )
@@ -216,20 +207,16 @@ class FeedbackDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
-        _require_rows_for_all(self.validation_dataset, self.trainer)
         return self._evaluation_loader(self.validation_dataset)
 
     def test_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The test rows, or the held-out rows where no test files were given."""
-        dataset = self.test_dataset or self.validation_dataset
-        _require_rows_for_all(dataset, self.trainer)
-        return self._evaluation_loader(dataset)
+        return self._evaluation_loader(self.test_dataset or self.validation_dataset)
 
     def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The rows to score."""
-        if self.trainer is not None and sharding_of(self.trainer) is not None:
-            _require_rows_for_all(self.predict_dataset, self.trainer, "data.predict_files")
-        return self._evaluation_loader(self.predict_dataset)
+        sharded = self.trainer is not None and sharding_of(self.trainer) is not None
+        return self._evaluation_loader(self.predict_dataset, "data.predict_files" if sharded else "")
 
     def datasets_of(self, stage: str) -> dict[str, Dataset]:
         """What a stage (``fit``, ``validate``, ``test`` or ``predict``) runs on, by Lightning's name of each run."""
@@ -246,8 +233,7 @@ class FeedbackDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Says how many rows of a stream turned out to be unusable when their turn came, and were replaced."""
         if self._stream is not None and stage == "fit" and (count := self._stream.num_replaced):
-            rank = self.trainer.global_rank if self.trainer else 0
-            _log.warning("process %d: %d rows of the stream were replaced by others of their class", rank, count)
+            _log.warning("process %d: %d rows of the stream were replaced by others of their class", self._rank, count)
 
     def state_dict(self) -> dict[str, Any]:
         """How a step is cut into micro-batches; the position itself is the trainer's step."""
@@ -258,14 +244,14 @@ class FeedbackDataModule(LightningDataModule):
         if "training" not in self._rows:
             return {}
         training, options = self.training, self.options
-        unused = {name for name in ("shuffle_buffer", "group_by_prompt") if not getattr(options, _NEEDED_FOR[name])}
+        names = set(DataOptions.names("refused")) - ({"shuffle_buffer"} if not options.streaming else set())
         return {
             "rows": training.row_set.counts.used,
             "row_digest": training.row_set.digest,
             "rows_per_step": self.rows_per_step,
             "chat_template": chosen_template(self.tokenizer, options.chat_template),
             "source_weights": training.weights,
-            **{name: getattr(options, name) for name in DataOptions.names("refused") if name not in unused},
+            **{name: getattr(options, name) for name in sorted(names)},
         }
 
     def _read(self, stage: str | None) -> None:
@@ -331,11 +317,27 @@ class FeedbackDataModule(LightningDataModule):
     def _accumulation(self) -> int:
         return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
 
-    def _evaluation_loader(self, dataset: Dataset | None) -> DataLoader[FeedbackBatch] | list[Any]:
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _evaluation_loader(
+        self, dataset: Dataset | None, needed_by_all: str = "data.validation_files"
+    ) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:
             return []
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        sampler = EvenBatchSampler(len(dataset), self.options.batch_size, rank, world_size)
+        if needed_by_all and len(dataset) < self._world_size:
+            # Lightning passes over an evaluation in the processes that have no row of it, and the others wait for them.
+            raise ConfigError(
+                needed_by_all,
+                f"expected a row for each of {self._world_size} processes, found {len(dataset)}.",
+                "Give more rows, use fewer processes, or hold out none (data.validation_fraction: 0).",
+            )
+        sampler = EvenBatchSampler(len(dataset), self.options.batch_size, self._rank, self._world_size)
         return self._loader(dataset, batch_sampler=sampler)
 
     def _loader(self, dataset: Dataset | StreamDataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
@@ -354,16 +356,6 @@ class FeedbackDataModule(LightningDataModule):
 
 def _no_training_files() -> ConfigError:
     return ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
-
-
-def _require_rows_for_all(dataset: Dataset | None, trainer: Any, option: str = "data.validation_files") -> None:
-    """Lightning passes over an evaluation in the processes that have no row of it, and the others wait for them."""
-    if dataset is not None and trainer is not None and len(dataset) < trainer.world_size:
-        raise ConfigError(
-            option,
-            f"expected a row for each of {trainer.world_size} processes, found {len(dataset)}.",
-            "Give more rows, use fewer processes, or hold out none (data.validation_fraction: 0).",
-        )
 
 
 def _refuse_shortened_epochs(trainer: Any) -> None:

@@ -15,16 +15,8 @@ from bco_lightning.parallel.collectives import errors_of_all, made_once_per_node
 def read_once_per_node(read: Callable[[], None], rows: dict[str, ReadRows], trainer: Any) -> None:
     """Has the first process of this node read; the others wait for it, without a limit of time, and open its files.
 
-    Args:
-        read: Adds what it reads to ``rows``.
-        rows: What was read, by name, in each process.
-        trainer: The Lightning trainer, with several processes.
-
-    Raises:
-        UserError: In every process, what one of those that read met. An exception that is neither this nor one of disk
-            or memory leaves the others with a ``RuntimeError`` that says the same.
-        FeedbackRowError: In every process, if the nodes have not read the same rows.
-        FaultError: In every process, if one cannot see the files of its node.
+    What one of them raises, all raise: as it is if a user can meet it, else as a ``RuntimeError`` that says the same.
+    All raise too if the nodes have not read the same rows, or one process cannot see the files of its node.
     """
     raised: list[Exception] = []
 

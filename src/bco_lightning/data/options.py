@@ -304,6 +304,10 @@ class DataOptions(Options):
                 "false with balanced_sampling or streaming, which draw rows apart from each other, found true",
             ),
             (
+                "max_prompt_length", self.max_prompt_length is None or 1 <= self.max_prompt_length < self.max_length,
+                f"at least 1 token and fewer than data.max_length ({self.max_length}), found {self.max_prompt_length}",
+            ),
+            (
                 "batch_size", not (self.balanced_sampling and self.batch_size % 2),
                 f"an even number with balanced_sampling, found {self.batch_size}",
             ),

@@ -18,21 +18,8 @@ class Pool:
 
     Of a source with weight 2, a pass takes every row twice; of one with weight 0.5, half of the rows, and the next pass
     the other half: after any number of passes the rows of a source were taken as often as each other, or once more.
-
-    Args:
-        rows: Row positions.
-        seed: Seed of the permutations.
-        sources: The number of each position's source; one source if left out.
-        weights: Passes over each source in one pass of the pool; 1 if left out.
-        groups: A number for each position; in every pass rows with the same number follow each other.
-        regions: A number for each position, of the part of a file where its row lies; a pass mixes the rows of some
-            regions, then those of some others, so that few of them are read at a time.
-        window: Rows of those regions together, about.
-
-    Example:
-        >>> pool = Pool([0, 1, 2], [0])
-        >>> len(pool), sorted(pool.rows_of_pass(0).tolist()), sorted(pool.rows_of_pass(1).tolist())
-        (3, [0, 1, 2], [0, 1, 2])
+    With ``groups``, rows of one number follow each other in every pass. With ``regions``, the parts of files where rows
+    lie, a pass mixes the rows of some regions, about ``window`` rows, then those of others: few are read at a time.
     """
 
     def __init__(
@@ -100,15 +87,6 @@ class RowOrder:
 
     Every pool is passed through again and again; a step that reaches the end of one pass goes on with the next, so no
     step is short and no row is left out or repeated within a pass.
-
-    Args:
-        pools: One pool of all rows, or one for each class.
-        rows_per_step: How many rows a step takes from each pool.
-
-    Example:
-        >>> order = RowOrder([Pool([0, 1, 2], [0])], [2])
-        >>> sorted(order.rows_of_step(0) + order.rows_of_step(1)[:1])
-        [0, 1, 2]
     """
 
     def __init__(self, pools: Sequence[Pool], rows_per_step: Sequence[int]) -> None:
@@ -133,16 +111,8 @@ class StepBatchSampler(Sampler[list[int]]):
     """Micro-batches of one rank, from the current optimizer step to the end of the epoch.
 
     The position is asked for, never stored: after a resume the loader begins where the restored step says.
-
-    Args:
-        order: The rows of each step, and how many steps an epoch has.
-        batch_size: Rows of a micro-batch.
-        accumulation: Micro-batches of a step on each rank.
-        rank: This process.
-        world_size: Number of processes.
-        current_step: Gives the number of optimizer steps done so far.
-        lengths: Tokens of each row; a step's rows are then cut into micro-batches of like lengths. The gradient does
-            not depend on how a step is cut, and padded micro-batches have less padding so.
+    With ``lengths`` in tokens, a step's rows are cut into micro-batches of like lengths: padded ones have less
+    padding so, and the gradient does not depend on how a step is cut.
     """
 
     def __init__(
@@ -179,13 +149,8 @@ class StepBatchSampler(Sampler[list[int]]):
 class EvenBatchSampler(Sampler[list[int]]):
     """Micro-batches of one rank, every row of a data set on one rank and once, in order.
 
-    Where models are sharded, all ranks have to run as many passes; a rank without rows has none.
-
-    Args:
-        num_rows: Rows of the data set.
-        batch_size: Rows of a micro-batch at most; one more where nothing else comes out even.
-        rank: This process.
-        world_size: Number of processes.
+    Where models are sharded, all ranks have to run as many passes: a micro-batch has one row more than ``batch_size``
+    where nothing else comes out even. A rank without rows has none.
     """
 
     def __init__(self, num_rows: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from bco_lightning import batch
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import chosen_template
@@ -28,9 +25,9 @@ from bco_lightning.data.remote import public_name
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.data.stream import PlaceTable, RowPlace, StreamRows
 from bco_lightning.data.table import Array, RowTable, held_out_prompts
-from bco_lightning.data.tokenize import LengthLimits, RowTokenizer
+from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
-from bco_lightning.identity import digest_of_tokenizer, digest_of_values
+from bco_lightning.identity import digest_of_code, digest_of_tokenizer, digest_of_values
 
 _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 # Rows are many small objects without cycles; looking for some after every 700 of them took a fifth of the time.
@@ -43,13 +40,7 @@ _OF_ROWS = (
 
 @dataclass
 class RowSet:
-    """The rows of a data set.
-
-    Args:
-        counts: What became of them.
-        digest: SHA-256 over prompt, completion and thumb of every row, whether it is used or not.
-        dataset: Those that are used, memory-mapped, or left in their files; ``None`` if there are none.
-    """
+    """The rows of a data set: what became of all that were read, a digest of what they say, and those that are used."""
 
     counts: RowCounts
     digest: str
@@ -58,13 +49,7 @@ class RowSet:
 
 @dataclass
 class ReadRows:
-    """What reading has found, in a folder that other processes of this node open too.
-
-    Args:
-        folder: Where its files lie.
-        row_sets: Rows by the name of their data set.
-        summary: What the log looks like, where it is one to train on.
-    """
+    """What reading has found, in a folder that other processes of this node open too."""
 
     folder: Path
     row_sets: dict[str, RowSet]
@@ -72,12 +57,7 @@ class ReadRows:
 
     @classmethod
     def opened(cls, folder: Path, values: Mapping[str, Any]) -> ReadRows:
-        """Opens the files of a folder, given what was kept with them.
-
-        Raises:
-            OSError: If one cannot be read.
-            ValueError: If what was kept is of another shape than ours, which may also be a ``TypeError``.
-        """
+        """Opens the files of a folder; whatever error comes where they or the values are not such as ours."""
         row_sets = {}
         for name, told in values["row_sets"].items():
             counts = RowCounts.from_values(told["counts"])
@@ -99,35 +79,22 @@ class ReadRows:
 
 
 class RowReader:
-    """Reads data sets.
-
-    Args:
-        options: What is read, and how.
-        tokenizer: A transformers tokenizer.
-    """
+    """Reads data sets with a tokenizer, as options say."""
 
     def __init__(self, options: DataOptions, tokenizer: Any) -> None:
         self._options, self._tokenizer = options, tokenizer
-        self.row_tokenizer = RowTokenizer(tokenizer, limits_of(options), options.chat_template)
+        self.row_tokenizer = RowTokenizer(tokenizer, options)
 
     def read(self, name: str, sources: Sequence[Source], rows: FolderCache, *, labelled: bool = True) -> ReadRows:
-        """All rows of ``sources`` as one data set.
-
-        Raises:
-            FeedbackRowError: On a missing source or a malformed row.
-        """
+        """All rows of ``sources`` as one data set."""
 
         def make(folder: Path) -> dict[str, Any]:
             return {"row_sets": self._whole(folder, name, sources, labelled=labelled)[0], "summary": None}
 
-        return rows.get(self._key({name: sources}, labelled=labelled), make, ReadRows.opened)
+        return rows.get(lambda: self._key({name: sources}, labelled=labelled), make, ReadRows.opened)
 
     def read_training(self, rows: FolderCache) -> ReadRows:
-        """Rows to train on, and those to validate with: of their own sources, or held out by prompt.
-
-        Raises:
-            FeedbackRowError: On a missing source or a malformed row.
-        """
+        """Rows to train on, and those to validate with: of their own sources, or held out by prompt."""
         options = self._options
         sources = {name: options.sources(name) for name in ("train", "validation")}
 
@@ -146,25 +113,21 @@ class RowReader:
                 chosen = {"train": ~held_out, **({"validation": held_out} if held_out.any() else {})}
             return {"row_sets": {**_divided(log, chosen, others), **row_sets}, "summary": asdict(summary)}
 
-        key = self._key(sources, validation_fraction=options.validation_fraction)
-        return rows.get(key, make, ReadRows.opened)
+        fraction = options.validation_fraction
+        return rows.get(lambda: self._key(sources, validation_fraction=fraction), make, ReadRows.opened)
 
-    def tokenized(self, rows: Iterable[tuple[FeedbackRow, int]], sources: Sequence[Source]) -> Dataset:
-        """The usable ones of some rows, each given with the number of its source, as a table.
-
-        Raises:
-            FeedbackRowError: If none of them is usable.
-        """
+    def tokenized(self, rows: Iterable[FeedbackRow], numbers: Sequence[int], sources: Sequence[Source]) -> Dataset:
+        """The usable ones of some rows, given with the numbers of their sources, as a table."""
 
         def make(folder: Path) -> dict[str, Any]:
             log = RowTable(folder, [source.label for source in sources])
-            for row, number, outcome in self.row_tokenizer.tokenize_all(rows):
+            for number, (row, outcome) in zip(numbers, self.row_tokenizer.tokenize_all(rows), strict=True):
                 if isinstance(row, FeedbackRow) and not isinstance(outcome, FeedbackRowError):
                     log.append(row, number, outcome)
             row_sets = _divided(log, {"train": np.ones(len(log), bool)}, RowCounts("others"))
             return {"row_sets": row_sets, "summary": None}
 
-        found = FolderCache(None).get(None, make, ReadRows.opened).row_sets["train"]
+        found = FolderCache(None).get(lambda: None, make, ReadRows.opened).row_sets["train"]
         found.counts.require_used()
         return found.dataset
 
@@ -177,11 +140,7 @@ class RowReader:
         return _divided(log, {name: np.ones(len(log), bool)}, others), log.rows["prompt"]
 
     def _fill(self, log: RowTable | PlaceTable, sources: Sequence[Source], *, labelled: bool = True) -> RowCounts:
-        """Appends the rows of all sources, and returns what else there was.
-
-        Raises:
-            FeedbackRowError: On a source without rows, a malformed source, or malformed rows unless they are skipped.
-        """
+        """Appends the rows of all sources, and returns what else there was."""
         others, malformed = RowCounts("others"), list[FeedbackRowError]()
         for number, source in enumerate(sources):
             before = len(log) + others.read
@@ -220,7 +179,7 @@ class RowReader:
                     yield row
             return
         files = [record_file(path, maker.cells) for path in expand(source.path)]
-        for row, _, outcome in self.row_tokenizer.tokenize_all(self._read(files, maker)):
+        for row, outcome in self.row_tokenizer.tokenize_all(row for row, _ in self._read(files, maker)):
             if isinstance(outcome, FeedbackRowError):
                 yield outcome
             elif isinstance(row, FeedbackRow):
@@ -250,7 +209,7 @@ class RowReader:
             return None
         return digest_of_values(
             {
-                "code": _digest_of_code(),
+                "code": digest_of_code("batch.py", "data"),
                 "versions": {name: version(name) for name in _VERSIONS},
                 "contents": contents,
                 "sources": {name: [asdict(source) for source in named] for name, named in sources.items()},
@@ -271,11 +230,6 @@ def _divided(log: RowTable | PlaceTable, chosen: Mapping[str, Array], others: Ro
     return {name: {"counts": asdict(counts[name]), "digest": log.digest(rows), **told} for name, rows in chosen.items()}
 
 
-def limits_of(options: DataOptions) -> LengthLimits:
-    """Limits of length in tokens."""
-    return LengthLimits(options.max_length, options.max_prompt_length, options.long_prompts, options.long_completions)
-
-
 def row_format_of(options: DataOptions, source: Source) -> RowFormat:
     """How the records of one source become rows."""
     return RowFormat(
@@ -284,15 +238,6 @@ def row_format_of(options: DataOptions, source: Source) -> RowFormat:
         chosen_rating(source.rating) or options.rule,
         options.loss_on,
     )
-
-
-@cache
-def _digest_of_code() -> str:
-    """A digest of all that makes rows of records: a mended fault must not leave the rows that it made."""
-    digest = hashlib.sha256()
-    for file in sorted([Path(batch.__file__), *Path(__file__).parent.rglob("*.py")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.counts import RowCounts
 from bco_lightning.data.messages import words_of
+from bco_lightning.data.options import DataOptions
 from bco_lightning.data.records import RecordStore, seekable_file
 from bco_lightning.data.records.record_file import Place, SeekableFile, changed
 from bco_lightning.data.remote import public_name
@@ -44,12 +45,7 @@ class RowPlace(NamedTuple):
 
 
 class PlaceTable(RowLog):
-    """Places of rows on disk in the order of their sources, then divided as :class:`RowTable` divides rows.
-
-    Args:
-        folder: Where files are left.
-        sources: Names of the sources.
-    """
+    """Places of rows on disk in the order of their sources, then divided as :class:`RowTable` divides rows."""
 
     def __init__(self, folder: Path, sources: Sequence[str]) -> None:
         super().__init__(sources)
@@ -68,30 +64,21 @@ class PlaceTable(RowLog):
         self._sink.write(_PACKED.pack(*place.record, place.file, place.part, bool(row.thumbs_up)))
 
     def divide(self, chosen: Mapping[str, Array]) -> dict[str, RowCounts]:
-        """Leaves a file for each named choice of rows, given as a mask over them, with those of its rows that are used.
-
-        Returns:
-            What became of the rows of each choice; what tokens alone tell is not known yet.
-        """
+        """As :meth:`RowTable.divide`; what tokens alone tell is not known yet."""
         self._sink.close()
         counts, places, reasons = {}, np.fromfile(self._draft, _ROW), self.rows["reason"]
         for name, rows in chosen.items():
             counts[name] = self.counts(name, rows)
             counts[name].cut = {}
             for row in np.flatnonzero(rows & (reasons > 0)).tolist():
-                counts[name].left_out[self.reason(reasons[row])].add(_place_of(places[row], self.files))
+                counts[name].left_out[self.reason(reasons[row])].take(1, [_place_of(places[row], self.files)])
             places[rows & (reasons == 0)].tofile(self._folder / f"{name}.places")
         self._draft.unlink()
         return counts
 
 
 class StreamRows:
-    """Rows of a stream by number, as a table of their places on disk has them. It pickles by the path of that table.
-
-    Args:
-        path: The table.
-        files: Of each file its path, its mark, and the number of its source.
-    """
+    """Rows of a stream by number, as a table of their places on disk has them. It pickles by the path of that table."""
 
     def __init__(self, path: Path, files: Sequence[Mapping[str, Any]]) -> None:
         self.files, self._path = files, path
@@ -106,14 +93,10 @@ class StreamRows:
     def __len__(self) -> int:
         return len(self.places)
 
-    @property
-    def thumbs_up(self) -> Array:
-        """The thumb of each row."""
-        return np.array(self.places["up"])
-
-    @property
-    def sources(self) -> Array:
-        """The number of each row's source."""
+    def column(self, name: str) -> Array:
+        """The thumb (``thumbs_up``) or the number of the source (``source``) of each row."""
+        if name == "thumbs_up":
+            return np.array(self.places["up"])
         return np.repeat(np.array([file["source"] for file in self.files], np.int16), np.diff(self.borders))
 
     @cached_property
@@ -152,26 +135,12 @@ class StreamDataset(Dataset[dict[str, Any]]):
     A row that only its tokens show to be unusable is replaced by another of its class, and of its source while that has
     usable ones, which the seed and its number alone choose; so the shares of the classes stay. It pickles to loader
     workers, which count together with it.
-
-    Args:
-        rows: Where they are.
-        makers: Makes rows of the records of each source; it knows their format.
-        row_tokenizer: Makes token ids of them.
-        seed: Of the choice of other rows.
-        is_strict: Whether a row that the template refuses is raised, and not replaced.
     """
 
     def __init__(
-        self,
-        rows: StreamRows,
-        makers: Sequence[RowMaker],
-        row_tokenizer: RowTokenizer,
-        seed: int,
-        *,
-        is_strict: bool = True,
+        self, rows: StreamRows, makers: Sequence[RowMaker], row_tokenizer: RowTokenizer, options: DataOptions
     ) -> None:
-        self.rows, self._row_tokenizer, self._seed, self._is_strict = rows, row_tokenizer, seed, is_strict
-        self._makers = list(makers)
+        self.rows, self._makers, self._row_tokenizer, self._options = rows, makers, row_tokenizer, options
         self._store = RecordStore([file["path"] for file in rows.files], [file["mark"] for file in rows.files])
         self._replaced = torch.zeros(1 + _WORKERS, dtype=torch.int64).share_memory_()
         self._told: set[str] = set()
@@ -184,12 +153,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows as :func:`collate` takes them, in the order asked for.
-
-        Raises:
-            FeedbackRowError: If a file has changed, the template refuses a row that is not to be replaced, or many rows
-                one after another are unusable.
-        """
+        """Rows as :func:`collate` takes them, in the order asked for."""
         if get_worker_info() is None:
             return self._usable(numbers)
         # Threads of the tokenizer do not outlive a fork; workers are enough.
@@ -205,11 +169,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
         return int(self._replaced.sum())
 
     def row(self, number: int) -> FeedbackRow:
-        """One row, which may yet turn out to be unusable.
-
-        Raises:
-            FeedbackRowError: If its file cannot be read any more, or has changed.
-        """
+        """One row, which may yet turn out to be unusable; a FeedbackRowError if its file has changed."""
         known = self.rows.places[number]
         file = self.rows.files[known["file"]]
         record = self._store.at(int(known["file"]), Place(*(int(known[name]) for name in Place._fields)))
@@ -228,35 +188,30 @@ class StreamDataset(Dataset[dict[str, Any]]):
             for at, row, outcome in zip(list(asked), rows, outcomes, strict=True):
                 number = asked.pop(at)
                 if isinstance(outcome, TokenizedSample):
-                    samples[at] = self._sample(number, row, outcome)
+                    samples[at] = {
+                        "row_id": number, "input_ids": outcome.input_ids, "completion_mask": outcome.completion_mask,
+                        "thumbs_up": row.thumbs_up, "source": self._source(number), "prompt_key": prompt_key(row),
+                        "prompt": words_of(row.prompt),
+                    }  # fmt: skip
                 else:
                     self._note(row, outcome)
                     asked[at] = self._other(int(numbers[at]), tries)
             tries += 1
         return [samples[at] for at in range(len(numbers))]
 
-    def _sample(self, number: int, row: FeedbackRow, outcome: TokenizedSample) -> dict[str, Any]:
-        return {
-            "row_id": number,
-            "input_ids": outcome.input_ids,
-            "completion_mask": outcome.completion_mask,
-            "thumbs_up": row.thumbs_up,
-            "source": self.rows.files[self.rows.places[number]["file"]]["source"],
-            "prompt_key": prompt_key(row),
-            "prompt": words_of(row.prompt),
-        }
+    def _source(self, number: int) -> int:
+        return int(self.rows.files[self.rows.places[number]["file"]]["source"])
 
     def _note(self, row: FeedbackRow, outcome: LeftOut | FeedbackRowError) -> None:
-        if isinstance(outcome, FeedbackRowError) and self._is_strict:
+        if isinstance(outcome, FeedbackRowError) and self._options.bad_rows == "strict":
             raise outcome
         worker = get_worker_info()
         self._replaced[0 if worker is None else 1 + worker.id % _WORKERS] += 1
         reason = outcome.reason if isinstance(outcome, LeftOut) else _MALFORMED
         if reason not in self._told:
             self._told.add(reason)
-            _log.warning(
-                "stream: %s is replaced by another row of its class, and so is each like it: %s", row.place, reason
-            )
+            said = "stream: %s is replaced by another row of its class, and so is each like it: %s"
+            _log.warning(said, row.place, reason)
 
     def _other(self, number: int, tries: int) -> int:
         """The row to try next in the place of one."""
@@ -266,9 +221,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
                 f"expected a usable row in the place of this one, found {_TRIES} others that are not.",
                 "See which rows are left out and why: python -m bco_lightning inspect.",
             )
-        places, random = self.rows.places, np.random.default_rng([self._seed, number, tries])
-        source = self.rows.files[places[number]["file"]]["source"]
-        rows = self.rows.range_of(source) if tries < _TRIES_IN_SOURCE else range(len(places))
+        places, random = self.rows.places, np.random.default_rng([self._options.row_seed, number, tries])
+        rows = self.rows.range_of(self._source(number)) if tries < _TRIES_IN_SOURCE else range(len(places))
         begin = int(random.integers(rows.start, rows.stop))
         # From a random row on, and from the front after the last, the first of the same class.
         for first in (*range(begin, rows.stop, _AT_A_TIME), *range(rows.start, begin, _AT_A_TIME)):
@@ -283,14 +237,7 @@ def _place_of(known: Any, files: Sequence[Mapping[str, Any]]) -> str:
 
 
 class WorkerRowError(FeedbackRowError):
-    """An error in a loader worker, as the loader can raise it anew: it makes one of the text of a traceback alone.
-
-    Args:
-        where: As of any such error.
-        problem: As of any such error.
-        remedy: As of any such error.
-        message: A text that ends in what the error says, in the place of the others.
-    """
+    """An error in a loader worker, as the loader can raise it anew: it makes one of the text of a traceback alone."""
 
     message = "where, problem, remedy"  # torch 2.13 gives the text under this name where a type has such an attribute
 

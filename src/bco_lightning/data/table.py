@@ -8,16 +8,16 @@ import secrets
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
+from bco_lightning.data.options import Conflicts
 
 Array = np.ndarray[Any, Any]
-Conflicts = Literal["keep", "drop", "majority", "last"]
 CONFLICTING = "conflicting thumbs on one answer (data.conflicts)"
 
 _UP, _DOWN, _PROMPT_CUT, _COMPLETION_CUT, _TRAILING_CUT = (1 << bit for bit in range(5))
@@ -51,11 +51,7 @@ _sorted_json = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 
 
 class RowLog:
-    """What is kept of each row in memory: 20 bytes.
-
-    Args:
-        sources: Names of the sources.
-    """
+    """What is kept of each row in memory, by the names of its sources: 20 bytes."""
 
     def __init__(self, sources: Sequence[str]) -> None:
         self._sources, self._reasons, self._kept = list(sources), [""], bytearray()
@@ -69,11 +65,7 @@ class RowLog:
         return np.frombuffer(bytes(self._kept), _KEPT)
 
     def note(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut = _NO_TOKENS) -> tuple[int, str]:
-        """Takes note of a row of the source with that number, and of its tokens, if there are any, or why not.
-
-        Returns:
-            Its prompt's key, and the messages of the prompt as JSON.
-        """
+        """Takes note of a row; gives its prompt's key, and the prompt's messages as JSON."""
         said, prompt = _prompt_digest(row), _sorted_json(row.prompt)
         key, reason = _first_bytes(said), ""
         said.update(f"{prompt}{_sorted_json([row.completion, dict(row.template_options)])}".encode())
@@ -98,8 +90,12 @@ class RowLog:
         """What the rows look like as a whole."""
         rows = self.rows
         sources = np.bincount(rows["source"], minlength=len(self._sources)).tolist()
-        return FeedbackSummary.of(
-            rows["answer"], rows["flags"] & _UP > 0, dict(zip(self._sources, sources, strict=True))
+        up, down = (np.unique(rows["answer"][rows["flags"] & flag > 0]) for flag in (_UP, _DOWN))
+        return FeedbackSummary(
+            rows=len(rows),
+            duplicates=len(rows) - len(up) - len(down),
+            contradictions=len(np.intersect1d(up, down, assume_unique=True)),
+            sources=dict(zip(self._sources, sources, strict=True)),
         )
 
     def digest(self, chosen: Array) -> str:
@@ -139,10 +135,6 @@ class RowTable(RowLog):
     """Tokenized rows on disk in the order of their sources, then divided into data sets with a file each.
 
     They pass the disk twice, since which prompts are held out is known only when all of them are.
-
-    Args:
-        folder: Where files are left.
-        sources: Names of the sources.
     """
 
     def __init__(self, folder: Path, sources: Sequence[str]) -> None:
@@ -171,11 +163,7 @@ class RowTable(RowLog):
             self._flush()
 
     def divide(self, chosen: Mapping[str, Array]) -> dict[str, RowCounts]:
-        """Leaves a file for each named choice of rows, given as a mask over them, with those of its rows that are used.
-
-        Returns:
-            What became of the rows of each choice. The table is complete then.
-        """
+        """Leaves a file for each named choice of rows, a mask over them, with those that are used; counts them all."""
         self._flush()
         self._writer.close()
         counts = {name: self.counts(name, rows) for name, rows in chosen.items()}
@@ -192,7 +180,7 @@ class RowTable(RowLog):
                     numbers[name] += len(used)
                     for row in np.flatnonzero(rows[mine] & (reasons[mine] > 0)).tolist():
                         reason = self.reason(reasons[start + row])
-                        counts[name].left_out[reason].add(batch.column("place")[row].as_py())
+                        counts[name].left_out[reason].take(1, [batch.column("place")[row].as_py()])
                 start = mine.stop
         for file in files.values():
             file.close()
@@ -210,25 +198,14 @@ class RowTable(RowLog):
 
 
 def prompt_key(row: FeedbackRow) -> int:
-    """What the prompt of a row is known by: eight bytes of a digest of what is said in it, and of its tools.
-
-    Rows are held out, compared, grouped, weighted and counted by it.
-    """
+    """What the prompt of a row is known by: eight bytes of a digest of what is said in it, and of its tools."""
     return _first_bytes(_prompt_digest(row))
 
 
 def held_out_prompts(prompt_keys: Array, fraction: float, seed: int = 0) -> Array:
-    """Which rows have one of the prompts to hold out.
+    """Which rows have one of the prompts to hold out: a share of the distinct ones, rounded up, but never all.
 
-    Whether a prompt is held out hangs on its key, and hardly on what other prompts there are.
-
-    Args:
-        prompt_keys: :func:`prompt_key` of each row.
-        fraction: Share of the distinct prompts to hold out, rounded up; one prompt always stays for training.
-        seed: Of the choice.
-
-    Returns:
-        A mask over the rows.
+    Whether a prompt is held out hangs on its key and the seed, and hardly on what other prompts there are.
 
     Example:
         >>> held_out_prompts(np.array([7, 3, 7, 9]), 0.3).tolist()
@@ -252,19 +229,8 @@ def _scattered(keys: Array, seed: int) -> Array:
 def rows_in_conflict(answer_keys: Array, thumbs_up: Array, rule: Conflicts) -> Array:
     """Which rows a rule leaves out because their answer has thumbs of the other kind too.
 
-    Args:
-        answer_keys: A number for the prompt and completion of each row.
-        thumbs_up: The thumb of each row.
-        rule: ``keep`` leaves out none; ``drop`` all rows of such an answer; ``majority`` those of its rarer thumb, or
-            all where both are as frequent; ``last`` those whose thumb is not that of its last row.
-
-    Returns:
-        A mask over the rows.
-
-    Example:
-        >>> keys, thumbs = np.array([7, 7, 7, 8]), np.array([True, False, True, False])
-        >>> [rows_in_conflict(keys, thumbs, rule).tolist() for rule in ("drop", "majority")]
-        [[True, True, True, False], [False, True, False, False]]
+    ``drop`` leaves out all rows of such an answer; ``majority`` those of its rarer thumb, or all where both are as
+    frequent; ``last`` those whose thumb is not that of its last row.
     """
     if rule == "keep" or not len(answer_keys):
         return np.zeros(len(answer_keys), dtype=bool)

@@ -6,18 +6,15 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
 from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens, Conversation
-from bco_lightning.errors import ConfigError, FeedbackRowError, check_choice
-
-LongPrompts = Literal["keep_end", "keep_start", "drop"]
-LongCompletions = Literal["cut", "drop"]
+from bco_lightning.data.options import DataOptions
+from bco_lightning.errors import FeedbackRowError
 
 # Reasons for which a row is left out; rows are counted under them.
 PROMPT_OVER_ITS_LIMIT = "prompt over data.max_prompt_length"
@@ -34,61 +31,6 @@ Row = FeedbackRow | LeftOut | FeedbackRowError
 Outcome = TokenizedSample | LeftOut | FeedbackRowError
 Scripts = list[ChatScript | FeedbackRowError]
 TokenIds = dict[str, list[int]]
-Known = TypeVar("Known")
-
-
-@dataclass(frozen=True)
-class LengthLimits:
-    """Limits of a row in tokens, and what becomes of what is over them.
-
-    Args:
-        max_length: Limit of prompt and completion together.
-        max_prompt_length: Limit of the prompt; if left out, what the completion leaves of ``max_length``, and at least
-            half of it.
-        long_prompts: ``keep_end`` cuts a prompt over its limit on the left, where a leading system message and a BOS
-            token stay; ``keep_start`` cuts it on the right, where what the template writes for the assistant to answer
-            stays; ``drop`` leaves the row out.
-        long_completions: ``cut`` cuts a completion over what the prompt leaves on the right, so that it has no end
-            token; ``drop`` leaves the row out.
-
-    Raises:
-        ConfigError: If the limits leave no room for a prompt and a completion, or a policy is unknown.
-    """
-
-    max_length: int = 1024
-    max_prompt_length: int | None = None
-    long_prompts: LongPrompts = "keep_end"
-    long_completions: LongCompletions = "cut"
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ConfigError("data.max_length", f"expected at least 2 tokens, found {self.max_length}.")
-        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
-            raise ConfigError(
-                "data.max_prompt_length",
-                f"expected at least 1 token and fewer than data.max_length ({self.max_length}), "
-                f"found {self.max_prompt_length}.",
-            )
-        check_choice("data.long_prompts", self.long_prompts, get_args(LongPrompts))
-        check_choice("data.long_completions", self.long_completions, get_args(LongCompletions))
-
-    def prompt_room(self, completion_length: int) -> int:
-        """Tokens that a prompt may have beside a completion of so many.
-
-        Example:
-            >>> LengthLimits(max_length=100).prompt_room(30), LengthLimits(max_length=100).prompt_room(80)
-            (70, 50)
-            >>> LengthLimits(max_length=100, max_prompt_length=20).prompt_room(30)
-            20
-        """
-        if self.max_prompt_length is not None:
-            return self.max_prompt_length
-        return max(self.max_length - completion_length, self.max_length // 2)
-
-    @property
-    def prompt_reason(self) -> str:
-        """Why a row is left out whose prompt is over its room."""
-        return PROMPT_TOO_LONG if self.max_prompt_length is None else PROMPT_OVER_ITS_LIMIT
 
 
 class RowTokenizer:
@@ -97,21 +39,11 @@ class RowTokenizer:
     Prompt and completion are rendered by the template and tokenized apart, so that no token spans their boundary. Only
     what the assistant said in the completion, tool calls included, and the end token after it, carries loss. The name
     of a special token in what the template is told, such as a typed ``<|im_end|>``, comes out as ordinary tokens.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        limits: How long a row may be, and what becomes of longer ones.
-        chat_template: ``None`` for the tokenizer's own, ``plain`` for the bare texts one after the other, or the path
-            of a Jinja file.
-
-    Raises:
-        LanguageModelError: If the tokenizer has no chat template and none is given.
-        ConfigError: If the template file does not exist.
     """
 
-    def __init__(self, tokenizer: Any, limits: LengthLimits, chat_template: str | None = None) -> None:
-        self.tokenizer, self.limits, self._given_template = tokenizer, limits, chat_template
-        self.chat_template = chosen_template(tokenizer, chat_template)
+    def __init__(self, tokenizer: Any, options: DataOptions) -> None:
+        self.tokenizer, self._options = tokenizer, options
+        self.chat_template = chosen_template(tokenizer, options.chat_template)
         self._control = ControlTokens(tokenizer)
         self._template = ChatTemplate(tokenizer, self.chat_template, self._control)
         self._is_blank = lru_cache(maxsize=64)(lambda token_ids: not tokenizer.decode(token_ids).strip())
@@ -119,21 +51,14 @@ class RowTokenizer:
         self._own_bos = first if first == [tokenizer.bos_token_id] else []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RowTokenizer, (self.tokenizer, self.limits, self._given_template)  # to loader workers of a stream
+        return RowTokenizer, (self.tokenizer, self._options)  # to loader workers of a stream
 
     def render_prompt(self, prompt: list[Message]) -> str:
         """The prompt as text, up to where the assistant begins to speak."""
         return self._template.render(Conversation(prompt), asks_next=True)
 
     def tokenize(self, row: FeedbackRow) -> TokenizedSample | LeftOut:
-        """Tokenizes one row.
-
-        Args:
-            row: A validated row.
-
-        Returns:
-            The sample, or why the row is left out: it is over a limit and was to be dropped, the limits leave no room
-            for tokens to learn from, or it holds the name of a control token that cannot be written as text.
+        """The row as tokens, or why it is left out: it is over a limit, or holds what cannot be had as text.
 
         Raises:
             FeedbackRowError: If the template fails on the row, does not extend the prompt by the completion or prints
@@ -149,33 +74,31 @@ class RowTokenizer:
         scripts = self._scripts(rows)
         return self._outcomes(rows, scripts, self._encode_all(scripts))
 
-    def tokenize_all(self, items: Iterable[tuple[Row, Known]]) -> Iterator[tuple[Row, Known, Outcome]]:
-        """Tokenizes rows that come one by one, each with what is known of it, in their order.
+    def tokenize_all(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Outcome]]:
+        """Each of many rows with its outcome, in order; what is no row is its own.
 
-        The tokenizer leaves the interpreter free, so the next rows are read and rendered meanwhile. What is no row is
-        its own outcome.
+        The tokenizer leaves the interpreter free, so the next rows are read and rendered meanwhile.
         """
         with ThreadPoolExecutor(max_workers=2) as threads:
-            waiting: deque[tuple[list[tuple[Row, Known]], Sequence[FeedbackRow], Scripts, Future[TokenIds]]] = deque()
-            for batch in _batches(items):
-                rows = [row for row, _ in batch if isinstance(row, FeedbackRow)]
-                scripts = self._scripts(rows)
-                waiting.append((batch, rows, scripts, threads.submit(self._encode_all, scripts)))
+            waiting: deque[tuple[list[Row], list[FeedbackRow], Scripts, Future[TokenIds]]] = deque()
+
+            def finished() -> Iterator[tuple[Row, Outcome]]:
+                batch, valid, scripts, token_ids = waiting.popleft()
+                outcomes = iter(self._outcomes(valid, scripts, token_ids.result()))
+                return ((row, next(outcomes) if isinstance(row, FeedbackRow) else row) for row in batch)
+
+            for batch in _batches(rows):
+                valid = [row for row in batch if isinstance(row, FeedbackRow)]
+                scripts = self._scripts(valid)
+                waiting.append((batch, valid, scripts, threads.submit(self._encode_all, scripts)))
                 if len(waiting) > _AHEAD:
-                    yield from self._finished(*waiting.popleft())
+                    yield from finished()
             while waiting:
-                yield from self._finished(*waiting.popleft())
+                yield from finished()
 
     def _scripts(self, rows: Sequence[FeedbackRow]) -> Scripts:
         self._encode("")  # takes back the truncation and padding of an earlier call, which stay with the tokenizer
         return self._template.scripts(rows)
-
-    def _finished(
-        self, batch: list[tuple[Row, Known]], rows: Sequence[FeedbackRow], scripts: Scripts, token_ids: Future[TokenIds]
-    ) -> Iterator[tuple[Row, Known, Outcome]]:
-        outcomes = iter(self._outcomes(rows, scripts, token_ids.result()))
-        for row, known in batch:
-            yield row, known, next(outcomes) if isinstance(row, FeedbackRow) else row
 
     def _outcomes(self, rows: Sequence[FeedbackRow], scripts: Scripts, token_ids: TokenIds) -> list[Outcome]:
         return [
@@ -240,15 +163,17 @@ class RowTokenizer:
         self, row: FeedbackRow, script: ChatScript, prompt_ids: list[int], completion_ids: list[int], mask: list[bool]
     ) -> TokenizedSample | LeftOut:
         num_prompt, num_completion = len(prompt_ids), len(completion_ids)
-        prompt_room = self.limits.prompt_room(num_completion)
+        most, options = self._options.max_length, self._options
+        # What the completion leaves, and at least half.
+        prompt_room = options.max_prompt_length or max(most - num_completion, most // 2)
         if num_prompt > prompt_room:
-            if self.limits.long_prompts == "drop":
-                return LeftOut(row.place, self.limits.prompt_reason)
+            if options.long_prompts == "drop":
+                return LeftOut(row.place, PROMPT_OVER_ITS_LIMIT if options.max_prompt_length else PROMPT_TOO_LONG)
             prompt_ids = self._cut(row, script, prompt_ids, prompt_room)
             if not prompt_ids:
                 return LeftOut(row.place, NO_ROOM_FOR_PROMPT)
-        room = self.limits.max_length - len(prompt_ids)
-        if num_completion > room and self.limits.long_completions == "drop":
+        room = most - len(prompt_ids)
+        if num_completion > room and options.long_completions == "drop":
             return LeftOut(row.place, COMPLETION_TOO_LONG)
         # The first token of all is predicted from nothing, so there is nothing to learn from it.
         first = 0 if prompt_ids else 1
@@ -266,7 +191,7 @@ class RowTokenizer:
 
     def _cut(self, row: FeedbackRow, script: ChatScript, prompt_ids: list[int], room: int) -> list[int]:
         """So many tokens of a longer prompt; none if what has to stay leaves no room for others."""
-        keep_end = self.limits.long_prompts == "keep_end"
+        keep_end = self._options.long_prompts == "keep_end"
         kept = self._head(row, script, prompt_ids) if keep_end else self._tail(row, script)
         others = room - len(kept)
         if others <= 0:
@@ -307,14 +232,13 @@ class RowTokenizer:
         return self._control.encode(text, script.conversation)
 
 
-def _batches(items: Iterable[tuple[Row, Known]]) -> Iterator[list[tuple[Row, Known]]]:
-    pending: list[tuple[Row, Known]] = []
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    pending: list[Row] = []
     characters = 0
-    for item in items:
-        pending.append(item)
-        if isinstance(item[0], FeedbackRow):
-            messages = (*item[0].prompt, *item[0].completion)
-            characters += sum([len(message.get("content") or "") for message in messages])
+    for row in rows:
+        pending.append(row)
+        if isinstance(row, FeedbackRow):
+            characters += sum([len(message.get("content") or "") for message in (*row.prompt, *row.completion)])
         if len(pending) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield pending
             pending, characters = [], 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 
-from bco_lightning.data.options import DataOptions, FormatName, Source
+from bco_lightning.data.options import DataOptions, FormatName
 from bco_lightning.data.order import RowOrder, pools_of
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_sets import RowReader, RowSet, row_format_of
@@ -21,19 +20,13 @@ from bco_lightning.errors import FeedbackRowError
 
 
 class TrainingRows:
-    """Rows to train on.
-
-    Args:
-        row_set: The rows.
-        options: How they were read, and are drawn.
-        reader: What has read them.
-    """
+    """Rows to train on, by how they were read and are drawn."""
 
     def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader) -> None:
         self.row_set, self._options, self._reader = row_set, options, reader
         self.weights = [source.weight for source in options.sources("train")]
         self._known_order: tuple[int, RowOrder] | None = None
-        pools = pools_of(self._column("thumbs_up"), self._options.row_seed, by_class=True, **self._by_source())
+        pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=True, **self._by_source())
         self.class_counts = len(pools[0]), len(pools[1])  # of an epoch, weights of sources included
 
     @property
@@ -57,7 +50,7 @@ class TrainingRows:
             elif options.group_by_prompt:
                 near = {"groups": self._column("prompt_key")}
             thumbs_up, by_class = self._column("thumbs_up"), options.balanced_sampling
-            pools = pools_of(thumbs_up, self._options.row_seed, by_class=by_class, **self._by_source(), **near)
+            pools = pools_of(thumbs_up, options.row_seed, by_class=by_class, **self._by_source(), **near)
             self._known_order = rows_per_step, RowOrder(pools, [rows_per_step // len(pools)] * len(pools))
         return self._known_order[1]
 
@@ -70,21 +63,16 @@ class TrainingRows:
         for source in self._options.sources("train"):
             makers.append(RowMaker(row_format_of(self._options, source)))
             makers[-1].format = cast(FormatName, formats[source.label])
-        is_strict = self._options.bad_rows == "strict"
-        return StreamDataset(rows, makers, self._reader.row_tokenizer, self._options.row_seed, is_strict=is_strict)
+        return StreamDataset(rows, makers, self._reader.row_tokenizer, self._options)
 
     def table(self, most: int) -> Dataset:
-        """The rows as a table; of a stream about ``most`` of them, drawn evenly from all over.
-
-        Raises:
-            FeedbackRowError: If none of these is usable.
-        """
+        """The rows as a table; of a stream the usable ones of about ``most``, drawn evenly from all over."""
         rows, dataset = self.row_set.dataset, self.dataset()
         if not isinstance(rows, StreamRows) or not isinstance(dataset, StreamDataset):
             return dataset
-        sources = rows.sources
-        drawn = ((dataset.row(number), int(sources[number])) for number in rows.drawn_evenly(most))
-        return self._reader.tokenized(drawn, self._options.sources("train"))
+        drawn = rows.drawn_evenly(most)
+        sources = rows.column("source")[drawn].tolist()
+        return self._reader.tokenized(map(dataset.row, drawn), sources, self._options.sources("train"))
 
     def passes_of(self, table: Dataset) -> Array | None:
         """How often an epoch draws each row of a table of them, about; ``None`` if all alike."""
@@ -97,40 +85,29 @@ class TrainingRows:
         return rows.place_of(row_id) if isinstance(rows, StreamRows) else str(rows[row_id]["place"])
 
     def check_classes(self) -> None:
-        """Says what is unusual about the classes.
-
-        Raises:
-            FeedbackRowError: If there is only one.
-        """
+        """Says what is unusual about the classes; a FeedbackRowError if there is only one."""
         num_up, num_down = self.class_counts
-        _require_both_classes(num_up, num_down, self._options.sources("train"))
+        if not (num_up and num_down):
+            raise FeedbackRowError(
+                ", ".join(public_name(source.path) for source in self._options.sources("train")),
+                f"expected thumbs of both kinds to train on, found {num_up + num_down:.0f} rows that are all "
+                f"{'thumbs-up' if num_up else 'thumbs-down'}.",
+                "A classifier needs both classes; for good examples alone use supervised fine-tuning.",
+            )
+        if (share := min(num_up, num_down) / (num_up + num_down)) < 0.2:
+            rank_zero_info(
+                f"Only {share:.0%} of the training rows are of the rarer class. model.class_weights: auto keeps the "
+                "loss balanced; data.balanced_sampling: true also makes every step see both classes."
+            )
         if self._options.balanced_sampling:
             rank_zero_info(_balance_in_words(num_up, num_down))
 
     def _column(self, name: str) -> Array:
         rows: Any = self.row_set.dataset
-        if isinstance(rows, StreamRows):
-            return rows.thumbs_up if name == "thumbs_up" else rows.sources
-        return np.asarray(rows.data.column(name))
+        return rows.column(name) if isinstance(rows, StreamRows) else np.asarray(rows.data.column(name))
 
     def _by_source(self) -> dict[str, Any]:
         return {"sources": self._column("source"), "weights": self.weights}
-
-
-def _require_both_classes(num_up: float, num_down: float, sources: Sequence[Source]) -> None:
-    if not (num_up and num_down):
-        raise FeedbackRowError(
-            ", ".join(public_name(source.path) for source in sources),
-            f"expected thumbs of both kinds to train on, found {num_up + num_down:.0f} rows that are all "
-            f"{'thumbs-up' if num_up else 'thumbs-down'}.",
-            "A classifier needs both classes; for good examples alone use supervised fine-tuning.",
-        )
-    share = min(num_up, num_down) / (num_up + num_down)
-    if share < 0.2:
-        rank_zero_info(
-            f"Only {share:.0%} of the training rows are of the rarer class. model.class_weights: auto keeps the loss "
-            "balanced; data.balanced_sampling: true also makes every step see both classes."
-        )
 
 
 def _balance_in_words(num_up: float, num_down: float) -> str:
