@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
 from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat
 from bco_lightning.data.labels import LabelVocabulary, thumb_by_rule
-from bco_lightning.data.records.csv_rows import number_in, thumb_in
+from bco_lightning.data.records.csv_rows import Cells, number_in, thumb_in
 from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 
@@ -39,7 +39,7 @@ class RowMaker:
         self.labels = LabelVocabulary(options.columns.thumbs)
 
     @property
-    def cells(self) -> dict[str, Callable[[str], Any]]:
+    def cells(self) -> Cells:
         """What the cells of a CSV mean, by column: thumbs, unless labels are mapped as they stand, and ratings."""
         columns, rule = self.options.columns, self.options.rating
         rated = (rule.column or columns.label, *rule.untouched) if rule else ()

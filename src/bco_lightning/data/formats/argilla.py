@@ -34,18 +34,14 @@ def candidates(record: Record, origin: Origin) -> Rows:
         given = {question: objects_in(listed) for question, listed in nested.items() if isinstance(listed, list)}
     else:
         given = {name.removesuffix(_FLAT): _flat(record, name) for name in record if name.endswith(_FLAT)}
-    used = {
-        question: [response for response in responses if _is_used(response)] for question, responses in given.items()
-    }
-    scores, users = (
-        {question: [response.get(key) for response in responses] for question, responses in used.items()}
-        for key in ("value", "user_id")
-    )
+    scores: dict[str, list[Any]] = {question: [] for question in given}
+    users: dict[str, list[Any]] = {question: [] for question in given}
+    for question, responses in given.items():
+        for response in responses:
+            if response.get("value") is not None and response.get("status") in (None, "submitted"):
+                scores[question].append(response["value"])
+                users[question].append(response.get("user_id"))
     yield from rated_by(scores, lambda: unrated_row(columns, origin), origin, users)
-
-
-def _is_used(response: Record) -> bool:
-    return response.get("value") is not None and response.get("status") in (None, "submitted")
 
 
 def _flat(record: Record, name: str) -> list[Record]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from bco_lightning.data.files import HUB, arrow_folder, expand, size_of, suffixes_of
-from bco_lightning.data.records.csv_rows import csv_rows
+from bco_lightning.data.records.csv_rows import Cells, csv_rows
 from bco_lightning.data.records.json_document import document_records
 from bco_lightning.data.records.json_lines import JsonLines, line_records
 from bco_lightning.data.records.parquet import ParquetRows
@@ -22,10 +22,10 @@ from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 
 _OPEN_FILES = 64
-_NO_CELLS: Mapping[str, Callable[[str], Any]] = {}
+_NO_CELLS: Cells = {}
 
 
-def record_file(path: str, cells: Mapping[str, Callable[[str], Any]] = _NO_CELLS) -> RecordFile:
+def record_file(path: str, cells: Cells = _NO_CELLS) -> RecordFile:
     """The file of a path, as :func:`~bco_lightning.data.files.expand` gives it, by its suffix.
 
     Of a CSV, ``cells`` says what those of a column mean; every other one is the text that it is.

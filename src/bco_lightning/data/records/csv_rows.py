@@ -23,13 +23,15 @@ from bco_lightning.data.records.strict_json import (
 from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 
+# What a cell means, by the name of its column.
+Cells = Mapping[str, Callable[[str], Any]]
 # CSV has no types; these cells are what spreadsheets and pandas write for numbers and booleans.
 _THUMBS = {"1": 1, "0": 0, "-1": -1, "True": True, "False": False, "TRUE": True, "FALSE": False}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _SURROGATE, _NUL = re.compile("[\ud800-\udfff]"), "\udc00"
 
 
-def csv_rows(file: RecordFile, cells: Mapping[str, Callable[[str], Any]]) -> Read:
+def csv_rows(file: RecordFile, cells: Cells) -> Read:
     """The rows of a ``.csv`` file, or of a ``.tsv`` file, which is delimited by tabs; a place is a row's last line."""
     csv.field_size_limit(MAX_LINE_BYTES)
     bytes_of_row = 0
@@ -74,9 +76,7 @@ def number_in(cell: str) -> float | str:
     return number if math.isfinite(number := float(digits)) else cell
 
 
-def _record(
-    header: list[str], row: list[str], cells: Mapping[str, Callable[[str], Any]], place: str
-) -> Record | FeedbackRowError:
+def _record(header: list[str], row: list[str], cells: Cells, place: str) -> Record | FeedbackRowError:
     if (problem := _problem_of(row, place)) is not None:
         return problem
     if len(row) != len(header):
