@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,9 +28,10 @@ from transformers import (
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
+from bco_lightning.models import log_probs
 from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model
-from bco_lightning.models.log_probs import Tile, completion_log_probs, token_log_probs
+from bco_lightning.models.log_probs import completion_log_probs, token_log_probs
 from tests.conftest import REAL_MODEL
 
 SMALL: dict[str, Any] = {
@@ -87,10 +89,15 @@ def naive_float64(model: nn.Module, batch: FeedbackBatch) -> Tensor:
     return torch.stack(sums)
 
 
-def agreement(model: nn.Module, batch: FeedbackBatch, tile: Tile | None) -> tuple[float, float]:
+def tiles(rows: int, columns: int) -> Any:
+    """Within it so much of the logits exists at a time."""
+    return patch.object(log_probs, "tile_for", lambda _: (rows, columns))
+
+
+def agreement(model: nn.Module, batch: FeedbackBatch) -> tuple[float, float]:
     """Largest difference per sequence in nats, and relative difference of the gradient."""
     oracle = copy.deepcopy(model).double()
-    ours = completion_log_probs(model, batch, tile)
+    ours = completion_log_probs(model, batch)
     theirs = naive_float64(oracle, batch)
     weights = torch.linspace(-1, 2, len(batch))
     (ours * weights).sum().backward()
@@ -105,9 +112,10 @@ def agreement(model: nn.Module, batch: FeedbackBatch, tile: Tile | None) -> tupl
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "gpt2", "gemma2", "granite", "cohere"])
-@pytest.mark.parametrize("tile", [Tile(7, 10), Tile(1000, 1000)])
-def test_small_models_of_every_kind_of_head_agree(name: str, tile: Tile) -> None:
-    difference, gradient = agreement(build(name), make_batch(97, [(3, 9), (12, 1), (1, 20)]), tile)
+@pytest.mark.parametrize("tile", [(7, 10), (1000, 1000)])
+def test_small_models_of_every_kind_of_head_agree(name: str, tile: tuple[int, int]) -> None:
+    with tiles(*tile):
+        difference, gradient = agreement(build(name), make_batch(97, [(3, 9), (12, 1), (1, 20)]))
     assert difference < 2e-4
     assert gradient < 1e-4
 
@@ -118,7 +126,7 @@ def test_the_real_model_agrees() -> None:
     for parameter in model.model.layers[:28].parameters():
         parameter.requires_grad_(False)
     set_layout(model, "packed")
-    difference, gradient = agreement(model, make_batch(49_152, [(20, 30), (5, 60), (30, 10)]), None)
+    difference, gradient = agreement(model, make_batch(49_152, [(20, 30), (5, 60), (30, 10)]))
     assert difference < 2e-4
     assert gradient < 1e-4
 
@@ -137,29 +145,32 @@ def head(trained: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | No
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("soft_cap", [None, 3.0])
-@pytest.mark.parametrize("tile", [Tile(5, 10), Tile(64, 64)])
+@pytest.mark.parametrize("tile", [(5, 10), (64, 64)])
 def test_a_head_in_tiles_is_a_float64_log_softmax(
-    trained: bool, bias: bool, soft_cap: float | None, tile: Tile
+    trained: bool, bias: bool, soft_cap: float | None, tile: tuple[int, int]
 ) -> None:
     states, targets, weight, shift = head(trained, bias)
     leaves = [tensor for tensor in (states, weight, shift) if tensor is not None and tensor.requires_grad]
-    found = token_log_probs(states, targets, weight, shift, scale=0.7, soft_cap=soft_cap, tile=tile)
+    with tiles(*tile):
+        found = token_log_probs(states, targets, weight, shift, scale=0.7, soft_cap=soft_cap)
     logits = (states.double() @ weight.double().T + (0 if shift is None else shift.double())) * 0.7
     logits = logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
     exact = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert torch.allclose(found.double(), exact, atol=2e-5)
     coefficients = torch.linspace(-1, 1, 23)
-    gradients = torch.autograd.grad((found * coefficients).sum(), leaves)
+    with tiles(*tile):
+        gradients = torch.autograd.grad((found * coefficients).sum(), leaves)
     for ours, theirs in zip(gradients, torch.autograd.grad((exact * coefficients).sum(), leaves), strict=True):
         assert torch.linalg.norm(ours - theirs) < 1e-5 * torch.linalg.norm(theirs)
 
 
+@tiles(5, 10)
 def test_a_frozen_head_gives_the_bits_of_a_trained_one_and_of_no_gradient() -> None:
     states, targets, weight, shift = head(trained=False, bias=True)
-    frozen = token_log_probs(states, targets, weight, shift, tile=Tile(5, 10))
+    frozen = token_log_probs(states, targets, weight, shift)
     with torch.no_grad():
-        assert torch.equal(token_log_probs(states, targets, weight, shift, tile=Tile(5, 10)), frozen)
-    assert torch.equal(token_log_probs(states, targets, weight.requires_grad_(), shift, tile=Tile(5, 10)), frozen)
+        assert torch.equal(token_log_probs(states, targets, weight, shift), frozen)
+    assert torch.equal(token_log_probs(states, targets, weight.requires_grad_(), shift), frozen)
 
 
 def test_logits_far_apart_and_coefficients_near_zero_make_no_denormal_numbers() -> None:
@@ -187,7 +198,8 @@ def test_a_head_under_autocast_computes_in_bfloat16_and_sums_in_float32() -> Non
 
 def test_an_adapted_head_is_trained_through_its_adapter() -> None:
     adapted = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
-    difference, gradient = agreement(adapted.get_base_model(), make_batch(97, [(3, 9), (12, 1)]), Tile(4, 97))
+    with tiles(4, 97):
+        difference, gradient = agreement(adapted.get_base_model(), make_batch(97, [(3, 9), (12, 1)]))
     assert difference < 2e-4
     assert gradient < 1e-4
 

@@ -19,9 +19,9 @@ from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.cli.app import main
 from bco_lightning.cli.plan import PlanOptions, memory_of
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.models import fused_layers
-from bco_lightning.models.log_probs import Tile, completion_log_probs
-from bco_lightning.models.unloaded import unloaded_model
+from bco_lightning.models import fused_layers, log_probs
+from bco_lightning.models.load import unloaded_model
+from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.parallel.strategy import named_strategy
 from tests.conftest import REAL_MODEL
@@ -138,6 +138,7 @@ def test_what_comes_and_goes_is_what_is_alive_in_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(fused_layers, "_CPU_ROWS", 10**9)
+    monkeypatch.setattr(log_probs, "tile_for", lambda _: (256, 512))
     options = PlanOptions(
         model_folder, 1, "ddp", lora_r, dtype, precision, max_length=1200, completion_tokens=200,
         gradient_checkpointing=gradient_checkpointing,
@@ -152,7 +153,7 @@ def test_what_comes_and_goes_is_what_is_alive_in_a_step(
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss = completion_log_probs(policy, batch, Tile(256, 512)).sum()
+            loss = completion_log_probs(policy, batch).sum()
         loss.backward()
 
     step()  # gradients are there from now on

@@ -41,14 +41,6 @@ def test_a_damaged_file_is_passed_over_with_its_name(damage: str, tmp_path: Path
     assert content(tmp_path) == {1: -1.0, 2: -2.0}
 
 
-def test_values_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path) -> None:
-    write_records(tmp_path, records((1, np.nan), (2, -2.0), (3, -np.inf)))
-    write_records(tmp_path, records((4, np.nan)))
-    assert len(list(tmp_path.iterdir())) == 1
-    on_disk._write_whole(tmp_path, records((5, np.inf)))
-    assert content(tmp_path) == {2: -2.0}
-
-
 def write_many(folder: str, first: int) -> None:
     for number in range(first, first + 60, 2):
         write_records(Path(folder), records((number, -number), (1000, -1000)))

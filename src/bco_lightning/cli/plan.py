@@ -15,7 +15,7 @@ from torch import nn
 
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.layout import decoder_layers_of
-from bco_lightning.models.unloaded import NAMED_SHAPES, unloaded_model
+from bco_lightning.models.load import NAMED_SHAPES, unloaded_model
 
 GIB = 2**30
 Shape = tuple[int, ...]

@@ -11,8 +11,7 @@ import torch
 
 from bco_lightning.errors import UserError
 from bco_lightning.inspection.numbers import RowArrays
-from bco_lightning.models.load import resolve_dtype
-from bco_lightning.models.unloaded import unloaded_model
+from bco_lightning.models.load import resolve_dtype, unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.options import LoraSettings
 

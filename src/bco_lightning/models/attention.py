@@ -20,11 +20,7 @@ PACKED = "bco_packed"  # the name under which transformers knows this attention
 
 
 class PackedRows:
-    """The spans of a packed sequence, as the attention layers of one forward pass need them.
-
-    Args:
-        spans: What the sequence is made of, in order and without gaps.
-    """
+    """The spans of a packed sequence, as the attention layers of one forward pass need them."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.sizes = [span.stop - span.start for span in spans]
@@ -59,24 +55,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each span to itself and to its prefix; transformers' own where nothing is packed.
 
-    Args:
-        module: The attention layer.
-        query: Shape ``(1, heads, S, head_size)``.
-        key: Shape ``(1, key_value_heads, S, head_size)``.
-        value: Like ``key``.
-        attention_mask: Not looked at for packed rows.
-        packed_rows: What the sequence is made of.
-        scaling: Of the products of query and key.
-        softcap: Cap of the scores (Gemma 2), none if left out.
-        sliding_window: How many tokens back a token sees, itself included; all if left out.
-        kwargs: What else transformers hands to attention functions.
-
-    Returns:
-        Shape ``(1, S, heads, head_size)``, and no attention weights.
+    Query, key and value are ``(1, heads, S, head_size)``, fewer heads of the latter; what comes out is
+    ``(1, S, heads, head_size)``, and no attention weights. ``softcap`` caps the scores (Gemma 2); of a
+    ``sliding_window`` the token itself is one.
     """
     groups = query.shape[1] // key.shape[1]
-    if packed_rows is not None:
-        packed_rows.windows.add(sliding_window)
     if packed_rows is None:
         if softcap is None:
             return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -88,6 +71,7 @@ def packed_attention(
         mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
         capped = _capped_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, scaling, softcap)
         return capped.transpose(1, 2).contiguous(), None
+    packed_rows.windows.add(sliding_window)
     # Repeated once for all spans: on a CPU SDPA's own grouping has a slower backward pass.
     keys = repeat_kv(key, groups).split(packed_rows.sizes, dim=2)
     values = repeat_kv(value, groups).split(packed_rows.sizes, dim=2)

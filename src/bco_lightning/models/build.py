@@ -44,26 +44,12 @@ class ModelBuilder:
             raise ConfigError(
                 "model.optimizer", f"expected adamw for weights that are cut up, found {options.optimizer}."
             )
-        model = load_policy(
-            options.name_or_path,
-            self._dtype,
-            options.lora,
-            options.seed or 0,
-            options.quantization,
-            mapped=self.sharding is not None,
-            cache_folder=options.cache_folder,
-        )
+        model = load_policy(options.name_or_path, self._dtype, options.lora, options.seed or 0, **self._how)
         return model, self._prepare(model).words
 
     def reference(self) -> PreTrainedModel:
         """The reference as a model of its own."""
-        model = load_language_model(
-            self.reference_name,
-            self._dtype,
-            self.options.quantization,
-            mapped=self.sharding is not None,
-            cache_folder=self.options.cache_folder,
-        )
+        model = load_language_model(self.reference_name, self._dtype, **self._how)
         self._prepare(model)
         return model
 
@@ -84,16 +70,18 @@ class ModelBuilder:
     def _dtype(self) -> torch.dtype:
         return resolve_dtype(self.options.dtype, self.options.lora, self.device)
 
+    @property
+    def _how(self) -> dict[str, Any]:
+        options, mapped = self.options, self.sharding is not None
+        return {"quantization": options.quantization, "mapped": mapped, "cache_folder": options.cache_folder}
+
     def _prepare(self, model: Any) -> Preparation:
         if self.sharding is None:
             model.to(self.device)
-        rows, longest = (), None
-        if self.data is not None:
-            data = self.data
-            sets = (data.train_dataset, data.validation_dataset, data.test_dataset, data.predict_dataset)
-            rows, longest = next((rows for rows in sets if rows is not None), ()), data.options.max_length
-        options = self.options
-        return prepare(model, options.layout, compiled=options.compile, rows=rows, longest=longest)
+        names = ("train_dataset", "validation_dataset", "test_dataset", "predict_dataset")
+        rows: Any = next((rows for name in names if (rows := getattr(self.data, name, None)) is not None), ())
+        longest = self.data.options.max_length if self.data is not None else None
+        return prepare(model, self.options.layout, compiled=self.options.compile, rows=rows, longest=longest)
 
 
 def refuse_precision(precision: str) -> None:

@@ -1,4 +1,7 @@
-"""One way in: a hub id, a folder, a GGUF file, ``package:NAME`` or a PEFT adapter becomes a policy or a reference."""
+"""One way in: a hub id, a folder, a GGUF file, ``package:NAME`` or a PEFT adapter becomes a policy or a reference.
+
+A model whose weights are neither read nor made, for what is worked out beforehand, comes this way too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,14 @@ import torch
 from peft import PeftConfig
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from bco_lightning.errors import ConfigError, LanguageModelError
@@ -22,6 +32,9 @@ from bco_lightning.options import Dtype, LoraSettings, Quantization
 from bco_lightning.places import cache_root, resolve_packaged
 
 _STORED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Published Llama 3.1: hidden size, layers, heads, key-value heads, feed-forward size.
+_LLAMA = {"8B": (4096, 32, 32, 8, 14336), "70B": (8192, 80, 64, 8, 28672), "405B": (16384, 126, 128, 8, 53248)}
+NAMED_SHAPES = tuple(_LLAMA)
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,37 @@ def load_policy(
             policy = add_adapters(base, lora, seed, name_or_path)
     _disable_dropout(policy)
     return policy.eval()  # type: ignore[no-any-return]
+
+
+def unloaded_model(name_or_path: str, lora: LoraSettings | None = None) -> Any:
+    """A model on PyTorch's meta device, with ``lora`` a PEFT model of one: shapes and names alone.
+
+    Source:
+        Grattafiori et al. 2024, "The Llama 3 Herd of Models", arXiv:2407.21783, table 3; the vocabulary and the size of
+        405B's key-value heads as in the published configs.
+    """
+    given = f"Give {', '.join(NAMED_SHAPES)}, a hub id, a folder, a .gguf file or package:NAME."
+    with in_words(name_or_path, "causal language model", given), torch.device("meta"):
+        if name_or_path in _LLAMA:
+            hidden, layers, heads, key_value_heads, feed_forward = _LLAMA[name_or_path]
+            config: Any = LlamaConfig(
+                vocab_size=128_256,
+                hidden_size=hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=key_value_heads,
+                intermediate_size=feed_forward,
+                tie_word_embeddings=False,
+            )
+        else:
+            source = locate_model(name_or_path)
+            if source.is_adapter:
+                remedy = "Name its base model, and the rank of the adapters."
+                raise LanguageModelError(name_or_path, "expected a model, found an adapter.", remedy)
+            gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **gguf)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return model if lora is None else add_adapters(model, lora, 0, name_or_path)
 
 
 def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device) -> torch.dtype:

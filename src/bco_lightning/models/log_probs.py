@@ -6,6 +6,7 @@ backward pass computes each tile again; under a frozen head it uses gradients th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,43 +25,22 @@ from bco_lightning.parallel.sharding import run_gathered
 _LEAST_LOG_PROB, _LEAST_COEFFICIENT = -60.0, 1e-10
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How much of the logits exists at a time: ``rows`` positions by ``columns`` entries of the vocabulary.
+def tile_for(device: torch.device) -> tuple[int, int]:
+    """How many positions, and entries of the vocabulary, of the logits exist at a time.
 
-    16 MiB of float32 stay in a CPU's cache: measured 1.3 (float32) to 2 times (bfloat16) as fast as whole rows. The
-    size for GPUs was chosen on paper, so that few kernels are launched.
+    On a CPU their 16 MiB of float32 stay in its cache: measured 1.3 (float32) to 2 times (bfloat16) as fast as whole
+    rows. The size for GPUs was chosen on paper, so that few kernels are launched.
     """
-
-    rows: int = 1024
-    columns: int = 4096
-
-    @classmethod
-    def for_device(cls, device: torch.device) -> Tile:
-        """The size for a kind of device."""
-        return cls() if device.type == "cpu" else cls(4096, 16384)
+    return (1024, 4096) if device.type == "cpu" else (4096, 16384)
 
 
-def completion_log_probs(
-    model: PreTrainedModel,
-    batch: FeedbackBatch,
-    tile: Tile | None = None,
-    trunk_states_SH: Tensor | None = None,
-) -> Tensor:
-    """Log-probability of each row's completion given its prompt, summed over the tokens that carry loss.
+def completion_log_probs(model: PreTrainedModel, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
+    """Log-probability ``(B,)`` of each row's completion given its prompt, summed over the tokens that carry loss.
 
-    The head runs in the model's data type; log-softmax and sums are float32.
-
-    Args:
-        model: A transformers causal language model, or a PEFT model around one.
-        batch: A packed micro-batch on the model's device.
-        tile: How much of the logits exists at a time.
-        trunk_states_SH: What goes in place of the tokens, for a model without its trunk.
-
-    Returns:
-        Shape ``(B,)``, float32, in nats.
+    In nats and float32; the head runs in the model's data type. ``trunk_states_SH`` go in place of the tokens, for a
+    model without its trunk.
     """
-    token_log_probs_N = completion_token_log_probs(model, batch, tile, trunk_states_SH)
+    token_log_probs_N = completion_token_log_probs(model, batch, trunk_states_SH)
     # A float32 sum of some hundred tokens is off by more than everything before it. MPS has no float64.
     exact = torch.float32 if token_log_probs_N.device.type == "mps" else torch.float64
     zeros_B = token_log_probs_N.new_zeros(len(batch), dtype=exact)
@@ -68,16 +48,12 @@ def completion_log_probs(
 
 
 def completion_token_log_probs(
-    model: PreTrainedModel,
-    batch: FeedbackBatch,
-    tile: Tile | None = None,
-    trunk_states_SH: Tensor | None = None,
+    model: PreTrainedModel, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None
 ) -> Tensor:
     """:func:`completion_log_probs` of each token that carries loss, shape ``(N,)``."""
 
     def score(causal_lm: Any) -> Tensor:
-        hidden_NH = predicting_states(causal_lm, batch, trunk_states_SH)
-        return _head_log_probs(causal_lm, hidden_NH, batch.targets_N, tile)
+        return _head_log_probs(causal_lm, predicting_states(causal_lm, batch, trunk_states_SH), batch.targets_N)
 
     found_N: Tensor = run_gathered(causal_lm_of(model), score)
     return found_N
@@ -91,23 +67,12 @@ def token_log_probs(
     *,
     scale: float = 1.0,
     soft_cap: float | None = None,
-    tile: Tile | None = None,
 ) -> Tensor:
-    """Log-softmax of a linear head at one target for each position, differentiable, without its logits.
+    """Log-softmax ``(N,)`` of a linear head at one target for each position, differentiable, without its logits.
 
-    Args:
-        hidden_NH: Hidden states, float32, bfloat16 or float16.
-        targets_N: Entries of the vocabulary; int64.
-        weight_VH: The head's weight.
-        bias_V: The head's bias.
-        scale: What logits are multiplied by.
-        soft_cap: What logits are capped at by a hyperbolic tangent, after scaling; not capped if left out.
-        tile: How much of the logits exists at a time; chosen by the device if left out.
-
-    Returns:
-        Shape ``(N,)``, float32, in nats.
+    In nats and float32. Logits are multiplied by ``scale``, then capped at ``soft_cap`` by a hyperbolic tangent.
     """
-    head = _Head(float(scale), soft_cap, tile or Tile.for_device(hidden_NH.device))
+    head = _Head(float(scale), soft_cap, *tile_for(hidden_NH.device))
     kind = hidden_NH.device.type
     if torch.is_autocast_enabled(kind):
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(kind))
@@ -120,16 +85,17 @@ class _Head:
 
     scale: float
     soft_cap: float | None
-    tile: Tile
+    rows_at_once: int
+    columns_at_once: int
 
     def vocabulary(self, weight_VH: Tensor, bias_V: Tensor | None, like: Tensor) -> Iterator[tuple[int, Tensor, Any]]:
-        for start in range(0, weight_VH.shape[0], self.tile.columns):
-            stop = start + self.tile.columns
+        for start in range(0, weight_VH.shape[0], self.columns_at_once):
+            stop = start + self.columns_at_once
             yield start, weight_VH[start:stop].to(like.dtype), None if bias_V is None else bias_V[start:stop].float()
 
     def rows(self, number: int) -> Iterator[slice]:
-        for start in range(0, number, self.tile.rows):
-            yield slice(start, start + self.tile.rows)
+        for start in range(0, number, self.rows_at_once):
+            yield slice(start, start + self.rows_at_once)
 
     def logits(self, hidden_nH: Tensor, weight_vH: Tensor, bias_v: Tensor | None) -> Tensor:
         if hidden_nH.is_cuda and hidden_nH.dtype in (torch.bfloat16, torch.float16):
@@ -264,11 +230,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left.to(right.dtype) @ right
 
 
-def _head_log_probs(causal_lm: Any, hidden_NH: Tensor, targets_N: Tensor, tile: Tile | None) -> Tensor:
+def _head_log_probs(causal_lm: Any, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
     head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     scale, soft_cap = _scale(config), getattr(config, "final_logit_softcapping", None)
     if type(head) is nn.Linear:
-        return token_log_probs(hidden_NH, targets_N, head.weight, head.bias, scale=scale, soft_cap=soft_cap, tile=tile)
+        return token_log_probs(hidden_NH, targets_N, head.weight, head.bias, scale=scale, soft_cap=soft_cap)
 
     def rows_log_probs(hidden_nH: Tensor, targets_n: Tensor) -> Tensor:
         # An adapted or quantized head; gather - logsumexp, since log_softmax in float32 is off by up to 2e-3 nat.
@@ -276,8 +242,7 @@ def _head_log_probs(causal_lm: Any, hidden_NH: Tensor, targets_N: Tensor, tile: 
         logits_nV = soft_cap * torch.tanh(logits_nV / soft_cap) if soft_cap else logits_nV
         return logits_nV.gather(-1, targets_n[:, None])[:, 0] - logits_nV.logsumexp(-1)
 
-    tile = tile or Tile.for_device(hidden_NH.device)
-    rows = max(1, tile.rows * tile.columns // config.vocab_size)
+    rows = max(1, math.prod(tile_for(hidden_NH.device)) // config.vocab_size)
     chunks = zip(hidden_NH.split(rows), targets_N.split(rows), strict=True)
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(rows_log_probs, h, t, use_reentrant=False) for h, t in chunks])

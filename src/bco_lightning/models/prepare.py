@@ -27,7 +27,7 @@ from bco_lightning.models.layout import (
     first_layers,
     packed_states,
     set_layout,
-)
+)  # fmt: skip
 from bco_lightning.models.log_probs import completion_token_log_probs
 
 _MOST_ROWS = 64  # that are looked at for short and long ones
@@ -39,24 +39,12 @@ _EXACT, _ROUNDED = (2e-3, 2e-4), (0.1, 0.02)
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a model computes log-probs.
-
-    Args:
-        layout: How rows go through it.
-        fused: Whether adapted layers, norms and feed-forward layers keep less for the backward pass.
-        compiled: Whether decoder layers are compiled; of the others only adapted ones are fused then.
-        words: The choice with its reasons, for people.
-    """
+    """How a model computes log-probs, and why, in words; where layers are compiled, only adapted ones are fused."""
 
     layout: Layout
     fused: bool = True
     compiled: bool = False
     words: str = ""
-
-    @property
-    def fuses_layers(self) -> bool:
-        """Whether norms and feed-forward layers are fused."""
-        return self.fused and not self.compiled
 
 
 def prepare(
@@ -69,20 +57,9 @@ def prepare(
 ) -> Preparation:
     """Makes a model compute log-probs in the quickest of the known ways that gives the right ones.
 
-    Decoder layers of the same kind are tried once, so that a large model is not kept waiting.
-
-    Args:
-        model: A causal language model, perhaps with PEFT around it, on the device that it will compute on.
-        layout: ``auto`` packs rows where possible; the others are what is tried first.
-        compiled: Whether to try compiled layers first.
-        rows: Rows of the run; some of the first are tried. Made-up ones if there are none.
-        longest: Tokens that no row exceeds; unlimited if left out.
-
-    Returns:
-        What was chosen, which becomes the model's ``preparation`` too.
-
-    Raises:
-        LanguageModelError: If ``packed`` is wanted and cannot be had, or no way gives the model's own log-probs.
+    Decoder layers of the same kind are tried once, so that a large model is not kept waiting. What is tried first is
+    ``layout``, and ``compiled``. Some of the first ``rows`` are tried, made-up ones if there are none; no row has more
+    than ``longest`` tokens. What was chosen becomes the model's ``preparation`` too.
     """
     causal_lm = causal_lm_of(model)
     name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
@@ -106,11 +83,8 @@ def prepare(
         if not way.fused:  # nor was it right before
             excluded[way.layout] = f"{way.layout} rows of {name} {trouble}"
     if layout == "packed":
-        raise LanguageModelError(
-            name,
-            f"expected a model whose rows can be packed, found that {excluded['packed']}.",
-            "Set model.layout: padded.",
-        )
+        expected = f"expected a model whose rows can be packed, found that {excluded['packed']}."
+        raise LanguageModelError(name, expected, "Set model.layout: padded.")
     raise LanguageModelError(
         name,
         "expected logits that are the output head, scaled or soft-capped as the config says; found others.",
@@ -153,7 +127,7 @@ def _take(model: Any, way: Preparation) -> None:
         unfuse(module)
     if way.fused:
         fuse_adapters(model)
-    if way.fuses_layers:
+    if way.fused and not way.compiled:
         fuse_layers(model.modules())
     if way.compiled:
         _compile(model)
@@ -167,14 +141,10 @@ def _compile(model: Any, **options: bool) -> None:
 
 def _words(way: Preparation, layout: str, compiled: bool, excluded: Mapping[str, str]) -> str:
     words = {"packed": "packed, without padding", "padded": "padded", "alone": "computed one by one"}[way.layout]
-    if way.layout == layout == "padded":
-        words += ", as model.layout says"
-    elif way.layout != "packed":
-        words += f", since {list(excluded.values())[-1]}"
-    if compiled and not way.compiled:
-        words += "; layers are not compiled, which did not give the log-probs of transformers"
-    if not way.fused:
-        words += "; layers are not fused, which did not give the log-probs of transformers"
+    if way.layout != "packed":
+        words += ", as model.layout says" if way.layout == layout else f", since {list(excluded.values())[-1]}"
+    for given_up, what in ((compiled and not way.compiled, "compiled"), (not way.fused, "fused")):
+        words += f"; layers are not {what}, which did not give the log-probs of transformers" if given_up else ""
     return words
 
 

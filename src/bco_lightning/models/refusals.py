@@ -13,11 +13,12 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 
+_GIVE = "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path."
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 @contextlib.contextmanager
-def in_words(name_or_path: str, what: str) -> Iterator[None]:
+def in_words(name_or_path: str, what: str, remedy: str = _GIVE) -> Iterator[None]:
     """Says in one message what transformers and peft, given a damaged or hostile folder, say in many kinds of error."""
     try:
         yield
@@ -30,7 +31,7 @@ def in_words(name_or_path: str, what: str) -> Iterator[None]:
         raise LanguageModelError(
             name_or_path,
             f"expected a {what}, but {'peft' if 'adapter' in what else 'transformers'} could not load one ({said}).",
-            "" if "adapter" in what else "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path.",
+            "" if "adapter" in what else remedy,
         ) from error
 
 

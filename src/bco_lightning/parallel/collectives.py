@@ -84,14 +84,7 @@ def made_once_per_node(make: Callable[[], Any], trainer: Any) -> list[Any]:
     """What the first process of each node makes, in every process.
 
     The other processes of a node wait however long that takes, idle; they end with an error if the first one ends. The
-    nodes then wait for each other as long as in any collective.
-
-    Args:
-        make: Gives a plain value; called in the first process of each node. What it raises, only that process raises.
-        trainer: The Lightning trainer.
-
-    Returns:
-        The values, in order of the processes that made them.
+    nodes then wait for each other as long as in any collective. What ``make`` raises, only its own process raises.
     """
     nodes = gather_over_ranks(trainer.node_rank, trainer)
     # gloo, whatever the processes speak otherwise: it can wait for long, and notices when one of them is gone. The

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -25,26 +24,15 @@ from bco_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sharding:
-    """How models are cut up over processes.
+    """How models are cut up over processes, by a mesh of ``parts``, or of ``copies`` that are each cut into parts.
 
-    Args:
-        mesh: Device mesh of one dimension; of two, ``(copies, parts)``, for weights that are cut up over some of the
-            processes only.
-        compute_dtype: What decoder layers are gathered in, gradients being reduced in float32; as they are if left
-            out. The states that pass from layer to layer stay as they are under autocast.
-        cpu_offload: Keep parts and moments in host memory.
+    Decoder layers are gathered in ``compute_dtype``, gradients being reduced in float32; as they are if left out. The
+    states that pass from layer to layer stay as they are under autocast.
     """
 
     mesh: Any
     compute_dtype: torch.dtype | None = None
     cpu_offload: bool = False
-
-
-def make_mesh(device_type: str, processes: int, group: int | None = None) -> Any:
-    """The mesh of all processes; with ``group``, copies of the weights that are each cut up over so many."""
-    if group is None or group == processes:
-        return init_device_mesh(device_type, (processes,), mesh_dim_names=("parts",))
-    return init_device_mesh(device_type, (processes // group, group), mesh_dim_names=("copies", "parts"))
 
 
 def sharding_of(trainer: Any) -> Sharding | None:
@@ -57,9 +45,6 @@ def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> No
 
     No more than one of these units is whole, and in its final data type, at a time; embedding and head, which are
     large, take theirs in parts. ``layers`` are for a model that does not name the classes of what is not to be split.
-
-    Raises:
-        ConfigError: If the model has no layers to cut.
     """
     named = set(causal_lm._no_split_modules or ())
     units = [module for module in causal_lm.modules() if type(module).__name__ in named] or list(layers)

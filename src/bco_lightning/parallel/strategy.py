@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
 from bco_lightning.errors import ConfigError
-from bco_lightning.parallel.sharding import Sharding, make_mesh
+from bco_lightning.parallel.sharding import Sharding
 
 _PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -47,7 +48,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # offloaded gradients are summed where they are
         super().setup_environment()
         dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
-        mesh = make_mesh(self.root_device.type, self.world_size, self.group)
+        group = self.group or processes
+        shape, names = (
+            ((processes // group, group), ("copies", "parts")) if group < processes else ((group,), ("parts",))
+        )
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
         self.sharding = Sharding(mesh, dtype, self.cpu_offload)
 
     @override
@@ -87,11 +92,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def refuse_unknown_sharding(strategy: Any, precision: str) -> None:
-    """Refuses Lightning's own sharded strategies, which know nothing of this package's models.
-
-    Raises:
-        ConfigError: If the strategy, or what it would have to do, is none that was tried.
-    """
+    """Refuses Lightning's own sharded strategies, which know nothing of this package's models."""
     if isinstance(strategy, FSDP2Strategy):
         if precision not in _PRECISIONS:
             raise ConfigError(

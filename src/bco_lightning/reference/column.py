@@ -43,20 +43,8 @@ def fill_in_log_probs(
 ) -> bool:
     """Makes reference log-probs a column of the tables that a stage reads, or leaves them to the steps.
 
-    The weights of a checkpoint are restored after ``setup``: until then the policy is the reference.
-
-    Args:
-        data: The rows.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
-        reference: The reference.
-        options: Those of the module.
-        trainer: The Lightning trainer, of a :class:`~bco_lightning.BCOModule`.
-
-    Returns:
-        Whether they are known; else the reference has a model of its own, if it needs one.
-
-    Raises:
-        ConfigError: If they are to be known, and rows are read as steps need them.
+    The weights of a checkpoint are restored after ``setup``: until then the policy is the reference. Gives whether they
+    are known; else the reference has a model of its own, if it needs one.
     """
     wanted = options.reference_log_probs
     tables = data.datasets_of(stage) if data is not None else {}
@@ -78,30 +66,19 @@ def fill_in_log_probs(
 
 
 def _known(
-    data: FeedbackDataModule,
-    tables: Mapping[str, Dataset],
-    stage: str,
-    reference: Reference,
-    options: ModelOptions,
-    trainer: Any,
+    data: FeedbackDataModule, tables: Any, stage: str, reference: Reference, options: ModelOptions, trainer: Any
 ) -> KnownLogProbs | None:
     """Log-probs of all rows, found on disk, or computed now if that is worth it."""
-    model = reference.own_model or reference.policy
-    key = key_of_log_probs(
-        model,
-        trainer,
-        reference=reference.digest,
-        shared_prompts=data.options.group_by_prompt,
-        compiled=options.compile,
-        quantization=options.quantization,
-    )
+    model, shared = reference.own_model or reference.policy, data.options.group_by_prompt
+    choices = {"compiled": options.compile, "quantization": options.quantization, "shared_prompts": shared}
+    key = key_of_log_probs(model, trainer, reference=reference.digest, **choices)
     known = KnownLogProbs(tables, cache_root(options.cache_folder) / "reference_log_probs" / key[:32], trainer)
     unknown, passes = known.num_unknown, _passes(stage, trainer)
     saves = passes >= 2 or (passes >= 1 and not reference.is_policy_without_adapter)
     computes = saves or options.reference_log_probs == "before"
     fate = f"{unknown:,} are computed now" if computes else "steps compute them as they need them"
     rank_zero_info(
-        f"reference log-probs: {known.num_rows - unknown:,} of {known.num_rows:,} known from {known.folder}, "
+        f"reference log-probs: {len(known) - unknown:,} of {len(known):,} known from {known.folder}, "
         f"{fate if unknown else 'nothing is left to compute'}"
     )
     if unknown and not computes:
@@ -112,7 +89,7 @@ def _known(
             return reference.log_probs(batch.to(next(model.parameters()).device))
 
     # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone.
-    known.compute(score, by_length=layout_of(model) == "padded", share_prompts=data.options.group_by_prompt)
+    known.compute(score, by_length=layout_of(model) == "padded", share_prompts=shared)
     if known.num_unknown:
         rank_zero_warn(f"{known.num_unknown:,} reference log-probs are not finite.")
     return known
@@ -122,22 +99,12 @@ def _passes(stage: str, trainer: Any) -> float:
     """How often a run sees each row, at least."""
     if stage == "fit":
         return float(trainer.lightning_module.num_steps() / trainer.datamodule.steps_per_epoch)
-    limits = {
-        "validate": trainer.limit_val_batches,
-        "test": trainer.limit_test_batches,
-        "predict": trainer.limit_predict_batches,
-    }
-    return float(isinstance(limits[stage], float) and limits[stage] == 1)  # as an integer, 1 is one batch
+    limit = getattr(trainer, f"limit_{'val' if stage == 'validate' else stage}_batches")
+    return float(isinstance(limit, float) and limit == 1)  # as an integer, 1 is one batch
 
 
 def key_of_log_probs(model: Any, trainer: Any, **choices: Any) -> str:
-    """A digest of all that a reference log-prob depends on, besides its row and what else is in its micro-batch.
-
-    Args:
-        model: The reference's own model, or the policy, whose code and layout it shares.
-        trainer: The Lightning trainer.
-        choices: What else its numbers depend on, such as a digest of the reference's weights.
-    """
+    """A digest of all that a reference log-prob depends on, besides its row and what else is in its micro-batch."""
     device, config = trainer.strategy.root_device, model.config.to_dict()
     names = {"cuda": torch.cuda.get_device_name, "cpu": lambda _: str(torch.cpu.get_capabilities())}
     adapters = getattr(model, "peft_config", {})
@@ -163,31 +130,24 @@ def key_of_log_probs(model: Any, trainer: Any, **choices: Any) -> str:
 class KnownLogProbs:
     """Reference log-probs of tables of rows, found by what is in a row; the same in every process.
 
-    Args:
-        datasets: The tables, by name.
-        folder: Where values are kept: those of one reference, computed in one way.
-        trainer: The Lightning trainer.
+    The folder keeps values of one reference, computed in one way.
     """
 
-    def __init__(self, datasets: Mapping[str, Dataset], folder: Path, trainer: Any) -> None:
-        self.datasets, self.folder, self._trainer = dict(datasets), folder, trainer
-        found = [keys_and_lengths(dataset) for dataset in self.datasets.values()]
-        self._keys, slots = np.unique(np.concatenate([keys for keys, _ in found]), return_inverse=True)
-        self._slots = dict(
-            zip(datasets, np.split(slots, np.cumsum([len(keys) for keys, _ in found])[:-1]), strict=True)
-        )
-        self._lengths = {name: lengths for name, (_, lengths) in zip(datasets, found, strict=True)}
+    def __init__(self, tables: Mapping[str, Dataset], folder: Path, trainer: Any) -> None:
+        self._tables, self.folder, self._trainer = tables, folder, trainer
+        found = {name: keys_and_lengths(table) for name, table in tables.items()}
+        self._lengths = {name: lengths for name, (_, lengths) in found.items()}
+        self._keys = np.unique(np.concatenate([keys for keys, _ in found.values()]))
+        self._slots = {name: np.searchsorted(self._keys, keys) for name, (keys, _) in found.items()}
         self._values = np.full(len(self._keys), np.nan, dtype=np.float32)
         self._unsaved = np.zeros(len(self._keys), dtype=bool)
         records = read_records(folder)
-        places = np.searchsorted(self._keys, records["key"]).clip(max=len(self._keys) - 1)
-        ours = self._keys[places] == records["key"]
-        self._put(places[ours], records["value"][ours])
+        records = records[np.isin(records["key"], self._keys)]
+        self._put(np.searchsorted(self._keys, records["key"]), records["value"])
         self._unsaved[:] = False
         self._agree()
 
-    @property
-    def num_rows(self) -> int:
+    def __len__(self) -> int:
         """Distinct rows of all tables."""
         return len(self._keys)
 
@@ -204,20 +164,14 @@ class KnownLogProbs:
         """Computes what is not known, each process a share, and writes it now and then; all processes know it after.
 
         Every process runs as many passes, as sharded models need it: one with fewer micro-batches repeats some.
-
-        Args:
-            score: Gives the log-probs of a micro-batch that is on the CPU.
-            by_length: Put rows of like length together, for models that pad.
-            share_prompts: Compute a prompt once for neighbouring rows that have it.
         """
-        batches = [(name, rows) for name in self.datasets for rows in self._micro_batches(name, by_length=by_length)]
+        batches = [(name, rows) for name in self._tables for rows in self._micro_batches(name, by_length=by_length)]
         trainer, written_at = self._trainer, time.monotonic()
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         with tqdm(total=self.num_unknown, desc="reference log-probs", unit="row", disable=not shown) as bar:
             for first in range(0, len(batches), trainer.world_size):
                 name, rows = batches[(first + trainer.global_rank) % len(batches)]
-                columns = self.datasets[name].select_columns(_COLUMNS)[rows]
-                samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                samples = self._tables[name].select_columns(_COLUMNS).select(rows).to_list()
                 self._put(self._slots[name][rows], score(collate(samples, share_prompts=share_prompts)).cpu().numpy())
                 bar.update(sum(len(rows) for _, rows in batches[first : first + trainer.world_size]))
                 if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:

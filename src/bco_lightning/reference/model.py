@@ -24,24 +24,17 @@ from bco_lightning.parallel.sharding import final_dtype, is_sharded
 
 
 class Reference:
-    """The reference as a model.
-
-    It is no module on purpose: a registered reference would enter checkpoints, the optimizer and every wrapper.
+    """The reference as a model; no module, which would enter checkpoints, the optimizer and every wrapper.
 
     Where it is not the policy with its adapter off, it is a model of its own, which is there only while it is needed:
     a copy of the policy while that is as it came in, later it is loaded again.
-
-    Args:
-        policy: The policy, as it came in.
-        builder: Loads the reference.
-        trainer: The Lightning trainer, where processes share the work of a sharded model.
     """
 
     def __init__(self, policy: PreTrainedModel, builder: ModelBuilder, trainer: Any = None) -> None:
         self.policy, self._builder = policy, builder
         self._trainer = trainer if builder.sharding is not None else None
         self._separate = builder.options.reference_name_or_path is not None
-        self._model: PreTrainedModel | None = None
+        self.own_model: PreTrainedModel | None = None  # while it is there
         self._digest = ""
         self.watch_policy()
 
@@ -56,45 +49,30 @@ class Reference:
         return not self._separate and hasattr(self.policy, "peft_config")
 
     @property
-    def own_model(self) -> PreTrainedModel | None:
-        """The reference's own model, while it is there."""
-        return self._model
-
-    @property
-    def policy_is_pristine(self) -> bool:
-        """Whether the policy still is as it came in: nothing was loaded into it, and nothing has changed it."""
-        return self._pristine and self._num_changes() == self._num_changes_before
-
-    @property
     def digest(self) -> str:
-        """Digest of the weights that the reference had when it was first needed.
+        """Digest of the weights that the reference had when it was first needed, by the work of all processes.
 
-        A policy that is to be cut up has to be asked before; its processes share the work.
+        A policy that is to be cut up has to be asked before.
         """
-        if not self._digest and self.is_policy_without_adapter:
-            frozen = [(name, value) for name, value in self.policy.named_parameters() if not value.requires_grad]
-            self._digest = self._digest_of(frozen)
-        elif not self._digest and self._is_policy:
-            self._digest = self._digest_of(self.policy.named_parameters())
+        without_adapter = self.is_policy_without_adapter
+        if not self._digest and (without_adapter or self._is_policy):
+            named = self.policy.named_parameters()
+            self._digest = self._digest_of(pair for pair in named if not (without_adapter and pair[1].requires_grad))
         elif not self._digest:
             self.hold()
         return self._digest
 
     def watch_policy(self) -> None:
         """Takes the policy's weights as they are now for those that it came in with."""
-        self._pristine, self._num_changes_before = True, self._num_changes()
+        self._num_changes_before: int | None = self._num_changes()
 
     def policy_moves(self) -> None:
         """Says that the policy is about to change, by means that cannot be seen from its tensors."""
-        self._pristine = False
+        self._num_changes_before = None
 
     def hold(self) -> None:
-        """Has a model of its own from now on, if the reference is not the policy with its adapter off.
-
-        Raises:
-            LanguageModelError: If it is loaded again, and its files have changed.
-        """
-        if self.is_policy_without_adapter or self._model is not None:
+        """Has a model of its own from now on, if the reference is not the policy with its adapter off."""
+        if self.is_policy_without_adapter or self.own_model is not None:
             return
         if self._is_policy and self._builder.sharding is None and not self._builder.options.compile:
             model = copy.deepcopy(self.policy)
@@ -102,18 +80,15 @@ class Reference:
             model = self._builder.reference()
             digest = self._digest_of(model.named_parameters())
             if self._digest and digest != self._digest:
-                raise LanguageModelError(
-                    self._builder.reference_name,
-                    "expected the weights that the reference had when the run began, found others.",
-                    "Restore them.",
-                )
+                expected = "expected the weights that the reference had when the run began, found others."
+                raise LanguageModelError(self._builder.reference_name, expected, "Restore them.")
             self._digest = digest
             self._builder.finish(model)
-        self._model = model.requires_grad_(False).eval()
+        self.own_model = model.requires_grad_(False).eval()
 
     def release(self) -> None:
         """Gives back the memory of the reference's own model."""
-        self._model = None
+        self.own_model = None
 
     @contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
@@ -121,32 +96,27 @@ class Reference:
         if self.is_policy_without_adapter:
             with _without_trained_adapter(self.policy):
                 yield self.policy
-        elif self._model is None and self._is_policy:
+        elif self.own_model is None and self._is_policy:
             yield self.policy
         else:
             self.hold()
-            model: Any = self._model
+            model: Any = self.own_model
             yield model if is_sharded(model) else model.to(next(self.policy.parameters()).device)
 
     @contextmanager
     def before_training(self, trainer: Any = None) -> Iterator[PreTrainedModel]:
         """:meth:`model` for passes before the loop has moved the policy: on its device, in the trainer's precision."""
-        device = trainer.strategy.root_device if trainer is not None else self._builder.device
         if not is_sharded(self.policy):
-            self.policy.to(device)
-        with (
-            trainer.precision_plugin.forward_context() if trainer is not None else nullcontext(),
-            self.model() as model,
-        ):
+            self.policy.to(trainer.strategy.root_device if trainer is not None else self._builder.device)
+        precision = trainer.precision_plugin.forward_context() if trainer is not None else nullcontext()
+        with precision, self.model() as model:
             yield model
 
     @torch.no_grad()
     def log_probs(self, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
         """Log-probability of each completion, shape ``(B,)``, float32, in nats, without a gradient.
 
-        Args:
-            batch: A packed micro-batch on the policy's device.
-            trunk_states_SH: What the policy's trunk makes of it, if the policy is without its trunk now.
+        ``trunk_states_SH`` are given while the policy is without its trunk.
         """
         shared = trunk_states_SH if self.is_policy_without_adapter else None
         with self.model() as model:
@@ -154,7 +124,9 @@ class Reference:
 
     @property
     def _is_policy(self) -> bool:
-        return not (self.is_policy_without_adapter or self._separate) and self.policy_is_pristine
+        """Whether it is the whole policy, into which nothing was loaded, and which nothing has changed."""
+        is_pristine = self._num_changes() == self._num_changes_before
+        return is_pristine and not (self.is_policy_without_adapter or self._separate)
 
     def _num_changes(self) -> int:
         """PyTorch counts the changes of a tensor in place, whoever makes them; a move to another device is none."""

@@ -26,33 +26,23 @@ _Array = np.ndarray[Any, Any]
 
 
 def keys_and_lengths(dataset: Dataset) -> tuple[_Array, _Array]:
-    """The key of each row, the first 128 bits of SHA-256 over its tokens and which carry loss, and its length.
-
-    Args:
-        dataset: Rows with ``input_ids`` and ``completion_mask``.
-
-    Returns:
-        Keys of 16 bytes and lengths in tokens, each of shape ``(rows,)``.
-    """
+    """The key of each row, the first 128 bits of SHA-256 over its tokens and which carry loss, and its length."""
     keys, lengths = bytearray(), [np.empty(0, np.int32)]
     for table in dataset.select_columns(["input_ids", "completion_mask"]).with_format("arrow").iter(_ROWS_AT_A_TIME):
         ids, masks = (table.column(name).combine_chunks() for name in ("input_ids", "completion_mask"))
-        tokens = memoryview(ids.values.to_numpy().astype("<i4", copy=False).tobytes())
-        scored = memoryview(masks.values.to_numpy(zero_copy_only=False).tobytes())
-        starts, mask_starts = ids.offsets.to_pylist(), masks.offsets.to_pylist()
-        for row in range(len(ids)):
-            digest = hashlib.sha256(tokens[4 * starts[row] : 4 * starts[row + 1]])
-            digest.update(scored[mask_starts[row] : mask_starts[row + 1]])
-            keys += digest.digest()[:KEY_BYTES]
-        lengths.append(np.diff(starts).astype(np.int32))
+        lengths.append(ids.value_lengths().to_numpy())
+        ends = np.cumsum(lengths[-1])[:-1]
+        tokens = np.split(ids.flatten().to_numpy().astype("<i4", copy=False), ends)
+        scored = np.split(masks.flatten().to_numpy(zero_copy_only=False), ends)
+        for row, mask in zip(tokens, scored, strict=True):
+            keys += hashlib.sha256(row.tobytes() + mask.tobytes()).digest()[:KEY_BYTES]
     return np.frombuffer(bytes(keys), dtype=RECORD["key"]), np.concatenate(lengths)
 
 
 def read_records(folder: Path) -> _Array:
-    """All values in a folder, as records of ``key`` and ``value`` (nats, float32).
+    """All values in a folder, in nats; of a row that is there twice, every process finds the same one first.
 
-    Of a row that is there twice, every process finds the same value first. A damaged file is passed over with a warning
-    that names it, one that goes meanwhile in silence: what they held is computed again.
+    A damaged file is passed over with a warning, one that goes meanwhile in silence: they are computed again.
     """
     found = [np.empty(0, RECORD)]
     for file in sorted(folder.glob("*.npy")):
@@ -64,17 +54,15 @@ def read_records(folder: Path) -> _Array:
                     "and what it held is computed again where it is needed."
                 )
                 continue
-            records = np.load(io.BytesIO(content), allow_pickle=False)
-            found.append(records[np.isfinite(records["value"])])
+            found.append(np.load(io.BytesIO(content), allow_pickle=False))
     return np.concatenate(found)
 
 
 def write_records(folder: Path, records: _Array) -> None:
-    """Adds records, those that are not finite left out; the file is flushed when this returns.
+    """Adds records; the file is flushed when this returns.
 
     A folder that cannot be written to is worth a warning: the run has its values, only the next one will not.
     """
-    records = records[np.isfinite(records["value"])]
     if not len(records):
         return
     try:
