@@ -29,14 +29,14 @@ from bco_lightning.identity import (
     versions,
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
-from bco_lightning.models.build import ModelBuilder, make_optimizer, refuse_precision, require_sharded, said_of_weights
+from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded, said_of_weights
+from bco_lightning.models.layout import FrozenTrunk, find_trunk
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
-from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.objectives import OBJECTIVES, RewardShift, class_weights_of, mean_over_rows
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import sharding_of
-from bco_lightning.parallel.strategy import refuse_unknown_sharding
+from bco_lightning.parallel.strategy import refuse_unknown
 from bco_lightning.reference.column import fill_in_log_probs
 from bco_lightning.reference.model import Reference
 
@@ -146,8 +146,7 @@ class BCOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Finds out what is known of the rows before the first step: class weights, reference log-probs, weights."""
         trainer = self.trainer
-        refuse_precision(str(trainer.precision))
-        refuse_unknown_sharding(trainer.strategy, str(trainer.precision))
+        refuse_unknown(trainer.strategy, str(trainer.precision))
         if not isinstance(trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
             trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         self.configure_model()

@@ -22,7 +22,7 @@ from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpoints import VerifiedCheckpointIO, read_checkpoint, saved_steps, verify_checkpoint
 from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.identity import digest_of_tensors
-from bco_lightning.parallel.strategy import FSDP2Strategy, named_strategy, refuse_unknown_sharding
+from bco_lightning.parallel.strategy import FSDP2Strategy, named_strategy, refuse_unknown
 from tests.distributed.runs import TORCHRUN
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
 
@@ -220,7 +220,7 @@ def test_fsdp_is_a_name_of_fsdp2_and_lightnings_own_is_refused() -> None:
     assert named_strategy("fsdp") == "fsdp2"
     assert named_strategy("fsdp_cpu_offload") == "fsdp2_cpu_offload"
     with pytest.raises(ConfigError, match=r"found Lightning's FSDPStrategy\. Use fsdp2"):
-        refuse_unknown_sharding(FSDPStrategy(), "32-true")
+        refuse_unknown(FSDPStrategy(), "32-true")
 
 
 def fit_in_groups(model: str, log: str) -> dict[int, Any]:

@@ -19,10 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bco_lightning.models.layout import set_layout
+from bco_lightning.models.layout import FrozenTrunk, find_trunk, set_layout
 from bco_lightning.models.load import load_policy
 from bco_lightning.models.log_probs import completion_log_probs
-from bco_lightning.models.trunk import FrozenTrunk, find_trunk
 from bco_lightning.options import LoraSettings
 from tests.conftest import REAL_MODEL
 from tests.unit.test_log_probs import SMALL, make_batch

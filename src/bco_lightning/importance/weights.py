@@ -31,6 +31,7 @@ from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import DensityRatio, FittedRatio, clipped_ratios, fit_density_ratio, too_few
 from bco_lightning.importance.report import TrustReport
 from bco_lightning.metrics import Array
+from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.options import REFERENCE, ModelOptions
 from bco_lightning.parallel.collectives import gather_over_ranks, sum_over_ranks
 from bco_lightning.places import cache_root
@@ -125,7 +126,7 @@ class PromptWeighing:
         options, before_training = self._options, partial(reference.before_training, trainer)
         features = options.prompt_features
         if features.encoder == REFERENCE:
-            depends_on = {"weights": reference.digest, "dtype": str(reference.dtype)}
+            depends_on = {"weights": reference.digest, "dtype": str(dtype_of_matrices(reference.policy))}
             self._encoder = ReferenceEncoder(features, before_training, depends_on)
         else:
             with before_training() as model:

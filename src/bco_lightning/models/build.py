@@ -79,19 +79,10 @@ class ModelBuilder:
         if self.sharding is None:
             model.to(self.device)
         names = ("train_dataset", "validation_dataset", "test_dataset", "predict_dataset")
-        rows: Any = next((rows for name in names if (rows := getattr(self.data, name, None)) is not None), ())
+        sets = [getattr(self.data, name, None) for name in names]
+        rows: Any = next((known for known in sets if known is not None), ())
         longest = self.data.options.max_length if self.data is not None else None
         return prepare(model, self.options.layout, compiled=self.options.compile, rows=rows, longest=longest)
-
-
-def refuse_precision(precision: str) -> None:
-    """Refuses a precision that would cast the policy and not the reference."""
-    if precision in ("bf16-true", "16-true"):
-        raise ConfigError(
-            "trainer.precision",
-            f"expected 32-true or bf16-mixed, found {precision}, which would cast the policy and not the reference.",
-            "Set model.dtype: bfloat16 for bfloat16 weights.",
-        )
 
 
 def require_sharded(model: nn.Module, sharding: Sharding | None) -> None:

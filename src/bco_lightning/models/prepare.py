@@ -236,11 +236,8 @@ def _cut(row: Mapping[str, Any], most: int) -> dict[str, Any]:
 
 
 def _made_up(vocabulary: int) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
+    masks = [[place >= length // 3 for place in range(length)] for length in (6, 9, 24)]
     return [
-        {
-            "input_ids": torch.randint(vocabulary, (length,), generator=generator).tolist(),
-            "completion_mask": [place >= length // 3 for place in range(length)],
-        }
-        for length in (6, 9, 24)
+        {"input_ids": [(7 * place + 3 * len(mask)) % vocabulary for place in range(len(mask))], "completion_mask": mask}
+        for mask in masks
     ]

@@ -49,10 +49,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
         dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
         group = self.group or processes
-        shape, names = (
-            ((processes // group, group), ("copies", "parts")) if group < processes else ((group,), ("parts",))
-        )
-        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        copies, names = ((), ("parts",)) if group == processes else ((processes // group,), ("copies", "parts"))
+        mesh = init_device_mesh(self.root_device.type, (*copies, group), mesh_dim_names=names)
         self.sharding = Sharding(mesh, dtype, self.cpu_offload)
 
     @override
@@ -91,8 +89,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         return self.lightning_module
 
 
-def refuse_unknown_sharding(strategy: Any, precision: str) -> None:
-    """Refuses Lightning's own sharded strategies, which know nothing of this package's models."""
+def refuse_unknown(strategy: Any, precision: str) -> None:
+    """Refuses a precision that would cast the policy alone, and sharding that knows nothing of these models."""
+    if precision in ("bf16-true", "16-true"):
+        raise ConfigError(
+            "trainer.precision",
+            f"expected 32-true or bf16-mixed, found {precision}, which would cast the policy and not the reference.",
+            "Set model.dtype: bfloat16 for bfloat16 weights.",
+        )
     if isinstance(strategy, FSDP2Strategy):
         if precision not in _PRECISIONS:
             raise ConfigError(

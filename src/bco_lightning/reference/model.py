@@ -17,7 +17,7 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.identity import digest_of_tensor, digest_of_values
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
-from bco_lightning.models.build import ModelBuilder, dtype_of_matrices
+from bco_lightning.models.build import ModelBuilder
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.parallel.collectives import gather_over_ranks
 from bco_lightning.parallel.sharding import final_dtype, is_sharded
@@ -37,11 +37,6 @@ class Reference:
         self.own_model: PreTrainedModel | None = None  # while it is there
         self._digest = ""
         self.watch_policy()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The data type of its matrices."""
-        return dtype_of_matrices(self.policy)
 
     @property
     def is_policy_without_adapter(self) -> bool:
