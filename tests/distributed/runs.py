@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, Trainer
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint, SpeedMonitor
-from bco_lightning.parallel.sharding import is_sharded, whole
+from bco_lightning.parallel.sharding import is_sharded
 from bco_lightning.parallel.strategy import named_strategy
-from tests.reliability.tiny_run import ROWS_PER_STEP, tiny_fit
+from tests.reliability.tiny_run import ROWS_PER_STEP, tiny_fit, whole
 
 
 @dataclass(frozen=True)

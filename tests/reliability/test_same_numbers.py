@@ -20,8 +20,17 @@ from transformers import AutoModelForCausalLM
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.export import export_checkpoint
-from bco_lightning.parallel.sharding import whole
-from tests.reliability.tiny_run import ROWS_PER_STEP, STEPS, Recorder, assert_same, finish, make_log, start, tiny_fit
+from tests.reliability.tiny_run import (
+    ROWS_PER_STEP,
+    STEPS,
+    Recorder,
+    assert_same,
+    finish,
+    make_log,
+    start,
+    tiny_fit,
+    whole,
+)
 from tests.trials import Trials
 
 GOLDEN = Path(__file__).parent / "golden.json"

@@ -25,10 +25,10 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bco_lightning import BCOModule, FeedbackDataModule
-from bco_lightning.parallel.sharding import whole
 
 ROOT = Path(__file__).parents[2]
 ROWS, UP, STEPS, ROWS_PER_STEP = 96, 64, 24, 8
@@ -132,6 +132,11 @@ def tiny_fit(
     trainer = Trainer(callbacks=[recorder, *(callbacks or [])], logger=logger, **options)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return {**state_of(module, trainer), "rows": recorder.rows, "values": recorder.values}
+
+
+def whole(value: Any) -> Any:
+    """A sharded tensor as a whole one on the CPU, by a collective; anything else as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def state_of(module: BCOModule, trainer: Trainer, part: Callable[[Any], Any] = whole) -> dict[str, Any]:

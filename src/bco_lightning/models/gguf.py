@@ -55,8 +55,8 @@ def _is_whole(folder: Path) -> bool:
 
 def _convert(file: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what a changed or cut file has left
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as name:
+        draft = Path(name)
         # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights.
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
@@ -68,14 +68,12 @@ def _convert(file: Path, folder: Path) -> None:
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(draft)
         read = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=False).state_dict()
-        for name, weight in model.state_dict().items():
-            if not torch.equal(read[name], weight):
-                raise OSError(f"what was written of {name} to {draft} reads back as something else")
+        for tensor, weight in model.state_dict().items():
+            if not torch.equal(read[tensor], weight):
+                raise OSError(f"what was written of {tensor} to {draft} reads back as something else")
         for path in draft.iterdir():
             with path.open("rb+") as written:
                 os.fsync(written.fileno())
         sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
         (draft / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
         draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

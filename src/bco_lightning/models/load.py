@@ -5,8 +5,6 @@ A model whose weights are neither read nor made, for what is worked out beforeha
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.adapters import add_adapters, load_adapter, merged
@@ -226,21 +225,15 @@ def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device)
 
 def _stored_dtype(location: str) -> torch.dtype | None:
     """The data type of a model's files, if all their tensors have the same: a cast would need memory of its own."""
+    try:  # fetched from the hub as transformers does
+        files = [str(cached_file(location, SAFE_WEIGHTS_NAME))]
+    except OSError:  # none of that name: a model in several files
+        files, _ = get_checkpoint_shard_files(location, cached_file(location, SAFE_WEIGHTS_INDEX_NAME))
     kinds = set()
-    for file in _weight_files(location):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     return _STORED_AS.get(kinds.pop()) if len(kinds) == 1 else None
-
-
-def _weight_files(location: str) -> Iterator[str]:
-    """The files that transformers will read, fetched from the hub as it would."""
-    try:
-        yield str(cached_file(location, SAFE_WEIGHTS_NAME))
-    except OSError:  # none of that name: a model in several files
-        index = json.loads(Path(str(cached_file(location, SAFE_WEIGHTS_INDEX_NAME))).read_text(encoding="utf-8"))
-        for name in sorted(set(index["weight_map"].values())):
-            yield str(cached_file(location, name))
 
 
 def _disable_dropout(model: PreTrainedModel) -> None:

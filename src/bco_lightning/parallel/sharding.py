@@ -1,4 +1,4 @@
-"""What FSDP2 cuts up, and how parts become whole again."""
+"""What FSDP2 cuts up, and how the parts compute."""
 
 from __future__ import annotations
 
@@ -107,11 +107,6 @@ def final_dtype(parameter: Tensor) -> torch.dtype:
 def take_final_dtype(parameter: nn.Parameter) -> None:
     """Casts a parameter of a mapped model, in place."""
     parameter.data = parameter.data.to(final_dtype(parameter))
-
-
-def whole(value: Any) -> Any:
-    """A sharded tensor as a whole one on the CPU, by a collective; anything else as it is."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
 def own_part(value: Any) -> Any:
