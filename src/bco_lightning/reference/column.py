@@ -99,7 +99,7 @@ def _passes(stage: str, trainer: Any) -> float:
     """How often a run sees each row, at least."""
     if stage == "fit":
         return float(trainer.lightning_module.num_steps() / trainer.datamodule.steps_per_epoch)
-    limit = getattr(trainer, f"limit_{'val' if stage == 'validate' else stage}_batches")
+    limit = getattr(trainer, "limit_" + {"validate": "val"}.get(stage, stage) + "_batches")
     return float(isinstance(limit, float) and limit == 1)  # as an integer, 1 is one batch
 
 
