@@ -29,14 +29,15 @@ class PackedRows:
         self.windows: set[int | None] = set()
         self._masks: dict[Any, Tensor] = {}
 
-    def mask(self, queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
-        """Additive mask of the last ``queries`` of ``keys`` positions, ``(queries, keys)``; kept for all layers."""
-        name = (queries, keys, window, like.dtype, like.device)
+    def mask(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+        """Additive mask of queries, the last of all positions, and keys, ``(queries, keys)``; kept for all layers."""
+        queries, keys = query.shape[2], key.shape[2]
+        name = (queries, keys, window, query.dtype, query.device)
         if name not in self._masks:
-            allowed = like.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            allowed = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
             if window is not None:
                 allowed = allowed.triu(keys - queries - window + 1)
-            self._masks[name] = like.new_zeros(queries, keys).masked_fill(~allowed, -torch.inf)
+            self._masks[name] = query.new_zeros(queries, keys).masked_fill(~allowed, -torch.inf)
         return self._masks[name]
 
 
@@ -81,28 +82,17 @@ def packed_attention(
         if prefix is not None:
             k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
         window = sliding_window if sliding_window is not None and k.shape[2] > sliding_window else None
-        attended.append(_causal_attention(q, k, v, packed_rows, window, scaling, softcap).transpose(1, 2))
+        is_causal = prefix is None and window is None  # SDPA's own causal mask begins at the first key
+        is_quick = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad and k.shape[2] <= _LONG
+        mask = packed_rows.mask(q, k, window) if softcap is not None or is_quick or not is_causal else None
+        if softcap is not None:
+            out = _capped_attention(q, k, v, mask, scaling, softcap)
+        elif is_quick:
+            out = _QuickBackward.apply(q, k, v, mask, is_causal, scaling)
+        else:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling)
+        attended.append(out.transpose(1, 2))
     return torch.cat(attended, dim=1), None
-
-
-def _causal_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: PackedRows,
-    window: int | None,
-    scale: float | None,
-    cap: float | None,
-) -> Tensor:
-    queries, keys = query.shape[2], key.shape[2]
-    if cap is not None:
-        return _capped_attention(query, key, value, rows.mask(queries, keys, window, query), scale, cap)
-    is_causal = queries == keys and window is None  # SDPA's own causal mask begins at the first key
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad and keys <= _LONG:
-        mask = rows.mask(queries, keys, window, query)
-        return _QuickBackward.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-any-return]
-    chosen = None if is_causal else rows.mask(queries, keys, window, query)
-    return scaled_dot_product_attention(query, key, value, attn_mask=chosen, is_causal=is_causal, scale=scale)
 
 
 class _QuickBackward(torch.autograd.Function):
@@ -128,9 +118,7 @@ class _QuickBackward(torch.autograd.Function):
         return scores_grad @ key, scores_grad.mT @ query, weights.mT @ grad, None, None, None
 
 
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float
-) -> Tensor:
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, cap: float) -> Tensor:
     scores = query @ key.transpose(2, 3) * (scale if scale is not None else query.shape[-1] ** -0.5)
     scores = torch.tanh(scores / cap) * cap + mask
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value

@@ -31,7 +31,8 @@ from bco_lightning.options import Dtype, LoraSettings, Quantization
 from bco_lightning.places import cache_root, resolve_packaged
 
 _STORED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Published Llama 3.1: hidden size, layers, heads, key-value heads, feed-forward size.
+# Published Llama 3.1.
+_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _LLAMA = {"8B": (4096, 32, 32, 8, 14336), "70B": (8192, 80, 64, 8, 28672), "405B": (16384, 126, 128, 8, 53248)}
 NAMED_SHAPES = tuple(_LLAMA)
 
@@ -187,16 +188,8 @@ def unloaded_model(name_or_path: str, lora: LoraSettings | None = None) -> Any:
     given = f"Give {', '.join(NAMED_SHAPES)}, a hub id, a folder, a .gguf file or package:NAME."
     with in_words(name_or_path, "causal language model", given), torch.device("meta"):
         if name_or_path in _LLAMA:
-            hidden, layers, heads, key_value_heads, feed_forward = _LLAMA[name_or_path]
-            config: Any = LlamaConfig(
-                vocab_size=128_256,
-                hidden_size=hidden,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=key_value_heads,
-                intermediate_size=feed_forward,
-                tie_word_embeddings=False,
-            )
+            shape: dict[str, Any] = dict(zip(_SHAPE, _LLAMA[name_or_path], strict=True))
+            config: Any = LlamaConfig(vocab_size=128_256, tie_word_embeddings=False, **shape)
         else:
             source = locate_model(name_or_path)
             if source.is_adapter:
