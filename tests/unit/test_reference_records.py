@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 
 from bco_lightning.places import cache_root
-from bco_lightning.reference import records as on_disk
-from bco_lightning.reference.records import RECORD, keys_and_lengths, read_records, write_records
+from bco_lightning.reference import column as on_disk
+from bco_lightning.reference.column import RECORD, keys_and_lengths, read_records, write_records
 
 
 def records(*pairs: tuple[int, float]) -> np.ndarray:

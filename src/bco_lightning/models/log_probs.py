@@ -51,11 +51,10 @@ def completion_token_log_probs(
     model: PreTrainedModel, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None
 ) -> Tensor:
     """:func:`completion_log_probs` of each token that carries loss, shape ``(N,)``."""
-
-    def score(causal_lm: Any) -> Tensor:
-        return _head_log_probs(causal_lm, predicting_states(causal_lm, batch, trunk_states_SH), batch.targets_N)
-
-    found_N: Tensor = run_gathered(causal_lm_of(model), score)
+    found_N: Tensor = run_gathered(
+        causal_lm_of(model),
+        lambda lm: _head_log_probs(lm, predicting_states(lm, batch, trunk_states_SH), batch.targets_N),
+    )
     return found_N
 
 

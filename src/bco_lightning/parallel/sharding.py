@@ -52,36 +52,28 @@ def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> No
         raise ConfigError(
             "trainer.strategy", f"expected a model with a list of layers, found {type(causal_lm).__name__}.", "Use ddp."
         )
+    ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    later = {end: final_dtype(end.weight) for end in ends if type(end) in (nn.Embedding, nn.Linear)}  # if not adapted
+    pinned = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
     done: set[nn.Module] = set()
-    later = _embedding_and_head(causal_lm)
     for unit in [*reversed(units), causal_lm]:  # the inner before the outer
         own = [module for module in unit.modules() if module not in done]
         done.update(own)
-        for module in own if unit is not causal_lm else [module for module in own if module not in later]:
-            for parameter in module.parameters(recurse=False):
+        for module in own:
+            for parameter in module.parameters(recurse=False) if module not in later else ():
                 take_final_dtype(parameter)
-        _cut(unit, sharding, sharding.compute_dtype if unit is not causal_lm else None)
+        dtype = sharding.compute_dtype if unit is not causal_lm else None
+        fully_shard(
+            unit,
+            mesh=sharding.mesh,
+            mp_policy=MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
+            offload_policy=pinned if sharding.cpu_offload else OffloadPolicy(),
+        )
     for module, dtype in later.items():
         module.to(dtype)
     # Functions of the model enter it by a side door; FSDP2 gathers weights for the doors it knows.
     causal_lm._call_with = MethodType(lambda causal_lm, function: function(causal_lm), causal_lm)
     register_fsdp_forward_method(causal_lm, "_call_with")
-
-
-def _embedding_and_head(causal_lm: Any) -> dict[nn.Module, torch.dtype]:
-    """Both with their final data type, unless they are adapted."""
-    found = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
-    return {module: final_dtype(module.weight) for module in found if type(module) in (nn.Embedding, nn.Linear)}
-
-
-def _cut(unit: nn.Module, sharding: Sharding, dtype: torch.dtype | None) -> None:
-    offload = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
-    fully_shard(
-        unit,
-        mesh=sharding.mesh,
-        mp_policy=MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
-        offload_policy=offload if sharding.cpu_offload else OffloadPolicy(),
-    )
 
 
 def is_sharded(model: Any) -> bool:

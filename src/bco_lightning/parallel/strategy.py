@@ -117,12 +117,7 @@ def named_strategy(name: str) -> Any:
     return name.replace("fsdp", "fsdp2") if name in ("fsdp", "fsdp_cpu_offload") else name
 
 
-def _register() -> None:
-    for name in ("fsdp2", "fsdp"):  # Lightning refuses the latter name on a CPU, whatever it stands for
-        for suffix, options in (("", {}), ("_cpu_offload", {"cpu_offload": True})):
-            StrategyRegistry.register(
-                name + suffix, FSDP2Strategy, "Fully sharded data parallel training (FSDP2)", override=True, **options
-            )
-
-
-_register()
+for _name in ("fsdp2", "fsdp"):  # Lightning refuses the latter name on a CPU, whatever it stands for
+    _told = "Fully sharded data parallel training (FSDP2)"
+    StrategyRegistry.register(_name, FSDP2Strategy, _told, override=True)
+    StrategyRegistry.register(f"{_name}_cpu_offload", FSDP2Strategy, _told, override=True, cpu_offload=True)
