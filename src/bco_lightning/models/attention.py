@@ -84,13 +84,13 @@ def packed_attention(
         window = sliding_window if sliding_window is not None and k.shape[2] > sliding_window else None
         is_causal = prefix is None and window is None  # SDPA's own causal mask begins at the first key
         is_quick = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad and k.shape[2] <= _LONG
-        mask = packed_rows.mask(q, k, window) if softcap is not None or is_quick or not is_causal else None
         if softcap is not None:
-            out = _capped_attention(q, k, v, mask, scaling, softcap)
+            out = _capped_attention(q, k, v, packed_rows.mask(q, k, window), scaling, softcap)
         elif is_quick:
-            out = _QuickBackward.apply(q, k, v, mask, is_causal, scaling)
+            out = _QuickBackward.apply(q, k, v, packed_rows.mask(q, k, window), is_causal, scaling)
         else:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling)
+            allowed = None if is_causal else packed_rows.mask(q, k, window)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scaling)
         attended.append(out.transpose(1, 2))
     return torch.cat(attended, dim=1), None
 
@@ -118,7 +118,9 @@ class _QuickBackward(torch.autograd.Function):
         return scores_grad @ key, scores_grad.mT @ query, weights.mT @ grad, None, None, None
 
 
-def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, cap: float) -> Tensor:
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float
+) -> Tensor:
     scores = query @ key.transpose(2, 3) * (scale if scale is not None else query.shape[-1] ** -0.5)
     scores = torch.tanh(scores / cap) * cap + mask
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
