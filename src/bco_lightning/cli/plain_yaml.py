@@ -113,10 +113,9 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
     with refusals_as_errors():
         for option, text in options_in(arguments):
             where = "command line" if _SECRET_VALUE.search(option) else option
-            try:
+            value: Any = text
+            with contextlib.suppress(yaml.YAMLError, ValueError):
                 value = load_measured(text, where)
-            except (yaml.YAMLError, ValueError):
-                value = text
             _refuse_secrets_of({where.lstrip("-"): value}, where)
             if _SECRET_VALUE.search(text) or _SECRET_VALUE.search(option):
                 _refuse(where)

@@ -30,7 +30,7 @@ from bco_lightning.data.options import Source
 from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.identity import git_revision, versions
-from bco_lightning.inspection.inspect import InspectOptions, inspect_command
+from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.module import BCOModule
 from bco_lightning.options import ModelOptions, Options
 from bco_lightning.parallel.strategy import named_strategy
@@ -291,14 +291,15 @@ class InspectCLI(BCOCLI):
     def __init__(self, arguments: list[str]) -> None:
         told = {"prog": "python -m bco_lightning inspect", "description": _INSPECT}
         super().__init__(arguments, run=False, parser_kwargs=told)
-        options = InspectOptions(self.config.report, self.config.examples, self.config.hide_examples)
-        inspect_command(options, self.config, self.data_options, self.model_options)
+        options = {name: self.config[name] for name in ("report", "examples", "hide_examples")}
+        inspect_command(self.config, self.data_options, self.model_options, **options)
 
     @override
     def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])  # the config of a run has them
-        parser.add_class_arguments(InspectOptions, skip={"hide_examples"})
+        skip: set[str | int] = {"config", "data_options", "model_options", "hide_examples"}
+        parser.add_function_arguments(inspect_command, skip=skip)
         parser.add_flag("hide_examples", "Show no row's text, neither here nor on the page.")
 
     @override

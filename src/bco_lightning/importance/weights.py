@@ -32,7 +32,7 @@ from bco_lightning.importance.ratio import DensityRatio, FittedRatio, clipped_ra
 from bco_lightning.importance.report import TrustReport
 from bco_lightning.metrics import Array
 from bco_lightning.models.build import dtype_of_matrices
-from bco_lightning.options import REFERENCE, ModelOptions
+from bco_lightning.options import REFERENCE, ModelOptions, PromptFeatures
 from bco_lightning.parallel.collectives import gather_over_ranks, sum_over_ranks
 from bco_lightning.places import cache_root
 from bco_lightning.reference.model import Reference
@@ -122,18 +122,31 @@ class PromptWeighing:
             raise problem
 
     def find(self, data: FeedbackDataModule, reference: Reference, trainer: Any) -> ImportanceWeights:
-        """Finds the weights of rows that a data module has read, of a stream those of a sample."""
-        options, before_training = self._options, partial(reference.before_training, trainer)
-        features = options.prompt_features
-        if features.encoder == REFERENCE:
-            depends_on = {"weights": reference.digest, "dtype": str(dtype_of_matrices(reference.policy))}
-            self._encoder = ReferenceEncoder(features, before_training, depends_on)
-        else:
-            with before_training() as model:
-                device = next(model.parameters()).device
-            self._encoder = SentenceEncoder(features.encoder, device)
-        folder = cache_root(options.cache_folder) / "importance_weights"
-        return find_weights(data, self._encoder, options.importance_clip, folder, trainer or ALONE)
+        """Looks the weights of rows, of a stream those of a sample, up on disk, or computes them.
+
+        They are the same in every process, to the bit: each computes the features of a share of the prompts, the first
+        one fits, and where it cannot, all fail.
+        """
+        options, began = self._options, time.monotonic()
+        encoder = _encoder_of(options.prompt_features, reference, partial(reference.before_training, trainer))
+        self._encoder, trainer = encoder, trainer or ALONE
+        prompts = _Prompts(data, encoder, trainer)
+        key = prompts.key(options.importance_clip)
+        file = cache_root(options.cache_folder) / "importance_weights" / f"{key}.safetensors"
+        known: ImportanceWeights | None = _of_first_process(partial(_read, file), trainer)
+        if known is not None:
+            return known
+        ratio, log_ratios_P, report = prompts.fitted(options.importance_clip)
+        weights_R, up_R = ratio.weights(log_ratios_P)[prompts.numbers_R], torch.from_numpy(prompts.up_R)
+        # What is cut of a prompt for the reference is cut for training too, and counted there.
+        if isinstance(encoder, SentenceEncoder):
+            report = replace(report, num_truncated=encoder.num_truncated(prompts.dataset, prompts.first_rows_P))
+        report = replace(report, seconds=time.monotonic() - began)
+        row_weights = torch.where(up_R, 1.0, weights_R)
+        weights = ImportanceWeights(ratio, report, row_weights, up_R, encoder.fingerprint, key)
+        if trainer.is_global_zero:
+            _write(weights, file)
+        return weights
 
     def _take(self, weights: ImportanceWeights, data: FeedbackDataModule | None) -> None:
         self.weights = weights
@@ -167,30 +180,15 @@ class PromptWeighing:
             ) from error
 
 
-def find_weights(
-    data: FeedbackDataModule, encoder: Encoder, clip: tuple[float, float], folder: Path, trainer: Any
-) -> ImportanceWeights:
-    """Looks the weights of training rows up in a folder, or computes them; the same in every process, to the bit.
-
-    Every process computes the features of a share of the prompts; the first one fits, and where it cannot, all fail.
-    """
-    prompts = _Prompts(data, encoder, trainer)
-    file = folder / f"{prompts.key(clip)}.safetensors"
-    known: ImportanceWeights | None = _of_first_process(partial(_read, file), trainer)
-    if known is not None:
-        return known
-    began = time.monotonic()
-    ratio, log_ratios_P, report = prompts.fitted(clip)
-    weights_R, up_R = ratio.weights(log_ratios_P)[prompts.numbers_R], torch.from_numpy(prompts.up_R)
-    # What is cut of a prompt for the reference is cut for training too, and counted there.
-    if isinstance(encoder, SentenceEncoder):
-        report = replace(report, num_truncated=encoder.num_truncated(prompts.dataset, prompts.first_rows_P))
-    report = replace(report, seconds=time.monotonic() - began)
-    row_weights = torch.where(up_R, 1.0, weights_R)
-    weights = ImportanceWeights(ratio, report, row_weights, up_R, encoder.fingerprint, file.stem)
-    if trainer.is_global_zero:
-        _write(weights, file)
-    return weights
+def _encoder_of(
+    features: PromptFeatures, reference: Reference, before_training: Callable[[], AbstractContextManager[Any]]
+) -> Encoder:
+    if features.encoder == REFERENCE:
+        depends_on = {"weights": reference.digest, "dtype": str(dtype_of_matrices(reference.policy))}
+        return ReferenceEncoder(features, before_training, depends_on)
+    with before_training() as model:
+        device = next(model.parameters()).device
+    return SentenceEncoder(features.encoder, device)
 
 
 class _Prompts:

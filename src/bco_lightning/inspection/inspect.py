@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +30,33 @@ from bco_lightning.module import BCOModule
 _STYLES = {"problem": "bold red", "warning": "yellow", "note": "", "good": "green"}
 
 
-@dataclass(frozen=True)
-class InspectOptions:
+def inspect_command(
+    config: Any,
+    data_options: Mapping[str, Any],
+    model_options: Mapping[str, Any],
+    report: str = "inspect.html",
+    examples: int = 3,
+    hide_examples: bool = False,
+) -> None:
     """What ``inspect`` takes beside the options of ``fit``.
 
     Args:
+        config: The resolved options of ``fit``.
+        data_options: Arguments of the data module.
+        model_options: Arguments of the module.
         report: The page to write, which needs no other file.
         examples: Rows of either class to show.
         hide_examples: Show no row's text, neither in the terminal nor on the page.
+
+    Raises:
+        UserError: Where ``fit`` would not start either; if the rows can be read, after the report.
     """
-
-    report: str = "inspect.html"
-    examples: int = 3
-    hide_examples: bool = False
-
-    def __post_init__(self) -> None:
-        if self.examples < 0:
-            raise ConfigError("--examples", f"expected a number from 0 on, found {self.examples}.")
-        path = Path(self.report)
-        if path.is_dir() or not path.parent.is_dir():
-            found = "a folder" if path.is_dir() else "no such folder"
-            raise ConfigError("--report", f"expected a file to write in a folder that exists, found {found}.")
-
-
-def inspect_command(
-    options: InspectOptions, config: Any, data_options: Mapping[str, Any], model_options: Mapping[str, Any]
-) -> None:
-    """Reads, reports, and fails where ``fit`` would not start either; if the rows can be read, after the report."""
+    if examples < 0:
+        raise ConfigError("--examples", f"expected a number from 0 on, found {examples}.")
+    page = Path(report)
+    if page.is_dir() or not page.parent.is_dir():
+        found = "a folder" if page.is_dir() else "no such folder"
+        raise ConfigError("--report", f"expected a file to write in a folder that exists, found {found}.")
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
     problem: UserError | None = None
     try:
@@ -80,8 +79,7 @@ def inspect_command(
     limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
     up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), seed)
     prompts = [said_in(prompt) for prompt in dataset.select_columns(["prompt"])[drawn.tolist()]["prompt"]]
-    num_examples = 0 if options.hide_examples else options.examples
-    report = DataReport(
+    data_report = DataReport(
         model=config.model.name_or_path,
         counts=tuple(data.counts),
         feedback=data.feedback_summary,
@@ -93,13 +91,13 @@ def inspect_command(
         prompt_bias=auc(arrays.prompt_lengths, up, arrays.prompts),
         bias=length_bias(arrays),
         personal_data=count_personal_data(row[:2] for row in texts_of(dataset, data.tokenizer)),
-        examples=examples_of(dataset, data.tokenizer, up, num_examples, seed),
+        examples=examples_of(dataset, data.tokenizer, up, 0 if hide_examples else examples, seed),
         notes=tuple(notes),
         trust=trust,
     )
-    print_report(report, Console())
-    write_page(report, Path(options.report))
-    print(f"\nPage   {options.report}")
+    print_report(data_report, Console())
+    write_page(data_report, page)
+    print(f"\nPage   {report}")
     if problem is not None:
         raise problem
 
