@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from bco_lightning.data import FeedbackDataModule
@@ -108,12 +107,9 @@ def print_report(report: DataReport, console: Console) -> None:
         table = text_table(section.title, *section.headings, rows=section.rows, left=section.left)
         console.print(table, highlight=False)
     if report.examples:
-        table = Table(title="Examples", title_justify="left", show_lines=True)
-        for heading in ("", "prompt", "completion"):
-            table.add_column(heading, overflow="fold")
-        for example in report.examples:
-            place = f"{'up' if example.thumbs_up else 'down'}\n{example.place}"
-            table.add_row(*(Text(printable(cell)) for cell in (place, example.prompt, example.completion)))
+        rows = [(f"{'up' if row.thumbs_up else 'down'}\n{row.place}", *row[:2]) for row in report.examples]
+        table = text_table("Examples", "", "prompt", "completion", rows=rows, left=(0, 1, 2))
+        table.show_lines = True
         console.print(table, highlight=False)
     for finding in report.findings:
         console.print(Text(printable(f"{finding.level}: {finding.text}"), style=_STYLES[finding.level]))
