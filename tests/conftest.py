@@ -18,6 +18,9 @@ from lightning.pytorch import Trainer, seed_everything
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.tokenize import RowTokenizer
+from bco_lightning.errors import FeedbackRowError
 from bco_lightning.models.gguf import FOLDER as CONVERTED
 from bco_lightning.models.load import load_tokenizer
 from tests.security.test_supply_chain import outside_the_bounds
@@ -110,6 +113,14 @@ def log(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def tokenized_row(row_tokenizer: RowTokenizer, row: FeedbackRow) -> TokenizedSample | LeftOut:
+    """What becomes of one row; what is wrong with it is raised."""
+    [(_, outcome)] = row_tokenizer.tokenize([row])
+    if isinstance(outcome, FeedbackRowError):
+        raise outcome
+    return outcome
 
 
 def tiny_module(tiny_model: str, **options: Any) -> BCOModule:

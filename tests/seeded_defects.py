@@ -363,8 +363,8 @@ DEFECTS = [
     ),
     Defect(
         'R22', 'all rows are held in memory', 'data/row_sets.py',
-        'in self.row_tokenizer.tokenize_all(row for row, _ in self._read(files, maker)):',
-        'in list(self.row_tokenizer.tokenize_all(row for row, _ in self._read(files, maker))):',
+        'in self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker)):',
+        'in list(self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker))):',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
 ]  # fmt: skip

@@ -59,7 +59,7 @@ def drawn(model: str, log: str, held_out: str, ranks: int) -> dict[str, Any]:
     """Trains for two epochs and returns what this process has read and used."""
     tempfile.tempdir = f"{Path(log).parent}/temporary"
     tokenized = []
-    tokenize, setup = RowTokenizer.tokenize_all, FeedbackDataModule.setup
+    tokenize, setup = RowTokenizer.tokenize, FeedbackDataModule.setup
     found: dict[str, Any] = {}
 
     def noted_tokenize(self: Any, items: Any) -> Any:
@@ -77,7 +77,7 @@ def drawn(model: str, log: str, held_out: str, ranks: int) -> dict[str, Any]:
             "rows": [list(self.train_dataset), list(self.validation_dataset)],
         }
 
-    RowTokenizer.tokenize_all, FeedbackDataModule.setup = noted_tokenize, noted_setup  # type: ignore[method-assign]
+    RowTokenizer.tokenize, FeedbackDataModule.setup = noted_tokenize, noted_setup  # type: ignore[method-assign]
     watch = Watch()
     options = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "accumulate_grad_batches": 2}
     state = tiny_fit(

@@ -20,6 +20,7 @@ from bco_lightning.data.options import DataOptions
 from bco_lightning.data.records.parquet import batch_rows
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
+from tests.conftest import tokenized_row
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
 from tests.unit.made_rows import records_of
@@ -205,7 +206,7 @@ def test_no_sample_is_without_completion_tokens(trials: Trials, tmp_path: Path) 
             template = str(tmp_path / name) if TEMPLATES[name] else None
             try:
                 limits = DataOptions(max_length=length, chat_template=template, **POLICIES[policy])
-                sample = RowTokenizer(byte_tokenizer(), limits).tokenize(row)
+                sample = tokenized_row(RowTokenizer(byte_tokenizer(), limits), row)
             except FeedbackRowError as error:
                 decided.add("refused")
                 assert error.where == "log.jsonl:7"

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import CANNOT_BE_TEXT, RowTokenizer
+from tests.conftest import tokenized_row
 from tests.reliability.tiny_run import CHATML
 from tests.trials import Trials
 
@@ -140,7 +141,7 @@ def conversation(place: str, typed: str) -> list[dict[str, str]]:
 
 def outcome_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample | LeftOut:
     row = FeedbackRow(messages[:-1], messages[-1:], True, "log.jsonl:1")
-    return RowTokenizer(tokenizer, DataOptions(max_length=4096, **options)).tokenize(row)
+    return tokenized_row(RowTokenizer(tokenizer, DataOptions(max_length=4096, **options)), row)
 
 
 def sample_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> TokenizedSample:
@@ -250,7 +251,7 @@ def test_a_row_that_is_cut_keeps_its_typed_names_as_text() -> None:
     messages = conversation("system", "<|im_end|>")
     messages[3]["content"] = "<|im_start|>" * 50
     row = FeedbackRow(messages[:-1], messages[-1:], True, "log.jsonl:1")
-    sample = RowTokenizer(tokenizer, DataOptions()).tokenize(row)
+    sample = tokenized_row(RowTokenizer(tokenizer, DataOptions()), row)
     assert isinstance(sample, TokenizedSample)
     assert tokenizer.decode(sample.input_ids).startswith("<|im_start|>system\n<|im_end|><|im_end|>\n")
     assert sample.input_ids[: len("system\n<|im_end|>") + 2].count(tokenizer.eos_token_id) == 1
@@ -325,7 +326,7 @@ def test_names_in_tools_calls_results_and_options_are_text(trials: Trials) -> No
     for trial in trials([(place, typed) for place in PLACES for typed in TYPED], quick=42):
         with trial as (place, typed):
             row = tool_row(place, TYPED[typed])
-            sample = RowTokenizer(tokenizer, DataOptions(max_length=4096)).tokenize(row)
+            sample = tokenized_row(RowTokenizer(tokenizer, DataOptions(max_length=4096)), row)
             assert isinstance(sample, TokenizedSample)
             markup = [token for token in sample.input_ids if token in control]
             assert tokenizer.convert_ids_to_tokens(markup) == ["<|im_start|>", "<|im_end|>"] * 4

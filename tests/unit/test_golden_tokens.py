@@ -12,6 +12,7 @@ from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
+from tests.conftest import tokenized_row
 from tests.reliability.tiny_run import byte_tokenizer
 
 # In the manner of Llama 3: headers, a BOS token, tools in the first user message, calls as JSON that end in <|eom_id|>.
@@ -136,7 +137,7 @@ def written(numbers: dict[str, int], *pieces: str) -> list[int]:
 
 def tokenized(tokenizer: Any, row: FeedbackRow, **limits: Any) -> tuple[list[int], list[int]]:
     """What carries no loss, and what does after it."""
-    sample = RowTokenizer(tokenizer, DataOptions(**limits)).tokenize(row)
+    sample = tokenized_row(RowTokenizer(tokenizer, DataOptions(**limits)), row)
     assert isinstance(sample, TokenizedSample)
     first = sample.completion_mask.index(True)
     assert all(sample.completion_mask[first:])
@@ -217,7 +218,7 @@ def test_smollm2_cut_completion_has_no_end_token(tokenizer: Any) -> None:
 )
 def test_smollm2_row_one_token_over_a_limit_is_left_out(tokenizer: Any, limits: dict[str, Any], reason: str) -> None:
     one_more = {name: value + 1 if isinstance(value, int) else value for name, value in limits.items()}
-    assert RowTokenizer(tokenizer, DataOptions(**limits)).tokenize(COUNTED) == LeftOut("log.jsonl:1", reason)
+    assert tokenized_row(RowTokenizer(tokenizer, DataOptions(**limits)), COUNTED) == LeftOut("log.jsonl:1", reason)
     assert tokenized(tokenizer, COUNTED, **one_more) == ([*BE_KIND, *ONE_TO_SIX, *ASSISTANT], HELLO[4:8])
 
 
@@ -336,7 +337,7 @@ def test_qwen_like_loss_on_all_turns_between_which_tools_speak(qwen_like: Any) -
         ("assistant", "Both."),
     )  # fmt: skip
     row = FeedbackRow(row.prompt[:1], row.prompt[1:] + row.completion, True, "log.jsonl:1")
-    sample = RowTokenizer(qwen_like, DataOptions()).tokenize(row)
+    sample = tokenized_row(RowTokenizer(qwen_like, DataOptions()), row)
     assert isinstance(sample, TokenizedSample)
     said = [
         qwen("<think>", "\na\n", "</think>", "\n\nLook.", "<|im_end|>"),
@@ -362,4 +363,4 @@ def test_qwen_like_loss_on_all_turns_is_refused_where_an_earlier_turn_is_rewritt
     talk = conversation(("user", "Hi?"), ("assistant", "Yes."), ("user", "So?"), ("assistant", "Well."))
     row = FeedbackRow(talk.prompt[:1], talk.prompt[1:] + talk.completion, True, "log.jsonl:1")
     with pytest.raises(FeedbackRowError, match=r"log\.jsonl:1: expected a chat template that extends .*one that rewri"):
-        RowTokenizer(qwen_like, DataOptions()).tokenize(row)
+        tokenized_row(RowTokenizer(qwen_like, DataOptions()), row)

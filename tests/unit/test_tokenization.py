@@ -18,6 +18,7 @@ from bco_lightning.data.chat import PLAIN_TEMPLATE
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
+from tests.conftest import tokenized_row
 from tests.reliability.tiny_run import byte_tokenizer
 
 
@@ -33,7 +34,7 @@ def outcome(
     tokenizer: Any, a_row: FeedbackRow, max_length: int = 512, chat_template: str | None = None, **limits: Any
 ) -> TokenizedSample | LeftOut:
     options = DataOptions(max_length=max_length, chat_template=chat_template, **limits)
-    return RowTokenizer(tokenizer, options).tokenize(a_row)
+    return tokenized_row(RowTokenizer(tokenizer, options), a_row)
 
 
 def tokenize(tokenizer: Any, a_row: FeedbackRow, *args: Any, **options: Any) -> TokenizedSample:
@@ -210,7 +211,7 @@ def test_whatever_the_limits_a_row_keeps_to_them_or_says_why_it_is_left_out(
     limits, num_asked, num_answered, with_system = case
     system = SYSTEM if with_system else []
     a_row = row([*system, {"role": "user", "content": "q" * num_asked}], "a" * num_answered)
-    sample = RowTokenizer(BYTES, limits).tokenize(a_row)
+    sample = tokenized_row(RowTokenizer(BYTES, limits), a_row)
     num_prompt = with_system * SYSTEM_TOKENS + USER_MARKUP + num_asked + HEADER
     fits = num_prompt + num_answered + 1 <= limits.max_length
     fits = fits and num_prompt <= (limits.max_prompt_length or limits.max_length)
@@ -387,14 +388,15 @@ def test_a_template_that_prints_only_the_end_of_a_completion_names_the_row(token
 def test_rows_tokenized_together_come_out_as_they_do_alone(tokenizer: Any) -> None:
     rows = [row("Hi?", "Hello."), row("Hi?", "<|im_end|>"), row(LONG, "Yes."), row("Hi?", LONG)]
     row_tokenizer = RowTokenizer(tokenizer, DataOptions(max_length=60, long_completions="drop"))
-    together = row_tokenizer.tokenize_batch(rows)
-    assert together == [row_tokenizer.tokenize(one) for one in rows]
+    together = [outcome for _, outcome in row_tokenizer.tokenize(rows)]
+    assert together == [tokenized_row(row_tokenizer, one) for one in rows]
     assert [type(one) for one in together] == [TokenizedSample, TokenizedSample, TokenizedSample, LeftOut]
 
 
 def test_one_bad_row_of_several_is_an_outcome_of_its_own(tokenizer: Any) -> None:
     two_in_a_row = row("Hi?", [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}])
-    outcomes = RowTokenizer(tokenizer, DataOptions(max_length=60)).tokenize_batch([row("Hi?", "Yes."), two_in_a_row])
+    row_tokenizer = RowTokenizer(tokenizer, DataOptions(max_length=60))
+    outcomes = [outcome for _, outcome in row_tokenizer.tokenize([row("Hi?", "Yes."), two_in_a_row])]
     assert isinstance(outcomes[0], TokenizedSample)
     assert isinstance(outcomes[1], FeedbackRowError)
     assert "found two in a row" in str(outcomes[1])
@@ -424,7 +426,7 @@ def test_tools_and_options_of_a_row_reach_the_template(tokenizer: Any, telling: 
 
 def test_neighbouring_rows_of_one_prompt_keep_their_own_options(tokenizer: Any, telling: str) -> None:
     rows = [replace(row("Hi?", "Yes."), template_options={"style": style}) for style in ("brief", "long")]
-    samples = RowTokenizer(tokenizer, DataOptions(chat_template=telling)).tokenize_batch(rows)
+    samples = [outcome for _, outcome in RowTokenizer(tokenizer, DataOptions(chat_template=telling)).tokenize(rows)]
     texts = [tokenizer.decode(sample.input_ids) for sample in samples if isinstance(sample, TokenizedSample)]
     assert [text[: text.index(":")] for text in texts] == ["brief", "long"]
 

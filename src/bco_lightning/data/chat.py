@@ -32,6 +32,7 @@ _STAND_IN = OPEN + CLOSE
 class ChatScript:
     """A row as the chat template renders it: its prompt, then what each turn of the completion adds, and who speaks."""
 
+    row: FeedbackRow
     conversation: Conversation
     texts: list[str]
     speakers: list[bool]  # of each turn, whether it is the assistant's
@@ -95,7 +96,7 @@ class ChatTemplate:
             if rendered is None:
                 rendered = [self.render(told, len(row.prompt), asks_next=True)]
                 rendered += [self.render(told, stop, asks_next=not speaks) for stop, speaks in stops]
-            return ChatScript(told, _added(rendered, row.place), [speaks for _, speaks in stops])
+            return ChatScript(row, told, _added(rendered, row.place), [speaks for _, speaks in stops])
         except FeedbackRowError as error:
             return error
         except TEMPLATE_FAILURES as error:

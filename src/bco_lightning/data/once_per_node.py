@@ -23,8 +23,9 @@ def read_once_per_node(read: Callable[[], None], rows: dict[str, ReadRows], trai
     def outcome() -> dict[str, Any]:
         try:
             read()
-            told = {name: (str(known.folder), known.contents()) for name, known in rows.items()}
-            return {"node": trainer.node_rank, "read": told}
+            contents = {name: what for known in rows.values() for name, what in known.contents().items()}
+            folders = {name: str(known.folder) for name, known in rows.items()}
+            return {"node": trainer.node_rank, "folders": folders, "contents": contents}
         except Exception as error:
             raised.append(error)
             known = (cause for cause in causes_of(error) if isinstance(cause, (UserError, OSError, MemoryError)))
@@ -33,15 +34,12 @@ def read_once_per_node(read: Callable[[], None], rows: dict[str, ReadRows], trai
     outcomes = made_once_per_node(outcome, trainer)
     for error in [*raised, *(known["error"] for known in outcomes if "error" in known)]:
         raise error
-    read_by = {known["node"]: known["read"] for known in outcomes}
-    _require_same_rows(
-        {node: dict(part for _, known in told.values() for part in known) for node, told in read_by.items()}
-    )
+    _require_same_rows({known["node"]: known["contents"] for known in outcomes})
     faults: list[FaultError] = []
     if trainer.local_rank > 0:
-        told = read_by[trainer.node_rank]
+        folders = next(known["folders"] for known in outcomes if known["node"] == trainer.node_rank)
         try:
-            rows.update({name: _opened(Path(told[name][0])) for name in told if name not in rows})
+            rows.update({name: _opened(Path(folders[name])) for name in folders if name not in rows})
         except FaultError as fault:
             faults.append(fault)
     for error in errors_of_all(faults, trainer):

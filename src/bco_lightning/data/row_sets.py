@@ -70,12 +70,10 @@ class ReadRows:
                 row_sets[name].dataset = Dataset.from_file(str(folder / f"{name}.arrow"))
         return cls(folder, row_sets, FeedbackSummary(**values["summary"]) if values["summary"] else None)
 
-    def contents(self) -> list[tuple[str, Any]]:
+    def contents(self) -> dict[str, Any]:
         """Digest and numbers of each data set, which are the same on every node; places may differ."""
-        return [
-            (name, (known.digest, known.counts.read, known.counts.up, known.counts.down))
-            for name, known in self.row_sets.items()
-        ]
+        told = ((name, known.digest, known.counts) for name, known in self.row_sets.items())
+        return {name: (digest, counts.read, counts.up, counts.down) for name, digest, counts in told}
 
 
 class RowReader:
@@ -121,8 +119,8 @@ class RowReader:
 
         def make(folder: Path) -> dict[str, Any]:
             log = RowTable(folder, [source.label for source in sources])
-            for number, (row, outcome) in zip(numbers, self.row_tokenizer.tokenize_all(rows), strict=True):
-                if isinstance(row, FeedbackRow) and not isinstance(outcome, FeedbackRowError):
+            for number, (row, outcome) in zip(numbers, self.row_tokenizer.tokenize(rows), strict=True):
+                if not isinstance(outcome, FeedbackRowError):
                     log.append(row, number, outcome)
             row_sets = _divided(log, {"train": np.ones(len(log), bool)}, RowCounts("others"))
             return {"row_sets": row_sets, "summary": None}
@@ -179,7 +177,7 @@ class RowReader:
                     yield row
             return
         files = [record_file(path, maker.cells) for path in expand(source.path)]
-        for row, outcome in self.row_tokenizer.tokenize_all(row for row, _ in self._read(files, maker)):
+        for row, outcome in self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker)):
             if isinstance(outcome, FeedbackRowError):
                 yield outcome
             elif isinstance(row, FeedbackRow):

@@ -71,7 +71,7 @@ class PlaceTable(RowLog):
             counts[name] = self.counts(name, rows)
             counts[name].cut = {}
             for row in np.flatnonzero(rows & (reasons > 0)).tolist():
-                counts[name].left_out[self.reason(reasons[row])].take(1, [_place_of(places[row], self.files)])
+                counts[name].left_out[self.reasons[reasons[row]]].take(1, [_place_of(places[row], self.files)])
             places[rows & (reasons == 0)].tofile(self._folder / f"{name}.places")
         self._draft.unlink()
         return counts
@@ -84,11 +84,8 @@ class StreamRows:
         self.files, self._path = files, path
         self.places = np.memmap(path, _ROW, "r")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._path, "files": self.files}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        StreamRows.__init__(self, **state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StreamRows, (self._path, self.files)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -183,9 +180,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
         samples: dict[int, dict[str, Any]] = {}
         asked, tries = dict(enumerate(map(int, numbers))), 0
         while asked:
-            rows = [self.row(number) for number in asked.values()]
-            outcomes = self._row_tokenizer.tokenize_batch(rows)
-            for at, row, outcome in zip(list(asked), rows, outcomes, strict=True):
+            outcomes = self._row_tokenizer.tokenize([self.row(number) for number in asked.values()])
+            for at, (row, outcome) in zip(list(asked), outcomes, strict=True):
                 number = asked.pop(at)
                 if isinstance(outcome, TokenizedSample):
                     samples[at] = {

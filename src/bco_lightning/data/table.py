@@ -54,7 +54,7 @@ class RowLog:
     """What is kept of each row in memory, by the names of its sources: 20 bytes."""
 
     def __init__(self, sources: Sequence[str]) -> None:
-        self._sources, self._reasons, self._kept = list(sources), [""], bytearray()
+        self._sources, self.reasons, self._kept = list(sources), [""], bytearray()
 
     def __len__(self) -> int:
         return len(self._kept) // _KEPT.itemsize
@@ -116,19 +116,15 @@ class RowLog:
             read=len(rows),
             up=sum(up),
             down=sum(down),
-            left_out={self._reasons[number]: Counted() for number in np.unique(rows["reason"]) if number},
+            left_out={self.reasons[number]: Counted() for number in np.unique(rows["reason"]) if number},
             cut={what: int((used["flags"] & flag > 0).sum()) for what, flag in _CUTS.items()},
             by_source={source: (up[n], down[n]) for n, source in enumerate(self._sources)},
         )
 
-    def reason(self, number: int) -> str:
-        """A reason for which rows are left out."""
-        return self._reasons[number]
-
     def _reason_number(self, reason: str) -> int:
-        if reason not in self._reasons:
-            self._reasons.append(reason)
-        return self._reasons.index(reason)
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return self.reasons.index(reason)
 
 
 class RowTable(RowLog):
@@ -179,8 +175,8 @@ class RowTable(RowLog):
                     files[name].write_batch(pa.RecordBatch.from_arrays([row_ids, *used.columns[1:]], schema=_SCHEMA))
                     numbers[name] += len(used)
                     for row in np.flatnonzero(rows[mine] & (reasons[mine] > 0)).tolist():
-                        reason = self.reason(reasons[start + row])
-                        counts[name].left_out[reason].take(1, [batch.column("place")[row].as_py()])
+                        reason, place = self.reasons[reasons[start + row]], batch.column("place")[row].as_py()
+                        counts[name].left_out[reason].take(1, [place])
                 start = mine.stop
         for file in files.values():
             file.close()

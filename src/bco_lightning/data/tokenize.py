@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import compress
-from typing import Any
+from typing import Any, TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
 from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens, Conversation
 from bco_lightning.data.options import DataOptions
+from bco_lightning.data.rows import RatedRow
 from bco_lightning.errors import FeedbackRowError
 
 # Reasons for which a row is left out; rows are counted under them.
@@ -27,9 +28,9 @@ CANNOT_BE_TEXT = "name of a control token that cannot be written as text"
 # Rows that are tokenized together, and batches of them that wait for their token ids while the next one is read.
 _BATCH_ROWS, _BATCH_CHARACTERS, _AHEAD = 256, 2**20, 3
 
-Row = FeedbackRow | LeftOut | FeedbackRowError
+Row = TypeVar("Row", bound=RatedRow)
 Outcome = TokenizedSample | LeftOut | FeedbackRowError
-Scripts = list[ChatScript | FeedbackRowError]
+Script = ChatScript | LeftOut | FeedbackRowError
 TokenIds = dict[str, list[int]]
 
 
@@ -57,77 +58,52 @@ class RowTokenizer:
         """The prompt as text, up to where the assistant begins to speak."""
         return self._template.render(Conversation(prompt), asks_next=True)
 
-    def tokenize(self, row: FeedbackRow) -> TokenizedSample | LeftOut:
-        """The row as tokens, or why it is left out: it is over a limit, or holds what cannot be had as text.
-
-        Raises:
-            FeedbackRowError: If the template fails on the row, does not extend the prompt by the completion or prints
-                nothing of it, or the row names an option that is not a template's own.
-        """
-        [outcome] = self.tokenize_batch([row])
-        if isinstance(outcome, FeedbackRowError):
-            raise outcome
-        return outcome
-
-    def tokenize_batch(self, rows: Sequence[FeedbackRow]) -> list[TokenizedSample | LeftOut | FeedbackRowError]:
-        """Tokenizes rows together, which is faster; each outcome is what :meth:`tokenize` returns or raises."""
-        scripts = self._scripts(rows)
-        return self._outcomes(rows, scripts, self._encode_all(scripts))
-
-    def tokenize_all(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Outcome]]:
-        """Each of many rows with its outcome, in order; what is no row is its own.
+    def tokenize(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Outcome]]:
+        """Each row with its tokens, why it is left out, or what is wrong with it; what is no row is its own outcome.
 
         The tokenizer leaves the interpreter free, so the next rows are read and rendered meanwhile.
         """
         with ThreadPoolExecutor(max_workers=2) as threads:
-            waiting: deque[tuple[list[Row], list[FeedbackRow], Scripts, Future[TokenIds]]] = deque()
-
-            def finished() -> Iterator[tuple[Row, Outcome]]:
-                batch, valid, scripts, token_ids = waiting.popleft()
-                outcomes = iter(self._outcomes(valid, scripts, token_ids.result()))
-                return ((row, next(outcomes) if isinstance(row, FeedbackRow) else row) for row in batch)
-
+            waiting: deque[tuple[list[Row], list[Script], Future[TokenIds]]] = deque()
             for batch in _batches(rows):
-                valid = [row for row in batch if isinstance(row, FeedbackRow)]
-                scripts = self._scripts(valid)
-                waiting.append((batch, valid, scripts, threads.submit(self._encode_all, scripts)))
+                self._encode("")  # takes back truncation and padding of an earlier call, which stay with the tokenizer
+                made = iter(self._template.scripts([row for row in batch if isinstance(row, FeedbackRow)]))
+                scripts: list[Any] = [next(made) if isinstance(row, FeedbackRow) else row for row in batch]
+                waiting.append((batch, scripts, threads.submit(self._encode_all, scripts)))
                 if len(waiting) > _AHEAD:
-                    yield from finished()
+                    yield from self._finished(*waiting.popleft())
             while waiting:
-                yield from finished()
+                yield from self._finished(*waiting.popleft())
 
-    def _scripts(self, rows: Sequence[FeedbackRow]) -> Scripts:
-        self._encode("")  # takes back the truncation and padding of an earlier call, which stay with the tokenizer
-        return self._template.scripts(rows)
+    def _finished(
+        self, rows: list[Row], scripts: list[Script], token_ids: Future[TokenIds]
+    ) -> Iterator[tuple[Row, Outcome]]:
+        known = token_ids.result()
+        for row, script in zip(rows, scripts, strict=True):
+            yield row, self._outcome(script, known) if isinstance(script, ChatScript) else script
 
-    def _outcomes(self, rows: Sequence[FeedbackRow], scripts: Scripts, token_ids: TokenIds) -> list[Outcome]:
-        return [
-            script if isinstance(script, FeedbackRowError) else self._outcome(row, script, token_ids)
-            for row, script in zip(rows, scripts, strict=True)
-        ]
-
-    def _outcome(self, row: FeedbackRow, script: ChatScript, known: TokenIds) -> Outcome:
+    def _outcome(self, script: ChatScript, known: TokenIds) -> Outcome:
         try:
-            apart = known if not script.conversation.literals else {}
-            token_ids = [apart[text] if text in apart else self._encode_apart(text, script) for text in script.texts]
-            return self._sample(row, script, token_ids)
+            known = {} if script.conversation.literals else known
+            token_ids = [known[text] if text in known else self._encode_apart(text, script) for text in script.texts]
+            return self._sample(script, token_ids)
         except CannotBeTextError:
-            return LeftOut(row.place, CANNOT_BE_TEXT)
+            return LeftOut(script.row.place, CANNOT_BE_TEXT)
         except FeedbackRowError as error:
             return error
 
-    def _sample(self, row: FeedbackRow, script: ChatScript, token_ids: list[list[int]]) -> TokenizedSample | LeftOut:
+    def _sample(self, script: ChatScript, token_ids: list[list[int]]) -> TokenizedSample | LeftOut:
         prompt_ids, *turns = token_ids
         if self.chat_template == PLAIN_TEMPLATE:
             prompt_ids = self._own_bos + prompt_ids
         completion_ids, mask = self._completion(turns, script.speakers)
         if not self._says_something(completion_ids, mask):
             raise FeedbackRowError(
-                row.place,
+                script.row.place,
                 "expected a completion of which the chat template leaves tokens to learn from, found none.",
                 "Remove the row, or set data.chat_template to one that prints what the assistant says.",
             )
-        return self._within_limits(row, script, prompt_ids, completion_ids, mask)
+        return self._within_limits(script, prompt_ids, completion_ids, mask)
 
     def _completion(self, turns: list[list[int]], speakers: list[bool]) -> tuple[list[int], list[bool]]:
         """Tokens of the completion, and which of them carry loss."""
@@ -135,10 +111,8 @@ class RowTokenizer:
         mask: list[bool] = []
         for number, (turn, speaks) in enumerate(zip(turns, speakers, strict=True), 1):
             said, rest = self._said(turn, number == len(turns)) if speaks else ([], turn)
-            token_ids += said
-            token_ids += rest
-            mask += [True] * len(said)
-            mask += [False] * len(rest)
+            token_ids += said + rest
+            mask += [True] * len(said) + [False] * len(rest)
         return token_ids, mask
 
     def _said(self, turn: list[int], last: bool) -> tuple[list[int], list[int]]:
@@ -160,7 +134,7 @@ class RowTokenizer:
         return not self._control.ids.issuperset(compress(token_ids, mask))
 
     def _within_limits(
-        self, row: FeedbackRow, script: ChatScript, prompt_ids: list[int], completion_ids: list[int], mask: list[bool]
+        self, script: ChatScript, prompt_ids: list[int], completion_ids: list[int], mask: list[bool]
     ) -> TokenizedSample | LeftOut:
         num_prompt, num_completion = len(prompt_ids), len(completion_ids)
         most, options = self._options.max_length, self._options
@@ -168,18 +142,20 @@ class RowTokenizer:
         prompt_room = options.max_prompt_length or max(most - num_completion, most // 2)
         if num_prompt > prompt_room:
             if options.long_prompts == "drop":
-                return LeftOut(row.place, PROMPT_OVER_ITS_LIMIT if options.max_prompt_length else PROMPT_TOO_LONG)
-            prompt_ids = self._cut(row, script, prompt_ids, prompt_room)
+                return LeftOut(
+                    script.row.place, PROMPT_OVER_ITS_LIMIT if options.max_prompt_length else PROMPT_TOO_LONG
+                )
+            prompt_ids = self._cut(script, prompt_ids, prompt_room)
             if not prompt_ids:
-                return LeftOut(row.place, NO_ROOM_FOR_PROMPT)
+                return LeftOut(script.row.place, NO_ROOM_FOR_PROMPT)
         room = most - len(prompt_ids)
         if num_completion > room and options.long_completions == "drop":
-            return LeftOut(row.place, COMPLETION_TOO_LONG)
+            return LeftOut(script.row.place, COMPLETION_TOO_LONG)
         # The first token of all is predicted from nothing, so there is nothing to learn from it.
         first = 0 if prompt_ids else 1
         is_whole = num_completion <= room and not first
         if not is_whole and not self._says_something(completion_ids[first:room], mask[first:room]):
-            return LeftOut(row.place, NO_ROOM_FOR_COMPLETION)
+            return LeftOut(script.row.place, NO_ROOM_FOR_COMPLETION)
         return TokenizedSample(
             prompt_ids + completion_ids[:room],
             [False] * len(prompt_ids) + mask[:room],
@@ -189,18 +165,18 @@ class RowTokenizer:
             completion_length=num_completion,
         )
 
-    def _cut(self, row: FeedbackRow, script: ChatScript, prompt_ids: list[int], room: int) -> list[int]:
+    def _cut(self, script: ChatScript, prompt_ids: list[int], room: int) -> list[int]:
         """So many tokens of a longer prompt; none if what has to stay leaves no room for others."""
         keep_end = self._options.long_prompts == "keep_end"
-        kept = self._head(row, script, prompt_ids) if keep_end else self._tail(row, script)
+        kept = self._head(script, prompt_ids) if keep_end else self._tail(script)
         others = room - len(kept)
         if others <= 0:
             return []
         return kept + prompt_ids[len(prompt_ids) - others :] if keep_end else prompt_ids[:others] + kept
 
-    def _head(self, row: FeedbackRow, script: ChatScript, prompt_ids: list[int]) -> list[int]:
+    def _head(self, script: ChatScript, prompt_ids: list[int]) -> list[int]:
         """A leading system message or BOS token."""
-        if row.prompt[0]["role"] == "system" and len(row.prompt) > 1:
+        if script.row.prompt[0]["role"] == "system" and len(script.row.prompt) > 1:
             with contextlib.suppress(*TEMPLATE_FAILURES):  # some templates refuse a system message alone
                 system = self._template.render(script.conversation, 1, asks_next=False)
                 system_ids = self._encode_apart(system, script)
@@ -208,15 +184,15 @@ class RowTokenizer:
                     return system_ids
         return self._own_bos if prompt_ids[:1] == self._own_bos else []
 
-    def _tail(self, row: FeedbackRow, script: ChatScript) -> list[int]:
+    def _tail(self, script: ChatScript) -> list[int]:
         """What lets the assistant speak after the last message."""
-        tail = self._template.after_last_message(script.conversation, script.texts[0], len(row.prompt))
+        tail = self._template.after_last_message(script.conversation, script.texts[0], len(script.row.prompt))
         return self._encode_apart(tail, script)
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
-    def _encode_all(self, scripts: Scripts) -> TokenIds:
+    def _encode_all(self, scripts: Sequence[Script]) -> TokenIds:
         """Token ids of the texts in which nothing is to be kept apart; of a slow tokenizer, for one thread, none."""
         ordinary = [script for script in scripts if isinstance(script, ChatScript) and not script.conversation.literals]
         texts = list(dict.fromkeys(text for script in ordinary for text in script.texts))  # several rows of one prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +26,7 @@ class TrainingRows:
     def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader) -> None:
         self.row_set, self._options, self._reader = row_set, options, reader
         self.weights = [source.weight for source in options.sources("train")]
-        self._known_order: tuple[int, RowOrder] | None = None
+        self.order = lru_cache(maxsize=1)(self._order)
         pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=True, **self._by_source())
         self.class_counts = len(pools[0]), len(pools[1])  # of an epoch, weights of sources included
 
@@ -41,18 +42,16 @@ class TrainingRows:
         rows = self.row_set.dataset
         return np.asarray(pc.list_value_length(rows.data.column("input_ids"))) if isinstance(rows, Dataset) else None
 
-    def order(self, rows_per_step: int) -> RowOrder:
+    def _order(self, rows_per_step: int) -> RowOrder:
         """Which rows each optimizer step trains on; it also says how many steps an epoch has."""
-        if self._known_order is None or self._known_order[0] != rows_per_step:
-            rows, options, near = self.row_set.dataset, self._options, {}
-            if isinstance(rows, StreamRows):
-                near = {"regions": rows.regions(), "window": options.shuffle_buffer}
-            elif options.group_by_prompt:
-                near = {"groups": self._column("prompt_key")}
-            thumbs_up, by_class = self._column("thumbs_up"), options.balanced_sampling
-            pools = pools_of(thumbs_up, options.row_seed, by_class=by_class, **self._by_source(), **near)
-            self._known_order = rows_per_step, RowOrder(pools, [rows_per_step // len(pools)] * len(pools))
-        return self._known_order[1]
+        rows, options, near = self.row_set.dataset, self._options, {}
+        if isinstance(rows, StreamRows):
+            near = {"regions": rows.regions(), "window": options.shuffle_buffer}
+        elif options.group_by_prompt:
+            near = {"groups": self._column("prompt_key")}
+        thumbs_up, by_class = self._column("thumbs_up"), options.balanced_sampling
+        pools = pools_of(thumbs_up, options.row_seed, by_class=by_class, **self._by_source(), **near)
+        return RowOrder(pools, [rows_per_step // len(pools)] * len(pools))
 
     def dataset(self) -> Dataset | StreamDataset:
         """The rows by number."""
