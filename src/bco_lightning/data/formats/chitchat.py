@@ -34,13 +34,14 @@ def candidates(record: Record, origin: Origin) -> Rows:
     left_out = _by_ratings(ratings, origin) if origin.labelled else None
     try:
         spoken = [(utterance["sender"], utterance["text"].strip()) for turn in record["messages"] for utterance in turn]
+        if not all(isinstance(sender, str) for sender, _ in spoken):
+            raise TypeError
         # All that someone said in a row is one turn of several lines.
         runs = groupby((one for one in spoken if one[1]), lambda one: one[0])
         turns = [(sender, "\n".join(text for _, text in run)) for sender, run in runs]
-        speakers = len({sender for sender, _ in turns})
     except (TypeError, KeyError, AttributeError) as error:
         raise origin.error("expected utterances with 'sender' and 'text', found something else.") from error
-    if left_out is None and speakers != 2:
+    if left_out is None and len({sender for sender, _ in turns}) != 2:
         left_out = origin.left_out(NOT_TWO_SPEAKERS)
     if left_out is None and len(turns) > MAX_ROW_MESSAGES:
         left_out = origin.left_out(TOO_MANY_TURNS)
