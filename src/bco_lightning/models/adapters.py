@@ -100,14 +100,8 @@ def _adapted_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
         return lora.Linear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     base, name = layer.base_layer, names[0]
     # Shapes are changed out here: some layers write into what they get, which a view made within would forbid.
-    out_SO = _AdaptedLinear.apply(
-        x.reshape(-1, x.shape[-1]),
-        base.weight,
-        base.bias,
-        layer.lora_A[name].weight,
-        layer.lora_B[name].weight,
-        layer.scaling[name],
-    )
+    a_RI, b_OR, x_SI = layer.lora_A[name].weight, layer.lora_B[name].weight, x.reshape(-1, x.shape[-1])
+    out_SO = _AdaptedLinear.apply(x_SI, base.weight, base.bias, a_RI, b_OR, layer.scaling[name])
     return out_SO.view(*x.shape[:-1], base.weight.shape[0])  # type: ignore[no-any-return]
 
 

@@ -20,7 +20,6 @@ from bco_lightning.data.collate import collate
 from bco_lightning.models.attention import PACKED, PackedRows
 
 Layout = Literal["packed", "padded", "alone"]
-_LAYOUT = "row_layout"  # the attribute of a model with its layout
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -70,7 +69,7 @@ def first_layers(causal_lm: Any) -> AbstractContextManager[None]:
 
 def layout_of(model: Any) -> Layout:
     """How :func:`predicting_states` lays out rows for this model."""
-    return getattr(causal_lm_of(model), _LAYOUT, "padded")
+    return getattr(causal_lm_of(model), "row_layout", "padded")
 
 
 def set_layout(model: Any, layout: Layout) -> None:
@@ -82,7 +81,7 @@ def set_layout(model: Any, layout: Layout) -> None:
         # None is transformers' own choice for the class.
         causal_lm.set_attn_implementation(PACKED if layout == "packed" else None)
         logging.set_verbosity(told)
-    setattr(causal_lm, _LAYOUT, layout)
+    causal_lm.row_layout = layout
 
 
 def predicting_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None) -> Tensor:
