@@ -48,21 +48,18 @@ class FolderCache:
             with contextlib.suppress(OSError):
                 os.utime(entry)
             return found
-        draft = None
         try:
             self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=self._root))  # for its owner alone
-            _fill(draft, make)
-            found = _put(draft, entry, open_)
+            # For its owner alone, as the root; it is gone once it is renamed.
+            with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=self._root, ignore_cleanup_errors=True) as draft:
+                _fill(Path(draft), make)
+                found = _put(Path(draft), entry, open_)
             self._remove_unused()
             return found
         except OSError as error:
             rank_zero_info(
                 f"rows: not kept for the next start ({error.strerror or type(error).__name__}: {self._root})"
             )
-        finally:
-            if draft is not None:
-                shutil.rmtree(draft, ignore_errors=True)
         return _temporary(make, open_)
 
     def _remove_unused(self) -> None:

@@ -43,7 +43,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str, control: ControlTokens) -> None:
         self._tokenizer, self._text, self._control = tokenizer, text, control
-        self._text_with_tools = _text_with_tools(tokenizer, text)
+        # Some tokenizers have a template of its own for rows with tools, beside their default.
+        templates = tokenizer.chat_template
+        own = isinstance(templates, dict) and templates.get("default") == text
+        self._text_with_tools = str(templates.get("tool_use", text)) if own else text
         arguments = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = {"messages", "self", *arguments, *tokenizer.special_tokens_map} - {"documents"}
 
@@ -91,7 +94,12 @@ class ChatTemplate:
         self, row: FeedbackRow, told: Conversation, rendered: list[str] | None
     ) -> ChatScript | FeedbackRowError:
         try:
-            self._check_options(row)
+            for name in self._reserved.intersection(row.template_options):
+                raise FeedbackRowError(
+                    row.place,
+                    f"expected options that a chat template defines, found {name!r}, which is given to every template.",
+                    "Remove it from the row's template options.",
+                )
             stops = _turns(row)
             if rendered is None:
                 rendered = [self.render(told, len(row.prompt), asks_next=True)]
@@ -114,15 +122,6 @@ class ChatTemplate:
         line = next((frame.lineno for frame in reversed(frames) if frame.filename == _TEMPLATE), None)
         return type(error).__name__ + (f" in line {line} of the template" if line else "")
 
-    def _check_options(self, row: FeedbackRow) -> None:
-        for name in row.template_options:
-            if name in self._reserved:
-                raise FeedbackRowError(
-                    row.place,
-                    f"expected options that a chat template defines, found {name!r}, which is given to every template.",
-                    "Remove it from the row's template options.",
-                )
-
 
 def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
     """The Jinja text that ``data.chat_template`` means, or the tokenizer's own."""
@@ -144,13 +143,6 @@ def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
             "Set data.chat_template to a Jinja file, or to 'plain' for a base model without a chat format.",
         )
     return str(own)
-
-
-def _text_with_tools(tokenizer: Any, text: str) -> str:
-    """The template for rows with tools; some tokenizers have one of its own beside their default."""
-    templates = tokenizer.chat_template
-    own = isinstance(templates, dict) and templates.get("default") == text
-    return str(templates.get("tool_use", text)) if own else text
 
 
 def _added(renderings: Sequence[str], place: str) -> list[str]:

@@ -177,17 +177,27 @@ class FeedbackDataModule(LightningDataModule):
                 has other rows than the first node.
             ConfigError: If there are no files for this stage.
         """
+        trainer: Any = self.trainer
         if self._world_size == 1:
-            self._read(stage)
-        else:
-            _refuse_injected_sampler(self.trainer)
-            read_once_per_node(lambda: self._read(stage), self._rows, self.trainer)
+            return self._read(stage)
+        if trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigError(
+                "trainer.use_distributed_sampler",
+                "expected false with more than one process, found true.",
+                "The data module gives each process its own rows; Lightning's sampler would repeat some.",
+            )
+        return read_once_per_node(lambda: self._read(stage), self._rows, trainer)
 
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
-        trainer = self.trainer
-        if trainer is not None:
-            _refuse_shortened_epochs(trainer)
+        trainer: Any = self.trainer
+        shortened = trainer and (trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches)
+        if shortened and not trainer.fast_dev_run:
+            raise ConfigError(
+                "trainer.limit_train_batches",
+                "expected whole epochs, since the row order is derived from the optimizer step; found a limit.",
+                "Use trainer.max_steps to train for less than an epoch.",
+            )
         training = self.training
         padded = trainer is not None and getattr(trainer.lightning_module, "layout", "packed") == "padded"
         # Sorted rows of balanced steps would leave some micro-batches with one class alone.
@@ -356,21 +366,3 @@ class FeedbackDataModule(LightningDataModule):
 
 def _no_training_files() -> ConfigError:
     return ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")
-
-
-def _refuse_shortened_epochs(trainer: Any) -> None:
-    if not trainer.fast_dev_run and (trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches):
-        raise ConfigError(
-            "trainer.limit_train_batches",
-            "expected whole epochs, since the row order is derived from the optimizer step; found a limit.",
-            "Use trainer.max_steps to train for less than an epoch.",
-        )
-
-
-def _refuse_injected_sampler(trainer: Any) -> None:
-    if trainer._accelerator_connector.use_distributed_sampler:
-        raise ConfigError(
-            "trainer.use_distributed_sampler",
-            "expected false with more than one process, found true.",
-            "The data module gives each process its own rows; Lightning's sampler would repeat some.",
-        )

@@ -34,7 +34,16 @@ def read_once_per_node(read: Callable[[], None], rows: dict[str, ReadRows], trai
     outcomes = made_once_per_node(outcome, trainer)
     for error in [*raised, *(known["error"] for known in outcomes if "error" in known)]:
         raise error
-    _require_same_rows({known["node"]: known["contents"] for known in outcomes})
+    contents = {known["node"]: known["contents"] for known in outcomes}
+    first = min(contents)
+    for node, found in contents.items():
+        names = [name for name in {**contents[first], **found} if found.get(name) != contents[first].get(name)]
+        if names:
+            raise FeedbackRowError(
+                f"node {node}",
+                f"expected the rows that node {first} has read, found others ({', '.join(names)}).",
+                "Give all nodes the same files, tokenizer and chat template.",
+            )
     faults: list[FaultError] = []
     if trainer.local_rank > 0:
         folders = next(known["folders"] for known in outcomes if known["node"] == trainer.node_rank)
@@ -56,15 +65,3 @@ def _opened(folder: Path) -> ReadRows:
             "first one has written.",
             "Start the processes of a node in one container, or each as a node of its own.",
         ) from error
-
-
-def _require_same_rows(contents: dict[int, dict[str, Any]]) -> None:
-    first = min(contents)
-    for node, known in contents.items():
-        names = [name for name in {**contents[first], **known} if known.get(name) != contents[first].get(name)]
-        if names:
-            raise FeedbackRowError(
-                f"node {node}",
-                f"expected the rows that node {first} has read, found others ({', '.join(names)}).",
-                "Give all nodes the same files, tokenizer and chat template.",
-            )
