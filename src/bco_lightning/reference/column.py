@@ -182,7 +182,8 @@ class KnownLogProbs:
         with tqdm(total=self.num_unknown, desc="reference log-probs", unit="row", disable=not shown) as bar:
             for first in range(0, len(batches), trainer.world_size):
                 name, rows = batches[(first + trainer.global_rank) % len(batches)]
-                samples = self._tables[name].select_columns(_COLUMNS).select(rows).to_list()
+                columns = self._tables[name].select_columns(_COLUMNS)[rows]
+                samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
                 self._put(self._slots[name][rows], score(collate(samples, share_prompts=share_prompts)).cpu().numpy())
                 bar.update(sum(len(rows) for _, rows in batches[first : first + trainer.world_size]))
                 if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:
