@@ -231,11 +231,11 @@ def keys_and_lengths(dataset: Dataset) -> tuple[_Array, _Array]:
     for table in dataset.select_columns(["input_ids", "completion_mask"]).with_format("arrow").iter(_ROWS_AT_A_TIME):
         ids, masks = (table.column(name).combine_chunks() for name in ("input_ids", "completion_mask"))
         lengths.append(ids.value_lengths().to_numpy())
-        ends = np.cumsum(lengths[-1])[:-1]
-        tokens = np.split(ids.flatten().to_numpy().astype("<i4", copy=False), ends)
-        scored = np.split(masks.flatten().to_numpy(zero_copy_only=False), ends)
-        for row, mask in zip(tokens, scored, strict=True):
-            keys += hashlib.sha256(row.tobytes() + mask.tobytes()).digest()[:16]
+        ends = np.cumsum(lengths[-1]).tolist()
+        tokens = ids.flatten().to_numpy().astype("<i4", copy=False).tobytes()
+        scored = masks.flatten().to_numpy(zero_copy_only=False).tobytes()
+        for start, end in zip([0, *ends], ends, strict=False):
+            keys += hashlib.sha256(tokens[4 * start : 4 * end] + scored[start:end]).digest()[:16]
     return np.frombuffer(bytes(keys), dtype=RECORD["key"]), np.concatenate(lengths)
 
 
