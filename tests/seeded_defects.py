@@ -78,7 +78,7 @@ DEFECTS = [
         (f"{RESUME}::test_the_rows_of_a_step_do_not_depend_on_plumbing",),
     ),
     Defect(
-        "R4", "a mean of the class means of micro-batches", "objectives.py",
+        "R4", "a mean of the class means of micro-batches", "objectives/bco.py",
         "return (torch.where(thumbs_up_B, up, down) * losses_B).mean()",
         "return torch.stack([losses_B[m].mean() for m in (thumbs_up_B, ~thumbs_up_B) if m.any()]).sum()",
         (f"{SAME}::test_the_cut_of_a_step_does_not_change_the_trajectory",),
@@ -128,7 +128,7 @@ DEFECTS = [
         (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('reference log-probs', inf, 0, 1, 'ddp')"),
     ),
     Defect(
-        "R11", "a sum that is not finite is taken in", "objectives.py",
+        "R11", "a sum that is not finite is taken in", "objectives/bco.py",
         "if not (math.isfinite(sum_up) and math.isfinite(sum_down)):", "if False:",
         (f"{GUARD}::test_the_shift_is_right_or_unchanged",),
     ),
@@ -153,7 +153,7 @@ DEFECTS = [
         (f"{SAME}::test_the_same_seed_gives_the_same_run",),
     ),
     Defect(
-        "R16", "class weights off by 0.1 %", "objectives.py",
+        "R16", "class weights off by 0.1 %", "objectives/bco.py",
         "return 1 / share_up, 1 / share_down", "return 1.001 / share_up, 1 / share_down",
         (f"{SAME}::test_the_golden_trajectory",),
     ),

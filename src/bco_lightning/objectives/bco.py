@@ -143,27 +143,6 @@ def bco_loss(
     return losses if importance_weights is None else losses * importance_weights
 
 
-def bce_loss(
-    rewards: Tensor,
-    thumbs_up: Tensor,
-    *,
-    reward_shift: Tensor | float = 0.0,
-    importance_weights: Tensor | None = None,
-) -> Tensor:
-    r"""Per-row loss :math:`-w_i \log \sigma(s_i r_i)`: :func:`bco_loss` with :math:`\delta = 0` (Theorem 1).
-
-    Args:
-        rewards: As for :func:`bco_loss`.
-        thumbs_up: As for :func:`bco_loss`.
-        reward_shift: Ignored, so that objectives can be exchanged.
-        importance_weights: As for :func:`bco_loss`.
-
-    Returns:
-        The loss of each row, shape ``(B,)``, in nats.
-    """
-    return bco_loss(rewards, thumbs_up, reward_shift=0.0, importance_weights=importance_weights)
-
-
 def class_weights_of(share_up: float, share_down: float) -> tuple[float, float]:
     r"""Weights :math:`n / n_c` of thumbs-up and thumbs-down rows, constants of the data.
 
@@ -209,15 +188,3 @@ class BCO:
         """
         weights_B = torch.where(thumbs_up_B, 1.0, importance_weights_B)
         return bco_loss(rewards_B, thumbs_up_B, reward_shift=self.threshold, importance_weights=weights_B)
-
-
-class BCE(BCO):
-    """BCO without a reward shift (:func:`bce_loss`); the shift is measured all the same, to be looked at."""
-
-    @property
-    def threshold(self) -> float:
-        """0 nats."""
-        return 0.0
-
-
-OBJECTIVES: dict[str, type[BCO]] = {"bco": BCO, "bce": BCE}
