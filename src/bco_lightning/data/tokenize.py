@@ -26,7 +26,7 @@ NO_ROOM_FOR_COMPLETION = "no room for a completion"
 CANNOT_BE_TEXT = "name of a control token that cannot be written as text"
 
 # Rows that are tokenized together, and batches of them that wait for their token ids while the next one is read.
-_BATCH_ROWS, _BATCH_CHARACTERS, _AHEAD = 256, 2**20, 3
+_BATCH_ROWS, _BATCH_CHARACTERS, _AHEAD = 256, 2**20, 2
 
 Row = TypeVar("Row", bound=RatedRow)
 Outcome = TokenizedSample | LeftOut | FeedbackRowError
@@ -63,13 +63,13 @@ class RowTokenizer:
 
         The tokenizer leaves the interpreter free, so the next rows are read and rendered meanwhile.
         """
-        with ThreadPoolExecutor(max_workers=2) as threads:
+        with ThreadPoolExecutor(max_workers=1) as thread:
             waiting: deque[tuple[list[Row], list[Script], Future[TokenIds]]] = deque()
             for batch in _batches(rows):
                 self._encode("")  # takes back truncation and padding of an earlier call, which stay with the tokenizer
                 made = iter(self._template.scripts([row for row in batch if isinstance(row, FeedbackRow)]))
                 scripts: list[Any] = [next(made) if isinstance(row, FeedbackRow) else row for row in batch]
-                waiting.append((batch, scripts, threads.submit(self._encode_all, scripts)))
+                waiting.append((batch, scripts, thread.submit(self._encode_all, scripts)))
                 if len(waiting) > _AHEAD:
                     yield from self._finished(*waiting.popleft())
             while waiting:
