@@ -30,7 +30,7 @@ from bco_lightning.identity import (
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
 from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded, said_of_weights
-from bco_lightning.models.layout import FrozenTrunk, find_trunk
+from bco_lightning.models.layout import FrozenTrunk, Layout, find_trunk, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.objectives import OBJECTIVES, RewardShift, class_weights_of, mean_over_rows
@@ -98,6 +98,11 @@ class BCOModule(LightningModule):
         """The frozen reference; built together with the policy."""
         self.configure_model()
         return cast(Reference, self._reference)
+
+    @property
+    def layout(self) -> Layout:
+        """How rows of a micro-batch go through the policy: ``packed``, ``padded``, or each ``alone``."""
+        return layout_of(self.policy)
 
     @property
     def reward_shift(self) -> RewardShift:
