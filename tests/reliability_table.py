@@ -15,9 +15,6 @@ HEAD = """# Promises and their trials
 Written by `make reliability` (all trials) and `make defects` (each defect planted into a copy of the source, and the
 trial that has to turn red on it); not by hand. `make test` runs a few trials of each row. Two CPU cores, no GPU.
 
-All trials and all defects were last run at revision a1ff4b7, before the package was cut down; since then the trials of
-`make test` alone, which passed.
-
 Totals: {passed:,} of {run:,} trials passed, fuzzed lines left out; {red} of {planted} seeded defects were seen.
 
 | row | promise | trials passed / run | seen red on |
