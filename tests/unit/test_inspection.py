@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bco_lightning.models.unloaded import unloaded_model
 from datasets import Dataset
 
 from bco_lightning import LoraSettings
@@ -21,7 +20,7 @@ from bco_lightning.inspection.numbers import RowArrays, length_summary, texts_of
 from bco_lightning.inspection.personal_data import count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
 from bco_lightning.inspection.report import length_bias
-from bco_lightning.models.load import load_policy
+from bco_lightning.models.load import load_policy, unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
 
 WORDS = ["river", "stone", "cloud", "ember", "lantern", "meadow", "harbor", "violet", "copper", "willow"]
