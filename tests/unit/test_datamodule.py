@@ -267,3 +267,18 @@ def test_a_column_goes_into_the_batches(tokenizer: Any, log: str) -> None:
     assert next(iter(module.train_dataloader())).reference_log_probs_B is None
     with pytest.raises(ValueError, match="values for importance_weight"):
         module.set_column("train", "importance_weight", np.ones(1))
+
+
+def test_the_rows_of_a_padded_step_are_cut_into_micro_batches_by_length(
+    tiny_model: str, rows: list, tmp_path: Path
+) -> None:
+    for number, row in enumerate(rows):
+        row["completion"] += " more" * (number % 7)
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
+    of_layout = {}
+    for layout in ("packed", "padded"):
+        data = tiny_data(log, validation_fraction=0.0)
+        tiny_trainer(max_steps=1, accumulate_grad_batches=2).fit(tiny_module(tiny_model, layout=layout), data)
+        one, other = (batch.lengths for _, batch in zip(range(2), data.train_dataloader(), strict=False))
+        of_layout[layout] = max(one) <= min(other) or max(other) <= min(one)
+    assert of_layout == {"packed": False, "padded": True}

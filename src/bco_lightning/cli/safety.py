@@ -60,7 +60,11 @@ def safe_parsing() -> Iterator[None]:
         with refusals_as_errors():
             _restrict_imports()
             set_loader("yaml", plain_yaml.load_without_secrets, exceptions=(yaml.YAMLError,))
-            yield
+            try:
+                yield
+            except ImportError as error:  # of groups of options jsonargparse makes no message of its own
+                refuse_import_named_in(str(error))
+                raise
     finally:
         # A path is handed over ever since a loader took one.
         set_loader("yaml", lambda text, path="": plain_yaml.load_unmeasured(text), exceptions=(yaml.YAMLError,))

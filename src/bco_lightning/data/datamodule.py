@@ -191,8 +191,8 @@ class FeedbackDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
         trainer: Any = self.trainer
-        shortened = trainer and (trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches)
-        if shortened and not trainer.fast_dev_run:
+        whole = trainer is None or trainer.fast_dev_run
+        if not whole and (trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches):
             raise ConfigError(
                 "trainer.limit_train_batches",
                 "expected whole epochs, since the row order is derived from the optimizer step; found a limit.",

@@ -30,7 +30,7 @@ _THUMBS = {True: _UP, False: _DOWN, None: 0}
 _KEPT = np.dtype([("prompt", "<i8"), ("answer", "<i8"), ("flags", "u1"), ("reason", "u1"), ("source", "<u2")])
 _PACK = struct.Struct("<qqBBH").pack  # the same
 # Opening a file touches each of its batches, and every touch makes some pages of it resident.
-_BATCH_BYTES = 2**23
+_BATCH_BYTES = 2**21
 _SCHEMA = pa.schema(
     {
         "row_id": pa.int64(),
