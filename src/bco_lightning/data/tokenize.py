@@ -26,7 +26,7 @@ NO_ROOM_FOR_COMPLETION = "no room for a completion"
 CANNOT_BE_TEXT = "name of a control token that cannot be written as text"
 
 # Rows that are tokenized together, and batches of them that wait for their token ids while the next one is read.
-_BATCH_ROWS, _BATCH_CHARACTERS, _AHEAD = 256, 2**20, 2
+_BATCH_ROWS, _BATCH_CHARACTERS, _AHEAD = 128, 2**20, 2
 
 Row = TypeVar("Row", bound=RatedRow)
 Outcome = TokenizedSample | LeftOut | FeedbackRowError
