@@ -76,7 +76,7 @@ def _megabytes(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
-@pytest.mark.promise("R22", "300 MB of feedback start in 150 MB of memory and 3 minutes of CPU time, shared by two cores")
+@pytest.mark.promise("R22", "300 MB of feedback start in 150 MB of memory and 3 minutes of CPU time")
 def test_memory_does_not_grow_with_the_log(trials: Trials, tmp_path: Path) -> None:
     num_rows = trials.count(FULL_ROWS // 20, FULL_ROWS)
     log, small_log = write_large_log(tmp_path / "log.jsonl", num_rows), make_log(tmp_path / "small.jsonl", 600)
