@@ -253,7 +253,10 @@ def test_a_packed_file_that_is_cut_off_is_never_a_shorter_one(
         file.read()
 
 
-@pytest.mark.parametrize(("suffix", "packed"), [(".gz", gzip.compress(b'{"a": 1}\n', 0)), (".zst", ZSTD_WITH_CHECKSUM)])
+PACKED = {".gz": gzip.compress(b'{"a": 1}\n', 0), ".zst": ZSTD_WITH_CHECKSUM}
+
+
+@pytest.mark.parametrize(("suffix", "packed"), PACKED.items(), ids=PACKED)
 def test_a_packed_file_with_a_changed_byte_is_refused(tmp_path: Path, suffix: str, packed: bytes) -> None:
     assert b"1}" in packed  # stored as it is, so that only the checksum can tell
     good = write(tmp_path / f"good.jsonl{suffix}", packed)
