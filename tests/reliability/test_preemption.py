@@ -89,7 +89,7 @@ def test_a_signal_at_any_moment_keeps_the_work(byte_model: str, feedback: str, t
         for twice in (False, True)
     ][:30]
     cases = sorted(cases, key=lambda case: drawn.random())
-    for trial in trials(cases, quick=8):
+    for trial in trials(cases, quick=4):
         with trial as (number, phase, seconds, accumulation, twice):
             folder = tmp_path / f"{number.name}-{phase}-{seconds}"
             run = partial(slow_run, byte_model, feedback, held_out, str(folder), phase, accumulation, 1)
@@ -271,7 +271,7 @@ def hangs(model: str, log: str, folder: str, how: str, rank: int) -> int:
 
 @pytest.mark.promise("R21", "When one process hangs or dies, the other ends with an error in words within the timeout")
 def test_no_process_waits_for_ever(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
-    for trial in trials([(how, rank) for how in ("sleeps", "exits", "is killed") for rank in (0, 1)], quick=3):
+    for trial in trials([(how, rank) for how in ("sleeps", "exits", "is killed") for rank in (0, 1)], quick=2):
         with trial as (how, rank):
             folder = tmp_path / f"{how}-{rank}"
             processes = start(partial(hangs, byte_model, feedback, str(folder), how, rank), ranks=2, folder=folder)

@@ -64,7 +64,7 @@ def test_a_killed_writer_leaves_the_newest_whole_checkpoint(tmp_path: Path, tria
     memory = Path("/dev/shm")  # noqa: S108
     other_file_system = str(memory if memory.stat().st_dev != tmp_path.stat().st_dev else tmp_path)
     cases = [(number, round(drawn.uniform(0, 0.5), 4), where) for number in range(50) for where in ("same", "other")]
-    for trial in trials(cases, quick=10):
+    for trial in trials(cases, quick=6):
         with trial as (number, seconds, where):
             folder = tmp_path / f"{number}-{where}"
             temporary = str(folder) if where == "same" else other_file_system
@@ -141,7 +141,7 @@ def save_with_fault(folder: str, point: str, hard: bool) -> str:
 
 @pytest.mark.promise("R7", "A fault at any point of a save leaves the previous step, and no half-written one is used")
 def test_a_fault_at_any_point_of_a_save_leaves_the_previous_step(tmp_path: Path, trials: Trials) -> None:
-    for trial in trials([(point, hard) for point in POINTS for hard in (False, True)], quick=8):
+    for trial in trials([(point, hard) for point in POINTS for hard in (False, True)], quick=5):
         with trial as (point, hard):
             folder = tmp_path / f"{point}-{hard}"
             codes = wait(processes := start(save_with_fault, str(folder), point, hard, folder=folder))
@@ -192,7 +192,7 @@ def test_a_damaged_file_is_refused_and_the_step_before_is_taken(three_steps: Pat
         file = files[number % len(files)]
         cases.append(("cut", file.name, drawn.randrange(file.stat().st_size)))
     cases += [("delete", file.name, 0) for file in files] + [("swap", file.name, 0) for file in files]
-    for trial in trials(cases, quick=40):
+    for trial in trials(cases, quick=24):
         with trial as (damage, name, place):
             path, whole = newest / name, (newest / name).read_bytes()
             try:

@@ -119,7 +119,7 @@ def assert_not_imported(marker: Path) -> None:
 @pytest.mark.promise("S4", "a config imports nothing outside the list: refused before the import, the list is named")
 def test_a_hostile_config_imports_nothing(trials: Trials, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("sub.yaml").write_text(yaml.safe_dump({"callbacks": [spec(CLASS)]}))
-    for trial in trials(CONFIGS, quick=12):
+    for trial in trials(CONFIGS, quick=8):
         with trial as (_, config, refused):
             Path("hostile.yaml").write_text(yaml.safe_dump(config))
             error = error_of(capsys, "--config=hostile.yaml")

@@ -138,7 +138,7 @@ REFUSED = {name for name in COSTLY if name.startswith(("1 MB", "10,000", "empty"
 
 @pytest.mark.promise("S14", "a costly or empty row is refused, left out or cut within 3 s")
 def test_a_costly_row_is_decided_quickly(trials: Trials, tmp_path: Path, tokenizer: Any) -> None:
-    for trial in trials([(name, policy) for name in COSTLY for policy in POLICIES], quick=14):
+    for trial in trials([(name, policy) for name in COSTLY for policy in POLICIES], quick=8):
         with trial as (name, policy):
             prompt, completion = COSTLY[name]
             costly = json.dumps({"prompt": prompt, "completion": completion, "label": True})
@@ -198,7 +198,7 @@ def test_no_sample_is_without_completion_tokens(trials: Trials, tmp_path: Path) 
         for policy in POLICIES
     ]
     decided: set[str] = set()
-    for trial in trials(cases, quick=960):
+    for trial in trials(cases, quick=240):
         with trial as (shape, name, length, policy):
             before, inside = shapes[shape]
             prompt = [*before, {"role": "user", "content": "q" * 9}]

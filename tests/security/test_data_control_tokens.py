@@ -159,7 +159,7 @@ def test_typed_control_tokens_are_text(trials: Trials) -> None:
         for style in STYLES
         for place in ("system", "prompt", "earlier answer", "question", "completion")
     ]
-    for trial in trials(cases, quick=280):
+    for trial in trials(cases, quick=90):
         with trial as (name, special, style, place):
             kind, tokenizer = FORMATS[name], TOKENIZERS[name]
             messages = conversation(place, STYLES[style](special))
@@ -177,7 +177,7 @@ def test_typed_control_tokens_of_the_real_tokenizer_are_text(trials: Trials, tok
     cases = [(name, style, place) for name in names for style in STYLES for place in ("prompt", "completion")]
     usual = sample_of(tokenizer, conversation("prompt", "Hi?"))
     markup = [token for token in usual.input_ids if token in control]
-    for trial in trials(cases, quick=100):
+    for trial in trials(cases, quick=34):
         with trial as (name, style, place):
             messages = conversation(place, STYLES[style](name))
             sample = sample_of(tokenizer, messages)

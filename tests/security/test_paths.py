@@ -112,7 +112,7 @@ def test_a_config_cannot_write_outside(
 ) -> None:
     model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
     before = snapshot(outside)
-    for trial in trials(list(CASES), quick=7):
+    for trial in trials(list(CASES), quick=5):
         with trial as name:
             config, option = CASES[name]
             write_config(config, outside)

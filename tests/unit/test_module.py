@@ -49,11 +49,11 @@ def test_class_weights_can_be_explicit_none_or_those_of_balanced_sampling(
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("stop", [2, 5, 6, 7])
+@pytest.mark.parametrize("stop", [5, 6])
 def test_a_resumed_run_equals_the_uninterrupted_one(
     kind: str, stop: int, tiny_model: str, log: str, tmp_path: Path
 ) -> None:
-    """24 rows less the held-out prompt's 3, 4 a step: an epoch is 6 steps, so 2 is inside one and 6 is its border."""
+    """24 rows less the held-out prompt's 3, 4 a step: an epoch is 6 steps, so 5 is inside one and 6 is its border."""
     options: dict[str, Any] = {"lora": LoraSettings(r=4) if kind == "lora" else None, "learning_rate": 1e-2}
     whole = tiny_module(tiny_model, **options)
     fit(whole, log, max_steps=9)

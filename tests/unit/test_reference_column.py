@@ -134,7 +134,13 @@ def test_a_changed_row_is_computed_and_the_others_are_found(
     assert passes.rows == 24 + 1
 
 
-@pytest.mark.parametrize("change", ["weight", "dtype", "layout", "precision", "libraries", "code"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("weight", "libraries", "code"),
+        *(pytest.param(option, marks=pytest.mark.slow) for option in ("dtype", "layout", "precision")),
+    ],
+)
 def test_values_of_another_reference_or_way_of_computing_are_not_used(
     change: str, tiny_model: str, log: str, tmp_path: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,7 @@ def test_where_no_row_is_usable_it_ends_with_words(tmp_path: Path) -> None:
         rows_of(read(long_log(tmp_path, every=1), **DROP))[7]
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_loader_workers_give_what_one_process_gives_and_count_together(start_method: str, tmp_path: Path) -> None:
     parquet = tmp_path / "large.parquet"  # larger than what a reader has in its own memory of a file
     large = [{**row, "prompt": np.random.default_rng(n).bytes(2000).hex()} for n, row in enumerate(records(200))]
