@@ -261,7 +261,7 @@ def test_what_users_wrote_is_written_nowhere(
         "fit in a fresh process": (0, ["fit", *options(model, log)]),
         **{name: (2, ["fit", *options(model, str(tmp_path / f"log{n}.jsonl"))]) for n, name in enumerate(leaking)},
     }
-    for trial in trials(list(runs), quick=3):
+    for trial in trials(list(runs), quick=5):
         with trial as name:
             expected, arguments = runs[name]
             caplog.clear()
