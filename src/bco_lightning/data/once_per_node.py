@@ -9,7 +9,7 @@ from typing import Any
 from bco_lightning.data.cache import values_in
 from bco_lightning.data.row_sets import ReadRows
 from bco_lightning.errors import FaultError, FeedbackRowError, UserError, causes_of
-from bco_lightning.parallel.collectives import errors_of_all, made_once_per_node
+from bco_lightning.parallel.collectives import by_all, made_once_per_node
 
 
 def read_once_per_node(read: Callable[[], None], rows: dict[str, ReadRows], trainer: Any) -> None:
@@ -44,15 +44,12 @@ def read_once_per_node(read: Callable[[], None], rows: dict[str, ReadRows], trai
                 f"expected the rows that node {first} has read, found others ({', '.join(names)}).",
                 "Give all nodes the same files, tokenizer and chat template.",
             )
-    faults: list[FaultError] = []
-    if trainer.local_rank > 0:
+
+    def open_files() -> None:
         folders = next(known["folders"] for known in outcomes if known["node"] == trainer.node_rank)
-        try:
-            rows.update({name: _opened(Path(folders[name])) for name in folders if name not in rows})
-        except FaultError as fault:
-            faults.append(fault)
-    for error in errors_of_all(faults, trainer):
-        raise error
+        rows.update({name: _opened(Path(folders[name])) for name in folders if name not in rows})
+
+    by_all(open_files if trainer.local_rank > 0 else lambda: None, trainer)
 
 
 def _opened(folder: Path) -> ReadRows:

@@ -65,9 +65,10 @@ def prepare(
     name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
     batch = collate(_rows_to_try(causal_lm, rows)).to(device)
     excluded = _excluded_by_rope(causal_lm, longest)
-    _take(model, Preparation("packed", fused=False))
-    if "packed" not in excluded and (reason := _why_not_packed(causal_lm, batch)):
-        excluded["packed"] = reason
+    if "packed" not in excluded:
+        _take(model, Preparation("packed", fused=False))
+        if reason := _why_not_packed(causal_lm, batch):
+            excluded["packed"] = reason
     _take(model, Preparation("alone", fused=False))
     expected_N = _untouched_log_probs(causal_lm, batch)
     for way in _ways(layout, compiled):

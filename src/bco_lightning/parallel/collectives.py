@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -59,24 +59,18 @@ def gather_over_ranks(value: Any, trainer: Any) -> list[Any]:
     return gathered
 
 
-def errors_of_all(errors: Sequence[Exception], trainer: Any) -> list[Exception]:
-    """What any process has met, this one's own first; empty in all of them or in none."""
-    told = [
-        error if isinstance(error, (UserError, OSError)) else RuntimeError(f"{type(error).__name__}: {error}")
-        for error in errors  # other kinds may not survive the way
-    ]
-    return [*errors, *(error for own in gather_over_ranks(told, trainer) for error in own)]
-
-
 def by_all(act: Callable[[], Any], trainer: Any) -> list[Any]:
     """What ``act`` gives in each process; where it fails in one of them, it fails in all, with that error."""
-    made, errors = None, list[Exception]()
+    made, own, told = None, None, None
     try:
         made = act()
     except Exception as error:
-        errors.append(error)
-    for told in errors_of_all(errors, trainer):
-        raise told
+        own = error
+        known = isinstance(error, (UserError, OSError))  # other kinds may not survive the way
+        told = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+    for fault in (own, *gather_over_ranks(told, trainer)):  # this one's own first
+        if fault is not None:
+            raise fault
     return gather_over_ranks(made, trainer)
 
 
