@@ -87,10 +87,13 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the working folder, with ``-dirty`` if it has changes; ``None`` outside a repository."""
-    described = [shutil.which("git") or "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the working folder; ``None`` outside a repository.
+
+    Whether there are changes is not asked: git would run what the configuration of the repository names for that.
+    """
+    command = [shutil.which("git") or "git", "rev-parse", "--verify", "HEAD"]
     try:
-        done = subprocess.run(described, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
