@@ -44,8 +44,8 @@ def test_a_whole_command_imports_nothing_of_the_working_folder(tmp_path: Path) -
 
 
 PROGRAMS = (
-    "core.fsmonitor", "filter.planted.clean", "filter.planted.process", "core.pager", "pager.rev-parse", "core.hooksPath",
-    "core.sshCommand", "core.alternateRefsCommand", "diff.external", "gpg.program", "alias.rev-parse",
+    "core.fsmonitor", "filter.planted.clean", "filter.planted.process", "core.pager", "pager.rev-parse",
+    "core.hooksPath", "core.sshCommand", "core.alternateRefsCommand", "diff.external", "gpg.program", "alias.rev-parse",
 )  # fmt: skip
 
 
