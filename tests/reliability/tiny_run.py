@@ -184,7 +184,7 @@ def assert_same(one: Any, other: Any, path: str = "state") -> None:
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.reliability.tiny_run"])
+_CONTEXT.set_forkserver_preload(["tests.reliability.tiny_run", "bco_lightning.cli.app"])
 
 
 def start(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from bco_lightning.checkpoints import (
     write_checkpoint,
 )
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
-from bco_lightning.errors import CheckpointError
+from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run, let_go_of
+from bco_lightning.errors import CheckpointError, ConfigError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 from tests.reliability.tiny_run import assert_same
 
@@ -93,6 +97,82 @@ def test_a_path_may_name_a_step_a_run_or_a_folder_of_runs(tmp_path: Path) -> Non
     assert resolve_checkpoint(tmp_path / "runs", refuse) == new
     with pytest.raises(CheckpointError, match="expected a whole checkpoint to go on with, found none"):
         resolve_checkpoint(tmp_path / "runs" / "version_2", refuse)
+
+
+@pytest.mark.parametrize(
+    ("what", "newest"),
+    [
+        ("the clock went back", "version_10"),
+        ("the first run went on last", "version_2"),
+        ("the newest run has another name now", "the good one"),
+        ("runs of before starts were numbered", "version_10"),
+        ("what tells the start is no number", "version_2"),
+        ("a backup beside it", "version_10"),
+    ],
+)
+def test_the_newest_run_is_the_one_that_was_started_last_whatever_clocks_and_names_say(
+    what: str, newest: str, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "version_2", tmp_path / "version_10"]
+    for age, run in enumerate(runs):
+        os.utime(write(run / "checkpoints", 5), ns=(10**18 - age, 10**18 - age))
+        hold_run(run)
+        let_go_of(run)
+    if what == "the first run went on last":
+        hold_run(runs[0])
+        let_go_of(runs[0])
+    elif what == "the newest run has another name now":
+        runs[1].rename(tmp_path / newest)
+    elif what == "runs of before starts were numbered":
+        for run in runs:
+            (run / LOCK_FILE).unlink()
+    elif what == "what tells the start is no number":
+        (runs[1] / LOCK_FILE).write_text("many")
+    elif what == "a backup beside it":
+        shutil.copytree(runs[1], tmp_path / "version_10.backup")
+    assert resolve_checkpoint(tmp_path, refuse) == tmp_path / newest / "checkpoints" / "step-00000005"
+
+
+def test_a_step_under_the_name_of_another_is_refused_and_passed_over(tmp_path: Path) -> None:
+    told: list[CheckpointError] = []
+    renamed = write(tmp_path, 3).rename(step_folder(tmp_path, 9))
+    with pytest.raises(CheckpointError, match=r"expected the checkpoint of the step that it is named after, .* step 3"):
+        read_checkpoint(renamed)
+    step = write(tmp_path, 5)
+    assert resolve_checkpoint(tmp_path, told.append) == step
+    assert [error.where for error in told] == [str(renamed)]
+    assert read_checkpoint(renamed.rename(tmp_path / "the best"))["global_step"] == 3
+
+
+def test_a_name_that_is_taken_is_no_new_run(tmp_path: Path) -> None:
+    for name in ("version_3", "version_x", "version_"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "version_4").touch()
+    (tmp_path / "version_6").symlink_to("gone")
+    assert [claim_run(tmp_path).name for _ in range(2)] == ["version_7", "version_8"]
+    with pytest.raises(ConfigError, match="run_folder: expected a folder to make runs in, found that it cannot be"):
+        claim_run(tmp_path / "version_4" / "runs")
+
+
+def test_where_a_file_system_has_no_locks_a_run_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.warns(UserWarning, match="its file system has no locks"):
+        hold_run(tmp_path)
+    let_go_of(tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced_by_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "log.jsonl").write_text("rows")
+    for taken in (tmp_path / "data", tmp_path / "data" / "log.jsonl"):
+        with pytest.raises(CheckpointError, match="expected a name that is free, or a checkpoint of before, found"):
+            write_checkpoint({"global_step": 1}, taken)
+    assert (tmp_path / "data" / "log.jsonl").read_text() == "rows"
 
 
 def test_a_step_written_again_takes_the_place_of_the_first(tmp_path: Path) -> None:

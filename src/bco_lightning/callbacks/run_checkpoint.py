@@ -25,6 +25,7 @@ from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.checkpoints import saved_steps, step_folder, step_of, verify_checkpoint
 from bco_lightning.checkpoints.folders import prune, remove_orphans
+from bco_lightning.checkpoints.runs import hold_run, let_go_of
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
 from bco_lightning.identity import random_state, set_random_state
 from bco_lightning.options import at_least
@@ -88,6 +89,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
             log_dir = trainer.log_dir  # a broadcast: every process has to ask
             run_folder = trainer.strategy.broadcast(self.run_folder)
             self.folder = Path(run_folder or log_dir or trainer.default_root_dir) / "checkpoints"
+            by_all(partial(hold_run, self.folder.parent) if trainer.is_global_zero else dict, trainer)
             if trainer.is_global_zero and (removed := remove_orphans(self.folder)):
                 rank_zero_info(f"{self.folder}: removed {len(removed)} unfinished checkpoints of a killed run.")
 
@@ -137,6 +139,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
     def on_train_end(self, trainer: Trainer, pl_module: Any, exception: BaseException | None = None) -> None:
         # Before Lightning puts back the handlers that it found: these here would put back Lightning's own.
         self._signals.remove()
+        let_go_of(self.folder.parent)
 
     on_exception = on_train_end
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from bco_lightning.checkpoints.folders import discard, saved_steps, written_whole
-from bco_lightning.checkpoints.manifest import verify_checkpoint, write_manifest
+from bco_lightning.checkpoints.manifest import MANIFEST_FILE, verify_checkpoint, write_manifest
 from bco_lightning.checkpoints.tensors import read_tensors, shapes_of, write_tensors
 from bco_lightning.errors import CheckpointError
 from bco_lightning.parallel.collectives import Processes, by_all
@@ -97,7 +98,9 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
     own = tensors if first else {name: value for name, value in tensors.items() if is_cut(value)}
     try:
         with ExitStack() as writing:
-            folder = by_all(lambda: writing.enter_context(written_whole(target)) if first else None, writers)[0]
+            folder = by_all(
+                lambda: writing.enter_context(written_whole(_replaceable(target))) if first else None, writers
+            )[0]
             parts = by_all(lambda: write_tensors(own, folder), writers)  # which makes the folder, too
             by_all(lambda: _finish(folder, checkpoint, values, parts) if first else None, writers)
             by_all(writing.close, writers)
@@ -107,6 +110,13 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
             remedy = "Free some space, or lower checkpoint.keep; the checkpoints written before are whole."
         problem = f"expected to write a checkpoint, found that {error.strerror or error}."
         raise CheckpointError(str(target), problem, remedy) from error
+
+
+def _replaceable(target: Path) -> Path:
+    if os.path.lexists(target) and not (target / MANIFEST_FILE).is_file():
+        problem = "expected a name that is free, or a checkpoint of before, found something else."
+        raise CheckpointError(str(target), problem, "Choose another name.")
+    return target
 
 
 def _finish(folder: Path, checkpoint: Mapping[str, Any], values: bytes, parts: list[dict[str, Any]]) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bco_lightning.checkpoints.folders import STEP_FOLDER, saved_steps
+from bco_lightning.checkpoints.folders import STEP_FOLDER, saved_steps, step_of
+from bco_lightning.checkpoints.runs import newest_first
 from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
 from bco_lightning.identity import digest_of_file
 
@@ -33,6 +34,9 @@ def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> d
     if folder.is_symlink():
         raise CheckpointError(str(folder), "expected the folder of a checkpoint, found a link.")
     manifest = _manifest_of(folder)
+    if STEP_FOLDER.fullmatch(folder.name) and step_of(folder) != manifest["step"]:
+        problem = f"expected the checkpoint of the step that it is named after, found that of step {manifest['step']}."
+        raise CheckpointError(str(folder), problem, "Give it the name that it had.")
     files = manifest["files"]
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in files:
@@ -54,7 +58,7 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(written)
         del manifest["checksum"]
         whole = _sealed(manifest) == written
-        names, found = list(manifest["files"]), manifest["format"]
+        names, found, _ = list(manifest["files"]), manifest["format"], manifest["step"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(str(path), "expected a manifest, found something unreadable.") from error
     if not whole:
@@ -107,8 +111,7 @@ def resolve_checkpoint(
     _require_folder(path)
     if (path / MANIFEST_FILE).exists() or STEP_FOLDER.fullmatch(path.name):
         return path
-    newest_first = sorted(path.glob("version_*"), key=_last_saved, reverse=True)
-    for checkpoints in (path / "checkpoints", path, *(run / "checkpoints" for run in newest_first)):
+    for checkpoints in (path / "checkpoints", path, *(run / "checkpoints" for run in newest_first(path))):
         if (found := newest_verified(checkpoints, skipped, share)) is not None:
             return found
     raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
@@ -124,7 +127,3 @@ def _require_folder(path: Path) -> None:
         )
     if not path.is_dir():
         raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
-
-
-def _last_saved(run: Path) -> int:
-    return max((step.stat().st_mtime_ns for step in saved_steps(run / "checkpoints")), default=0)

@@ -23,12 +23,14 @@ from typing_extensions import override
 
 from bco_lightning.callbacks import FiniteGuard, PredictionWriter, RunCheckpoint, SpeedMonitor, StepProgressBar
 from bco_lightning.checkpoints import VerifiedCheckpointIO, resolve_checkpoint
+from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run
 from bco_lightning.cli import safety
 from bco_lightning.cli.plain_yaml import Refusal, load_measured, refusals_as_errors
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.options import Source
 from bco_lightning.demo.trial import KnownRewardTrial
-from bco_lightning.errors import CheckpointError, ConfigError, UserError
+from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.module import BCOModule
@@ -112,6 +114,12 @@ def _made(kind: type, **values: Any) -> Any:
         raise Refusal(error.where, error.problem, error.remedy) from None
 
 
+def _run_of_checkpoint(step: str | None, runs: Path) -> Path | None:
+    """A run goes on, and is evaluated, in its own folder."""
+    run = Path(step or "").parent.parent
+    return run if step is not None and run.parent.resolve() == runs.resolve() else None
+
+
 def _options_of(parser: argparse.ArgumentParser) -> set[str]:
     """Names of a parser's options and of those of its subcommands; argparse has no public list of them."""
     options: set[str] = set()
@@ -125,6 +133,8 @@ def _options_of(parser: argparse.ArgumentParser) -> set[str]:
 class RunConfig(SaveConfigCallback):
     """Writes the resolved config once data and model are there, so that a failed start leaves no folder."""
 
+    run: Path | None = None  # the run's folder, wherever loggers write; in the first process alone
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Waits for :meth:`on_fit_start`."""
@@ -132,9 +142,9 @@ class RunConfig(SaveConfigCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Writes ``config.yaml``, and ``provenance.json``: seed, versions, git revision and digests of the inputs."""
         self.config.ckpt_path = None  # or this config would go on from a checkpoint that may be gone
-        super().setup(trainer, pl_module, "fit")
-        log_dir = trainer.log_dir  # a broadcast: every process has to ask
-        if trainer.is_global_zero and log_dir is not None:
+        if self.run is not None:
+            with written_whole(self.run / self.config_filename) as partial:
+                self.parser.save(self.config, str(partial), skip_unset=False, multifile=False)
             provenance = {
                 "seed": pl_module.hparams["seed"],
                 "python": platform.python_version(),
@@ -143,13 +153,15 @@ class RunConfig(SaveConfigCallback):
                 "fingerprints": pl_module.fingerprints(),
             }
             text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False)
-            (Path(log_dir) / "provenance.json").write_text(text + "\n", encoding="utf-8")
+            with written_whole(self.run / "provenance.json") as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
 
 
 class BCOCLI(LightningCLI):
     """LightningCLI with this package's module, data and callbacks, and one folder of runs."""
 
     _step_was_chosen = False  # not named by the user
+    run: Path | None = None  # its folder; in the first process alone
 
     def __init__(self, arguments: list[str], **options: Any) -> None:
         with refusals_as_errors():
@@ -157,7 +169,6 @@ class BCOCLI(LightningCLI):
                 BCOModule,
                 FeedbackDataModule,
                 save_config_callback=RunConfig,
-                save_config_kwargs={"overwrite": True},
                 parser_class=BCOArgumentParser,
                 trainer_defaults={
                     "use_distributed_sampler": False,
@@ -193,6 +204,7 @@ class BCOCLI(LightningCLI):
             options = self.config.get(str(self.config.get("subcommand")), self.config)
             _refuse_misread_sources(options.data)
         safety.check_resolved(options, args)
+        options.run_folder = os.path.expanduser(os.path.expandvars(options.run_folder))  # noqa: PTH111
         options.weights_only = True  # Lightning's own default would unpickle whatever a checkpoint holds
         if options.ckpt_path is not None and self.config.get("subcommand"):
             options.ckpt_path = self._chosen_checkpoint(options.ckpt_path, Path(options.run_folder))
@@ -218,57 +230,59 @@ class BCOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand]
         asked = options.trainer
-        logger = TensorBoardLogger(options.run_folder, name="", version=self._version_of_checkpoint(options))
-        if asked.logger is None or asked.logger is True:
-            kwargs["logger"] = logger if self.subcommand != "predict" else False
+        if by_default := asked.logger is None or asked.logger is True:
+            kwargs["logger"] = False
+        logs = by_default and self.subcommand != "predict"
         if isinstance(asked.strategy, str):
             kwargs["strategy"] = named_strategy(asked.strategy)
         callbacks = [asked.callbacks] if not isinstance(asked.callbacks, (list, type(None))) else asked.callbacks or []
         if asked.enable_progress_bar is not False:
             callbacks = [*callbacks, StepProgressBar()]
         if asked.enable_checkpointing is not False:
-            options.checkpoint.run_folder = logger.log_dir  # wherever another logger writes
             callbacks = [*callbacks, options.checkpoint]
         trainer = super().instantiate_trainer(**kwargs, callbacks=[*callbacks, SpeedMonitor()])
         trainer.strategy.checkpoint_io = VerifiedCheckpointIO(may_fall_back=self._step_was_chosen)
         if hasattr(trainer.strategy, "_timeout"):  # of the process group; half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
+        # Known is only now which process is the first of all; the others are told when they need it.
+        if trainer.is_global_zero and (self.subcommand == "fit" or logs):
+            self._take_run_folder(trainer, options)
+        if logs and not asked.fast_dev_run:
+            trainer.logger = TensorBoardLogger(options.run_folder, name="", version=self.run.name if self.run else "")
         return trainer
 
-    def _version_of_checkpoint(self, options: Any) -> str | None:
-        """A run goes on, and is evaluated, in its own folder."""
-        if options.ckpt_path is None:
-            return None
-        run = Path(options.ckpt_path).parent.parent
-        return run.name if run.parent.resolve() == Path(options.run_folder).resolve() else None
+    def _take_run_folder(self, trainer: Trainer, options: Any) -> None:
+        runs = Path(options.run_folder)
+        self.run = _run_of_checkpoint(options.ckpt_path, runs) or claim_run(runs)
+        options.checkpoint.run_folder = str(self.run)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunConfig):
+                callback.run = self.run
+        if self.subcommand == "fit":
+            hold_run(self.run)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:  # Lightning has no hook for a run that has failed
         try:
             super()._run_subcommand(subcommand)
-        except UserError:
-            self._discard_unstarted_run()
+        except BaseException:
+            with contextlib.suppress(OSError):  # other runs are in the folder of runs
+                self._discard_unstarted_run()
             raise
 
     def _discard_unstarted_run(self) -> None:
-        """Removes the run folder that Lightning makes before it looks at data and model, if nothing else is in it."""
-        logger = self.trainer.logger  # trainer.log_dir would wait for processes that have not failed
-        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
-            return
-        run = Path(logger.log_dir)
-        contents = list(run.iterdir()) if run.is_dir() else []
-        if contents and all(path.name.startswith("events.out.tfevents") for path in contents):
+        """Removes the folder that was made before anybody looked at data and model, if nothing else is in it."""
+        contents = list(self.run.iterdir()) if self.run is not None and self.run.is_dir() else []
+        if all(path.name == LOCK_FILE or path.name.startswith("events.out.tfevents") for path in contents):
             for path in contents:
                 path.unlink()
-            with contextlib.suppress(OSError):  # other runs are in there
-                os.removedirs(run)
+            if self.run is not None:
+                os.removedirs(self.run)
 
     def after_fit(self) -> None:
         """Says where everything is and what to type next."""
-        log_dir = self.trainer.log_dir  # a broadcast: every process has to ask
-        if not self.trainer.is_global_zero or log_dir is None:
+        if (run := self.run) is None:
             return
-        run = Path(log_dir)
         print(f"\nRun folder   {run}")
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint) and callback.saved is not None:
