@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ from bco_lightning.cli.app import main
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.load import load_language_model, load_policy, load_tokenizer
 from tests.reliability.tiny_run import make_log, make_model
+from tests.security.test_data_bombs import within
 from tests.trials import Trials
 
 SOURCE = Path(__file__).parents[2] / "src" / "bco_lightning"
@@ -197,6 +199,112 @@ def test_pickled_weights_are_refused(trials: Trials, marker: Path, tmp_path: Pat
             assert re.search(r"found pickled ones alone \((\w|-)+\.bin\), which are never read", str(caught.value))
             assert "save_pretrained" in str(caught.value)
             assert not marker.exists()
+
+
+CORE = "open({!r}, 'w').close()\nraise SystemExit('own code ran')\n"
+# Fields of an adapter's config by which PEFT would import, load, or work for hours.
+ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "a package beside it": ({"megatron_config": {"a": 1}, "megatron_core": "megatron.core"}, "megatron_config"),
+    "a package of another name": ({"megatron_config": [{}], "megatron_core": "megatron.core"}, "megatron_config"),
+    "a pickled cache": ({"corda_config": {"cache_file": "x.pt"}, "init_lora_weights": "corda"}, "corda_config"),
+    "quantizing for ever": ({"loftq_config": {"loftq_iter": 10**9}, "init_lora_weights": "loftq"}, "loftq_config"),
+    "decomposing for ever": ({"init_lora_weights": "pissa_niter_1000000"}, "init_lora_weights"),
+    "a million layers": ({"layer_replication": [[0, 2]] * 5_000}, "layer_replication"),
+    "other adapters": ({"peft_type": "XLORA", "adapters": {"a": "nobody/nothing"}}, "adapters"),
+    "another tokenizer": ({"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "x/y"}, "tokenizer_name_or_path"),
+    "a text in a number's place": ({"r": "__import__('os')"}, "found r in"),
+    "a rank of millions": ({"r": 20_000_000}, "expected a rank that the weights have, found 20,000,000"),
+    "a rank of millions in a pattern": ({"rank_pattern": {"q_proj": 10**7}}, "found 10,000,000"),
+    "a slow pattern": ({"target_modules": "(([a-z_]+)+[.0-9]*)+!"}, "found some that take longer"),
+    "a slow pattern in a list": ({"rank_pattern": {"(([a-z_]+)+[.0-9]*)+!": 2}}, "found some that take longer"),
+}
+
+
+@pytest.mark.promise("S3", "an adapter's config imports nothing, loads nothing else, and costs no more than seconds")
+def test_what_an_adapter_asks_for_besides_is_refused(
+    trials: Trials, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_model(tmp_path / "plain")
+    honest = Path(adapter_of(plain, tmp_path / "adapter"))
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron/core.py").write_text(CORE.format(str(marker)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("bco_lightning.models.limits._SECONDS", 1)
+    for trial in trials(list(ADAPTERS), quick=9):
+        with trial as name:
+            changes, found = ADAPTERS[name]
+            folder = tmp_path / name
+            shutil.copytree(honest, folder)
+            change_json(folder / "adapter_config.json", **changes)
+            for load in (
+                lambda: load_policy(str(folder), torch.float32, LoraSettings(), seed=0),  # noqa: B023
+                lambda: load_language_model(str(folder), torch.float32),  # noqa: B023
+            ):
+                with within(seconds=2.0, megabytes=300), pytest.raises(LanguageModelError, match=found):
+                    load()
+                assert not marker.exists()
+                assert "megatron" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LoraConfig(r=2, target_modules=r".*\.(q_proj|v_proj)", rank_pattern={r"layers\.0\.": 1}),
+        LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"], use_rslora=True),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa_niter_4", use_dora=True),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        AdaLoraConfig(init_r=2, target_r=1, target_modules=["q_proj"], total_step=10),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_adapters_of_the_usual_kinds_are_taken(settings: Any, tmp_path: Path) -> None:
+    plain = make_model(tmp_path / "plain")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(plain), settings).save_pretrained(tmp_path / "adapter")
+    assert type(load_language_model(str(tmp_path / "adapter"), torch.float32)).__name__ == "LlamaForCausalLM"
+
+
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "a million layers": ({"num_hidden_layers": 10**6}, "at most 2,000 layers"),
+    "layers further down": (
+        {"text_config": {"model_type": "llama", "num_hidden_layers": 10**6}},
+        "at most 2,000 layers",
+    ),
+    "layers by another name": ({"model_type": "gpt2", "n_layer": 10**6}, "at most 2,000 layers"),
+    "a million experts": ({"model_type": "qwen3_moe", "num_experts": 10**6}, "200,000 experts"),
+    "a vocabulary of billions": ({"vocab_size": 3 * 10**9}, "a vocab_size that the weights have, of at most 259"),
+    "wide layers": ({"intermediate_size": 10**9}, "an? intermediate_size that the weights have"),
+    "wide heads": ({"head_dim": 10**9}, "an? head_dim that the weights have"),
+    "a kernel of the hub": ({"_attn_implementation": "own/kernel"}, "code which is never run"),
+    "a kernel of the hub by its public name": ({"attn_implementation": "own/kernel"}, "code which is never run"),
+    "weights elsewhere": ({}, "expected files of its own folder, found '../plain/model.safetensors'"),
+    "a pipe": ({}, "expected a file, found one that cannot be read"),
+    "a link to nothing": ({}, "expected a file, found one that cannot be read"),
+}
+
+
+@pytest.mark.promise(
+    "S3", "a model folder's config names no kernel or weights elsewhere, and asks for no endless model"
+)
+def test_what_a_model_asks_for_besides_is_refused(trials: Trials, tmp_path: Path) -> None:
+    plain = Path(make_model(tmp_path / "plain"))
+    for trial in trials(list(MODELS), quick=len(MODELS)):
+        with trial as name:
+            changes, found = MODELS[name]
+            folder = tmp_path / name
+            shutil.copytree(plain, folder)
+            change_json(folder / "config.json", **changes)
+            if name == "a pipe":
+                os.mkfifo(folder / "tokenizer.json.new")
+            elif name == "a link to nothing":
+                (folder / "generation_config.json").unlink(missing_ok=True)
+                (folder / "generation_config.json").symlink_to("nowhere")
+            elif name == "weights elsewhere":
+                index = {"metadata": {}, "weight_map": {"x": "../plain/model.safetensors"}}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+            with within(seconds=2.0, megabytes=300), pytest.raises(LanguageModelError, match=found):
+                load_language_model(str(folder), torch.float32)
 
 
 def test_every_loader_is_told_so_explicitly() -> None:

@@ -176,7 +176,7 @@ def test_a_damaged_tokenizer_is_named_in_words_or_read_without_its_code(
         ({"base_model_name_or_path": None}, "names its base model, found None"),
         ({"base_model_name_or_path": "."}, "names its base model, found '.'"),
         ({"peft_type": "NEW"}, "expected a PEFT adapter, but"),
-        ({"r": "x"}, "expected a PEFT adapter, but"),
+        ({"r": "x"}, "told by numbers and names of modules, found r in its config"),
     ],
 )
 def test_a_damaged_adapter_is_named_in_words(

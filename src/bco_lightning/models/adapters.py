@@ -42,7 +42,7 @@ def load_adapter(base: PreTrainedModel, folder: str) -> Any:
     """Loads an adapter twice: once to be trained on, and once, frozen, as the reference."""
     with in_words(folder, "PEFT adapter"):
         refuse_unswitchable(folder)
-        refuse_unsafe_adapter(folder)
+        refuse_unsafe_adapter(folder, base)
         policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
         policy.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
     return policy
@@ -51,7 +51,7 @@ def load_adapter(base: PreTrainedModel, folder: str) -> Any:
 def merged(base: PreTrainedModel, folder: str) -> Any:
     """The base model with an adapter merged into its weights."""
     with in_words(folder, "PEFT adapter"):
-        refuse_unsafe_adapter(folder)
+        refuse_unsafe_adapter(folder, base)
         return PeftModel.from_pretrained(base, folder).merge_and_unload()  # type: ignore[operator]
 
 

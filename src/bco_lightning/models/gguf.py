@@ -13,9 +13,10 @@ import torch
 import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 
 from bco_lightning.identity import digest_of_file
+from bco_lightning.models.limits import refuse_unsafe_config
 
 FOLDER = "converted_models"
 _MANIFEST = "converted.json"  # written last, so a folder that has it is whole
@@ -54,6 +55,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    refuse_unsafe_config(str(file), PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
     shutil.rmtree(folder, ignore_errors=True)  # what a changed or cut file has left
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as name:
         draft = Path(name)

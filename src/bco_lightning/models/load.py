@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -26,6 +26,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.adapters import add_adapters, load_adapter, merged
+from bco_lightning.models.limits import adapter_fields, refuse_unsafe_config
 from bco_lightning.models.refusals import in_words, refuse_unknown_tokenizer, refuse_unsafe_model, require_bitsandbytes
 from bco_lightning.options import Dtype, LoraSettings, Quantization
 from bco_lightning.places import cache_root, resolve_packaged
@@ -56,7 +57,7 @@ class ModelSource:
     def base(self) -> str:
         """The name of the model that an adapter was made for."""
         with in_words(self.location, "PEFT adapter"):
-            base = PeftConfig.from_pretrained(self.location).base_model_name_or_path
+            base = adapter_fields(self.location).get("base_model_name_or_path")
         if not base or (Path(base).exists() and Path(base).resolve() == Path(self.location).resolve()):
             raise LanguageModelError(self.location, f"expected an adapter that names its base model, found {base!r}.")
         return str(base)
@@ -72,6 +73,10 @@ def locate_model(name_or_path: str) -> ModelSource:
             )
         return ModelSource(str(path.parent), gguf_file=path.name)
     if path.is_dir():
+        if found := [file for file in path.iterdir() if not (file.is_file() or file.is_dir())]:
+            raise LanguageModelError(
+                str(found[0]), "expected a file, found one that cannot be read, or not to its end."
+            )
         if (path / "adapter_config.json").exists():
             return ModelSource(str(path), is_adapter=True)
         if (path / "config.json").exists():
@@ -196,6 +201,7 @@ def unloaded_model(name_or_path: str, lora: LoraSettings | None = None) -> Any:
                 remedy = "Name its base model, and the rank of the adapters."
                 raise LanguageModelError(name_or_path, "expected a model, found an adapter.", remedy)
             gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+            refuse_unsafe_config(name_or_path, PreTrainedConfig.get_config_dict(source.location, **gguf)[0])
             config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **gguf)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return model if lora is None else add_adapters(model, lora, 0, name_or_path)

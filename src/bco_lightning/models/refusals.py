@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peft import PeftConfig
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
+from bco_lightning.models.limits import (
+    adapter_fields,
+    refuse_costly_adapter,
+    refuse_oversized_model,
+    refuse_unsafe_config,
+)
 
 _GIVE = "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path."
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -37,6 +44,7 @@ def in_words(name_or_path: str, what: str, remedy: str = _GIVE) -> Iterator[None
 
 def refuse_unsafe_model(name_or_path: str, location: str) -> None:
     """Refuses, before any weight is read, what is no decoder-only model with safe weights."""
+    refuse_unsafe_config(name_or_path, PreTrainedConfig.get_config_dict(location)[0])
     config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise LanguageModelError(
@@ -49,6 +57,7 @@ def refuse_unsafe_model(name_or_path: str, location: str) -> None:
         raise _no_safetensors(name_or_path, folder)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise _no_safetensors(name_or_path, folder)
+    refuse_oversized_model(name_or_path, config, folder)
 
 
 def refuse_unknown_tokenizer(location: str) -> None:
@@ -61,15 +70,18 @@ def refuse_unknown_tokenizer(location: str) -> None:
         raise _needs_own_code(location, "tokenizer")
 
 
-def refuse_unsafe_adapter(location: str) -> None:
-    """Refuses an adapter folder without ``.safetensors``; PEFT would take a pickled one."""
+def refuse_unsafe_adapter(location: str, base: nn.Module) -> None:
+    """Refuses an adapter folder without ``.safetensors``, as PEFT would take a pickled one, or that asks for more."""
     folder = Path(location)
+    adapter_fields(location)
     if not (folder / "adapter_model.safetensors").exists():
         raise _no_safetensors(location, folder)
+    refuse_costly_adapter(location, (name for name, _ in base.named_modules()))
 
 
 def refuse_unswitchable(location: str) -> None:
     """Refuses an adapter that a forward pass could not leave out, or that PEFT could not load twice."""
+    adapter_fields(location)
     config = PeftConfig.from_pretrained(location)
     bias = getattr(config, "bias", "none")
     if config.is_prompt_learning:
