@@ -7,7 +7,8 @@ import json
 import random
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -168,6 +169,16 @@ def random_state() -> dict[str, Any]:
         "numpy": [str(kind), [int(key) for key in keys], *(float(value) for value in rest)],  # type: ignore[arg-type]
         "python": [python, list(numbers), gauss],
     }
+
+
+@contextmanager
+def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws by a seed what is drawn on the CPU or this device; every generator is then as it was, other ones always."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would take those of all devices along
+        if device.type not in ("cpu", "meta"):
+            torch.get_device_module(device).manual_seed(seed)
+        yield
 
 
 def set_random_state(state: dict[str, Any]) -> None:

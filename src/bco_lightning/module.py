@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
 from bco_lightning.callbacks import FiniteGuard, ImplicitRewardMonitor, ImportanceMonitor, RewardShiftUpdate
+from bco_lightning.callbacks.refusals import refuse_unfit
 from bco_lightning.callbacks.step_callback import summarize_step
-from bco_lightning.checkpoints import VerifiedCheckpointIO, read_checkpoint
+from bco_lightning.checkpoints import read_checkpoint, use_verified_io
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.checkpoints.tensors import refuse_not_finite
 from bco_lightning.data.datamodule import FeedbackDataModule
@@ -70,7 +71,9 @@ class BCOModule(LightningModule):
         self.weighing = PromptWeighing(self.options)
         self.step_rows: list[ScoredRows] = []
         self.step_summary: StepSummary | None = None
-        self.strict_loading = False  # checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks
+        # Checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks.
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_miss_trained_only)
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._trunk: FrozenTrunk | None = None
@@ -151,9 +154,6 @@ class BCOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Finds out what is known of the rows before the first step: class weights, reference log-probs, weights."""
         trainer = self.trainer
-        refuse_unknown(trainer.strategy, str(trainer.precision))
-        if not isinstance(trainer.strategy.checkpoint_io, VerifiedCheckpointIO):
-            trainer.strategy.checkpoint_io = VerifiedCheckpointIO()
         self.configure_model()
         if stage == "fit":
             self.class_weights = self._chosen_class_weights()
@@ -208,6 +208,10 @@ class BCOModule(LightningModule):
         kinds: list[type[Callback]] = [FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate]
         if self.options.importance_weights != "off":
             kinds.append(ImportanceMonitor)
+        # Before anything is read.
+        refuse_unknown(self.trainer.strategy, str(self.trainer.precision))
+        refuse_unfit(self.trainer, kinds)
+        use_verified_io(self.trainer.strategy)
         return [kind() for kind in kinds if not any(isinstance(each, kind) for each in given)]
 
     def configure_optimizers(self) -> Any:
@@ -282,12 +286,8 @@ class BCOModule(LightningModule):
 
     # --- what is saved
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What is trained, without the frozen base."""
-        trained = self._trained_shapes()
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
-
-    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is trained, by name; the frozen base is no part of a state dictionary."""
         return {name: tuple(value.shape) for name, value in self.named_parameters() if value.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -311,7 +311,7 @@ class BCOModule(LightningModule):
         if "reward_shift" not in checkpoint:
             raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
         self.configure_model()
-        refuse_other_weights(self._trained_shapes(), checkpoint["state_dict"])
+        refuse_other_weights(self.trained_shapes(), checkpoint["state_dict"])
         self._accepted_changes = [*checkpoint.get("accepted_changes", []), *self._changes_since(checkpoint)]
         # Kept from Lightning, which would give them to an optimizer as they are.
         self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
@@ -360,3 +360,15 @@ class BCOModule(LightningModule):
             "reference": self.reference.digest,
             "tokenizer": digest_of_tokenizer(self.tokenizer),
         }
+
+
+def _leave_out_frozen(module: BCOModule, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A hook, not a method that is called on the outermost module alone: Lightning's weight averaging wraps modules."""
+    for name in state.keys() - {prefix + name for name in module.trained_shapes()}:
+        if name.startswith(prefix):
+            del state[name]
+
+
+def _miss_trained_only(module: BCOModule, found: Any) -> None:
+    trained = module.trained_shapes()
+    found.missing_keys[:] = [name for name in found.missing_keys if name.removeprefix("module.") in trained]

@@ -7,13 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.spike import SpikeDetection
+from lightning.pytorch.loggers import CSVLogger
 
+from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.batch import StepSummary
-from bco_lightning.callbacks import ImplicitRewardMonitor, RewardShiftUpdate, StepCallback
+from bco_lightning.callbacks import (
+    FiniteGuard,
+    ImplicitRewardMonitor,
+    RewardShiftUpdate,
+    RunCheckpoint,
+    StepCallback,
+)
+from bco_lightning.checkpoints import read_checkpoint, saved_steps
 from bco_lightning.errors import ConfigError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
-from tests.reliability.tiny_run import tiny_fit
+from tests.reliability.tiny_run import ROWS, assert_same, tiny_fit
 
 
 class Told(StepCallback):
@@ -106,3 +117,96 @@ def test_what_is_logged_can_be_monitored(tiny_model: str, log: str, tmp_path: Pa
         assert saved.best_model_score.isfinite()
         assert Path(saved.best_model_path).exists()
     assert {"train/loss", "train/auroc", "val/loss", "val/auroc"} <= trainer.callback_metrics.keys()
+
+
+# --- Lightning's own callbacks
+
+BESIDE_OURS: dict[str, Any] = {
+    "those that watch": lambda: [
+        ModelCheckpoint("own", monitor="train/loss", every_n_train_steps=5, save_last=True),
+        EarlyStopping("train/loss", patience=9, check_on_train_epoch_end=True),
+        callbacks.LearningRateMonitor(),
+        callbacks.Timer("00:01:00:00", interval="step"),
+        callbacks.DeviceStatsMonitor(cpu_stats=True),
+        callbacks.ThroughputMonitor(batch_size_fn=len),
+        callbacks.ModelSummary(max_depth=2),
+        callbacks.LambdaCallback(on_train_epoch_end=lambda *_: None),
+        callbacks.OnExceptionCheckpoint("own"),
+        SpikeDetection(warmup=100),
+    ],
+    "one that stops": lambda: [EarlyStopping("train/loss", stopping_threshold=100.0, check_on_train_epoch_end=True)],
+    "one that averages": lambda: [callbacks.EMAWeightAveraging(decay=0.9)],
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_OURS)
+def test_lightnings_callbacks_leave_rows_and_the_last_checkpoint_whole(
+    name: str, byte_model: str, feedback: str, tmp_path: Path
+) -> None:
+    options = {"default_root_dir": str(tmp_path), "logger": CSVLogger(tmp_path / "csv"), "accumulate_grad_batches": 2}
+    saving = RunCheckpoint()
+    saving.run_folder = str(tmp_path)
+    run = tiny_fit(
+        byte_model, feedback, callbacks=[*BESIDE_OURS[name](), saving], trainer_options=options,
+        data_options={"batch_size": 4},
+    )  # fmt: skip
+    epochs = 1 if name == "one that stops" else 2
+    assert run["step"] == 12 * epochs
+    for epoch in range(epochs):
+        seen = [row for step in range(12 * epoch, 12 * epoch + 12) for row in run["rows"][step]]
+        assert sorted(seen) == list(range(ROWS))
+    checkpoint = read_checkpoint(saved_steps(tmp_path / "checkpoints")[-1])
+    assert checkpoint["global_step"] == run["step"]
+    assert_same(checkpoint["state_dict"], run["weights"])
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4, alpha=8)])
+def test_averaged_weights_are_those_that_are_saved_and_loaded_and_averaging_goes_on(
+    lora: LoraSettings | None, byte_model: str, feedback: str, tmp_path: Path
+) -> None:
+    decay, of_steps = 0.7, []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            of_steps.append({name: p.detach().double() for name, p in module.named_parameters() if p.requires_grad})
+
+    def fit(folder: Path, *more: Callback, **options: Any) -> Path:
+        averaging, saving = callbacks.EMAWeightAveraging(decay=decay), RunCheckpoint(every_n_steps=7, keep=9)
+        saving.run_folder = str(folder)
+        module = {"lora": lora, "learning_rate": 1e-2}
+        tiny_fit(byte_model, feedback, callbacks=[averaging, saving, *more], module_options=module, **options)
+        return saved_steps(folder / "checkpoints")[-1]
+
+    last = fit(tmp_path / "whole", Keep())
+    average = of_steps[0]
+    for weights in of_steps[1:]:
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in weights.items()}
+    loaded = dict(BCOModule.load_from_checkpoint(last).named_parameters())
+    assert {name for name, value in loaded.items() if value.requires_grad} == average.keys()
+    for name, value in average.items():
+        torch.testing.assert_close(loaded[name].double(), value, atol=1e-6, rtol=0)
+        assert not torch.equal(loaded[name].double(), of_steps[-1][name])
+    resumed = fit(tmp_path / "again", ckpt_path=str(last.with_name("step-00000014")))
+    for name in ("state_dict", "current_model_state", "optimizer_states"):
+        assert_same(read_checkpoint(last)[name], read_checkpoint(resumed)[name], name)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 3}), "no GradientAccumulationScheduler"),
+        (lambda: callbacks.StochasticWeightAveraging(1e-2), "no StochasticWeightAveraging"),
+        (callbacks.LearningRateFinder, "no LearningRateFinder"),
+        (callbacks.BatchSizeFinder, "no BatchSizeFinder"),
+        (lambda: callbacks.ModelPruning("l1_unstructured"), "no ModelPruning"),
+        (callbacks.BackboneFinetuning, "no BaseFinetuning, found BackboneFinetuning"),
+        (RewardShiftUpdate, "one RewardShiftUpdate, found 2"),
+        (lambda: type("Sub", (FiniteGuard,), {})(), "one FiniteGuard, found 2"),
+    ],
+)
+def test_callbacks_that_would_do_harm_or_nothing_are_refused_before_anything_is_read(
+    given: Any, said: str, tmp_path: Path
+) -> None:
+    both = [given(), NamedUpdate(), FiniteGuard()] if "found 2" in said else [given()]
+    with pytest.raises(ConfigError, match=f"trainer.callbacks: expected {said}"):
+        tiny_fit("no model", "no log", callbacks=both)

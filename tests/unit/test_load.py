@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 
 from bco_lightning import LoraSettings
 from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.identity import random_state
 from bco_lightning.models.load import (
     load_language_model,
     load_policy,
     load_tokenizer,
     locate_model,
+    unloaded_model,
 )
 from bco_lightning.parallel.sharding import final_dtype, take_final_dtype
 from bco_lightning.places import resolve_packaged
-from tests.conftest import REAL_MODEL
+from tests.conftest import REAL_MODEL, tiny_module
 
 
 def test_a_package_a_folder_and_a_gguf_file_lead_to_the_same_source() -> None:
@@ -88,16 +90,23 @@ def test_files_of_several_data_types_are_cast_as_they_are_read(tiny_model: str, 
     assert torch.equal(mapped.model.norm.weight, torch.linspace(1, 2, 32))
 
 
-def test_the_seed_alone_decides_the_adapters_and_the_global_state_stays(tiny_model: str) -> None:
+def test_the_seed_alone_decides_the_adapters_and_no_generator_of_any_device_is_touched(
+    tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def adapters(dtype: torch.dtype, seed: int) -> torch.Tensor:
         policy = load_policy(tiny_model, dtype, LoraSettings(r=2), seed)
         return torch.cat([p.flatten() for p in policy.parameters() if p.requires_grad])
 
-    state = torch.get_rng_state()
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda seed: pytest.fail("a generator of CUDA was seeded"))
+    state = random_state()
     first = adapters(torch.float32, 3)
-    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(adapters(torch.bfloat16, 3), first)
     assert not torch.equal(adapters(torch.float32, 4), first)
+    unloaded_model("8B", LoraSettings(r=2))
+    unloaded_model(tiny_model, LoraSettings(r=2))
+    assert tiny_module(tiny_model, lora=None).reference.digest
+    assert random_state() == state
 
 
 def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:

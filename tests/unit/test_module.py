@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from bco_lightning import BCOModule, LoraSettings, bco_loss, load_aligned
 from bco_lightning.checkpoints import read_checkpoint
@@ -171,9 +172,19 @@ def test_bce_decides_at_zero_whatever_the_shift(tiny_model: str) -> None:
     assert (bce.objective.threshold, bco.objective.threshold) == (0.0, 1.5)
 
 
-def test_a_precision_that_casts_the_policy_alone_is_refused(tiny_model: str, log: str) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.precision.*model\.dtype: bfloat16"):
-        tiny_trainer(max_steps=1, precision="bf16-true").fit(tiny_module(tiny_model), tiny_data(log))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[({"precision": name}, r"trainer\.precision.*model\.dtype: bfloat16") for name in ("bf16-true", "16-true")],
+        ({"precision": "64-true"}, "trainer.precision: expected 32-true or bf16-mixed or 16-mixed, found 64-true"),
+        ({"plugins": [AsyncCheckpointIO()]}, "trainer.plugins: expected no other way .* found AsyncCheckpointIO"),
+    ],
+)
+def test_what_of_the_trainer_would_give_other_numbers_or_not_be_heeded_is_refused_before_anything_is_read(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_trainer(max_steps=1, **options).fit(tiny_module("no model"), tiny_data("no log"))
 
 
 def test_resuming_after_one_row_has_changed_is_refused(tiny_model: str, log: str, tmp_path: Path) -> None:

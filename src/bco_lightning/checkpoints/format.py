@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
@@ -21,7 +21,7 @@ from typing_extensions import override
 from bco_lightning.checkpoints.folders import discard, saved_steps, written_whole
 from bco_lightning.checkpoints.manifest import MANIFEST_FILE, verify_checkpoint, write_manifest
 from bco_lightning.checkpoints.tensors import read_tensors, shapes_of, write_tensors
-from bco_lightning.errors import CheckpointError
+from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.parallel.collectives import Processes, by_all
 from bco_lightning.parallel.sharding import is_cut
 
@@ -79,6 +79,19 @@ class VerifiedCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a checkpoint; a half-removed one has no checkpoint's name any more."""
         discard(Path(path))
+
+
+def use_verified_io(strategy: Any, may_fall_back: bool = False) -> None:
+    """Has a strategy write and read checkpoints so; refuses another way that the trainer was given."""
+    found = strategy.checkpoint_io
+    if type(found) not in (TorchCheckpointIO, VerifiedCheckpointIO):
+        raise ConfigError(
+            "trainer.plugins",
+            f"expected no other way to write checkpoints, found {type(found).__name__}.",
+            "Leave it out: checkpoints are folders that are verified when they are read.",
+        )
+    if may_fall_back or not isinstance(found, VerifiedCheckpointIO):
+        strategy.checkpoint_io = VerifiedCheckpointIO(may_fall_back)
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from bco_lightning.callbacks import FiniteGuard, PredictionWriter, RunCheckpoint, SpeedMonitor, StepProgressBar
-from bco_lightning.checkpoints import VerifiedCheckpointIO, resolve_checkpoint
+from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run
 from bco_lightning.cli import safety
@@ -241,7 +241,7 @@ class BCOCLI(LightningCLI):
         if asked.enable_checkpointing is not False:
             callbacks = [*callbacks, options.checkpoint]
         trainer = super().instantiate_trainer(**kwargs, callbacks=[*callbacks, SpeedMonitor()])
-        trainer.strategy.checkpoint_io = VerifiedCheckpointIO(may_fall_back=self._step_was_chosen)
+        use_verified_io(trainer.strategy, may_fall_back=self._step_was_chosen)
         if hasattr(trainer.strategy, "_timeout"):  # of the process group; half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
         # Known is only now which process is the first of all; the others are told when they need it.

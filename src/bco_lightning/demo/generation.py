@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bco_lightning.errors import ConfigError
+from bco_lightning.identity import drawing_from
 
 
 class SampledCompletion(NamedTuple):
@@ -27,11 +28,9 @@ def sample_completions(
     """One completion for each rendered prompt of a batch, from the whole distribution (no top-k, no top-p)."""
     encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
     was_training = model.training
     model.eval()  # under gradient checkpointing a model in training mode keeps no cache to generate with
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with drawing_from(seed, device):
         output_ids: Tensor = model.generate(
             input_ids=encoded["input_ids"].to(device),
             attention_mask=encoded["attention_mask"].to(device),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bco_lightning.errors import ConfigError
+from bco_lightning.identity import drawing_from
 from bco_lightning.models.refusals import in_words, refuse_unsafe_adapter, refuse_unswitchable
 from bco_lightning.options import LoraSettings
 
@@ -30,10 +31,10 @@ def add_adapters(base: PreTrainedModel, settings: LoraSettings, seed: int, base_
         policy = get_peft_model(base, _lora_config(settings, base))
     except ValueError as error:
         raise ConfigError("model.lora", f"expected settings that fit the model, found: {error}.") from error
-    torch.manual_seed(seed)  # PEFT drew them in the data type of the base, which may yet be another one
-    for module in policy.modules():
-        if isinstance(module, LoraLayer):
-            module.reset_lora_parameters("default", init_lora_weights=True)
+    with drawing_from(seed, base.device):  # PEFT drew them in the data type of the base, which may yet be another one
+        for module in policy.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters("default", init_lora_weights=True)
     policy.peft_config["default"].base_model_name_or_path = base_name
     return policy
 

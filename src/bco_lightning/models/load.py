@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.identity import drawing_from
 from bco_lightning.models.adapters import add_adapters, load_adapter, merged
 from bco_lightning.models.limits import adapter_fields, refuse_unsafe_config
 from bco_lightning.models.refusals import in_words, refuse_unknown_tokenizer, refuse_unsafe_model, require_bitsandbytes
@@ -174,7 +175,7 @@ def load_policy(
     source = locate_model(name_or_path)
     named = source.base() if source.is_adapter else name_or_path
     base = load_language_model(named, dtype, quantization, mapped=mapped, cache_folder=cache_folder)
-    with torch.random.fork_rng(devices=[]):
+    with drawing_from(seed, base.device):
         if source.is_adapter:
             policy = load_adapter(base, source.location)
         else:

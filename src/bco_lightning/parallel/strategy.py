@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
@@ -14,7 +20,7 @@ from typing_extensions import override
 from bco_lightning.errors import ConfigError
 from bco_lightning.parallel.sharding import Sharding
 
-_PRECISIONS = ("32-true", "bf16-mixed")
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # the last one scales gradients, which cut ones do not know
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -90,19 +96,16 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def refuse_unknown(strategy: Any, precision: str) -> None:
-    """Refuses a precision that would cast the policy alone, and sharding that knows nothing of these models."""
-    if precision in ("bf16-true", "16-true"):
+    """Refuses precisions that are not known to be right here, and sharding that knows nothing of these models."""
+    is_cut = isinstance(strategy, FSDP2Strategy)
+    known = _PRECISIONS[:2] if is_cut else _PRECISIONS
+    if precision not in known:
         raise ConfigError(
             "trainer.precision",
-            f"expected 32-true or bf16-mixed, found {precision}, which would cast the policy and not the reference.",
+            f"expected {' or '.join(known)}, found {precision}: others would cast the policy and not its reference.",
             "Set model.dtype: bfloat16 for bfloat16 weights.",
         )
-    if isinstance(strategy, FSDP2Strategy):
-        if precision not in _PRECISIONS:
-            raise ConfigError(
-                "trainer.precision", f"expected {' or '.join(_PRECISIONS)} with this strategy, found {precision}."
-            )
-    elif isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+    if not is_cut and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
         raise ConfigError(
             "trainer.strategy",
             f"expected one of this package, found Lightning's {type(strategy).__name__}.",

@@ -38,6 +38,10 @@ class Reference:
         self._digest = ""
         self.watch_policy()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        """The same: a copy of a module, such as Lightning's weight averaging takes, has no use for a second one."""
+        return self
+
     @property
     def is_policy_without_adapter(self) -> bool:
         """Whether the reference is the policy with its trained adapter switched off, which takes no memory."""
