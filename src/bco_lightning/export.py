@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from bco_lightning.checkpoints import resolve_checkpoint, verify_checkpoint
 from bco_lightning.checkpoints.folders import written_whole
-from bco_lightning.errors import ConfigError
 from bco_lightning.module import ALIGNMENT_FILE, BCOModule
+from bco_lightning.places import require_free
 
 IMPORTANCE_FILE = "importance.safetensors"
 _CARD = """---
@@ -74,15 +74,14 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: If it is missing, damaged or no such checkpoint.
-        ConfigError: If ``output_dir`` exists.
+        ConfigError: If there is anything under the name ``output_dir``, or it cannot be written to.
     """
-    if output_dir.exists():
-        raise ConfigError(str(output_dir), "expected a folder that does not exist yet, found one.", "Choose another.")
+    require_free("--output_dir", output_dir)
     module, told = _opened(ckpt_path, dtype)
     chat_template = told.get("fingerprints", {}).get("chat_template")
     adapted, whole = module.lora is not None, merge or module.lora is None
     policy: Any = module.policy
-    with written_whole(output_dir) as folder:
+    with written_whole(output_dir, replaces=False) as folder:
         folder.mkdir()
         if not whole:
             policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)

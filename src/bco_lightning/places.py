@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -17,6 +18,30 @@ def cache_root(given: str | None = None) -> Path:
     if named:
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bco_lightning"
+
+
+def require_free(option: str, target: Path, ours: str = "") -> None:
+    """Refuses, before any work is done, to write where something is already, be it a link, or where nobody can.
+
+    ``ours`` is how files of the same kind begin: such a one may be replaced, as the user has said.
+    """
+    target, found = target.absolute(), ""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(f"{target}.partial-12345678")  # about the name that it has until it is whole
+        if os.path.lexists(target):
+            found = "something of that name"
+            if ours and target.is_file() and not target.is_symlink():
+                with target.open("rb") as file:
+                    found = "" if file.read(len(ours)) == ours.encode() else f"{found} that this command did not write"
+        folder = next((folder for folder in target.parents if os.path.lexists(folder)), target)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            found = f"that {folder} cannot be written to"
+    except OSError as error:
+        found = f"that it cannot be ({error.strerror})"
+    if found:
+        problem = f"expected a name to write under that is free ({target}), found {found}."
+        raise ConfigError(option, problem, "Nothing is replaced: remove it, or choose another.")
 
 
 def resolve_packaged(name: str) -> str:

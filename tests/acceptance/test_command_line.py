@@ -228,7 +228,10 @@ def test_a_misspelt_option_is_named(
             ["export", "--ckpt_path=junk.ckpt", "--output_dir=x"],
             "junk.ckpt: expected the folder of a checkpoint, found a file",
         ),
-        (["export", "--ckpt_path=junk.ckpt", "--output_dir=."], ".: expected a folder that does not exist yet"),
+        (
+            ["export", "--ckpt_path=junk.ckpt", "--output_dir=."],
+            "--output_dir: expected a name to write under that is free",
+        ),
     ],
 )
 def test_an_export_that_cannot_be_is_refused(

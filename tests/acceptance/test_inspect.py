@@ -82,7 +82,7 @@ def test_a_stream_is_reported_from_rows_drawn_from_it(
 def test_examples_are_a_few_of_either_class_the_same_again(tiny_model: str, marked: str) -> None:
     pages = []
     for _ in range(2):
-        assert inspect(tiny_model, marked, "--examples=2", "--report=page.html") == 0
+        assert inspect(tiny_model, marked, "--examples=2", "--report=page.html", "--overwrite") == 0
         pages.append(re.findall(r"thumbs-(?:up|down), \S+:\d+", Path("page.html").read_text()))
     assert [example.partition(",")[0] for example in pages[0]] == ["thumbs-up"] * 2 + ["thumbs-down"] * 2
     assert pages[0] == pages[1]
@@ -130,8 +130,8 @@ def test_a_log_with_one_class_is_reported_and_then_refused_as_by_fit(
     [
         ("--data.train_files=gone.jsonl", "gone.jsonl: expected a feedback log, found no such file"),
         ("--examples=-1", "--examples: expected a number from 0 on, found -1."),
-        ("--report=gone/page.html", "--report: expected a file to write in a folder that exists"),
-        ("--report=.", "--report: expected a file to write in a folder that exists, found a folder"),
+        ("--report=log.jsonl/page.html", "--report: expected a name to write under that is free"),
+        ("--report=.", "--report: expected a name to write under that is free"),
         ("--data.batch_size=0", "data.batch_size: expected at least 1 row, found 0."),
         ("--model.name_or_path=./gone", "found nothing there"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.cli.app import main
 from bco_lightning.errors import ConfigError
 from bco_lightning.places import resolve_packaged
@@ -195,10 +197,82 @@ def test_a_packaged_name_stays_in_its_package(name: str) -> None:
         resolve_packaged(name)
 
 
+PAGE = '<!doctype html>\n<html data-made-by="bco_lightning inspect" lang="en">an earlier page'
+PREDICT, INSPECT = ("predict", "--data.predict_files=log.jsonl"), ("inspect", "--data.train_files=log.jsonl")
+TAKEN = ("log.jsonl", "link.jsonl", "dangling", "folder", "page.html", "log.jsonl/below", "long" * 80, ".", "/")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((PREDICT, f"--predictions.path={name}") for name in TAKEN),
+        *((INSPECT, f"--report={name}") for name in TAKEN),
+        ((*INSPECT, "--overwrite"), "--report=log.jsonl"),
+        ((*INSPECT, "--overwrite"), "--report=link.html"),
+        ((*INSPECT, "--config=config.yaml"), "--examples=1"),
+        ((*PREDICT, "--config=config.yaml"), "--seed_everything=1"),
+        *((("export", "--ckpt_path=none"), f"--output_dir={name}") for name in TAKEN),
+        (("make_feedback",), "--output_dir=folder"),
+        (("make_feedback",), "--output_dir=log.jsonl"),
+    ],
+)
+def test_no_command_replaces_what_is_there_and_says_so_before_any_work(
+    command: tuple[str, ...],
+    option: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bco_lightning.demo import make_feedback
+
+    for file, text in {"log.jsonl": "rows", "page.html": PAGE, "folder/train.jsonl": "rows"}.items():
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(text)
+    for link, to in {"link.jsonl": "log.jsonl", "link.html": "page.html", "dangling": "gone"}.items():
+        Path(link).symlink_to(to)
+    Path("config.yaml").write_text("predictions: {path: README}\n" if command[0] == "predict" else "report: README\n")
+    Path("README").write_text("mine")
+    before = snapshot(tmp_path)
+    if command[0] == "make_feedback":
+        monkeypatch.setattr("sys.argv", ["make_feedback", option, "--model=none"])
+        with pytest.raises(ConfigError, match="--output_dir: expected a name to write under that is free"):
+            make_feedback.main()
+    else:
+        named = [] if command[0] == "export" else ["--model.name_or_path=none"]  # which would be missed a moment later
+        assert main([*command, *named, option]) == 2
+        said = capsys.readouterr().err
+        assert ": expected a name to write under that is free" in said, said
+        assert "Traceback" not in said
+    assert snapshot(tmp_path) == before
+
+
+def test_a_page_is_replaced_by_its_own_command_where_the_user_says_so(tmp_path: Path) -> None:
+    model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
+    inspect = ["inspect", *options(model, log)]
+    assert main(inspect) == 0
+    Path("inspect.html").write_text(Path("inspect.html").read_text().replace("Data report", "Yesterday"))
+    assert main(inspect) == 2
+    assert main([*inspect, "--overwrite"]) == 0
+    assert "Yesterday" not in Path("inspect.html").read_text()
+
+
+def test_what_comes_while_a_command_works_is_not_replaced_either(tmp_path: Path) -> None:
+    for target, make in ((tmp_path / "file", Path.touch), (tmp_path / "folder", Path.mkdir)):
+
+        def write(target: Path = target, make: Callable[[Path], None] = make) -> None:
+            with written_whole(target, replaces=False) as partial:
+                make(partial)
+                target.write_text("of another")
+
+        with pytest.raises(FileExistsError):
+            write()
+        assert target.read_text() == "of another"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
 def test_predictions_are_not_written_through_a_link(outside: Path, tmp_path: Path) -> None:
     model, log = make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl")
-    for name in ("scores.jsonl", f".scores.jsonl.partial-{os.getpid()}"):
-        Path(name).symlink_to(outside / "keep.txt")
+    Path(f".scores.jsonl.partial-{os.getpid()}").symlink_to(outside / "keep.txt")
     before = snapshot(outside)
     arguments = ["--predictions.path=scores.jsonl", f"--data.predict_files={log}"]
     assert main(["predict", *options(model, log), *arguments]) == 0

@@ -14,12 +14,14 @@ from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows
 from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.places import require_free
 
 
 class PredictionWriter(Callback):
     """Writes one line for each scored row, in file order: where it stands, its implicit reward, and P(thumbs-up).
 
-    The file appears under its name only when it is complete. With several processes each writes a file of its own.
+    The file appears under its name only when it is complete, and replaces none. With several processes each writes a
+    file of its own.
 
     Args:
         path: File to write. With several processes ``.rank0`` and so on goes before its suffix.
@@ -31,12 +33,20 @@ class PredictionWriter(Callback):
         self._writing = ExitStack()
         self._places: list[str] = []
 
+    def files(self, trainer: Any) -> list[Path]:
+        """The file of each process."""
+        number, suffix = trainer.world_size, self.path.suffix
+        return [self.path.with_suffix(f".rank{rank}{suffix}") for rank in range(number)] if number > 1 else [self.path]
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        for file in self.files(trainer) if stage == "predict" else ():
+            require_free("predictions.path", file)
+
     @override
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.world_size > 1:
-            self.path = self.path.with_suffix(f".rank{trainer.global_rank}{self.path.suffix}")
         self._places = list(trainer.datamodule.predict_dataset["place"])
-        partial = self._writing.enter_context(written_whole(self.path))
+        partial = self._writing.enter_context(written_whole(self.files(trainer)[trainer.global_rank], replaces=False))
         self._file = self._writing.enter_context(partial.open("x", encoding="utf-8"))
 
     @override
@@ -59,7 +69,7 @@ class PredictionWriter(Callback):
     @override
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         self._writing.close()
-        rank_zero_info(f"scores of {len(self._places)} rows: {self.path}")
+        rank_zero_info(f"scores of {len(self._places)} rows: {self.files(trainer)[0]}")
 
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

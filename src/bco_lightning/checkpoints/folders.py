@@ -14,11 +14,12 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, replaces: bool = True) -> Iterator[Path]:
     """Yields the path of a file or folder to make; once made and flushed, it takes the place of ``target``.
 
     Raises:
-        OSError: If the disk is full or cannot be written; ``target`` is then as it was before.
+        OSError: If the disk is full or cannot be written, or ``target`` has come to be meanwhile where it ``replaces``
+            nothing; it is then as it was before.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +28,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.rglob("*"), partial):
             _flush(path)
+        if not replaces and os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
         replaced = target.with_name(f".{target.name}.removed-{os.getpid()}")
         if target.is_dir():  # the same step, written again after a resume from an earlier one
             target.rename(replaced)

@@ -30,6 +30,11 @@ _DISK = {
     errno.EROFS: ("the file system is read-only", "Give a run_folder that can be written."),
     errno.EACCES: ("permission is missing", "See who may read and write it."),
     errno.EPERM: ("permission is missing", "See who may read and write it."),
+    errno.EFBIG: ("it may not grow any more", "Raise the limit on the size of files (ulimit -f)."),
+    errno.EEXIST: ("something of that name came meanwhile", "Choose another name."),
+    errno.ENOTDIR: ("it lies under what is no folder", "Choose another place."),
+    errno.ENAMETOOLONG: ("its name is too long", "Choose a shorter one."),
+    errno.EIO: ("the disk fails", "See what the system says of it (dmesg)."),
 }
 # Where, what a library says, what was expected, and what to do.
 _SAID = (

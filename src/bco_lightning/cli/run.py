@@ -279,6 +279,12 @@ class BCOCLI(LightningCLI):
             if self.run is not None:
                 os.removedirs(self.run)
 
+    def before_predict(self) -> None:
+        """Refuses a place for scores that is taken before any row is read."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PredictionWriter):
+                callback.setup(self.trainer, self.model, "predict")
+
     def after_fit(self) -> None:
         """Says where everything is and what to type next."""
         if (run := self.run) is None:
@@ -305,16 +311,17 @@ class InspectCLI(BCOCLI):
     def __init__(self, arguments: list[str]) -> None:
         told = {"prog": "python -m bco_lightning inspect", "description": _INSPECT}
         super().__init__(arguments, run=False, parser_kwargs=told)
-        options = {name: self.config[name] for name in ("report", "examples", "hide_examples")}
+        options = {name: self.config[name] for name in ("report", "examples", "hide_examples", "overwrite")}
         inspect_command(self.config, self.data_options, self.model_options, **options)
 
     @override
     def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])  # the config of a run has them
-        skip: set[str | int] = {"config", "data_options", "model_options", "hide_examples"}
+        skip: set[str | int] = {"config", "data_options", "model_options", "hide_examples", "overwrite"}
         parser.add_function_arguments(inspect_command, skip=skip)
         parser.add_flag("hide_examples", "Show no row's text, neither here nor on the page.")
+        parser.add_flag("overwrite", "Replace the page, if it is one of this command.")
 
     @override
     def instantiate_classes(self) -> None:

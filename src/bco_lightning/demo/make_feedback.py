@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.demo.generation import sample_completions, tone
 from bco_lightning.models.load import load_language_model, load_tokenizer
+from bco_lightning.places import require_free
 
 PROMPT = "In one short sentence, tell me something about {subject}."
 SHARPNESS = 6.0
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for name in COMPLETIONS_PER_PROMPT:
+        require_free("--output_dir", options.output_dir / f"{name}.jsonl")
 
     subjects = Path(__file__).with_name("subjects.txt").read_text(encoding="utf-8").split("\n")[:-1]
     generator = random.Random(options.seed)
@@ -47,7 +51,8 @@ def main() -> None:
     for name, names in split.items():
         rows = _sample_rows(model, tokenizer, names, COMPLETIONS_PER_PROMPT[name], generator)
         path = options.output_dir / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        with written_whole(path, replaces=False) as partial_file:
+            partial_file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         share_up = sum(row["label"] for row in rows) / len(rows)
         print(f"{path}: {len(rows)} rows of {len(names)} subjects, {share_up:.0%} thumbs-up", file=sys.stderr)
 

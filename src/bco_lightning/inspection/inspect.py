@@ -11,6 +11,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.messages import printable, said_in
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
@@ -25,7 +26,9 @@ from bco_lightning.inspection.report import DataReport, Finding, durations, exam
 from bco_lightning.metrics import auc
 from bco_lightning.models.load import load_tokenizer
 from bco_lightning.module import BCOModule
+from bco_lightning.places import require_free
 
+_BEGINNING = '<!doctype html>\n<html data-made-by="bco_lightning inspect"'
 _STYLES = {"problem": "bold red", "warning": "yellow", "note": "", "good": "green"}
 
 
@@ -36,6 +39,7 @@ def inspect_command(
     report: str = "inspect.html",
     examples: int = 3,
     hide_examples: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """What ``inspect`` takes beside the options of ``fit``.
 
@@ -46,6 +50,7 @@ def inspect_command(
         report: The page to write, which needs no other file.
         examples: Rows of either class to show.
         hide_examples: Show no row's text, neither in the terminal nor on the page.
+        overwrite: Replace the page, if it is one of this command.
 
     Raises:
         UserError: Where ``fit`` would not start either; if the rows can be read, after the report.
@@ -53,9 +58,7 @@ def inspect_command(
     if examples < 0:
         raise ConfigError("--examples", f"expected a number from 0 on, found {examples}.")
     page = Path(report)
-    if page.is_dir() or not page.parent.is_dir():
-        found = "a folder" if page.is_dir() else "no such folder"
-        raise ConfigError("--report", f"expected a file to write in a folder that exists, found {found}.")
+    require_free("--report", page, _BEGINNING if overwrite else "")
     data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
     problem: UserError | None = None
     try:
@@ -95,7 +98,7 @@ def inspect_command(
         trust=trust,
     )
     print_report(data_report, Console())
-    write_page(data_report, page)
+    write_page(data_report, page, replaces=overwrite)
     print(f"\nPage   {report}")
     if problem is not None:
         raise problem
@@ -115,10 +118,11 @@ def print_report(report: DataReport, console: Console) -> None:
         console.print(Text(printable(f"{finding.level}: {finding.text}"), style=_STYLES[finding.level]))
 
 
-def write_page(report: DataReport, path: Path) -> None:
-    """Writes the page into a file, which is replaced."""
+def write_page(report: DataReport, path: Path, replaces: bool = False) -> None:
+    """Writes the page into a file, whole or not at all."""
     try:
-        path.write_text(page_of(report), encoding="utf-8")
+        with written_whole(path, replaces) as partial:
+            partial.write_text(page_of(report), encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             "--report", f"expected a file to write, found that it cannot be ({error.strerror})."
