@@ -437,6 +437,12 @@ def test_chainlit_feedback_in_a_step_without_an_id_is_of_that_step() -> None:
     assert chainlit_outcomes(chainlit_thread(second={"value": 1})) == ["no feedback", True]
 
 
+def test_chainlit_answer_right_after_another_one_is_left_out_and_no_continuation() -> None:
+    thread = chainlit_thread(first={"value": 1}, second={"value": 1})
+    del thread["steps"][2]
+    assert chainlit_outcomes(thread) == [True, "answer right after another one"]
+
+
 def test_chainlit_feedback_that_stands_twice_is_one_row() -> None:
     thumb = {"id": "f1", "forId": "s1", "value": 1}
     thread = chainlit_thread(first=thumb)

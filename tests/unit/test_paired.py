@@ -108,6 +108,7 @@ def test_a_rule_of_ratings_is_refused() -> None:
         ({"prompt": "x", "chosen": BETTER, "rejected": WORSE}, "'prompt' to be a message of both conversations, found"),
         ({"chosen": [*BETTER, turn("user")], "rejected": WORSE}, "must begin and end with an assistant message"),
         ({"chosen": BETTER[-1:], "rejected": WORSE}, "part at another message"),
+        ({"chosen": [*BETTER, BETTER[-1]], "rejected": [*BETTER, WORSE[-1]]}, "assistant messages, found two in a row"),
     ],
 )
 def test_a_malformed_pair_gives_one_error_and_no_row(record: dict[str, Any], message: str) -> None:

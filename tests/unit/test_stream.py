@@ -46,6 +46,7 @@ def sources_of_every_kind(folder: Path) -> list[Any]:
     Dataset.from_list(records(60, 300)).save_to_disk(str(folder / "c"))
     pairs = [{"prompt": f"p{n}", "chosen": f"good {n}", "rejected": f"bad {n % 9 and n}"} for n in range(20)]
     pairs[3]["rejected"] = pairs[3]["chosen"]
+    pairs[4]["prompt"] = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "It is"}]
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     talks = [{"prompt": talk, "completion": f"c{n} " * (n % 20 + 1), "label": n % 2 == 0} for n in range(100)]
     return [

@@ -6,14 +6,14 @@ import contextlib
 import inspect
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from bco_lightning.batch import FeedbackRow, Message
+from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.control_tokens import CLOSE, OPEN, ControlTokens, Conversation
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 
@@ -57,7 +57,8 @@ class ChatTemplate:
             for row in rows
         ]
         # Most rows are one answer to one prompt: the library renders such rows together, in a third of the time.
-        plain = [at for at, row in enumerate(rows) if len(row.completion) == 1 and not (row.tools or told[at].options)]
+        plain = [at for at, row in enumerate(rows) if not (row.tools or told[at].options or _is_begun(row))]
+        plain = [at for at in plain if len(rows[at].completion) == 1]
         rendered: dict[int, list[str]] = {}
         with contextlib.suppress(*TEMPLATE_FAILURES):  # rendering each alone shows whose it is
             prompts = self._apply([told[at].messages[:-1] for at in plain], self._text, asks_next=True)
@@ -73,13 +74,15 @@ class ChatTemplate:
 
     def after_last_message(self, conversation: Conversation, prompt: str, num_messages: int) -> str:
         """What the template writes after what is said last in the prompt, so that the assistant speaks."""
-        last: Message = conversation.messages[num_messages - 1]
-        messages = [*conversation.messages[: num_messages - 1], {**last, "content": _STAND_IN}]
-        stood_in = Conversation(messages, conversation.tools, conversation.options)
+        messages = conversation.messages[:num_messages]
+        begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
         with contextlib.suppress(*TEMPLATE_FAILURES):  # a template may take the last message apart
+            stood_in = replace(conversation, messages=[*messages[:-1], {**messages[-1], "content": _STAND_IN}])
             _, found, end = self.render(stood_in, asks_next=True).rpartition(_STAND_IN)
-            if found and prompt.endswith(end):
-                return end
+            if found and prompt.endswith(end + begun):
+                return end + begun
+        if begun:
+            return prompt  # to be kept whole
         with contextlib.suppress(*TEMPLATE_FAILURES):  # or refuse one that is not answered
             unasked = self.render(conversation, num_messages, asks_next=False)
             return prompt[len(unasked) :] if prompt.startswith(unasked) else ""
@@ -101,7 +104,9 @@ class ChatTemplate:
                     "Remove it from the row's template options.",
                 )
             stops = _turns(row)
-            if rendered is None:
+            if _is_begun(row):
+                rendered = self._going_on(row, told, stops)
+            elif rendered is None:
                 rendered = [self.render(told, len(row.prompt), asks_next=True)]
                 rendered += [self.render(told, stop, asks_next=not speaks) for stop, speaks in stops]
             return ChatScript(row, told, _added(rendered, row.place), [speaks for _, speaks in stops])
@@ -112,6 +117,25 @@ class ChatTemplate:
                 row.place,
                 f"expected messages that the chat template takes, found that it refuses them ({self._words(error)}).",
             )
+
+    def _going_on(self, row: FeedbackRow, told: Conversation, stops: list[tuple[int, bool]]) -> list[str]:
+        """Renderings of a row whose completion goes on with the last message of the prompt: both are one message."""
+        at = len(row.prompt) - 1
+        begun, rest = told.messages[at : at + 2]
+        others = {name: value for name, value in rest.items() if name not in ("content", "tool_calls")}
+        message = {**rest, "content": f"{begun['content']}{_STAND_IN}{rest.get('content') or ''}"}
+        joined = replace(told, messages=[*told.messages[:at], message, *told.messages[at + 2 :]])
+        turns = [self.render(joined, stop - 1, asks_next=not speaks) for stop, speaks in stops]
+        prompt, *ends = turns[0].split(_STAND_IN)
+        word = "".join(begun["content"].split()[-1:])
+        if len(ends) != 1 or not prompt.rstrip().endswith(word) or {**others, "content": begun["content"]} != begun:
+            raise FeedbackRowError(
+                row.place,
+                "expected a completion that goes on with the assistant's message at the end of the prompt, found one "
+                "with other fields, or a chat template that prints them in another way.",
+                "Let the prompt end with another message.",
+            )
+        return [prompt, *(turn.replace(_STAND_IN, "") for turn in turns)]
 
     def _words(self, error: Exception) -> str:
         """What a template says of its own accord; other words may be those of the row, and are not shown."""
@@ -155,6 +179,11 @@ def _added(renderings: Sequence[str], place: str) -> list[str]:
                 "Set data.chat_template to one that only appends.",
             )
     return [renderings[0], *(after[len(before) :] for before, after in pairwise(renderings))]
+
+
+def _is_begun(row: FeedbackRow) -> bool:
+    """Whether the prompt ends with the beginning of what the assistant says, which the completion goes on with."""
+    return bool(row.prompt[-1]["role"] == "assistant")
 
 
 def _turns(row: FeedbackRow) -> list[tuple[int, bool]]:

@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
 from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens, Conversation
+from bco_lightning.data.joints import Joints, NoEdgeError, Piece
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.rows import RatedRow
 from bco_lightning.errors import FeedbackRowError
@@ -24,9 +25,11 @@ COMPLETION_TOO_LONG = "completion too long (data.max_length)"
 NO_ROOM_FOR_PROMPT = "no room for a prompt"
 NO_ROOM_FOR_COMPLETION = "no room for a completion"
 CANNOT_BE_TEXT = "name of a control token that cannot be written as text"
+NO_EDGE = "a token that spans the end of the prompt and the beginning of the completion"
 
 # Rows that are tokenized together, and batches of them that wait for their token ids while the next one is read.
 _BATCH_ROWS, _BATCH_CHARACTERS, _AHEAD = 128, 2**20, 2
+_READ_AGAIN = 8  # rows at the start
 
 Row = TypeVar("Row", bound=RatedRow)
 Outcome = TokenizedSample | LeftOut | FeedbackRowError
@@ -37,7 +40,8 @@ TokenIds = dict[str, list[int]]
 class RowTokenizer:
     """Tokenizes rows with the tokenizer's chat template.
 
-    Prompt and completion are rendered by the template and tokenized apart, so that no token spans their boundary. Only
+    Prompt and completion are rendered by the template and tokenized apart, so that no token spans their boundary, and
+    the completion as what goes on: the tokens are those of the whole text, unless one of them spans the boundary. Only
     what the assistant said in the completion, tool calls included, and the end token after it, carries loss. The name
     of a special token in what the template is told, such as a typed ``<|im_end|>``, comes out as ordinary tokens.
     """
@@ -45,9 +49,13 @@ class RowTokenizer:
     def __init__(self, tokenizer: Any, options: DataOptions) -> None:
         self.tokenizer, self._options = tokenizer, options
         self.chat_template = chosen_template(tokenizer, options.chat_template)
-        self._control = ControlTokens(tokenizer)
+        self._control, self._joints, self._to_read_again = ControlTokens(tokenizer), Joints(tokenizer), _READ_AGAIN
         self._template = ChatTemplate(tokenizer, self.chat_template, self._control)
-        self._is_blank = lru_cache(maxsize=64)(lambda token_ids: not tokenizer.decode(token_ids).strip())
+        unknown = tokenizer.unk_token_id  # which is special, too; with some tokenizers a line break is
+        self._is_blank = lru_cache(maxsize=64)(
+            lambda token_ids: not tokenizer.decode([token for token in token_ids if token != unknown]).strip()
+        )
+        self._closing = self._control.ids - {unknown} | {tokenizer.eos_token_id}
         first = self._encode("a", add_special_tokens=True)[:1]
         self._own_bos = first if first == [tokenizer.bos_token_id] else []
 
@@ -84,13 +92,24 @@ class RowTokenizer:
 
     def _outcome(self, script: ChatScript, known: TokenIds) -> Outcome:
         try:
-            known = {} if script.conversation.literals else known
-            token_ids = [known[text] if text in known else self._encode_apart(text, script) for text in script.texts]
-            return self._sample(script, token_ids)
+            pieces = self._joints.pieces(script.texts)
+            token_ids = self._encode_pieces(script, pieces, {} if script.conversation.literals else known)
+            sample = self._sample(script, token_ids)
         except CannotBeTextError:
             return LeftOut(script.row.place, CANNOT_BE_TEXT)
+        except NoEdgeError:
+            return LeftOut(script.row.place, NO_EDGE)
         except FeedbackRowError as error:
             return error
+        if self._to_read_again and not script.conversation.literals:
+            self._to_read_again -= 1
+            if not self._joints.hold(script.texts, token_ids):
+                raise FeedbackRowError(
+                    script.row.place,
+                    "expected token ids that read as the text that the chat template makes of the row, found others.",
+                    "Set data.chat_template to one that ends prompts with a control token.",
+                )
+        return sample
 
     def _sample(self, script: ChatScript, token_ids: list[list[int]]) -> TokenizedSample | LeftOut:
         prompt_ids, *turns = token_ids
@@ -125,8 +144,7 @@ class RowTokenizer:
 
     def _end_of_turn(self, turn: list[int]) -> int | None:
         """Length up to and including the special token that closes the turn, if the template wrote one."""
-        special = self._control.ids
-        end = next((place for place in range(len(turn), 0, -1) if turn[place - 1] in special), None)
+        end = next((place for place in range(len(turn), 0, -1) if turn[place - 1] in self._closing), None)
         return end if end is not None and self._is_blank(tuple(turn[end:])) else None
 
     def _says_something(self, token_ids: Sequence[int], mask: Sequence[bool]) -> bool:
@@ -186,8 +204,10 @@ class RowTokenizer:
 
     def _tail(self, script: ChatScript) -> list[int]:
         """What lets the assistant speak after the last message."""
-        tail = self._template.after_last_message(script.conversation, script.texts[0], len(script.row.prompt))
-        return self._encode_apart(tail, script)
+        prompt = script.texts[0]
+        tail = self._template.after_last_message(script.conversation, prompt, len(script.row.prompt))
+        pieces = self._joints.pieces([prompt[: len(prompt) - len(tail)], tail])
+        return self._encode_pieces(script, pieces[1:], {})[0]
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
@@ -195,11 +215,21 @@ class RowTokenizer:
     def _encode_all(self, scripts: Sequence[Script]) -> TokenIds:
         """Token ids of the texts in which nothing is to be kept apart; of a slow tokenizer, for one thread, none."""
         ordinary = [script for script in scripts if isinstance(script, ChatScript) and not script.conversation.literals]
-        texts = list(dict.fromkeys(text for script in ordinary for text in script.texts))  # several rows of one prompt
+        pieces = chain.from_iterable(self._joints.pieces(script.texts) for script in ordinary)
+        # Several rows of one prompt.
+        texts = list(dict.fromkeys(chain.from_iterable((end, end + text) if end else (text,) for end, text in pieces)))
         if not texts or not self.tokenizer.is_fast:
             return {}
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+
+    def _encode_pieces(self, script: ChatScript, pieces: Sequence[Piece], known: TokenIds) -> list[list[int]]:
+        """Token ids of rendered texts that go on."""
+
+        def encode(text: str) -> list[int]:
+            return known[text] if text in known else self._encode_apart(text, script)
+
+        return [self._joints.token_ids(piece, encode) for piece in pieces]
 
     def _encode_apart(self, text: str, script: ChatScript) -> list[int]:
         """Token ids of a rendered text, with what was typed kept apart from control tokens."""

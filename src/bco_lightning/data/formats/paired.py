@@ -56,6 +56,8 @@ def _num_shared(chosen: list[Message], rejected: list[Message], origin: Origin) 
         raise origin.error(
             f"expected chosen and rejected conversations to part at an answer of the assistant, found {found}."
         )
+    if parting and chosen[parting - 1]["role"] == "assistant":
+        raise origin.error("expected turns between assistant messages, found two in a row.")
     return parting
 
 

@@ -14,6 +14,7 @@ from bco_lightning.errors import ConfigError, FeedbackRowError
 
 NO_ANSWER = "no answer that holds text"
 NO_PROMPT = "answer without a prompt"
+SECOND_ANSWER = "answer right after another one"
 WITH_IMAGE = "conversation with an image"
 # What a row may not tell the chat template: what this package itself says, and how the template is called.
 _RESERVED_OPTIONS = frozenset({
@@ -93,7 +94,8 @@ class Origin:
         Tools and options of the template stand in ``record``, if there are any.
         """
         if self.options.loss_on == "all_turns":
-            answers = (at for at, message in enumerate(prompt) if at and message["role"] == "assistant")
+            # One at the end is no answer yet: the completion goes on with it.
+            answers = (at for at, message in enumerate(prompt[:-1]) if at and message["role"] == "assistant")
             first = next(answers, len(prompt))
             prompt, completion = prompt[:first], prompt[first:] + completion
         if not prompt:
@@ -119,6 +121,8 @@ class Origin:
         prompt = [message for message in before if message["content"]]
         if not any(message["role"] == "user" for message in prompt):
             return self.left_out(NO_PROMPT)
+        if prompt[-1]["role"] == "assistant":
+            return self.left_out(SECOND_ANSWER)
         return self.row(self.messages(prompt, name), self.messages([answer], name))
 
     def _check_template_options(self, options: Any) -> None:

@@ -1,0 +1,82 @@
+"""Where one rendered text ends and the next goes on: token ids as they stand in the whole, and nothing in between."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain, pairwise, product
+from typing import Any
+
+Encode = Callable[[str], list[int]]
+Piece = tuple[str, str]  # what a text is to be tokenized after, if that matters, and the text
+
+# What stands before a text that would merge with what truly does, and texts to try a tokenizer with.
+_NEUTRAL, _TRIED = (".", "\n", "0", "a"), ("a", "A", "1", ".", "é", "中")
+_END = 64  # letters; no control token has a longer name
+
+
+class NoEdgeError(Exception):
+    """A token spans the end of one text and the beginning of the next, and there is no way to write them apart."""
+
+
+class Joints:
+    """How texts go on.
+
+    Most SentencePiece tokenizers put a space before a text, and WordPiece has pieces of its own for what is inside a
+    word. Where a tokenizer does such a thing, a text is tokenized after the end of the one before it, whose tokens are
+    taken off again.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+        self._inner_pieces = bool(getattr(model, "continuing_subword_prefix", None))
+        self._strips = any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values())
+        tried = ((self._after(end, text, self._encode), self._encode(text)) for end, text in product(_NEUTRAL, _TRIED))
+        self._matter = any(after not in (None, beginning) for after, beginning in tried)
+
+    def pieces(self, texts: Sequence[str]) -> list[Piece]:
+        """Texts of which each goes on where the one before ends."""
+        if not self._matter:
+            return [("", text) for text in texts]
+        before = accumulate(texts[:-1], lambda ends, text: (ends + text)[-_END:], initial="")
+        return [(_end_of(ends), text) for ends, text in zip(before, texts, strict=True)]
+
+    def token_ids(self, piece: Piece, encode: Encode) -> list[int]:
+        """Token ids of a text that goes on, by a function that gives those of one that begins."""
+        end, text = piece
+        if not end:
+            return encode(text)
+        for before in (end, *(() if self._inner_pieces else _NEUTRAL)):
+            if (token_ids := self._after(before, text, encode)) is not None:
+                return token_ids
+        raise NoEdgeError
+
+    def hold(self, texts: Sequence[str], token_ids: Sequence[list[int]]) -> bool:
+        """Whether the token ids of texts that go on, one after the other, read as those of the whole text do."""
+        for end, text in pairwise(texts):
+            # Spaces that meet, and a letter and its accent, may become one.
+            first = text[:1] or "a"
+            if (first.isspace() and (self._strips or end[-1:].isspace())) or unicodedata.combining(first):
+                return True
+        return self._read(chain.from_iterable(token_ids)) == self._read(self._encode("".join(texts)))
+
+    def _after(self, end: str, text: str, encode: Encode) -> list[int] | None:
+        """Token ids of a text after another; none if one token spans both."""
+        before, both = encode(end), encode(end + text)
+        # Some tokenizers write what is unknown as one token with what follows, if that is unknown too.
+        is_known = self._inner_pieces or before[-1:] != [self._tokenizer.unk_token_id]
+        return both[len(before) :] if is_known and both[: len(before)] == before else None
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _read(self, token_ids: Iterable[int]) -> str:
+        known = [token for token in token_ids if token != self._tokenizer.unk_token_id]
+        return unicodedata.normalize("NFKC", self._tokenizer.decode(known, clean_up_tokenization_spaces=False))
+
+
+def _end_of(text: str) -> str:
+    """The last word, with the white space after it."""
+    words = text.split()
+    return text[text.rindex(words[-1]) :] if words else text
