@@ -64,7 +64,7 @@ DEFECTS = [
     ),
     Defect(
         "R1", "metrics gathered before the stop are lost", "callbacks/implicit_reward_monitor.py",
-        'metrics.sums_GKC += resumed.to(metrics.sums_GKC)', "pass",
+        'self._metrics["train"].take_over(self._resumed)', "pass",
         (f"{RESUME}::test_a_resumed_run_ends_as_the_uninterrupted_one", "--trial=(13, 0, 1)"),
     ),
     Defect(

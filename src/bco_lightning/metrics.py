@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows
 
 Array = np.ndarray[Any, Any]
 _95_PERCENT = 1.959963984540054
 _QUANTITIES = ("rows", "reward", "loss", "correct", "error_term", "policy_log_prob", "log_ratio", "length")
-# Edges of bins of shifted rewards, dense around the decision boundary, where all rewards lie early in training.
-_BELOW = -torch.logspace(2, -6, 1000, dtype=torch.float64)
-_EDGES = torch.cat([_BELOW, torch.zeros(1, dtype=torch.float64), -_BELOW.flip(0)])
+_MOST_SCORES = 100_000  # of a process
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it are even over 0 to 1, those of every second or third number too
 
 
 class ImplicitRewardMetrics(Metric):
-    """Sums and counts per class, and counts of rewards in bins, from which every metric follows.
+    """Sums and counts per class, and the rewards of rows, from which every metric follows.
 
     ``compute`` gives, with *chosen* for thumbs-up and *rejected* for thumbs-down (the names dashboards know):
 
@@ -32,10 +33,11 @@ class ImplicitRewardMetrics(Metric):
     ``loss``                     Eq. 8 on these rows: the sum of the two class means, in nats
     ``rewards/chosen, rejected`` mean implicit reward of a class, in nats
     ``rewards/margins``          their difference
-    ``rewards/accuracies``       share of rows on the right side of the shift
+    ``rewards/accuracies``       share of rows on the right side of the shift; a reward that equals it counts half
     ``accuracy/chosen, rejected``  the same for each class
     ``auroc``                    probability that a random thumbs-up row is rewarded more than a thumbs-down row, less
-                                 the shift of its step; binned
+                                 the shift of its step, ties counting half; exact up to 100,000 rows of a process, of
+                                 more from 50,000 to 100,000 that are drawn evenly
     ``bound/error_term``         :math:`E_+[e^{-(r-δ)}] + E_-[e^{r-δ}]` (Theorem 4)
     ``logps/chosen, rejected``   mean log-probability of a completion under the policy, in nats
     ``kl/reference_to_policy``   minus the mean log-ratio: KL(reference, policy) where the reference wrote the rows
@@ -54,9 +56,12 @@ class ImplicitRewardMetrics(Metric):
     def __init__(self, sources: Sequence[str] = ()) -> None:
         super().__init__()
         self._sources = _keys_of(sources) if len(sources) > 1 else []
-        self.sums_GKC: Tensor  # G sources; K quantities, then bins; C classes. Sums over rows, so over processes too.
-        shape = (max(1, len(self._sources)), len(_QUANTITIES) + len(_EDGES) + 1, 2)
+        self.sums_GKC: Tensor  # G sources, K quantities, C classes. Sums over rows, so over processes too.
+        shape = (max(1, len(self._sources)), len(_QUANTITIES), 2)
         self.add_state("sums_GKC", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.scores: list[Tensor]  # of rows: reward less shift, 1 for thumbs-up, source
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self._seen, self._share = 0, 1.0
 
     def update(self, rows: ScoredRows) -> None:
         """Takes in the rows of a micro-batch."""
@@ -68,35 +73,75 @@ class ImplicitRewardMetrics(Metric):
             "rows": torch.ones_like(rewards_B),
             "reward": rewards_B,
             "loss": rows.losses_B.to(device).double(),
-            "correct": ((shifted_B > 0) == up_B).double(),
+            "correct": torch.where(shifted_B == 0, 0.5, ((shifted_B > 0) == up_B).double()),
             "error_term": torch.exp(torch.where(up_B, -shifted_B, shifted_B)),
             "policy_log_prob": policy_B,
             "log_ratio": policy_B - rows.reference_log_probs_B.to(device).double(),
             "length": rows.completion_lengths_B.to(device).double(),
         }
-        bins_B = torch.bucketize(shifted_B, _EDGES.to(device))
-        bins_XB = torch.arange(len(_EDGES) + 1, device=device)[:, None] == bins_B
-        values_KB = torch.cat([torch.stack([values[name] for name in _QUANTITIES]), bins_XB.double()])
-        classes_BC = torch.stack([up_B, ~up_B], dim=1)
+        values_KB = torch.stack([values[name] for name in _QUANTITIES])
+        classes_BC, sources_B = torch.stack([up_B, ~up_B], dim=1), rows.sources_B.to(device)
         for number in range(len(self.sums_GKC)):
-            chosen_B = rows.sources_B.to(device) == number if self._sources else torch.ones_like(up_B)
+            chosen_B = sources_B == number if self._sources else torch.ones_like(up_B)
             self.sums_GKC[number] += values_KB @ (classes_BC & chosen_B[:, None]).double()
+        self._keep(torch.stack([shifted_B, up_B.double(), sources_B.double()], dim=1))
+
+    def _keep(self, scores: Tensor) -> None:
+        """Which rows are kept once there are too many follows from their numbers, so no device is waited for."""
+        first, self._seen = self._seen, self._seen + len(scores)
+        drawn = self._drawn(first)
+        self.scores.append(scores if self._share == 1 else scores[drawn - first])
+        if self._share * self._seen > _MOST_SCORES:
+            before, self._share = self._drawn(0), self._share / 2
+            self.scores = [torch.cat(self.scores)[np.isin(before, self._drawn(0))]]
+
+    def _drawn(self, first: int) -> Array:
+        numbers = np.arange(first, self._seen)
+        return numbers[numbers * _GOLDEN % 1 < self._share]
+
+    @override
+    def reset(self) -> None:
+        """Forgets all rows."""
+        super().reset()
+        self._seen, self._share = 0, 1.0
+
+    @override
+    def sync(self, *arguments: Any, **options: Any) -> None:
+        """Has all processes know all rows; one that has none takes part like the others."""
+        self.scores = [torch.cat([self.sums_GKC.new_empty(0, 3), *self.scores])]
+        super().sync(*arguments, **options)
+
+    def gathered(self) -> dict[str, Tensor]:
+        """What all processes have taken in, for :meth:`take_over`; each of them has to ask."""
+        with self.sync_context():
+            return {"sums_GKC": self.sums_GKC.clone(), "scores": dim_zero_cat(self.scores).clone()}
+
+    def take_over(self, gathered: dict[str, Tensor]) -> None:
+        """Goes on, with nothing taken in, from what was gathered before; that of other sources is of no use."""
+        sums_GKC, scores = gathered["sums_GKC"], gathered["scores"]
+        if (sums_GKC.shape, scores.shape[1:]) == (self.sums_GKC.shape, (3,)):
+            self.sums_GKC += sums_GKC.to(self.sums_GKC)
+            self._keep(scores.to(self.sums_GKC))
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all rows since the last reset, over all processes; float64 scalars on the CPU."""
-        sums_GKC = self.sums_GKC.cpu()
-        values = _metrics_of(sums_GKC.sum(0))
-        for name, sums_KC in zip(self._sources, sums_GKC, strict=False):
-            values |= {f"by_source/{name}/{key}": value for key, value in _metrics_of(sums_KC).items()}
+        sums_GKC, scores = self.sums_GKC.cpu(), dim_zero_cat(self.scores).cpu().numpy()
+        values = _metrics_of(sums_GKC.sum(0), scores)
+        for number, (name, sums_KC) in enumerate(zip(self._sources, sums_GKC, strict=False)):
+            own = _metrics_of(sums_KC, scores[scores[:, 2] == number])
+            values |= {f"by_source/{name}/{key}": value for key, value in own.items()}
         return values
 
 
-def _metrics_of(sums_KC: Tensor) -> dict[str, Tensor]:
+def _metrics_of(sums_KC: Tensor, scores: Array) -> dict[str, Tensor]:
     sums = dict(zip(_QUANTITIES, sums_KC, strict=False))
     rows_C = sums["rows"]
     mean = {name: values_C / rows_C for name, values_C in sums.items()}
-    up_X, down_X = sums_KC[len(_QUANTITIES) :].T
-    wins = (up_X * (down_X.cumsum(0) - down_X / 2)).sum()  # over all that are below, and half of those in the same bin
+    up = scores[:, 1] > 0
+    ups, downs = scores[up, 0], np.sort(scores[~up, 0])
+    # Whole numbers, twice those of rows below: the same in whatever order rows come.
+    wins = sum(int(np.searchsorted(downs, ups, side).sum()) for side in ("left", "right"))
+    pairs = 2 * len(ups) * len(downs) if np.isfinite(scores[:, 0]).all() else 0
     return {
         "loss": mean["loss"].sum(),
         "rewards/chosen": mean["reward"][0],
@@ -105,7 +150,7 @@ def _metrics_of(sums_KC: Tensor) -> dict[str, Tensor]:
         "rewards/accuracies": sums["correct"].sum() / rows_C.sum(),
         "accuracy/chosen": mean["correct"][0],
         "accuracy/rejected": mean["correct"][1],
-        "auroc": wins / rows_C.prod(),
+        "auroc": torch.tensor(wins / pairs if pairs else math.nan, dtype=torch.float64),
         "bound/error_term": mean["error_term"].sum(),
         "logps/chosen": mean["policy_log_prob"][0],
         "logps/rejected": mean["policy_log_prob"][1],

@@ -155,7 +155,8 @@ def oracle(steps: list[dict[str, list[float]]], beta: float) -> dict[str, float]
     def loss(rows: list[tuple[float, ...]], sign: int) -> float:
         return mean([math.log1p(math.exp(-sign * (reward - shift))) for reward, shift, *_ in rows])
 
-    right = [reward > shift for reward, shift, *_ in up] + [reward <= shift for reward, shift, *_ in down]
+    right = [(r > shift) + (r == shift) / 2 for r, shift, *_ in up]  # a tie is half right
+    right += [(r < shift) + (r == shift) / 2 for r, shift, *_ in down]
     return {
         "loss": loss(up, 1) + loss(down, -1),
         "rewards/chosen": mean([row[0] for row in up]),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from bco_lightning import ImplicitRewardMetrics, bco_loss
 from bco_lightning.batch import ScoredRows
+from tests.reliability.tiny_run import finish, start
 
 SHIFT = 0.05
 
@@ -84,8 +88,7 @@ def test_every_metric_equals_its_recomputation(num_up: int, num_down: int) -> No
     expected = recomputed(rows)
     assert computed.keys() == expected.keys()
     for name, value in expected.items():
-        tolerance = 5e-3 if name == "auroc" else 1e-6  # AUROC is binned
-        assert computed[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+        assert computed[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
 
 
 def test_uneven_batches_count_every_row_once() -> None:
@@ -97,10 +100,74 @@ def test_uneven_batches_count_every_row_once() -> None:
         assert float(parts.compute()[name]) == pytest.approx(float(value), rel=1e-12), name
 
 
-def test_auroc_sees_differences_far_smaller_than_a_bin_of_probability() -> None:
-    rows, metrics = replace(make_rows(200, 200, scale=1e-3), reward_shift=0.0), ImplicitRewardMetrics()
-    metrics.update(rows)
-    assert float(metrics.compute()["auroc"]) == pytest.approx(recomputed(rows)["auroc"], abs=5e-3)
+@pytest.mark.parametrize("away", [0.0, 37.0, -37.0, 1e4])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
+def test_auroc_is_by_rank_however_far_from_the_shift_and_however_near_to_each_other_rewards_are(
+    away: float, scale: float
+) -> None:
+    rows, metrics = make_rows(200, 300), ImplicitRewardMetrics()
+    rewards = away + scale * (rows.rewards_B.double() * 8).round()  # with ties
+    for where in (slice(0, 90), slice(90, 500)):
+        metrics.update(chosen(replace(rows, rewards_B=rewards), where))
+    expected = roc_auc_score(rows.thumbs_up_B.numpy(), rewards.numpy())
+    assert 0.5 < expected < 1
+    assert float(metrics.compute()["auroc"]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_auroc_is_exact_up_to_100_000_rows_and_of_an_even_sample_beyond(every: int) -> None:
+    metrics, generator = ImplicitRewardMetrics(), torch.Generator().manual_seed(0)
+    rows = make_rows(0, 5000)
+    up, rewards = torch.arange(5000) % every == 0, []  # as in a log of pairs, where a step of two sees one class
+    for number in range(1, 51):
+        rewards.append(torch.randn(5000, generator=generator) * number / 25 + up + 37)
+        metrics.update(replace(rows, thumbs_up_B=up, rewards_B=rewards[-1]))
+        if number in (20, 21, 50):
+            expected = roc_auc_score(up.repeat(number).numpy(), torch.cat(rewards).numpy())
+            tolerance = 1e-12 if number == 20 else 0.01
+            assert float(metrics.compute()["auroc"]) == pytest.approx(expected, abs=tolerance)
+    assert sum(map(len, metrics.scores)) <= 100_000
+
+
+def test_a_reward_that_equals_the_shift_is_neither_right_nor_wrong() -> None:
+    rows, metrics = make_rows(30, 10), ImplicitRewardMetrics()
+    metrics.update(replace(rows, rewards_B=torch.zeros(40), reward_shift=0.0))  # as before the first step
+    values = metrics.compute()
+    names = ("rewards/accuracies", "accuracy/chosen", "accuracy/rejected", "auroc")
+    assert [float(values[name]) for name in names] == [0.5] * 4
+
+
+def metrics_of_parts(rank: int, ranks: int) -> dict[str, float]:
+    """Metrics of rows of which the last process has none at all, or one of two a part."""
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    rows, found = make_rows(40, 60), {}
+    for name, parts in {"uneven": (slice(0, 61), slice(61, 100)), "one has none": (slice(0, 100), None)}.items():
+        metrics = ImplicitRewardMetrics(["a", "b"])
+        if parts[rank] is not None:
+            metrics.update(chosen(replace(rows, sources_B=torch.arange(100) % 2), parts[rank]))
+        other = ImplicitRewardMetrics(["a", "b"])
+        gathered = metrics.gathered()
+        if rank == 0:
+            other.take_over(gathered)
+        found |= {f"{name} {key}": float(value) for key, value in metrics.compute().items()}
+        assert other.compute() == metrics.compute()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def in_a_process() -> dict[str, float]:
+    return metrics_of_parts(int(os.environ["RANK"]), 2)
+
+
+def test_two_processes_have_the_metrics_of_one(tmp_path: Path) -> None:
+    metrics = ImplicitRewardMetrics(["a", "b"])
+    metrics.update(replace(make_rows(40, 60), sources_B=torch.arange(100) % 2))
+    expected = {key: float(value) for key, value in metrics.compute().items()}
+    for found in finish(start(in_a_process, ranks=2, folder=tmp_path), tmp_path):
+        for key, value in found.items():
+            name = key.split()[-1]
+            assert value == pytest.approx(expected[name], rel=1e-12), key
+            assert "auroc" not in name or value == expected[name]
 
 
 def test_metrics_of_a_class_without_rows_are_nan_and_never_zero() -> None:

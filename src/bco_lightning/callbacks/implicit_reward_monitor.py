@@ -14,7 +14,6 @@ from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.metrics import ImplicitRewardMetrics
-from bco_lightning.parallel.collectives import sum_over_ranks
 
 if TYPE_CHECKING:
     from bco_lightning.module import BCOModule
@@ -40,7 +39,7 @@ class ImplicitRewardMonitor(StepCallback):
     def __init__(self) -> None:
         self._metrics = {name: ImplicitRewardMetrics() for name in ("train", "val", "test")}
         self._trainer: Trainer | None = None
-        self._resumed: Tensor | None = None
+        self._resumed: dict[str, Tensor] = {}
         self._collapsed = 0
         self._warned: set[str] = set()
 
@@ -55,22 +54,19 @@ class ImplicitRewardMonitor(StepCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        metrics, resumed = self._metrics["train"], self._resumed
-        metrics.reset()
-        # Of a run that went on with other sources, what was gathered since the last time is of no use.
-        if resumed is not None and resumed.shape == metrics.sums_GKC.shape and trainer.is_global_zero:
-            metrics.sums_GKC += resumed.to(metrics.sums_GKC)
-        self._resumed = None
+        self._metrics["train"].reset()
+        if self._resumed and trainer.is_global_zero:
+            self._metrics["train"].take_over(self._resumed)
+        self._resumed = {}
 
     @override
     def state_dict(self) -> dict[str, Tensor]:
-        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
-            return {}
-        return {"sums_GKC": sum_over_ranks(self._metrics["train"].sums_GKC, self._trainer)}
+        is_fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        return self._metrics["train"].gathered() if is_fitting else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        self._resumed = state_dict.get("sums_GKC")
+        self._resumed = state_dict
 
     @override
     def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
