@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from peft import AutoPeftModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from bco_lightning.checkpoints import resolve_checkpoint, verify_checkpoint
 from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.errors import LanguageModelError
+from bco_lightning.models.adapters import merge_adapter
+from bco_lightning.models.load import ModelSource, load_language_model, locate_model
+from bco_lightning.models.refusals import in_words
 from bco_lightning.module import ALIGNMENT_FILE, BCOModule
 from bco_lightning.places import require_free
 
 IMPORTANCE_FILE = "importance.safetensors"
+# Root mean squares of differences in log-probs that rounding explains, in nats.
+_ROUNDING = {"float32": 2e-3, "bfloat16": 0.1}
+_TAKEN_BACK = "Nothing is left of it. Try with or without --merge, and please report the kind of adapter."
 _CARD = """---
 library_name: {library}
 base_model: {base}
@@ -51,12 +63,10 @@ _MERGED_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")"""
-_ADAPTER_USAGE = """from peft import PeftModel
-from bco_lightning.models.load import load_language_model  # or transformers, for a hub id
-import torch
+_ADAPTER_USAGE = """# For a GGUF base: load_language_model of bco_lightning.models.load.
+from peft import AutoPeftModelForCausalLM
 
-base = load_language_model("{base}", torch.float32)
-model = PeftModel.from_pretrained(base, "FOLDER")"""
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")"""
 
 
 def export_checkpoint(
@@ -64,7 +74,8 @@ def export_checkpoint(
 ) -> None:
     """Writes model or adapter, tokenizer with chat template, reward shift and model card.
 
-    The folder appears under its name only when it is complete.
+    The folder appears under its name only when it is complete, and transformers or peft, loading it as its users will,
+    has given the log-probs of the policy.
 
     Args:
         ckpt_path: Checkpoint of a :class:`BCOModule`: the folder of a step, or of a run for its newest step.
@@ -75,18 +86,27 @@ def export_checkpoint(
     Raises:
         CheckpointError: If it is missing, damaged or no such checkpoint.
         ConfigError: If there is anything under the name ``output_dir``, or it cannot be written to.
+        LanguageModelError: If the adapter cannot be merged, or if what was written is not the policy.
     """
     require_free("--output_dir", output_dir)
     module, told = _opened(ckpt_path, dtype)
     chat_template = told.get("fingerprints", {}).get("chat_template")
     adapted, whole = module.lora is not None, merge or module.lora is None
     policy: Any = module.policy
+    # An adapter that was trained on belongs to its own base, not to the adapter that came in.
+    base = None if whole else policy.peft_config["default"].base_model_name_or_path
+    ids_T = torch.randint(len(policy.get_input_embeddings().weight), (32,), generator=torch.Generator().manual_seed(0))
+    expected_TV = _log_probs(policy, ids_T)
     with written_whole(output_dir, replaces=False) as folder:
         folder.mkdir()
         if not whole:
-            policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+            ends = getattr(policy.get_base_model(), "has_own_vocabulary", False)
+            policy.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=ends)
+        elif adapted:
+            with in_words(module.options.name_or_path, "PEFT adapter that can be merged"):
+                merge_adapter(policy).save_pretrained(folder)
         else:
-            (policy.merge_and_unload(adapter_names=["default"]) if adapted else policy).save_pretrained(folder)
+            policy.save_pretrained(folder)
         if chat_template is not None:
             module.tokenizer.chat_template = chat_template
         module.tokenizer.save_pretrained(folder)
@@ -99,8 +119,18 @@ def export_checkpoint(
         (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
         if module.importance is not None:
             module.importance.save(folder / IMPORTANCE_FILE, prompt_features=module.hparams["prompt_features"])
-        card = _card(module, output_dir.name, told["step"], whole)
+        card = _card(module, output_dir.name, told["step"], base)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        del module, policy
+        gc.collect()  # one model at a time; adapted layers hold themselves
+        with in_words(str(output_dir), "model" if whole else "PEFT adapter", _TAKEN_BACK):
+            found_TV = _log_probs(_as_users_load(folder, base, getattr(torch, dtype)), ids_T)
+        off_T, size_T = torch.stack([found_TV - expected_TV, expected_TV]).square().mean(-1).sqrt()
+        if not bool((off_T <= _ROUNDING[dtype] * (1 + size_T / 10)).all()):
+            problem = (
+                f"expected the log-probs of the policy from what was written, found others by {off_T.max():.3g} nats."
+            )
+            raise LanguageModelError(str(output_dir), problem, _TAKEN_BACK)
 
 
 def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModule, int]:
@@ -128,15 +158,26 @@ def _opened(ckpt_path: Path, dtype: str | None) -> tuple[BCOModule, dict[str, An
     return BCOModule.load_from_checkpoint(step, **other), verify_checkpoint(step, share=None)
 
 
-def _card(module: BCOModule, name: str, steps: int, whole: bool) -> str:
-    base = module.options.name_or_path
-    if not whole:  # an adapter that was trained on belongs to its own base, not to the adapter that came in
-        base = module.policy.peft_config["default"].base_model_name_or_path
+@torch.no_grad()
+def _log_probs(model: Any, ids_T: Tensor) -> Tensor:
+    """Log-probs ``(T, V)`` of all tokens after each of some, by transformers' own forward pass."""
+    return model(input_ids=ids_T[None], use_cache=False).logits[0].float().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def _as_users_load(folder: Path, base: str | None, dtype: torch.dtype) -> Any:
+    """The exported model, as its card says."""
+    if base is not None and locate_model(base) != ModelSource(base):  # converted first, which peft cannot
+        return load_language_model(str(folder), dtype)
+    kind: Any = AutoModelForCausalLM if base is None else AutoPeftModelForCausalLM
+    return kind.from_pretrained(folder, dtype=dtype)  # what peft does not know it warns of
+
+
+def _card(module: BCOModule, name: str, steps: int, base: str | None) -> str:
     return _CARD.format(
-        library="transformers" if whole else "peft",
-        base=base,
+        library="peft" if base else "transformers",
+        base=base or module.options.name_or_path,
         name=name,
-        usage=_MERGED_USAGE if whole else _ADAPTER_USAGE.format(base=base),
+        usage=_ADAPTER_USAGE if base else _MERGED_USAGE,
         options=module.options,
         delta=module.reward_shift.value,
         trained=f"LoRA, rank {module.policy.peft_config['default'].r}" if module.lora else "all weights",

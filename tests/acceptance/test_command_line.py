@@ -119,7 +119,7 @@ def test_an_adapter_that_came_in_is_trained_on_and_its_export_names_its_base(tin
     assert command("fit", "adapter", log, "--run_folder=second", "--data.chat_template=plain") == 0
     assert main(["export", "--ckpt_path=second/version_0", "--output_dir=again"]) == 0
     assert json.loads(Path("again/adapter_config.json").read_text())["base_model_name_or_path"] == tiny_model
-    assert f'load_language_model("{tiny_model}"' in Path("again/README.md").read_text()
+    assert "AutoPeftModelForCausalLM.from_pretrained" in Path("again/README.md").read_text()
     assert AutoTokenizer.from_pretrained("again").chat_template == PLAIN_TEMPLATE
 
     base = load_language_model(tiny_model, torch.float32)

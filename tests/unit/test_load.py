@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from bco_lightning import LoraSettings
@@ -177,6 +179,85 @@ def test_a_damaged_tokenizer_is_named_in_words_or_read_without_its_code(
     (tmp_path / "model/tokenizer_config.json").write_text(content)
     with pytest.raises(LanguageModelError, match=f"{tmp_path}/model: expected a tokenizer"):
         load_tokenizer(str(tmp_path / "model"))
+
+
+def rewritten(folder: Path, file: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> str:
+    save_file(change(load_file(folder / file)), folder / file, metadata={"format": "pt"})
+    return str(folder)
+
+
+LACKING: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], dict[str, bool], str]] = {
+    "head": (lambda own: own, {"tie_word_embeddings": False}, "none of lm_head.weight."),
+    "layer": (
+        lambda own: {name: value for name, value in own.items() if ".1." not in name},
+        {},
+        r"none of model.layers.1.input_layernorm.weight, .* and 6 more\.",
+    ),
+    "names": (
+        lambda own: {f"x.{name}": value for name, value in own.items()},
+        {},
+        r"none of lm_head.weight, .* more; what has no place, x.model.embed_tokens.weight",
+    ),
+    "shape": (
+        lambda own: {**own, "model.norm.weight": torch.ones(31)},
+        {},
+        r"model.norm.weight of shape \(31,\) for \(32,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("lacking", LACKING)
+def test_weights_that_files_do_not_have_are_refused_by_name_and_never_drawn(
+    lacking: str, mapped: bool, tiny_model: str, tmp_path: Path
+) -> None:
+    change, config, found = LACKING[lacking]
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(LanguageModelError, match=f"expected all weights of the model, found {found}"):
+        load_language_model(rewritten(folder, "model.safetensors", change), torch.float32, mapped=mapped)
+
+
+def test_a_tensor_that_an_index_names_and_no_file_has_is_refused(tiny_model: str, tmp_path: Path) -> None:
+    load_language_model(tiny_model, torch.float32).save_pretrained(tmp_path, max_shard_size="1MB")
+    file = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]["model.norm.weight"]
+    rewritten(tmp_path, file, lambda own: {name: value for name, value in own.items() if "model.norm" not in name})
+    with pytest.raises(LanguageModelError, match=r"none of model.norm.weight\."):
+        load_language_model(str(tmp_path), torch.float32)
+
+
+def test_weights_that_the_model_has_no_place_for_are_named(tiny_model: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    rewritten(folder, "model.safetensors", lambda own: {**own, "v_head.weight": torch.ones(1, 32)})
+    with pytest.warns(UserWarning, match=r"no place for are left out: v_head.weight\."):
+        load_language_model(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=2)], ids=["merged", "continued"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own: {},
+        lambda own: {name: value for name, value in own.items() if "layers.1" not in name},
+        lambda own: {name.removeprefix("base_model."): value for name, value in own.items()},
+        lambda own: {name: value for name, value in own.items() if "lora_B" not in name},
+        lambda own: {**own, "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(2, 32)},
+    ],
+    ids=["empty", "half", "misnamed", "one of two matrices", "of another model"],
+)
+def test_an_adapter_that_is_not_used_whole_is_refused_by_name(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    lora: LoraSettings | None,
+    tiny_model: str,
+    tmp_path: Path,
+) -> None:
+    load_policy(tiny_model, torch.float32, LoraSettings(r=2), seed=0).save_pretrained(tmp_path)
+    rewritten(tmp_path, "adapter_model.safetensors", change)
+    with pytest.raises(
+        LanguageModelError, match=r"expected all weights of the adapter, found .*model\.|that the weights have"
+    ):
+        load_policy(str(tmp_path), torch.float32, lora, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from bco_lightning.batch import FeedbackBatch
@@ -23,6 +24,7 @@ from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_tokenizer, digest_of_values
 from bco_lightning.metrics import Array
 from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states
+from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete
 from bco_lightning.options import PromptFeatures
 from bco_lightning.parallel.sharding import is_sharded, run_gathered
 from bco_lightning.places import resolve_packaged
@@ -164,6 +166,13 @@ class SentenceEncoder:
         try:
             _check_parts(name, location)
             model = SentenceTransformer(location, device=str(device), trust_remote_code=False, model_kwargs=weights)
+            for part in model:  # read a second time, since sentence-transformers does not say what is missing
+                if isinstance(whole := getattr(part, "auto_model", None), PreTrainedModel):
+                    _, found = type(whole).from_pretrained(
+                        whole.name_or_path, trust_remote_code=False, **weights, **LACKS_ARE_TOLD
+                    )
+                    used = {key for key in found["missing_keys"] if "pooler." not in key}
+                    refuse_incomplete(name, "model", {**found, "missing_keys": used})
             self._model: Any = model.eval()
             self.name, self.fingerprint = name, self._digest()
         except UserError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -9,17 +12,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bco_lightning.errors import ConfigError
+from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import drawing_from
-from bco_lightning.models.refusals import in_words, refuse_unsafe_adapter, refuse_unswitchable
+from bco_lightning.models.limits import adapter_fields
+from bco_lightning.models.refusals import in_words, refuse_incomplete, refuse_unsafe_adapter, refuse_unswitchable
 from bco_lightning.options import LoraSettings
+from bco_lightning.parallel.sharding import final_dtype
 
 REFERENCE_ADAPTER = "reference"
+_SHARED = re.compile("vblora_vector_bank|tinylora_v|unilora_theta_d")  # which layers have, and files once
 
 
 def add_adapters(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str) -> Any:
@@ -43,17 +51,59 @@ def load_adapter(base: PreTrainedModel, folder: str) -> Any:
     """Loads an adapter twice: once to be trained on, and once, frozen, as the reference."""
     with in_words(folder, "PEFT adapter"):
         refuse_unswitchable(folder)
-        refuse_unsafe_adapter(folder, base)
-        policy = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        policy = _with_adapter(base, folder, is_trainable=True)
         policy.load_adapter(folder, REFERENCE_ADAPTER, is_trainable=False)
+    for name, parameter in policy.named_parameters():
+        if REFERENCE_ADAPTER in name.split("."):  # PEFT makes new, trainable ones where it casts those of embeddings
+            parameter.requires_grad_(False)
     return policy
 
 
 def merged(base: PreTrainedModel, folder: str) -> Any:
     """The base model with an adapter merged into its weights."""
     with in_words(folder, "PEFT adapter"):
-        refuse_unsafe_adapter(folder, base)
-        return PeftModel.from_pretrained(base, folder).merge_and_unload()  # type: ignore[operator]
+        return merge_adapter(_with_adapter(base, folder))
+
+
+def merge_adapter(policy: Any) -> Any:
+    """The model with its trained adapter merged in; where layers share weights, an adapted one gets its own first."""
+    layers = list(policy.get_base_model().modules())
+    users = Counter(id(layer._parameters.get("weight")) for layer in layers)
+    for bare in (layer.get_base_layer() for layer in layers if isinstance(layer, BaseTunerLayer)):
+        if (weight := bare._parameters.get("weight")) is not None and users[id(weight)] > 1:
+            users[id(weight)] -= 1
+            bare.weight = nn.Parameter(weight.detach().clone())
+    return policy.merge_and_unload(adapter_names=["default"])
+
+
+def _with_adapter(base: PreTrainedModel, folder: str, is_trainable: bool = False) -> Any:
+    refuse_unsafe_adapter(folder, base)
+    _take_vocabulary(base, folder)
+    policy = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+    # Read again, since only this way PEFT gives the names that lack or are too many.
+    found = policy.load_adapter(folder, "default", is_trainable=is_trainable)
+    missing = [name for name in found.missing_keys if not _SHARED.search(name)]
+    unexpected = [name for name in found.unexpected_keys if ".modules_to_save." not in name]  # saved twice
+    refuse_incomplete(folder, "adapter", {"missing_keys": missing, "unexpected_keys": unexpected})
+    return policy
+
+
+def _take_vocabulary(base: Any, folder: str) -> None:
+    """Makes room for the tokens that an adapter's run has added, if its file has their rows."""
+    names, before = {module: f".{name}." for name, module in base.named_modules()}, base.get_input_embeddings().weight
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        kept = [name for name in file.keys() if name.endswith("weight") and "lora_" not in name]  # noqa: SIM118
+        sizes = [file.get_slice(name).get_shape()[0] for end in ends for name in kept if names[end] in name]
+    if (size := max(sizes, default=0)) <= len(before):
+        return
+    if len(sizes) < 2 and not adapter_fields(folder).get("ensure_weight_tying"):
+        expected = f"expected rows of {size} tokens for embeddings and head, of which the base model has {len(before)}"
+        raise LanguageModelError(folder, f"{expected}; found those of one of both.", "Save both with the adapter.")
+    base.resize_token_embeddings(size, mean_resizing=False)
+    for end in (base.get_input_embeddings(), base.get_output_embeddings()):
+        end.weight.final_dtype = final_dtype(before)
+    base.has_own_vocabulary = True  # not that of the base model, which an exported adapter names
 
 
 def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from bco_lightning.identity import digest_of_file
 from bco_lightning.models.limits import refuse_unsafe_config
+from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete
 
 FOLDER = "converted_models"
 _MANIFEST = "converted.json"  # written last, so a folder that has it is whole
@@ -60,13 +61,15 @@ def _convert(file: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as name:
         draft = Path(name)
         # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights.
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
+            **LACKS_ARE_TOLD,
         )
+        refuse_incomplete(str(file), "model", found)
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(draft)
         read = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32, trust_remote_code=False).state_dict()

@@ -28,7 +28,14 @@ from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import drawing_from
 from bco_lightning.models.adapters import add_adapters, load_adapter, merged
 from bco_lightning.models.limits import adapter_fields, refuse_unsafe_config
-from bco_lightning.models.refusals import in_words, refuse_unknown_tokenizer, refuse_unsafe_model, require_bitsandbytes
+from bco_lightning.models.refusals import (
+    LACKS_ARE_TOLD,
+    in_words,
+    refuse_incomplete,
+    refuse_unknown_tokenizer,
+    refuse_unsafe_model,
+    require_bitsandbytes,
+)
 from bco_lightning.options import Dtype, LoraSettings, Quantization
 from bco_lightning.places import cache_root, resolve_packaged
 
@@ -133,7 +140,7 @@ def load_language_model(
         base = load_language_model(source.base(), dtype, quantization, cache_folder=cache_folder)
         return merged(base, source.location).eval()
     # Pickled weights can run code, or be made to crash the reader.
-    arguments: dict[str, Any] = {"use_safetensors": True, "weights_only": True}
+    arguments: dict[str, Any] = {"use_safetensors": True, "weights_only": True, **LACKS_ARE_TOLD}
     if quantization == "nf4":
         require_bitsandbytes("model.quantization", "nf4")
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -143,9 +150,10 @@ def load_language_model(
         folder = source.folder(cache_folder)
         refuse_unsafe_model(name_or_path, folder)
         stored = _stored_dtype(folder) if mapped and quantization == "none" else None
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=stored or dtype, trust_remote_code=False, **arguments
         )
+        refuse_incomplete(name_or_path, "model", found)
     _disable_dropout(model)
     if stored not in (None, dtype):
         for parameter in model.parameters():

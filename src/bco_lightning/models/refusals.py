@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
@@ -21,6 +23,8 @@ from bco_lightning.models.limits import (
 )
 
 _GIVE = "Give a hub id, a folder, a .gguf file or package:NAME in model.name_or_path."
+# Has transformers say which weights files do not have, or in another shape, for :func:`refuse_incomplete`.
+LACKS_ARE_TOLD = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 _PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -34,6 +38,7 @@ def in_words(name_or_path: str, what: str, remedy: str = _GIVE) -> Iterator[None
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _needs_own_code(name_or_path, what) from error
+        error = LookupError(f"nothing is named {error}") if isinstance(error, KeyError) else error
         said = " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()[:2])
         raise LanguageModelError(
             name_or_path,
@@ -60,6 +65,24 @@ def refuse_unsafe_model(name_or_path: str, location: str) -> None:
     refuse_oversized_model(name_or_path, config, folder)
 
 
+def refuse_incomplete(name_or_path: str, what: str, info: Mapping[str, Any]) -> None:
+    """Refuses files without all weights, for which a library draws random ones; names those that it leaves out.
+
+    An adapter that is not used whole is another adapter.
+    """
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    sizes = [
+        f"{name} of shape {tuple(theirs)} for {tuple(ours)}" for name, theirs, ours in info.get("mismatched_keys", ())
+    ]
+    found = [f"none of {_listed(missing)}"] * bool(missing) + [_listed(sizes)] * bool(sizes)
+    if found or (others and what == "adapter"):
+        found += [f"what has no place, {_listed(others)}"] * bool(others)
+        remedy = "Files are cut or missing, or belong to another model than the config says: fetch or save them again."
+        raise LanguageModelError(name_or_path, f"expected all weights of the {what}, found {'; '.join(found)}.", remedy)
+    if others:
+        rank_zero_warn(f"{name_or_path}: weights that the model has no place for are left out: {_listed(others)}.")
+
+
 def refuse_unknown_tokenizer(location: str) -> None:
     """Refuses a tokenizer that needs code of its folder, for which transformers would take another one in silence."""
     config = get_tokenizer_config(location)
@@ -77,23 +100,25 @@ def refuse_unsafe_adapter(location: str, base: nn.Module) -> None:
     if not (folder / "adapter_model.safetensors").exists():
         raise _no_safetensors(location, folder)
     refuse_costly_adapter(location, (name for name, _ in base.named_modules()))
+    if PeftConfig.from_pretrained(location).is_prompt_learning:
+        raise LanguageModelError(location, "expected an adapter of weights, found a prompt-learning adapter.")
 
 
 def refuse_unswitchable(location: str) -> None:
     """Refuses an adapter that a forward pass could not leave out, or that PEFT could not load twice."""
     adapter_fields(location)
     config = PeftConfig.from_pretrained(location)
-    bias = getattr(config, "bias", "none")
-    if config.is_prompt_learning:
-        found = "a prompt-learning adapter"
-    elif bias != "none":
-        found = f"one that trains biases ({bias})"
-    elif getattr(config, "ensure_weight_tying", False):  # PEFT ties one copy only, and the reference is another
-        found = "one that ties weights (ensure_weight_tying)"
-    else:
-        return
-    expected = f"expected an adapter that can be switched off, found {found}."
-    raise LanguageModelError(location, expected, "Merge it into its model first.")
+    bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
+    refused = {
+        f"one that trains biases ({bias})": bias != "none",
+        # PEFT ties one copy only, and the reference is another.
+        "one that ties weights (ensure_weight_tying)": getattr(config, "ensure_weight_tying", False),
+        f"one that takes part of its base model ({init})": init not in (True, False, None, "gaussian", "eva"),
+        "one that some tokens switch on (alora_invocation_tokens)": getattr(config, "alora_invocation_tokens", None),
+    }
+    for found in (words for words, is_so in refused.items() if is_so):
+        expected = f"expected an adapter that can be switched off, found {found}."
+        raise LanguageModelError(location, expected, "Merge it into its model first.")
 
 
 def require_bitsandbytes(option: str, value: str) -> None:
@@ -112,6 +137,10 @@ def _needs_own_code(name_or_path: str, what: str) -> LanguageModelError:
         f"expected a {what} that transformers knows, found one that needs Python code of its own, which is never run.",
         "Give a model of an architecture that transformers supports.",
     )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _no_safetensors(name_or_path: str, folder: Path) -> LanguageModelError:

@@ -1,0 +1,73 @@
+"""What is exported is loaded as users load it, and is the policy; else nothing is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from bco_lightning import LoraSettings
+from bco_lightning import export as export_module
+from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.errors import LanguageModelError
+from bco_lightning.export import export_checkpoint
+from tests.conftest import tiny_data, tiny_module, tiny_trainer
+from tests.unit.test_adapters import IDS_BT, made
+
+
+def trained(model: str, log: str, folder: Path, **options: Any) -> torch.Tensor:
+    """Logits of a policy after three steps, which are saved in a folder."""
+    module, checkpoint = tiny_module(model, **options), RunCheckpoint()
+    checkpoint.run_folder = folder
+    trainer = tiny_trainer(max_steps=3, enable_checkpointing=True, default_root_dir=folder, callbacks=[checkpoint])
+    trainer.fit(module, tiny_data(log, tokenizer=module.tokenizer))
+    with torch.no_grad():
+        return module.policy(input_ids=IDS_BT).logits
+
+
+@pytest.mark.parametrize("targets", ["q_proj,lm_head", "embed_tokens", None])
+def test_an_export_of_a_tied_model_is_the_policy(
+    targets: str | None, tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    lora = None if targets is None else LoraSettings(r=4, target_modules=targets)
+    expected = trained(tiny_model, log, tmp_path / "run", lora=lora)
+    loaders = {"merged": AutoModelForCausalLM, **({"adapter": AutoPeftModelForCausalLM} if lora else {})}
+    for form, loader in loaders.items():
+        export_checkpoint(tmp_path / "run", tmp_path / form, merge=form == "merged")
+        found = loader.from_pretrained(tmp_path / form)(input_ids=IDS_BT).logits
+        assert torch.allclose(found, expected, atol=2e-5), form
+
+
+def test_tokens_that_came_in_with_an_adapter_go_out_with_it(tiny_model: str, log: str, tmp_path: Path) -> None:
+    size = len(AutoModelForCausalLM.from_pretrained(tiny_model).get_input_embeddings().weight)
+    made(tiny_model, tmp_path / "adapter", size + 2)
+    tokenizer = tiny_module(tiny_model).tokenizer
+    tokenizer.add_tokens(["<extra 1>", "<extra 2>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    expected = trained(str(tmp_path / "adapter"), log, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    found = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS_BT).logits
+    assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_an_export_that_is_another_model_is_refused_and_leaves_nothing(
+    tiny_model: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tiny_model, log, tmp_path / "run", lora=LoraSettings(r=4, target_modules="lm_head"))
+    monkeypatch.setattr(export_module, "merge_adapter", lambda policy: policy.merge_and_unload())  # PEFT's own
+    with pytest.raises(LanguageModelError, match=r"expected the log-probs of the policy .* found others by \d"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out", merge=True)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_an_adapter_that_cannot_be_merged_is_exported_as_it_is_alone(tiny_model: str, log: str, tmp_path: Path) -> None:
+    made(tiny_model, tmp_path / "adapter", lora_bias=True)
+    trained(str(tmp_path / "adapter"), log, tmp_path / "run")
+    with pytest.raises(LanguageModelError, match="Impossible to merge LoRA with `lora_bias=True`"):
+        export_checkpoint(tmp_path / "run", tmp_path / "merged", merge=True)
+    assert not (tmp_path / "merged").exists()
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
