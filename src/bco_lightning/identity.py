@@ -26,6 +26,7 @@ _PACKAGES = (
     "safetensors", "numpy",
 )  # fmt: skip
 _BLOCK = 2**22
+_NUMBERS = 624  # that a Mersenne Twister makes at a time
 
 
 def digest_of_tensor(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
@@ -182,7 +183,19 @@ def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts the generators back to where :func:`random_state` found them."""
+    """Puts the generators back to where :func:`random_state` found them, or raises a CheckpointError."""
+    try:
+        _set_random_state(state)
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError("checkpoint", "expected random numbers as they were saved, found others.") from error
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    generator = bytes(state["torch"])
+    # Where the next number is taken from is not looked at by PyTorch and NumPy, even if it is not theirs.
+    left, taken = int.from_bytes(generator[8:12], "little"), int.from_bytes(generator[16:24], "little")
+    if left + taken > _NUMBERS or not 0 <= int(state["numpy"][2]) <= _NUMBERS:
+        raise ValueError("no position of a generator")
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import stat
 from pathlib import Path
 
 from bco_lightning.errors import ConfigError
@@ -42,6 +43,13 @@ def require_free(option: str, target: Path, ours: str = "") -> None:
     if found:
         problem = f"expected a name to write under that is free ({target}), found {found}."
         raise ConfigError(option, problem, "Nothing is replaced: remove it, or choose another.")
+
+
+def is_private(folder: Path) -> bool:
+    """Whether it is a folder, and no link to one, whose content nobody but this user can have made or changed."""
+    status = folder.lstat()
+    is_ours = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
+    return stat.S_ISDIR(status.st_mode) and is_ours
 
 
 def resolve_packaged(name: str) -> str:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import AdamW
 
 from bco_lightning.checkpoints import newest_verified, read_checkpoint, saved_steps, step_folder, write_checkpoint
 from bco_lightning.checkpoints.manifest import _sealed
+from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.cli.app import main
 from bco_lightning.errors import CheckpointError
 from bco_lightning.export import export_checkpoint, load_aligned
+from bco_lightning.identity import random_state, set_random_state
 from tests.reliability.tiny_run import make_log, make_model
 from tests.trials import Trials
 
@@ -71,7 +80,7 @@ def plant(carrier: str, honest: Path, marker: Path, folder: Path) -> Path:
         (target / ".metadata").write_bytes(pickle.dumps(payload))
         torch.save({"payload": payload}, target / "meta.pt")
     else:
-        target = step_folder(folder, 7)
+        target = step_folder(folder, 1)
         shutil.copytree(honest, target)
         (target / ".metadata").write_bytes(pickle.dumps(payload))
         file = target / "values.json" if carrier == "values" else next(target.glob("*.safetensors"))
@@ -168,3 +177,100 @@ def test_a_checkpoint_that_leads_elsewhere_is_refused(tmp_path: Path, trials: Tr
             assert len(told) == 1
             assert snapshot(outside) == before
     assert saved_steps(tmp_path / "nowhere") == []
+
+
+def other_moments(change: Callable[[dict[str, Any], dict[str, Any]], Any], model: nn.Module) -> None:
+    """A step of the optimizer after it was given a state that ``change`` has been at."""
+    states = copy.deepcopy(states_by_name(model, [stepped(model)]))
+    change(states[0]["state"]["0.weight"], states[0]["param_groups"][0])
+    optimizer = AdamW(model.parameters(), fused=True)
+    restore_states(model, [optimizer], states)
+    take_step(model, optimizer)
+
+
+def stepped(model: nn.Module) -> AdamW:
+    optimizer = AdamW(model.parameters(), fused=True)
+    take_step(model, optimizer)
+    return optimizer
+
+
+def take_step(model: nn.Module, optimizer: AdamW) -> None:
+    model(torch.ones(4, 64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+MOMENTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    "one number for all": lambda state, group: state.update(exp_avg=torch.zeros(1)),
+    "none at all": lambda state, group: state.update(exp_avg_sq=torch.empty(0)),
+    "of other dimensions": lambda state, group: state.update(exp_avg=torch.zeros(64 * 64)),
+    "of twice the width": lambda state, group: state.update(exp_avg=state["exp_avg"].double()),
+    "of a quarter of it": lambda state, group: state.update(exp_avg_sq=torch.zeros(64, 64, dtype=torch.int8)),
+    "one number, shown at every place": lambda state, group: state.update(exp_avg=torch.zeros(1).expand(64, 64)),
+    "transposed": lambda state, group: state.update(exp_avg=state["exp_avg"].t()),
+    "backwards in memory": lambda state, group: state.update(exp_avg=torch.zeros(64, 128)[:, ::2]),
+    "a text": lambda state, group: state.update(exp_avg="0" * 4096),
+    "missing": lambda state, group: state.__delitem__("exp_avg_sq"),
+    "one more": lambda state, group: state.update(max_exp_avg_sq=torch.zeros(64, 64)),
+    "a step of two numbers": lambda state, group: state.update(step=torch.ones(2)),
+    "a step that is no tensor": lambda state, group: state.update(step=1),
+    "another kind of optimizer": lambda state, group: group.update(amsgrad=True, capturable=True, differentiable=True),
+    "rates of other kinds": lambda state, group: group.update(betas=("x", None), eps="y"),
+    "a learning rate of ten numbers": lambda state, group: group.update(lr=torch.zeros(10)),
+    "a learning rate that is not a number": lambda state, group: group.update(lr=float("nan")),
+    "no settings": lambda state, group: [group.pop(name) for name in [*group] if name != "params"],
+}
+TAKEN = {"one number, shown at every place", "transposed", "backwards in memory", "another kind of optimizer"}
+TAKEN |= {"rates of other kinds", "no settings"}
+
+
+@pytest.mark.promise("S17", "Hostile moments are refused, or copied into tensors of the optimizer's own making")
+def test_hostile_moments_do_not_reach_the_optimizers_kernels(trials: Trials) -> None:
+    for trial in trials(list(MOMENTS), quick=len(MOMENTS)):
+        with trial as name:
+            model = nn.Sequential(nn.Linear(64, 64))
+            # A crash would end the process: only a process of its own can tell of it.
+            child = os.fork()
+            if not child:
+                signal.alarm(20)
+                torch.set_num_threads(1)  # those of the parent are not here
+                try:
+                    other_moments(MOMENTS[name], model)
+                    status = 1
+                except CheckpointError:
+                    status = 2
+                except BaseException:
+                    status = 3
+                os._exit(status)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (1 if name in TAKEN else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("numpy", lambda state: state["numpy"].__setitem__(2, 10**7)),
+        ("numpy", lambda state: state["numpy"].__setitem__(2, -1)),
+        ("numpy", lambda state: state.update(numpy=[])),
+        ("torch", lambda state: state["torch"].__setitem__(17, 2)),
+        ("torch", lambda state: state.update(torch=state["torch"][:16])),
+        ("torch", lambda state: state.update(torch=[1000] * 5056)),
+        ("python", lambda state: state["python"][1].__setitem__(-1, 10**6)),
+        ("python", lambda state: state.pop("python")),
+    ],
+)
+def test_random_numbers_are_not_taken_from_beside_a_generator(kind: str, change: Callable[[Any], None]) -> None:
+    state = random_state()
+    change(state)
+    with pytest.raises(CheckpointError, match="expected random numbers as they were saved"):
+        set_random_state(state)
+
+
+def test_parts_that_lie_far_apart_make_no_large_tensor(tmp_path: Path) -> None:
+    step = step_folder(tmp_path, 1)
+    write_checkpoint({"global_step": 1, "weights": torch.ones(3)}, step)
+    (file,) = step.glob("*.safetensors")
+    where = json.dumps({"weights": {"saved_offsets": [10**12]}})
+    save_file({"weights": torch.ones(3)}, file, metadata={"DCP_SHARDING_INFO": where})
+    reseal(step)
+    with pytest.raises(CheckpointError, match="larger than the files"):
+        read_checkpoint(step)

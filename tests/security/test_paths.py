@@ -57,8 +57,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "trainer.profiler.dirpath",
     ),
-    "reference log-probs, absolute": ({"model": {"cache_folder": "OUTSIDE/cache"}}, "model.cache_folder"),
-    "reference log-probs, climbing": ({"model": {"cache_folder": "../outside"}}, "model.cache_folder"),
     "predictions, absolute": ({"predictions": {"path": "OUTSIDE/scores.jsonl"}}, "predictions.path"),
     "predictions, climbing": ({"predictions": {"path": "../outside/keep.txt"}}, "predictions.path"),
     "a URL": ({"trainer": {"default_root_dir": "memory://runs"}}, "trainer.default_root_dir"),
@@ -278,16 +276,6 @@ def test_predictions_are_not_written_through_a_link(outside: Path, tmp_path: Pat
     assert main(["predict", *options(model, log), *arguments]) == 0
     assert snapshot(outside) == before
     assert len(Path("scores.jsonl").read_text().splitlines()) == 96
-
-
-@pytest.mark.parametrize("folder", ["here", "OUTSIDE"])
-def test_a_config_cannot_say_where_rows_are_found(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({"data": {"train_files": "log.jsonl", "cache_folder": folder}}))
-    assert main(["fit", "--config", str(config), "--model.name_or_path=x"]) == 2
-    assert "error: data.cache_folder: expected it on the command line alone" in capsys.readouterr().err
 
 
 ADDRESS = "http://169.254.0.1/a.jsonl"

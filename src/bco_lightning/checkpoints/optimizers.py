@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,13 +36,22 @@ def restore_states(module: nn.Module, optimizers: Sequence[Optimizer], states: S
         unknown = saved["state"].keys() - own["state"].keys()
         if list(map(set, names)) != list(map(set, found)) or unknown:
             raise _other(f"the state of {sum(map(len, names))} parameters", "that of others")
-        groups = [{**group, "params": own} for group, own in zip(saved["param_groups"], names, strict=True)]
+        pairs = zip(own["param_groups"], saved["param_groups"], strict=True)
+        groups = [{**group, **_rates(theirs)} for group, theirs in pairs]
         filled = {  # a parameter that never had a gradient has no state
             name: _filled(value, saved["state"][name], name)
             for name, value in own["state"].items()
             if name in saved["state"]
         }
         optimizer.load_state_dict({"state": filled, "param_groups": groups})
+
+
+def _rates(group: Mapping[str, Any]) -> dict[str, float]:
+    """What changes while a run goes on; how its optimizer works is the run's own to say."""
+    rates = {name: group[name] for name in ("lr", "initial_lr", "weight_decay") if name in group}
+    if any(type(rate) not in (int, float) or not math.isfinite(rate) or rate < 0 for rate in rates.values()):
+        raise _other(f"finite numbers as {', '.join(rates)}", "others")
+    return rates
 
 
 def _filled(own: Any, found: Any, where: str) -> Any:
@@ -53,6 +63,8 @@ def _filled(own: Any, found: Any, where: str) -> Any:
         if not isinstance(found, Mapping) or found.keys() != own.keys():
             raise _other(f"{', '.join(map(str, own))} of {where}", "others")
         return {key: _filled(value, found[key], f"{key} of {where}") for key, value in own.items()}
+    if type(found) is not type(own):
+        raise _other(f"{where} as {_described(own)}", _described(found))
     return found
 
 

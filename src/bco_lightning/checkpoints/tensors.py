@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,12 @@ def shapes_of(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(folder, error) from error
-    return {name: (about.size, about.properties.dtype) for name, about in found.items()}  # type: ignore[union-attr]
+    shapes = {name: (about.size, about.properties.dtype) for name, about in found.items()}  # type: ignore[union-attr]
+    # Where parts of a tensor lie is what the files say; far apart, they would make it larger than any memory.
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if sum(prod(size) * dtype.itemsize for size, dtype in shapes.values()) > stored:
+        raise _unreadable(folder, ValueError("larger than the files"))
+    return shapes
 
 
 def read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

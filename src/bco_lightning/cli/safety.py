@@ -44,8 +44,7 @@ ALLOWED_IMPORTS = (
 
 _MAY_NAME_CLASSES = ("strategy", "accelerator", "profiler")
 _READ_FROM = ("config", "ckpt_path", "data", "model")
-_WRITTEN_TO = {("model", "cache_folder"), ("data", "cache_folder")}
-_FROM_USER_ALONE = {("data", "cache_folder")}
+_FROM_USER_ALONE = {("data", "cache_folder"), ("model", "cache_folder")}
 _WEB_ADDRESS = re.compile(r"(?i:\s*https?:)")
 _STRUCTURE = re.compile(r"(?:^|(?<=\.))(?:init_args|dict_kwargs|\d+)(?:\.|$)")
 
@@ -126,7 +125,7 @@ def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
 def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
     """Refuses a place outside to write to, and data files on web servers, which this machine may reach alone."""
     on_the_web = path[0] == "data" and path[-1] != "name" and _WEB_ADDRESS.match(text)
-    is_written = path[0] not in _READ_FROM or path in _WRITTEN_TO
+    is_written = path[0] not in _READ_FROM or path in _FROM_USER_ALONE
     option = _STRUCTURE.sub("", ".".join(path[:2] if on_the_web else path)).rstrip(".")
     by_user = any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
     if by_user or not (on_the_web or is_written):
@@ -141,7 +140,7 @@ def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
         raise Refusal(
             option,
             f"expected it on the command line alone, found {text!r} in a config file.",
-            "What lies there is taken for rows of the log; whoever wrote the config could have put it there.",
+            "What lies there is taken for what was computed here; whoever wrote the config could have put it there.",
         )
     if _leads_out(text, Path.cwd().resolve()):
         raise Refusal(

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
 import weakref
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from bco_lightning.identity import digest_of_file
+from bco_lightning.places import is_private
 
 _Make = Callable[[Path], Mapping[str, Any]]
 _Opened = TypeVar("_Opened")
@@ -111,10 +111,7 @@ def _put(draft: Path, entry: Path, open_: Callable[[Path, Any], _Opened]) -> _Op
 def _opened(entry: Path, open_: Callable[[Path, Any], _Opened]) -> _Opened | None:
     """The folder if it is as it was written, and nobody else can have put it there to be trained on."""
     try:
-        status = entry.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            return None
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o077):
+        if not is_private(entry):
             return None
         files = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))["files"]
         whole = all(Path(name).name == name and digest_of_file(entry / name) == known for name, known in files.items())

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from bco_lightning.identity import digest_of_file
 from bco_lightning.models.limits import refuse_unsafe_config
 from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete
+from bco_lightning.places import is_private
 
 FOLDER = "converted_models"
 _MANIFEST = "converted.json"  # written last, so a folder that has it is whole
@@ -49,6 +50,8 @@ def _key(file: str, size: int, changed: int) -> str:
 
 def _is_whole(folder: Path) -> bool:
     try:
+        if not is_private(folder):  # who could write there could choose the weights
+            return False
         sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):

@@ -7,6 +7,7 @@ their own SHA-256: processes and runs can write at the same time without a lock,
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -33,7 +34,7 @@ from bco_lightning.models.layout import causal_lm_of, layout_of
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.collectives import max_over_ranks
 from bco_lightning.parallel.sharding import final_dtype
-from bco_lightning.places import cache_root
+from bco_lightning.places import cache_root, is_private
 from bco_lightning.reference.model import Reference
 
 _COLUMNS = ["row_id", "input_ids", "completion_mask", "thumbs_up"]
@@ -245,7 +246,10 @@ def read_records(folder: Path) -> _Array:
     A damaged file is passed over with a warning, one that goes meanwhile in silence: they are computed again.
     """
     found = [np.empty(0, RECORD)]
-    for file in sorted(folder.glob("*.npy")):
+    if folder.exists() and not is_private(folder):
+        rank_zero_warn(f"{folder}: expected a folder that only you can write to, found another; it is passed over.")
+        return found[0]
+    for file in sorted(path for path in folder.glob("*.npy") if path.is_file() and not path.is_symlink()):
         with contextlib.suppress(FileNotFoundError):
             content = file.read_bytes()
             if _name_of(content) != file.name:
@@ -267,6 +271,8 @@ def write_records(folder: Path, records: _Array) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not is_private(folder):
+            raise PermissionError(errno.EPERM, "others can write there, too")
         _write_whole(folder, records)
         files = sorted(folder.glob("*.npy"))
         if len(files) > _MOST_FILES:
