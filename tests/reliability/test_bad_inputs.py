@@ -244,9 +244,10 @@ def calls(*functions: Any) -> Record:
 
 # ---- Malformed rows: they stop the start, or are skipped and nothing else is. ----
 
-LABELS = r'label must be one of true/false, 1/0, 1/-1, "up"/"down", "true"/"false" or "👍"/"👎", found '
+LABELS = r'label must be one of true/false, 1/0, 1/-1, "up"/"down", "true"/"false", "True"/"False" or "👍"/"👎", found '
 TEXT_OR_MESSAGES = "must be text or a list of chat messages, found "
-TEXT_AND_ROLE = "must have a text 'content' and a 'role' out of system, user, assistant, tool."
+ROLE = "must have a 'role' out of system, user, assistant, tool, or what others call these, found "
+CONTENT = "must have a text 'content', found "
 NO_TEXT = "must hold text, found nothing but white space."
 HALF = "expected Unicode text, found half of a surrogate pair."
 CSV_ROWS = CSV.splitlines(keepends=True)
@@ -264,11 +265,9 @@ ROWS_OF_TEXT: dict[str, Case] = {
         {f"{SAID} a": 1, f"{SAID} b": 2},
         "expected a column 'prompt', found a text of 21 characters, a text of 21 characters.",
     ),
-    "no label": bad(without(row(), "label"), "expected a column 'label', found 'prompt', 'completion'."),
-    "label is null": bad(row(None), f"{LABELS}null."),
     "label is a word": bad(row("yes"), f'{LABELS}"yes".'),
     "label is a rating": bad(row(4), f"{LABELS}4."),
-    "label is a number with a point": bad(row(1.0), rf"{LABELS}1\.0."),
+    "label is a number with a point": bad(row(1.5), rf"{LABELS}1\.5."),
     "label is a huge integer": bad(row(10**300), f"{LABELS}another number."),
     "label of another vocabulary": bad(row(1), "label 1 mixes two vocabularies; labels so far were true."),
     "label with no meaning in the map": bad(
@@ -334,10 +333,15 @@ ROWS_OF_MESSAGES: dict[str, Case] = {
         "the completion must begin and end with an assistant message, found 1 messages, the first by user, the last "
         "by user.",
     ),
-    "unknown role": bad(chat({"role": SAID, "content": SAID}, assistant()), f"message 1 of 'messages' {TEXT_AND_ROLE}"),
-    "no role": bad(chat(user(), {"content": SAID}), f"message 2 of 'messages' {TEXT_AND_ROLE}"),
-    "message is a text": bad(chat(SAID, assistant()), f"message 1 of 'messages' {TEXT_AND_ROLE}"),
-    "content is null": bad(chat(user(), assistant(None)), f"message 2 of 'messages' {TEXT_AND_ROLE}"),
+    "unknown role": bad(
+        chat({"role": SAID, "content": SAID}, assistant()), f"message 1 of 'messages' {ROLE}a text of 19 characters."
+    ),
+    "no role": bad(chat(user(), {"content": SAID}), f"message 2 of 'messages' {ROLE}the keys 'content'."),
+    "message is a text": bad(
+        chat(SAID, assistant()),
+        "message 1 of 'messages' must be an object with 'role' and 'content', found a text of 19 characters.",
+    ),
+    "content is null": bad(chat(user(), assistant(None)), f"message 2 of 'messages' {CONTENT}none."),
     "content is blank": bad(chat(user("  "), assistant()), f"'messages' {NO_TEXT}"),
     "content is an image": bad(
         chat(user([{"type": "text", "text": SAID}, {"type": "image_url", "image_url": {"url": SAID}}]), assistant()),
@@ -356,7 +360,7 @@ ROWS_OF_MESSAGES: dict[str, Case] = {
         "message 1 of 'messages' must be the assistant's, as it has 'tool_calls'.",
     ),
     "messages are an object": bad(
-        chat() | {"messages": user()}, "'messages' must be a list of chat messages, found a value of type dict."
+        chat() | {"messages": {"a": SAID}}, "'messages' must be a list of chat messages, found a value of type dict."
     ),
     "messages are a text": bad(
         chat() | {"messages": SAID}, "'messages' must hold JSON, found a text of 19 characters that is none."
@@ -427,15 +431,9 @@ ROWS_OF_PAIRS: dict[str, Case] = {
 }  # fmt: skip
 
 ROWS_OF_RATINGS: dict[str, Case] = {
-    "no rating": bad(without(stars(True), "stars"), "expected a rating 'stars', found none.", stars, rating=STARS),
     "rating is a word": unrated("five", '"five"'),
     "rating is true": unrated(True, "true"),
     "rating beyond all floats": unrated(10**309 - 1, "another number"),
-    "rating in an object that is none": bad(
-        stars(True), "expected a rating 'feedback.score', found none.",
-        lambda up: stars(up, feedback={"score": 5 * up}),
-        rating=Rating("feedback.score", up=4, down=3),
-    ),
     "rating of a CSV is NaN": Case(
         {"log.csv": f"prompt,completion,stars\n{SAID},{SAID},5\n{SAID},{SAID},nan\n{SAID},{SAID},1\n".encode()},
         "log.csv:3", "expected a number as rating 'stars', found \"nan\".", 2, "log.csv", {"rating": STARS},
@@ -453,7 +451,7 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
     ),
     "Open WebUI: thumb is another number": bad(open_webui(data={"rating": 2.0}), f"{LABELS}2.", open_webui),
     "Open WebUI: answer is a number": bad(
-        open_webui(nodes=BROKEN_NODE), f"message 1 of 'snapshot' {TEXT_AND_ROLE}", open_webui
+        open_webui(nodes=BROKEN_NODE), f"message 1 of 'snapshot' {CONTENT}5.", open_webui
     ),
     "Langfuse: no score of the usual names": bad(
         langfuse(scores=[{"name": "tone", "value": 1}, {"name": SAID, "value": 1}]),
@@ -472,8 +470,8 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
         "expected text or messages as 'input', found 'city', 'street'.", langfuse,
     ),
     "LangSmith: message of an unknown kind": bad(
-        langsmith(inputs=[{"lc": 1, "id": ["x", "FunctionMessage"], "kwargs": {"content": SAID}}]),
-        f"message 1 of 'input' {TEXT_AND_ROLE}", langsmith,
+        langsmith(inputs=[{"lc": 1, "id": ["x", "RemoveMessage"], "kwargs": {"content": SAID}}]),
+        f"message 1 of 'input' {ROLE}a text of 13 characters.", langsmith,
     ),
     "LangSmith: score of an unknown kind": bad(
         langsmith(feedback=[{"key": "user-feedback", "score": [SAID]}]), f"{LABELS}a list of 1.", langsmith
@@ -488,7 +486,7 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
         chainlit(steps=SAID), "expected a list of steps, found a text of 19 characters.", chainlit
     ),
     "Chainlit: answer is a number": bad(
-        chainlit(answer={"output": 5}), f"message 1 of 'steps' {TEXT_AND_ROLE}", chainlit
+        chainlit(answer={"output": 5}), f"message 1 of 'steps' {CONTENT}5.", chainlit
     ),
     "chitchat: utterance is a text": bad(
         chitchat(messages=[[SAID]]), UTTERANCES, chitchat, rating=STARS,
@@ -530,9 +528,6 @@ ROWS_OF_TABLES: dict[str, Case] = {
         {"log.json": json.dumps({"a": row(), "\ud83d": row(), "b": row(False)}).encode()}, "log.json:2",
         HALF, 2, "log.json",
     ),
-    "Parquet: label is null": Case(
-        {"log.parquet": parquet(row(), row(None), row(False))}, "log.parquet:2", f"{LABELS}null.", 2, "log.parquet"
-    ),
     "Parquet: label is NaN": Case(
         {"log.parquet": parquet(row(1.0), row(float("nan")), row(0.0))}, "log.parquet:2",
         r'label must be one of data.columns.thumbs \("1.0", "0.0"\), found nan.', 2, "log.parquet",
@@ -540,7 +535,7 @@ ROWS_OF_TABLES: dict[str, Case] = {
     ),
     "Parquet: message is null": Case(
         {"log.parquet": parquet(chat(), chat(user(), None), chat(label=False))}, "log.parquet:2",
-        f"message 2 of 'messages' {TEXT_AND_ROLE}", 2, "log.parquet",
+        "message 2 of 'messages' must be an object with 'role' and 'content', found null.", 2, "log.parquet",
     ),
     "Parquet: prompt is bytes": Case(
         {"a.jsonl": LOG, "b.parquet": parquet(row(prompt=SAID.encode()))}, "b.parquet:1",
@@ -887,6 +882,19 @@ COUNTED: dict[str, Counts] = {
     ),
     "a rating in the band between": aside(
         stars(True, stars=3), "rating between thumbs-up and thumbs-down", stars, rating=STARS
+    ),
+    "no label": aside(without(row(), "label"), NO_FEEDBACK),
+    "a label that is null": aside(row(None), NO_FEEDBACK),
+    "a label that is null in a Parquet file": Counts(
+        {"log.parquet": parquet(row(), row(None), row(False))}, 2, {NO_FEEDBACK: ["log.parquet:2"]}, "log.parquet"
+    ),
+    "a label that is an empty cell": Counts(
+        {"log.csv": CSV + f"{SAID},{SAID},\n".encode()}, 2, {NO_FEEDBACK: ["log.csv:4"]}, "log.csv"
+    ),
+    "no rating": aside(without(stars(True), "stars"), NO_FEEDBACK, stars, rating=STARS),
+    "a rating in an object that is none": aside(
+        stars(True), NO_FEEDBACK, lambda up: stars(up, feedback={"score": 5 * up}),
+        rating=Rating("feedback.score", up=4, down=3),
     ),
     "a rating that is null": aside(stars(True, stars=None), NO_FEEDBACK, stars, rating=STARS),
     "a rating that is an empty cell": aside(stars(True, stars=""), NO_FEEDBACK, stars, rating=STARS),

@@ -35,7 +35,7 @@ MALFORMED: dict[str, bytes] = {
     "bad UTF-8": row().replace(b'"a"', b'"\xff"'),
     "cut off": row()[:-9],
     "a list": b'["q", "a", true]',
-    "no label": b'{"prompt": "q", "completion": "a"}',
+    "no completion": b'{"prompt": "q", "label": true}',
     "null prompt": row(prompt=None),
     "blank completion": row(completion=" \n"),
     "unknown role": row(prompt=[{"role": "boss", "content": "q"}]),

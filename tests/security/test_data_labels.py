@@ -10,27 +10,30 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from bco_lightning import FeedbackDataModule
+from bco_lightning.batch import LeftOut
 from bco_lightning.data import Columns
 from bco_lightning.data.labels import LabelVocabulary
 from bco_lightning.errors import FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
 
-# What each look-alike means: thumbs-up, thumbs-down, or nothing at all.
-LOOK_ALIKES: list[tuple[Any, bool | None]] = [
+UNRATED = LeftOut("log.jsonl:1", "no feedback")
+# What each look-alike means: thumbs-up, thumbs-down, no feedback, or nothing at all.
+LOOK_ALIKES: list[tuple[Any, bool | LeftOut | None]] = [
     (1, True), (0, False), (-1, False), ("true", True), ("false", False), ("👍", True), ("👎", False),
-    ("0", None), ("1", None), ("-1", None), (1.0, None), (0.0, None), (-1.0, None), ("True", None), ("False", None),
-    ("yes", None), ("Up", None), (" up", None), ("👍🏽", None), ("+1", None), (float("nan"), None), (None, None),
-    ([], None), ({}, None), ([True], None), ("", None), (2, None), (3.5, None), (10**40, None), (float("inf"), None),
+    ("0", None), ("1", None), ("-1", None), (1.0, True), (0.0, False), (-1.0, False), ("True", True), ("False", False),
+    ("yes", None), ("Up", None), (" up", None), ("👍🏽", None), ("+1", None), (float("nan"), None),
+    (None, UNRATED), ([], None), ({}, None), ([True], None), ("", UNRATED), (2, None), (3.5, None), (10**40, None),
+    (float("inf"), None),
 ]  # fmt: skip
 MIXTURES: list[tuple[Any, Any]] = [
     (True, 1), (1, True), (0, -1), (-1, 0), (1, "up"), ("up", "true"), ("true", True), ("👍", "down"), (False, 0),
 ]  # fmt: skip
 
 
-def label(*values: Any, columns: Columns | None = None) -> list[bool | None]:
+def label(*values: Any, columns: Columns | None = None) -> list[bool | LeftOut]:
     labels = LabelVocabulary((columns or Columns()).thumbs)
-    return [labels.thumbs_up(value, f"log.jsonl:{line}") for line, value in enumerate(values, 1)]  # type: ignore[misc]
+    return [labels.thumbs_up(value, f"log.jsonl:{line}") for line, value in enumerate(values, 1)]
 
 
 @pytest.mark.promise("S8", "each look-alike of a label is read by the vocabulary or refused by file and line")
@@ -60,7 +63,8 @@ def test_what_looks_like_a_rating_says_how_to_give_a_rule(value: Any) -> None:
 def test_a_map_gives_every_label_its_meaning_and_refuses_all_others() -> None:
     rating = Columns(thumbs={"1": "down", "2": "down", "4": "up", "5": "up", "good": "up", "null": "down"})
     assert label(5, 4, 2, 1, "good", None, columns=rating) == [True, True, False, False, True, False]
-    for other in (3, True, 5.0, "Good", [], "up", 1.5):
+    assert label(5.0, "", columns=rating) == [True, LeftOut("log.jsonl:2", "no feedback")]
+    for other in (3, True, "5.0", "Good", [], "up", 1.5):
         with pytest.raises(FeedbackRowError, match=r"log\.jsonl:1: label must be one of data\.columns\.thumbs"):
             label(other, columns=rating)
 

@@ -45,3 +45,4 @@ def rows_of(source: str, maker: RowMaker) -> Iterator[RatedRow]:
     """What becomes of all records of a source."""
     for place, record in maker.learn(records_of(source, maker.cells)):
         yield from [record] if isinstance(record, FeedbackRowError) else maker.rows(record, place)
+    maker.check_rated()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,26 @@ def test_one_class_alone_is_refused(tokenizer: Any, rows: list, tmp_path: Path) 
     ups = write_jsonl(tmp_path / "ups.jsonl", [row for row in rows if row["label"]])
     with pytest.raises(FeedbackRowError, match=r"ups\.jsonl: expected thumbs of both kinds .* all thumbs-up"):
         data(tokenizer, ups)
+
+
+def test_thumbs_that_are_all_up_beside_rows_without_any_are_remarked_on(tokenizer: Any, tmp_path: Path) -> None:
+    trace = {"traceId": "t", "input": "a", "output": "b"}
+    ups = write_jsonl(tmp_path / "ups.jsonl", [{**trace, "user-feedback": score} for score in ([1], None, [1], [])])
+    both = write_jsonl(tmp_path / "both.jsonl", [{**trace, "user-feedback": score} for score in ([0], [1], None)])
+    for files in ([ups, both], both):
+        [count] = data(tokenizer, files, validation_fraction=0.0).counts
+        remarks = re.findall(r"every thumb of (.*) is up: perhaps its export leaves out scores of 0", str(count))
+        assert remarks == ([ups] if ups in files else [])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_are_not_used_are_named_in_the_counts_of_every_start(
+    streaming: bool, tokenizer: Any, rows: list, tmp_path: Path
+) -> None:
+    log = write_jsonl(tmp_path / "log.jsonl", [{**row, "weight": 0.5, "born in Bremen": 1} for row in rows])
+    for _ in range(2):
+        count = data(tokenizer, log, streaming=streaming, validation_fraction=0.0).counts[0]
+        assert str(count).count(f"\n  not used: 'weight', a text of 14 characters (columns of {log})") == 1
 
 
 def test_an_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:

@@ -47,11 +47,13 @@ def reasons(file: str, options: RowFormat | None = None) -> Counter[str]:
 FORMAT_OF_FILE = {
     "unpaired.jsonl": "unpaired",
     "conversations.jsonl": "unpaired",
+    "sharegpt.jsonl": "unpaired",
     "helpsteer2.jsonl": "unpaired",
     "pairs.jsonl": "paired",
     "pairs_of_conversations.jsonl": "paired",
     "open_webui.json": "open_webui",
     "langfuse_observations.jsonl": "langfuse",
+    "langfuse_table.jsonl": "langfuse",
     "langfuse_traces.json": "langfuse",
     "langsmith_runs.jsonl": "langsmith",
     "argilla.json": "argilla",
@@ -78,6 +80,30 @@ def test_no_other_export_claims_a_record(file: str, name: str) -> None:
     claims = {known for known, layout in FORMATS.items() if layout.matches(first, Columns())}
     # Flat records of Argilla have the columns of plain rows beside those of the responses.
     assert claims - {name} <= ({"unpaired"} if file == "argilla_flat.jsonl" else set())
+
+
+# A record of each format in which nothing yet tells what it is, or which looks like one of another.
+UNCLEAR: dict[str, dict[str, Any]] = {
+    "unpaired.jsonl": {"prompt": "a", "completion": "b", "label": None},
+    "conversations.jsonl": {"messages": [], "label": None},
+    "helpsteer2.jsonl": {"prompt": "a", "response": None, "helpfulness": None},
+    "pairs.jsonl": {"prompt": "a", "chosen": None, "rejected": None},
+    "open_webui.json": {"id": "0", "type": "rating", "data": None, "meta": None, "snapshot": None},
+    "langfuse_observations.jsonl": {"id": "0", "traceId": "t"},
+    "langsmith_runs.jsonl": {"id": "0", "run_type": "llm", "inputs": {"x": "a"}},
+    "argilla.json": {"id": "0", "fields": None},
+    "argilla_flat.jsonl": {"id": "0", "prompt": "a", "completion": "b"},
+    "chainlit.json": {"id": "0", "createdAt": "2026-01-01", "steps": None},
+    "chitchat.json": {"messages": [], "ratings": {}, "start": ""},
+}
+
+
+@pytest.mark.parametrize(("file", "first"), UNCLEAR.items())
+def test_a_first_record_that_tells_nothing_does_not_decide_the_format(file: str, first: dict[str, Any]) -> None:
+    for before in ([first], [{}], [first] * 100):
+        maker = RowMaker(RowFormat())
+        maker.learn(iter([*(("x:1", record) for record in before), *records(file)]))
+        assert maker.format == FORMAT_OF_FILE[file]
 
 
 def test_a_format_that_is_named_is_taken() -> None:
@@ -108,6 +134,7 @@ def test_a_record_like_no_other_is_refused_by_the_names_of_its_columns() -> None
 ACCOUNTS: dict[str, tuple[int, int, dict[str, int], int]] = {
     "unpaired.jsonl": (2, 1, {}, 0),
     "conversations.jsonl": (1, 1, {}, 0),
+    "sharegpt.jsonl": (2, 1, {"no feedback": 1}, 0),
     "helpsteer2.jsonl": (3, 1, {}, 0),
     "pairs.jsonl": (2, 1, {"chosen and rejected are the same": 2}, 0),
     "pairs_of_conversations.jsonl": (2, 1, {}, 0),
@@ -124,6 +151,7 @@ ACCOUNTS: dict[str, tuple[int, int, dict[str, int], int]] = {
         0,
     ),
     "langfuse_observations.jsonl": (4, 2, {"no feedback": 1, "no answer that holds text": 1}, 0),
+    "langfuse_table.jsonl": (2, 1, {"no feedback": 1}, 0),
     "langfuse_traces.json": (2, 1, {"no feedback": 1}, 1),
     "langsmith_runs.jsonl": (
         5,
@@ -283,6 +311,10 @@ def test_a_score_that_is_not_chosen_is_named_in_the_error() -> None:
     assert "expected a score 'user-feedback', found 'quality'. Name the score by data.columns.label." in str(error)
 
 
+def test_a_table_of_langfuse_says_true_and_false_in_words() -> None:
+    assert [row.thumbs_up for row in rows("langfuse_table.jsonl")] == [False, True]
+
+
 # --- LangSmith
 
 
@@ -346,6 +378,12 @@ def test_traces_of_conversations_with_an_image_are_left_out(message: dict[str, A
     trace = {"input": [message], "output": "A cat.", "traceId": "t", "scores": [{"name": "user-feedback", "value": 1}]}
     for record in (run, trace):
         assert made(record) == [LeftOut("x:1", "conversation with an image")]
+
+
+def test_langsmith_feedback_of_a_user_counts_where_null_stands_for_that_of_others() -> None:
+    _, run = records("langsmith_runs.jsonl")[4]
+    run.update(feedback=None, feedback_stats={"user-score": {"n": 1, "avg": 0.5}})
+    assert made(run) == [LeftOut("x:1", "mean of several users' feedback")]
 
 
 # --- Argilla
@@ -473,6 +511,11 @@ def test_chainlit_thumbs_that_contradict_each_other_are_rows_of_their_own() -> N
     ]
 
 
+def test_chainlit_thumbs_of_its_own_tables_are_floating_point_numbers() -> None:
+    thread = chainlit_thread(first={"value": 0.0}, second={"value": 1.0})
+    assert chainlit_outcomes(thread) == [False, True]
+
+
 # --- chitchat
 
 
@@ -517,3 +560,16 @@ def test_the_real_ratings_are_counted_one_by_one() -> None:
 def test_all_turns_of_an_exported_conversation_can_carry_loss(file: str, answers: list[int]) -> None:
     found = rows(file, RowFormat(loss_on="all_turns"))
     assert [sum(message["role"] == "assistant" for message in row.completion) for row in found] == answers
+
+
+def test_sharegpt_functions_and_system_prompt_reach_the_template() -> None:
+    row = rows("sharegpt.jsonl")[0]
+    call = {"name": "get_weather", "arguments": {"city": "Bremen"}}
+    assert row.prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in Bremen?"}]
+    assert row.completion == [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": '{"weather": "rain"}'},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    assert row.tools is not None
+    assert row.tools[0]["name"] == "get_weather"

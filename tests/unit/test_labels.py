@@ -20,8 +20,12 @@ def thumb(rule: Rating, **ratings: Any) -> bool | LeftOut:
 
 
 @pytest.mark.parametrize(
-    ("up", "down"), [(True, False), (1, 0), (1, -1), ("up", "down"), ("true", "false"), ("👍", "👎")]
-)
+    ("up", "down"),
+    [
+        (True, False), (1, 0), (1, -1), ("up", "down"), ("true", "false"), ("True", "False"), ("TRUE", "FALSE"),
+        ("👍", "👎"), (1.0, 0.0), (1.0, -1.0), (1, 0.0), (1.0, -1),
+    ],
+)  # fmt: skip
 def test_each_vocabulary_is_understood(up: Any, down: Any) -> None:
     labels = LabelVocabulary()
     assert [labels.thumbs_up(value, "here") for value in (up, down, up)] == [True, False, True]
@@ -77,13 +81,17 @@ def test_what_is_no_finite_number_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", " "])
-def test_a_rating_that_was_not_given_is_no_feedback(value: Any) -> None:
-    assert thumb(Rating(up=4, down=2), label=value) == LeftOut("x:1", "no feedback")
+def test_a_label_or_rating_that_was_not_given_is_no_feedback(value: Any) -> None:
+    nothing = LeftOut("x:1", "no feedback")
+    assert thumb(Rating(up=4, down=2), label=value) == thumb(Rating("tone", up=4, down=3), label=5) == nothing
+    assert LabelVocabulary().thumbs_up(value, "x:1") == nothing
+    assert LabelVocabulary({"1": "up", "0": "down"}).thumbs_up(value, "x:1") == nothing
 
 
-def test_a_rating_that_is_not_there_is_named() -> None:
-    with pytest.raises(FeedbackRowError, match=r"expected a rating 'tone', found none\. Name .* data\.rating\.column"):
-        thumb(Rating("tone", up=4, down=3), label=5)
+def test_whole_numbers_of_a_column_of_floats_have_the_meaning_of_integers_in_a_map() -> None:
+    labels = LabelVocabulary({"1": "up", "0": "down", "2.0": "drop"})
+    assert [labels.thumbs_up(value, "x:1") for value in (1.0, 0.0)] == [True, False]
+    assert labels.thumbs_up(2.0, "x:1") == LeftOut("x:1", "label mapped to drop")
 
 
 @pytest.mark.parametrize(

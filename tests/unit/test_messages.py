@@ -10,6 +10,7 @@ import pytest
 from bco_lightning.data.messages import check_size, messages_in
 from bco_lightning.data.values import without_nulls
 from bco_lightning.errors import FeedbackRowError
+from tests.unit.made_rows import made, row_of
 
 
 def read(*messages: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,3 +83,89 @@ def test_characters_of_keys_and_values_are_limited() -> None:
     for parts in ([{"role": "user", "content": "x" * 1_000_001}], [{"k" * 600_000: "x" * 600_000}]):
         with pytest.raises(FeedbackRowError, match="at most 1,000,000 characters"):
             check_size(parts, "x:1")
+
+
+CALL = {"name": "f", "arguments": {"a": 1}}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"from": "human", "value": "a"}, {"role": "user", "content": "a"}),
+    ({"from": "gpt", "value": "a"}, {"role": "assistant", "content": "a"}),
+    ({"from": "function_call", "value": json.dumps(CALL)}, CALLED),
+    ({"role": "tool_call", "content": json.dumps([CALL, CALL])}, {**CALLED, "tool_calls": [CALL, CALL]}),
+    ({"from": "observation", "value": "1"}, {"role": "tool", "content": "1"}),
+    ({"role": "function", "name": "f", "content": "1"}, {"role": "tool", "name": "f", "content": "1"}),
+    ({"role": "assistant", "content": None, "function_call": {**CALL, "arguments": '{"a": 1}'}}, CALLED),
+    ({"role": "assistant", "tool_calls": json.dumps([CALL])}, CALLED),
+    ({"role": "assistant", "tool_calls": [json.dumps(CALL)]}, CALLED),
+    ({"role": "model", "parts": [{"text": "a"}, {"text": "b"}]}, {"role": "assistant", "content": "ab"}),
+    ({"role": "Assistant", "content": "a"}, {"role": "assistant", "content": "a"}),
+    ({"role": "USER", "content": "a"}, {"role": "user", "content": "a"}),
+    ({"role": "tool", "content": {"result": [1, "ß"]}}, {"role": "tool", "content": '{"result": [1, "ß"]}'}),
+    ({"role": "tool", "content": {"type": "text", "text": "a"}}, {"role": "tool", "content": "a"}),
+    ({"role": "user", "content": {"type": "text", "text": "a"}}, {"role": "user", "content": "a"}),
+    ({"role": "user", "content": '[{"type": "text", "text": "a"}]'}, {"role": "user", "content": "a"}),
+    ({"role": "user", "content": '[{"type": "text"}]'}, {"role": "user", "content": '[{"type": "text"}]'}),
+])  # fmt: skip
+def test_messages_of_other_tools_come_to_one_form(given: dict[str, Any], message: dict[str, Any]) -> None:
+    assert read(given) == [message]
+    assert messages_in([json.dumps(given)], "messages", "x:1") == [message]
+
+
+@pytest.mark.parametrize(("given", "found"), [
+    ({"role": "narrator", "content": "a"}, "'role' out of system, user, assistant, tool, or .*, found \"narrator\""),
+    ({"role": None, "content": "a"}, "'role' out of .* found null"),
+    ({"speaker": "ann", "text": "a"}, "'role' out of .* found the keys 'speaker', 'text'"),
+    ({"role": "user", "message": "a"}, "must have a text 'content', found none"),
+    ({"role": "user", "content": 7}, "must have a text 'content', found 7"),
+    ({"role": "user", "content": {"result": 1}}, "must have text parts as its content, found an object of 1"),
+    ({"from": "function_call", "value": "f(1)"}, "must have a list of function calls"),
+    ("Hello", "must be an object with 'role' and 'content', found \"Hello\""),
+])  # fmt: skip
+def test_a_message_that_is_not_understood_is_named_by_what_was_found(given: Any, found: str) -> None:
+    with pytest.raises(
+        FeedbackRowError,
+        match=f"x:1: message 1 of 'messages' {'' if found.startswith('must') else 'must have a '}{found}",
+    ):
+        read(given)
+
+
+ASKED, ANSWERED = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("write", [
+    lambda messages: messages,
+    json.dumps,
+    lambda messages: json.dumps(messages, indent=1) + "\n",
+    lambda messages: list(map(json.dumps, messages)),
+    lambda messages: json.dumps(list(map(json.dumps, messages))),
+    lambda messages: messages[0],
+    lambda messages: json.dumps(messages[0]),
+    lambda messages: json.dumps([{"from": message["role"], "value": message["content"]} for message in messages]),
+], ids=["list", "text", "long text", "texts", "text of texts", "object", "text of an object", "ShareGPT"])  # fmt: skip
+def test_messages_are_the_same_however_they_are_written_in_a_column(write: Any) -> None:
+    row = row_of({"prompt": write(ASKED), "completion": write(ANSWERED), "label": 1})
+    assert (row.prompt, row.completion) == (ASKED, ANSWERED)
+    better, worse = made({"prompt": write(ASKED), "chosen": write(ANSWERED), "rejected": "c"})
+    assert (better.prompt, better.completion) == (ASKED, ANSWERED)  # type: ignore[union-attr]
+    assert worse.prompt == ASKED  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("text", [
+    "[1, 2, 3]", "[]", "{}", '{"a": 1}', '[{"role": "admin", "name": "x"}]', '["a", "b"]', "[INST] a [/INST]", "[{",
+    '[{"value": 1,}]', '{"role": 3, "content": "a"}', '"[]"', "[[[[",
+])  # fmt: skip
+def test_a_text_that_merely_looks_like_json_stays_what_it_is(text: str) -> None:
+    row = row_of({"prompt": text, "completion": f"{text} ", "label": 1})
+    assert (row.prompt[0]["content"], row.completion[0]["content"]) == (text, f"{text} ")
+
+
+@pytest.mark.parametrize("text", [
+    str([{"role": "user", "content": "my secret"}]), str([{"content": "my secret", "role": "user"}]),
+    json.dumps([{"role": "user", "content": "my secret"}])[:-4], "[{'from': 'human', 'value': 'my secret'}\n {}]",
+])  # fmt: skip
+def test_messages_that_are_no_json_are_not_trained_on_as_text(text: str) -> None:
+    with pytest.raises(FeedbackRowError, match="'prompt' must hold messages as JSON, found them cut off or") as caught:
+        row_of({"prompt": text, "completion": "b", "label": 1})
+    assert "secret" not in str(caught.value)

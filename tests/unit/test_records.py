@@ -10,6 +10,7 @@ import math
 import pickle
 import random
 import re
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Json, List, Value
 
 from bco_lightning.data.records import (
     RecordStore,
@@ -473,3 +474,39 @@ def test_tables_that_have_changed_are_noticed(tmp_path: Path) -> None:
 def test_a_file_that_is_only_read_through_is_refused(tmp_path: Path, name: str, found: str) -> None:
     with pytest.raises(FeedbackRowError, match=re.escape(found)):
         seekable_files(name if ":" in name else str(write(tmp_path / name, b"")))
+
+
+def test_values_of_json_are_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": [{"type": "text", "text": "ß"}]}, {"role": "tool", "content": {"a": None}}]
+    rows = [
+        {
+            "text": "Hello?",
+            "one": said,
+            "each": said,
+            "inner": {"tools": said, "n": 1},
+            "parts": [{"x": 1}, {"x": "a"}],
+        },
+        {"text": [1], "one": None, "each": None, "inner": None, "parts": []},
+        {"text": None, "one": 3, "each": [], "inner": {"tools": None, "n": 2}, "parts": None},
+    ]
+    inner = {"tools": List(Json()), "n": Value("int64")}
+    features = Features(text=Json(), one=Json(), each=List(Json()), inner=inner, parts=List({"x": Json()}))
+    dataset = Dataset.from_list(rows, features=features)
+    dataset.to_parquet(tmp_path / "log.parquet")
+    dataset.save_to_disk(str(tmp_path / "folder"))
+    shutil.copy(next((tmp_path / "folder").glob("*.arrow")), tmp_path / "log.arrow")
+    (tmp_path / "hub").mkdir()
+    shutil.copy(tmp_path / "log.parquet", tmp_path / "hub" / "train.parquet")
+    for source in (tmp_path / "log.parquet", tmp_path / "log.arrow", tmp_path / "folder", f"hub:{tmp_path}/hub@train"):
+        assert records(source) == rows
+    for name in ("log.parquet", "folder"):
+        file = seekable(tmp_path / name)
+        assert [file.block(0).at(Place(number, number + 1)) for number in range(3)] == rows
+
+
+def test_what_is_no_json_in_a_column_of_json_is_one_malformed_row(tmp_path: Path) -> None:
+    texts = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["1", "{", '{"a": NaN}', "[" * 100_000, "null"]))
+    pq.write_table(pa.table({"a": texts}), tmp_path / "log.parquet")
+    found = [outcome for _, outcome in records_of(str(tmp_path / "log.parquet"))]
+    assert (found[0], found[4]) == ({"a": 1}, {"a": None})
+    assert [outcome.where.rpartition(":")[2] for outcome in found[1:4]] == ["2", "3", "4"]

@@ -216,3 +216,53 @@ def test_deep_nesting_is_refused_or_left_alone(name: str) -> None:
         for column in COLUMNS[name]:
             check(name, {**dict.fromkeys(COLUMNS[name], "..."), column: deep, "user-feedback": [1]})
             check(name, {**{other: [deep] for other in COLUMNS[name]}, column: [[deep]]})
+
+
+UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "ids and weights": ({**GOOD, "id": "x", "weight": 0.5, "tags": [], "note": ""}, ["id", "weight"]),
+    "a history": ({**GOOD, "history": [["a", "b"]], "input": "c"}, ["history", "input"]),
+    "what is used": ({**GOOD, "system": "a", "tools": [], "chat_template_kwargs": {"a": 1}}, []),
+    "a prompt beside a conversation": (
+        {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")], "prompt": "a", "label": 1},
+        ["prompt"],
+    ),
+    "a conversation beside a completion": ({**GOOD, "messages": "x"}, ["messages"]),
+    "a pair": ({**PAIR, "label": 1, "score_chosen": 8}, ["label", "score_chosen"]),
+}
+
+
+@pytest.mark.parametrize(("record", "names"), UNUSED.values(), ids=UNUSED)
+def test_columns_that_no_row_is_made_of_are_named_once(record: dict[str, Any], names: list[str]) -> None:
+    maker = RowMaker(RowFormat())
+    for place, same in maker.learn(iter([("x:1", record), ("x:2", record)])):
+        maker.rows(same, place)
+    assert maker.unused == names
+
+
+def test_a_column_of_which_a_part_or_a_rating_is_used_is_not_named() -> None:
+    columns, rule = Columns(label="feedback.score"), Rating("stars", up=4, down=2, untouched={"tone": 3})
+    for options in (RowFormat("unpaired", columns=columns), RowFormat("unpaired", rating=rule)):
+        maker = RowMaker(options)
+        maker.rows({**GOOD, "feedback": {"score": 1}, "stars": 5, "tone": 1, "x": 1}, "x:1")
+        assert "x" in maker.unused
+        assert {"feedback"} & set(maker.unused) == ({"feedback"} if options.rating else set())
+        assert {"stars", "tone"} & set(maker.unused) == (set() if options.rating else {"stars", "tone"})
+
+
+def test_rows_may_lack_a_label_but_not_all_rows(tmp_path: Path) -> None:
+    unrated = {"prompt": "a", "completion": "b"}
+    nested, whole = RowFormat(columns=Columns(label="feedback.score")), RowFormat()
+    stars = RowFormat(rating=Rating("stars", up=4, down=2))
+    for options, rated, other in (
+        (whole, GOOD, unrated), (nested, {**unrated, "feedback": {"score": 1}}, {**unrated, "feedback": None}),
+        (stars, {**unrated, "stars": 5}, unrated),
+    ):  # fmt: skip
+        log = write_jsonl(tmp_path / "log.jsonl", [other, rated, other])
+        assert [row.reason for row in rows_of(log, RowMaker(options)) if isinstance(row, LeftOut)] == [
+            "no feedback"
+        ] * 2
+        name, kind = ("stars", "rating") if options is stars else (options.columns.label, "column")
+        with pytest.raises(
+            FeedbackRowError, match=f"log.jsonl:1: expected a {kind} '{name}', found 'prompt', 'completion"
+        ):
+            list(rows_of(write_jsonl(tmp_path / "log.jsonl", [other] * 3), RowMaker(options)))

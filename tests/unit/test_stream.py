@@ -21,6 +21,8 @@ from bco_lightning.data.tokenize import COMPLETION_TOO_LONG
 from bco_lightning.errors import FeedbackRowError
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer
+from tests.unit.made_rows import records_of
+from tests.unit.test_formats import ACCOUNTS, LOGS, OPTIONS
 
 DROP = {"long_completions": "drop"}
 
@@ -56,6 +58,36 @@ def sources_of_every_kind(folder: Path) -> list[Any]:
         write_jsonl(folder / "d.jsonl", pairs),
         Source(write_jsonl(folder / "e.jsonl", talks), weight=2.0),
     ]
+
+
+def written(records: list[dict[str, Any]], path: Path) -> str:
+    """A file or folder of records, by its suffix; a table has ``Json()`` where their types differ."""
+    if path.suffix == ".jsonl":
+        return write_jsonl(path, records)
+    names = dict.fromkeys(name for record in records for name in record)
+    filled = [{name: record.get(name) for name in names} for record in records]
+    dataset = Dataset.from_list(filled, on_mixed_types="use_json")
+    dataset.to_parquet(path) if path.suffix else dataset.save_to_disk(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
+def test_a_stream_of_every_format_gives_what_a_table_gives_whatever_comes_first(suffix: str, tmp_path: Path) -> None:
+    sources = [Source(written(records(6), tmp_path / f"both{suffix}"), name="both")]
+    for name in ACCOUNTS:
+        log = [{}, *(record for _, record in records_of(str(LOGS / name)))]
+        path, rating = written(log, (tmp_path / name).with_suffix(suffix)), OPTIONS.get(name)
+        sources.append(Source(path, name=name, rating=rating and rating.rating))
+    options: dict[str, Any] = {"bad_rows": "skip", "max_bad_rows": 1.0, "max_length": 2000}
+    table, stream = (read(*sources, streaming=streaming, **options) for streaming in (False, True))
+    known, [counts], [streamed] = table.train_dataset, table.counts, stream.counts
+    thumbs = {name: (up, used - up) for name, (used, up, *_) in ACCOUNTS.items()}
+    assert counts.by_source == streamed.by_source == {"both": (4, 2), **thumbs}
+    assert [streamed.read, streamed.left_out, streamed.malformed, streamed.formats, streamed.unused] == [
+        counts.read, counts.left_out, counts.malformed, counts.formats, counts.unused
+    ]  # fmt: skip
+    drawn = rows_of(stream).__getitems__(range(len(known)))
+    assert [sample["input_ids"] for sample in drawn] == known["input_ids"][:]
 
 
 @pytest.mark.parametrize("options", [{}, {"balanced_sampling": True}, {"conflicts": "drop"}], ids=str)

@@ -13,7 +13,7 @@ from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.options import Columns, Rating
 from bco_lightning.data.rows import RowFormat
 from bco_lightning.errors import FeedbackRowError
-from tests.unit.made_rows import records_of, row_of
+from tests.unit.made_rows import made, records_of, row_of
 
 CALL = {
     "id": "c1",
@@ -124,8 +124,8 @@ def test_keys_that_a_parquet_file_fills_up_are_gone(tmp_path: Path) -> None:
     assert row.tools == TOOLS
 
 
-@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
-def test_tools_are_a_list_or_its_json_text(tools: Any) -> None:
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), list(map(json.dumps, TOOLS))])
+def test_tools_are_a_list_or_json_text_of_it_or_of_each(tools: Any) -> None:
     assert talk(turn("user"), turn("assistant"), tools=tools).tools == TOOLS
 
 
@@ -165,8 +165,6 @@ def test_names_with_dots_reach_into_objects() -> None:
 def test_with_a_rule_that_names_a_column_no_label_is_needed() -> None:
     options = RowFormat(rating=Rating("stars", up=4, down=3))
     assert row_of({"prompt": "a", "completion": "b", "stars": 5}, options).thumbs_up is True
-    with pytest.raises(FeedbackRowError, match="expected a column 'label', found 'prompt', 'completion', 'stars'"):
-        row_of({"prompt": "a", "completion": "b", "stars": 5})
 
 
 @pytest.mark.parametrize(
@@ -192,10 +190,52 @@ def test_no_error_holds_the_text_of_a_message() -> None:
     malformed: list[list[dict[str, Any]]] = [
         [turn(secret, "x"), turn("assistant")],
         [turn("user", [{"type": secret}]), turn("assistant")],
-        [turn("user", [secret, {"text": secret}]), turn("assistant")],
+        [turn("user", [secret, {"type": "x", "text": secret}]), turn("assistant")],
         [turn("user"), turn("assistant", None, tool_calls=[secret])],
     ]
     for messages in malformed:
         with pytest.raises(FeedbackRowError) as caught:
             row_of({"messages": messages, "label": True}, RowFormat("unpaired"))
         assert secret not in str(caught.value)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("record", [
+    {"prompt": "a", "completion": "b"},
+    {"prompt": [turn("user", "a")], "completion": "b"},
+    {"messages": [turn("user", "a"), turn("assistant", "b")]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"messages": [{**SYSTEM, "content": " Be brief.\n"}, turn("user", "a"), turn("assistant", "b")]},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"chosen": [turn("user", "a"), turn("assistant", "b")], "rejected": [turn("user", "a"), turn("assistant", "c")]},
+], ids=["texts", "messages", "conversation", "ShareGPT", "the same one", "pair", "pair of two"])  # fmt: skip
+def test_a_system_prompt_in_a_column_leads_the_messages(name: str, record: dict[str, Any]) -> None:
+    for system in ("Be brief.", [SYSTEM], json.dumps([SYSTEM])):
+        for row in made({**record, name: system, **({} if "chosen" in record else {"label": 1})}):
+            assert isinstance(row, FeedbackRow)
+            assert [(message["role"], message["content"].strip()) for message in row.prompt] == [
+                ("system", "Be brief."), ("user", "a")
+            ]  # fmt: skip
+
+
+@pytest.mark.parametrize("system", [None, "", " ", []])
+def test_no_system_prompt_in_a_column_is_none(system: Any) -> None:
+    assert talk(turn("user"), turn("assistant"), system=system).prompt == [turn("user")]
+
+
+@pytest.mark.parametrize(("system", "error"), [
+    ("Be kind.", "expected in 'system' the system prompt of the messages, found another one. Keep one, or set"),
+    ([turn("user")], "expected in 'system' the system prompt of the messages, found another one"),
+    (7, "'system' must be text or a list of chat messages, found a value of type int"),
+])  # fmt: skip
+def test_another_system_prompt_than_that_of_the_messages_is_refused(system: Any, error: str) -> None:
+    with pytest.raises(FeedbackRowError, match=error):
+        talk(SYSTEM, turn("user"), turn("assistant"), system=system)
+
+
+def test_the_column_of_the_system_prompt_can_be_renamed() -> None:
+    record = {"prompt": "a", "completion": "b", "label": 1, "system": 7, "told": "Be brief."}
+    assert row_of(record, RowFormat(columns=Columns(system="told"))).prompt[0] == SYSTEM

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bco_lightning.batch import LeftOut
+from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.errors import FeedbackRowError
 
 NUM_PLACES = 3
@@ -44,6 +45,7 @@ class RowCounts:
     malformed: Counted = field(default_factory=Counted)
     by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)  # of a source, the names of columns that no row is made of
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RowCounts:
@@ -87,7 +89,7 @@ class RowCounts:
 
     def add(self, others: RowCounts) -> None:
         """Adds such rows, and what else is known of how the sources were read."""
-        self.formats, self.read = others.formats, self.read + others.read
+        self.formats, self.unused, self.read = others.formats, others.unused, self.read + others.read
         self.malformed.take(others.malformed.count, others.malformed.places)
         for reason, counted in others.left_out.items():
             self.left_out.setdefault(reason, Counted()).take(counted.count, counted.places)
@@ -103,6 +105,11 @@ class RowCounts:
         if len(self.by_source) > 1 or set(self.formats.values()) - {"unpaired"}:
             for name, (up, down) in self.by_source.items():
                 text += f"\n  {name}: {up} up, {down} down, read as {self.formats.get(name, 'unknown')}"
+        for name, (up, down) in self.by_source.items():
+            if up and not down and NO_FEEDBACK in self.left_out:
+                text += f"\n  every thumb of {name} is up: perhaps its export leaves out scores of 0 (Langfuse's did)"
+        for name, columns in self.unused.items():
+            text += f"\n  not used: {columns} (columns of {name})"
         for reason, counted in self.left_out.items():
             text += f"\n  {counted.count} left out: {reason} ({counted})"
         if self.malformed.count:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.options import Rating
-from bco_lightning.data.values import MISSING, Record, shown, value_at
+from bco_lightning.data.values import Record, is_blank, plain_number, shown, value_at
 from bco_lightning.errors import FeedbackRowError
 
 NO_FEEDBACK = "no feedback"
@@ -22,9 +22,10 @@ def _word(label: Any) -> Any:
     return type(label), label  # as True == 1 == 1.0 in Python
 
 
-_PAIRS = ((True, False), (1, 0), (1, -1), ("up", "down"), ("true", "false"), ("👍", "👎"))  # thumbs-up, thumbs-down
+_PAIRS = ((True, False), (1, 0), (1, -1), ("up", "down"), ("true", "false"),  # thumbs-up, thumbs-down
+          ("True", "False"), ("TRUE", "FALSE"), ("👍", "👎"))  # fmt: skip
 _VOCABULARIES = [{_word(up): True, _word(down): False} for up, down in _PAIRS]
-_CHOICES = 'true/false, 1/0, 1/-1, "up"/"down", "true"/"false" or "👍"/"👎"'
+_CHOICES = 'true/false, 1/0, 1/-1, "up"/"down", "true"/"false", "True"/"False" or "👍"/"👎"'
 
 
 class LabelVocabulary:
@@ -42,6 +43,9 @@ class LabelVocabulary:
         """Whether a label is a thumbs-up, or that its row is left out; an error if the source cannot say such a one."""
         if self.thumbs is not None:
             return self._mapped(self.thumbs, label, place)
+        if is_blank(label):
+            return LeftOut(place, NO_FEEDBACK)
+        label = plain_number(label)
         word = _word(label) if isinstance(label, (bool, int, float, str)) else None
         matching = [vocabulary for vocabulary in self.candidates if word in vocabulary]
         if not matching:
@@ -52,11 +56,14 @@ class LabelVocabulary:
         return matching[0][word]
 
     def _mapped(self, thumbs: Mapping[str, str], label: Any, place: str) -> bool | LeftOut:
-        written = json.dumps(label) if label is None or isinstance(label, (bool, int, float)) else label
-        if not isinstance(written, str) or written not in thumbs:
-            known = ", ".join(shown(word) for word in thumbs)
-            raise FeedbackRowError(place, f"label must be one of data.columns.thumbs ({known}), found {shown(label)}.")
-        return LeftOut(place, DROPPED_LABEL) if thumbs[written] == "drop" else thumbs[written] == "up"
+        for word in (label, plain_number(label)):
+            written = json.dumps(word) if word is None or isinstance(word, (bool, int, float)) else word
+            if isinstance(written, str) and written in thumbs:
+                return LeftOut(place, DROPPED_LABEL) if thumbs[written] == "drop" else thumbs[written] == "up"
+        if is_blank(label):
+            return LeftOut(place, NO_FEEDBACK)
+        known = ", ".join(shown(word) for word in thumbs)
+        raise FeedbackRowError(place, f"label must be one of data.columns.thumbs ({known}), found {shown(label)}.")
 
     def _unknown(self, label: Any, word: Any, place: str) -> FeedbackRowError:
         if any(word in vocabulary for vocabulary in _VOCABULARIES):
@@ -75,18 +82,15 @@ class LabelVocabulary:
 
 
 def thumb_by_rule(rule: Rating, ratings: Record, column: str, place: str) -> bool | LeftOut:
-    """Whether the rule calls a row thumbs-up, or that it is left out; null or an empty cell is no feedback.
+    """Whether the rule calls a row thumbs-up, or that it is left out; none, null or an empty cell is no feedback.
 
     Of all ratings of the row, it goes by the one that the rule names, else by ``column``.
     """
     if rule.untouched and all(value_at(ratings, name) == value for name, value in rule.untouched.items()):
         return LeftOut(place, UNTOUCHED)
     name = rule.column or column
-    value = value_at(ratings, name, MISSING)
-    if value is MISSING:
-        found = f"expected a rating {name!r}, found none."
-        raise FeedbackRowError(place, found, "Name the column by data.rating.column.")
-    if value is None or (isinstance(value, str) and not value.strip()):
+    value = value_at(ratings, name)
+    if is_blank(value):
         return LeftOut(place, NO_FEEDBACK)
     # Comparing is exact, where math.isfinite fails on an integer beyond all floats.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 from bco_lightning.batch import Message
-from bco_lightning.data.values import add_texts, shown, unpacked, without_nulls
+from bco_lightning.data.values import add_texts, keys_of, objects_in, shown, unpacked, without_nulls
 from bco_lightning.errors import FeedbackRowError
 
 # Limits of a row, so that a single one cannot stall the start: about 250,000 tokens of English, and some 0.2 seconds of
@@ -17,9 +18,18 @@ MAX_ROW_CHARACTERS = 1_000_000
 MAX_ROW_MESSAGES = 500
 
 ROLES = ("system", "user", "assistant", "tool")
-# Beside OpenAI's names, its later one for system, and those of the ShareGPT layout ({"from": "human", "value": ...}).
-_ROLE_OF = {**{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant"}
-_TEXT_PARTS = ("text", "input_text", "output_text")
+# Beside OpenAI's names of now, its others, and those of ShareGPT ({"from": "human", "value": ...}), Gemini and Llama 3.
+_ROLE_OF = {
+    **{role: role for role in ROLES}, "developer": "system", "human": "user", "gpt": "assistant", "model": "assistant",
+    "ai": "assistant", "bot": "assistant", "chatbot": "assistant", "prompter": "user", "function": "tool",
+    "observation": "tool", "ipython": "tool", "tool_response": "tool", "function_response": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # ShareGPT's name for the assistant where it says the JSON of a function call
+_TEXT_PARTS = ("text", "input_text", "output_text", None)
+# Messages that were meant to be written as JSON: cut off, or as Python prints them.
+_LIKE_MESSAGES = re.compile(
+    rf"""\s*\[\s*\{{(?=.*['"](?:role|from)['"]\s*:\s*['"](?:{"|".join(_ROLE_OF)})['"])""", re.DOTALL
+)
 _MAY_BE_EMPTY = ("system", "tool")
 
 
@@ -30,6 +40,7 @@ def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Messa
     ``reasoning_content``, are left for the chat template. Keys without a value, with which a Parquet file fills up, are
     gone; the arguments of a tool call are an object where they were the JSON text of one.
     """
+    value = [value] if _is_message(value) else value
     if role and isinstance(value, str):
         value = [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
@@ -38,6 +49,20 @@ def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Messa
         found = "nothing (null)" if value is None else found
         raise FeedbackRowError(place, f"{name!r} must be {form}, found {found}.")
     return [_message(message, number, name, place) for number, message in enumerate(value, 1)]
+
+
+def out_of_text(value: Any, name: str, place: str) -> Any:
+    """The messages of a text that holds them as JSON, as a CSV has them; any other text, or what is none, as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    found = unpacked(value.strip())
+    messages = [unpacked(part) for part in found] if isinstance(found, list) else [found]
+    if messages and all(map(_is_message, messages)):
+        return messages
+    if found == value.strip() and _LIKE_MESSAGES.match(value):
+        problem = f"{name!r} must hold messages as JSON, found them cut off or written in another way."
+        raise FeedbackRowError(place, problem, "Write them by json.dumps, and whole.")
+    return value
 
 
 def at_rated_turn(messages: list[Message], name: str, place: str) -> tuple[list[Message], list[Message], int]:
@@ -100,33 +125,68 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
+def _is_message(value: Any) -> bool:
+    """Whether something is an object that somebody says something in, whatever the role is called."""
+    if not isinstance(value, dict):
+        return False
+    speaker = value.get("role", value.get("from"))
+    return isinstance(speaker, str) and not value.keys().isdisjoint(("content", "value", "tool_calls", "parts"))
+
+
 def _message(message: Any, number: int, name: str, place: str) -> Message:
-    said, role = message, None
-    if isinstance(message, dict):
-        if "role" not in message and "from" in message:
-            message = {"role": message["from"], "content": message.get("value")}
-        plain = len(message) == 2 and isinstance(message.get("content"), str)
-        said = message if plain else _with_text(without_nulls(message), f"message {number} of {name!r}", place)
-        role = _ROLE_OF.get(role) if isinstance(role := said.get("role"), str) else None
-    if role is None or not isinstance(said.get("content"), str):
-        expected = f"must have a text 'content' and a 'role' out of {', '.join(ROLES)}."
-        raise FeedbackRowError(place, f"message {number} of {name!r} {expected}")
+    def error(found: str) -> FeedbackRowError:
+        return FeedbackRowError(place, f"message {number} of {name!r} must {found}.")
+
+    if isinstance(message, str):  # as `datasets` stores a list of its Json()
+        message = unpacked(message)
+    if not isinstance(message, dict):
+        raise error(f"be an object with 'role' and 'content', found {shown(message)}")
+    if "role" not in message and "from" in message:
+        message = {"role": message["from"], "content": message.get("value")}
+    given = message.get("role")
+    role = _ROLE_OF.get(given) or _ROLE_OF.get(given.lower()) if isinstance(given, str) else None
+    if role is None:
+        if given not in _CALLS:
+            found = shown(given) if "role" in message else f"the keys {keys_of(message)}"
+            raise error(f"have a 'role' out of {', '.join(ROLES)}, or what others call these, found {found}")
+        calls = unpacked(message.get("content"))
+        calls = calls if isinstance(calls, list) else [calls]
+        role, message = "assistant", {**message, "content": None, "tool_calls": calls}
+    said, content = message, message.get("content")
+    if len(message) > 2 or not isinstance(content, str) or content.startswith("[{"):
+        said = _with_text(without_nulls(message), role, f"message {number} of {name!r}", place)
+    if not isinstance(said.get("content"), str):
+        raise error(f"have a text 'content', found {shown(said['content']) if 'content' in said else 'none'}")
     if not said["content"].strip() and role not in _MAY_BE_EMPTY and not said.get("tool_calls"):
         found = f"{name!r} must hold text, found nothing but white space."
         raise FeedbackRowError(place, found, "Remove or complete the row.")
     return {**said, "role": role}
 
 
-def _with_text(message: Message, where: str, place: str) -> Message:
+def _with_text(message: Message, role: str, where: str, place: str) -> Message:
     """The message with one text as its content, and with checked tool calls."""
-    if isinstance(message.get("content"), list):
-        message["content"] = "".join(_text_of(part, where, place) for part in message["content"])
+    if "parts" in message and "content" not in message:
+        message["content"] = message.pop("parts")  # Gemini's
+    content = message.get("content")
+    parts = unpacked(content)
+    if isinstance(content, str) and isinstance(parts, list):  # or the text of a list that is none of parts
+        content = parts if all(objects_in([part]) and part.keys() == {"type", "text"} for part in parts) else content
+    if isinstance(content, dict):  # one part, or what a function gave
+        is_part = role != "tool" or content.keys() <= {"type", "text"}
+        content = [content] if is_part else json.dumps(content, ensure_ascii=False)
+    if isinstance(content, list):
+        content = "".join(_text_of(part, where, place) for part in content)
+    if content is not None:
+        message["content"] = content
+    if "function_call" in message and "tool_calls" not in message:
+        message["tool_calls"] = [unpacked(message.pop("function_call"))]  # OpenAI's before there were several
     if "tool_calls" not in message:
         return message
-    calls = message.pop("tool_calls")
+    calls = unpacked(message.pop("tool_calls"))
+    calls = [unpacked(call) for call in calls] if isinstance(calls, list) else calls
     if not isinstance(calls, list) or not all(isinstance(_function_of(call).get("name"), str) for call in calls):
         raise FeedbackRowError(place, f"{where} must have a list of function calls as 'tool_calls'.")
-    if calls and message.get("role") != "assistant":
+    if calls and role != "assistant":
         raise FeedbackRowError(place, f"{where} must be the assistant's, as it has 'tool_calls'.")
     return {"content": "", **message, "tool_calls": list(map(_with_object, calls))} if calls else message
 
@@ -134,10 +194,10 @@ def _with_text(message: Message, where: str, place: str) -> Message:
 def _text_of(part: Any, where: str, place: str) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = part.get("type") if isinstance(part, dict) else ""
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
-    found = f"one of type {shown(kind)}" if isinstance(kind, str) else shown(part)
+    found = f"one of type {shown(kind)}" if kind and isinstance(kind, str) else shown(part)
     raise FeedbackRowError(place, f"{where} must have text parts as its content, found {found}.", "Remove the row.")
 
 

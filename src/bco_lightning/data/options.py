@@ -42,6 +42,11 @@ class Columns(Options):
         "The better answer of a pair: text, a list of chat messages, or a whole conversation.", default="chosen"
     )
     rejected: str = option("The worse answer of a pair, in the same form.", default="rejected")
+    system: str = option(
+        "The system prompt, where it stands beside the messages; under its usual name, ``system_prompt`` is taken as "
+        "well; optional.",
+        default="system",
+    )
     tools: str = option(
         "JSON schemas of the functions that the assistant could call, a list or the JSON text of one; optional.",
         default="tools",

@@ -26,6 +26,7 @@ from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.data.stream import PlaceTable, RowPlace, StreamRows
 from bco_lightning.data.table import Array, RowTable, held_out_prompts
 from bco_lightning.data.tokenize import RowTokenizer
+from bco_lightning.data.values import keys_of
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.identity import digest_of_code, digest_of_tokenizer, digest_of_values
 
@@ -150,9 +151,12 @@ class RowReader:
                         if self._options.bad_rows == "strict":
                             raise row
                         malformed = malformed or [row]
+            maker.check_rated()
             if len(log) + others.read == before:
                 raise FeedbackRowError(public_name(source.path), "expected at least one row, found none.")
             others.formats[source.label] = maker.format or "auto"
+            if maker.unused:
+                others.unused[source.label] = keys_of(maker.unused)
         bad, read, share = others.malformed, len(log) + others.read, self._options.max_bad_rows
         if bad.count > share * read:
             raise FeedbackRowError(

@@ -8,10 +8,11 @@ from typing import TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
-from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat
-from bco_lightning.data.labels import LabelVocabulary, thumb_by_rule
+from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat, system_column
+from bco_lightning.data.formats.unpaired import columns_of
+from bco_lightning.data.labels import NO_FEEDBACK, LabelVocabulary, thumb_by_rule
 from bco_lightning.data.records.csv_rows import Cells, number_in, thumb_in
-from bco_lightning.data.values import Record
+from bco_lightning.data.values import MISSING, Record, keys_of, value_at
 from bco_lightning.errors import FeedbackRowError
 
 __all__ = ["RatedRow", "RowFormat", "RowMaker"]
@@ -19,6 +20,7 @@ __all__ = ["RatedRow", "RowFormat", "RowMaker"]
 RatedRow = FeedbackRow | LeftOut | FeedbackRowError
 # Records without the marks of any format that may come before the first with some.
 _MOST_UNCLEAR = 100
+_MOST_NAMES = 1000
 _Place = TypeVar("_Place")
 _Records = Iterator[tuple[_Place, Record | FeedbackRowError]]
 
@@ -37,6 +39,10 @@ class RowMaker:
         self.options, self.labelled = options, labelled
         self.format: str | None = options.format if options.format in FORMATS else None
         self.labels = LabelVocabulary(options.columns.thumbs)
+        self.unused: list[str] = []  # columns that hold something which no row is made of
+        self._settled: set[str] = set()  # these, and those that are used
+        self._unrated: Candidate | None = None  # the first row without the column that rates it
+        self._found_rating = False
 
     @property
     def cells(self) -> Cells:
@@ -46,20 +52,39 @@ class RowMaker:
         return {**({} if columns.thumbs else {columns.label: thumb_in}), **dict.fromkeys(rated, number_in)}
 
     def learn(self, records: _Records[_Place]) -> _Records[_Place]:
-        """Finds out the format, where it is ``auto``, by the first record that looks like one; gives all records."""
+        """Finds out the format, where it is ``auto``, by the first record that tells; gives all records.
+
+        One that is malformed, empty or a row without any rating may be of another format, too.
+        """
         seen: list[tuple[_Place, Record | FeedbackRowError]] = []
         while self.format is None and len(seen) <= _MOST_UNCLEAR and (item := next(records, None)) is not None:
             seen.append(item)
-            # A first record that is malformed says nothing about the others.
             if not isinstance(item[1], FeedbackRowError):
-                self.format = format_of(item[1], self.options.columns)
+                found = format_of(item[1], self.options.columns)
+                rated = value_at(item[1], self._rating) is not None
+                self.format = found if found != "unpaired" or rated else None
         self.format = self.format or "unpaired"
         return chain(seen, records)
+
+    @property
+    def _rating(self) -> str:
+        rule = self.options.rating
+        return (rule and rule.column) or self.options.columns.label
+
+    def check_rated(self) -> None:
+        """Raises a FeedbackRowError if no row had the column that rates it; some may."""
+        if self._unrated is not None and not self._found_rating:
+            kind, ratings = "rating" if self.options.rating else "column", self._unrated.ratings
+            found = f"expected a {kind} {self._rating!r}, found {keys_of(ratings)}."
+            remedy = "Name the column by data.rating.column, or by data.columns.label where there is no rule."
+            raise FeedbackRowError(self._unrated.row.place, found, remedy)
 
     def rows(self, record: Record, place: str) -> list[RatedRow]:
         """The rows of one record, each with its thumb; what is malformed comes as an error, and nothing after it."""
         rows: list[RatedRow] = []
         origin = Origin(place, self.options, self.labelled)
+        if len(self._settled) < _MOST_NAMES and not self._settled.issuperset(record):
+            self._settle(record)
         try:
             for item in FORMATS[self.format or "unpaired"].candidates(record, origin):
                 rows.append(self._rated(item) if isinstance(item, Candidate) else item)
@@ -67,12 +92,33 @@ class RowMaker:
             rows.append(error.without_cause())
         return rows
 
+    def _settle(self, record: Record) -> None:
+        """Finds out which columns of a record no row is made of, in the formats that are not of one tool's export."""
+        new = [name for name in record if name not in self._settled and record[name] not in (None, "", [], {})]
+        self._settled.update(new)
+        if new and self.format in ("unpaired", "paired"):
+            columns, rule = self.options.columns, self.options.rating
+            completion, conversation = columns_of(record, columns)
+            used = [conversation] if conversation else [columns.prompt, completion]
+            used = (
+                [columns.prompt, columns.chosen, columns.rejected] if self.format == "paired" else [*used, self._rating]
+            )
+            used += [columns.tools, columns.template_options, system_column(record, columns)]
+            used += rule.untouched if rule else ()
+            known = {name if name in record else name.partition(".")[0] for name in used}
+            self.unused += [name for name in new if name not in known]
+
     def _rated(self, candidate: Candidate) -> FeedbackRow | LeftOut:
         row, rule = candidate.row, self.options.rating
         if not self.labelled or row.thumbs_up is not None:
             return row
+        label = candidate.label if rule is None else value_at(candidate.ratings, self._rating, MISSING)
+        if label is MISSING:  # who rates some of all answers may leave it out
+            self._unrated = self._unrated or candidate
+            return LeftOut(row.place, NO_FEEDBACK)
+        self._found_rating = True
         if rule is None:
-            thumb = self.labels.thumbs_up(candidate.label, row.place)
+            thumb = self.labels.thumbs_up(label, row.place)
         else:
             thumb = thumb_by_rule(rule, candidate.ratings, self.options.columns.label, row.place)
         if isinstance(thumb, LeftOut):

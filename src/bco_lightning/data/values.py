@@ -63,6 +63,16 @@ def objects_in(value: Any) -> list[Record]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
+def plain_number(value: Any) -> Any:
+    """A whole number as an integer: thumbs that went through a column of floating-point numbers are 1.0 and 0.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def is_blank(value: Any) -> bool:
+    """Whether nothing was given: null, or a text without any."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def without_nulls(value: Any, depth: int = 0) -> Any:
     """The same value without the keys that have none; what is nested too deeply for a message is left as it is."""
     if depth > MAX_DEPTH:

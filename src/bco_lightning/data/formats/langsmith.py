@@ -37,7 +37,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
     make_row = partial(traced_row, record, ("inputs", "outputs"), origin, tools)
     for item in rated_by(_scores(record, origin), make_row, origin):
         label = item.label if isinstance(item, Candidate) else None
-        is_mean = origin.options.rating is None and isinstance(label, float) and "feedback" not in record
+        is_mean = origin.options.rating is None and isinstance(label, float) and record.get("feedback") is None
         yield origin.left_out(MIXED) if label is _SEVERAL or is_mean else item
 
 

@@ -18,10 +18,9 @@ from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.formats.record_format import WITH_IMAGE, Candidate, Origin, Rows
-from bco_lightning.data.formats.scores import plain_number
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record, objects_in, value_at
+from bco_lightning.data.values import Record, objects_in, plain_number, value_at
 
 NO_SNAPSHOT = "no snapshot of the chat"
 NOT_IN_SNAPSHOT = "rated message is not in the snapshot"

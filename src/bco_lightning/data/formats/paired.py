@@ -7,6 +7,7 @@ from typing import Any
 
 from bco_lightning.batch import Message
 from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
+from bco_lightning.data.messages import out_of_text
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError
@@ -70,7 +71,7 @@ def _said_before(given: Any, shared: list[Message], origin: Origin) -> list[Mess
     contents = {message["content"].strip() for message in shared}
     if all(message["content"].strip() in contents for message in before):
         return []
-    if isinstance(given, str):
+    if isinstance(out_of_text(given, name, origin.place), str):
         raise origin.error(
             f"expected {name!r} to be a message of both conversations, found another text.",
             "Set data.columns.prompt to a name that no column has, if the conversations are whole.",

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.messages import check_size, messages_in
+from bco_lightning.data.messages import check_size, messages_in, out_of_text
 from bco_lightning.data.options import Columns, FormatName, LossOn, Rating
-from bco_lightning.data.values import MISSING, Record, from_json_text, keys_of, shown, value_at, without_nulls
+from bco_lightning.data.values import MISSING, Record, from_json_text, keys_of, shown, unpacked, value_at, without_nulls
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 NO_ANSWER = "no answer that holds text"
@@ -82,6 +82,7 @@ class Origin:
 
     def messages(self, value: Any, name: str, role: str = "") -> list[Message]:
         """The messages in a column; see :func:`~bco_lightning.data.messages.messages_in`."""
+        value = out_of_text(value, name, self.place)
         if role and isinstance(value, str) and value and not value.isspace():
             return [{"role": role, "content": value}]
         return messages_in(value, name, self.place, role)
@@ -91,8 +92,10 @@ class Origin:
     ) -> FeedbackRow:
         """A row without a thumb, of messages that are valid each for itself; an error if they are not as a whole.
 
-        Tools and options of the template stand in ``record``, if there are any.
+        System prompt, tools and options of the template stand in ``record``, if there are any.
         """
+        system = value_at(record, name := system_column(record, self.columns)) if record else None
+        prompt = self._with_system(prompt, system, name) if system and str(system).strip() else prompt
         if self.options.loss_on == "all_turns":
             # One at the end is no answer yet: the completion goes on with it.
             answers = (at for at, message in enumerate(prompt[:-1]) if at and message["role"] == "assistant")
@@ -106,6 +109,7 @@ class Origin:
                 f"first by {completion[0]['role']}, the last by {completion[-1]['role']}."
             )
         tools = self._given(record, self.columns.tools)
+        tools = list(map(unpacked, tools)) if isinstance(tools, list) else tools
         if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise self.error(f"{self.columns.tools!r} must be a list of JSON schemas, found {shown(tools)}.")
         told = self._given(record, self.columns.template_options) or {}
@@ -125,6 +129,17 @@ class Origin:
             return self.left_out(SECOND_ANSWER)
         return self.row(self.messages(prompt, name), self.messages([answer], name))
 
+    def _with_system(self, prompt: list[Message], system: Any, column: str) -> list[Message]:
+        """The messages after the system prompt of a column, unless they hold it already."""
+        said = self.messages(system, column, "system")
+        known = [message["content"].strip() for message in prompt if message["role"] == "system"]
+        if not known and all(message["role"] == "system" for message in said):
+            return said + prompt
+        if [message["content"].strip() for message in said] == known:
+            return prompt
+        found = f"expected in {column!r} the system prompt of the messages, found another one."
+        raise self.error(found, "Keep one, or set data.columns.system to a name that no column has.")
+
     def _check_template_options(self, options: Any) -> None:
         column = self.columns.template_options
         if not isinstance(options, dict):
@@ -137,3 +152,9 @@ class Origin:
     def _given(self, record: Record | None, column: str) -> Any:
         given = value_at(record, column) if record else None
         return without_nulls(from_json_text(given, column, self.place)) if given else None
+
+
+def system_column(record: Record, columns: Columns) -> str:
+    """The column with the system prompt."""
+    usual = columns.system == "system" and "system" not in record and "system_prompt" in record
+    return "system_prompt" if usual else columns.system

@@ -9,7 +9,7 @@ from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record, keys_of, objects_in
+from bco_lightning.data.values import Record, keys_of, objects_in, plain_number
 
 # What the documentation of Langfuse and LangSmith call the score of a user's thumb.
 USUAL_NAMES = (Columns().label, "user-feedback", "user_feedback", "user-score", "user_score")
@@ -44,11 +44,6 @@ def rated_by(
             ratings = {name: of[str(user)] for name, of in by_user.items() if str(user) in of} | {chosen: value}
         label = plain_number(value)
         yield Candidate(row, label, {**ratings, origin.columns.label: label})
-
-
-def plain_number(value: Any) -> Any:
-    """A whole number as an integer: thumbs that went through a column of floating-point numbers are 1.0 and 0.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def by_name(entries: list[Any], name: str, value: Callable[[Record], Any]) -> dict[str, list[Any]]:

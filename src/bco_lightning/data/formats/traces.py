@@ -13,6 +13,7 @@ from bco_lightning.data.values import Record, keys_of, objects_in, shown, unpack
 _ROLE_OF = {
     "HumanMessage": "user", "AIMessage": "assistant", "SystemMessage": "system", "ToolMessage": "tool",
     "human": "user", "ai": "assistant", "system": "system", "tool": "tool",
+    "FunctionMessage": "tool", "function": "tool",
 }  # fmt: skip
 _HISTORY = ("chat_history", "history")
 # Parts of a content, by OpenAI's two interfaces, Anthropic and LangChain.
@@ -93,7 +94,7 @@ def _in_openai_form(message: Any) -> Any:
     if isinstance(content, list):  # where the calls stand once more
         content = [part for part in content if not isinstance(part, dict) or part.get("type") != "tool_use"]
     converted = {
-        "role": _ROLE_OF.get(kind, body.get("role")),
+        "role": _ROLE_OF.get(kind, body.get("role", kind)),
         "content": content,
         "tool_calls": [_call_in_openai_form(call) for call in calls] if isinstance(calls, list) else calls,
         "tool_call_id": body.get("tool_call_id"),

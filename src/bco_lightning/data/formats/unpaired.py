@@ -6,32 +6,31 @@ from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.messages import at_rated_turn
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record, from_json_text, value_at
+from bco_lightning.data.values import MISSING, Record, from_json_text, value_at
 
 _USUAL_NAMES = ("messages", "conversation", "conversations", "chat")
 
 
 def matches(record: Record, columns: Columns) -> bool:
     """Whether there is a completion or a conversation."""
-    completion, conversation = _columns_of(record, columns)
+    completion, conversation = columns_of(record, columns)
     if value_at(record, completion) is not None:
         return True
     messages = value_at(record, conversation) if conversation else None
+    # The JSON text of one or of each message is as good; an empty list tells nothing.
     return isinstance(messages, str) or (
-        isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        isinstance(messages, list) and bool(messages) and all(isinstance(part, (dict, str)) for part in messages)
     )
 
 
 def candidates(record: Record, origin: Origin) -> Rows:
     """The row; every column of the record is a rating that a rule can name."""
-    row, label = unrated_row(record, origin), origin.columns.label
-    needed = origin.labelled and origin.options.rating is None
-    yield Candidate(row, origin.required(record, label) if needed else value_at(record, label), record)
+    yield Candidate(unrated_row(record, origin), value_at(record, origin.columns.label, MISSING), record)
 
 
 def unrated_row(record: Record, origin: Origin) -> FeedbackRow:
     """The row of a record in columns, whatever holds its conversation."""
-    name, conversation = _columns_of(record, origin.columns)
+    name, conversation = columns_of(record, origin.columns)
     if conversation is None:
         column = origin.columns.prompt
         prompt = origin.messages(origin.required(record, column), column, "user")
@@ -42,7 +41,7 @@ def unrated_row(record: Record, origin: Origin) -> FeedbackRow:
     return origin.row(prompt, completion, record, num_trailing)
 
 
-def _columns_of(record: Record, columns: Columns) -> tuple[str, str | None]:
+def columns_of(record: Record, columns: Columns) -> tuple[str, str | None]:
     """The column with the completion, and that with a whole conversation if the row stands in one."""
     # HelpSteer2 and others call it ``response``.
     usual = columns.completion == "completion" and "completion" not in record and "response" in record

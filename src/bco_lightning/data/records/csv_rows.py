@@ -27,6 +27,7 @@ from bco_lightning.errors import FeedbackRowError
 Cells = Mapping[str, Callable[[str], Any]]
 # CSV has no types; these cells are what spreadsheets and pandas write for numbers and booleans.
 _THUMBS = {"1": 1, "0": 0, "-1": -1, "True": True, "False": False, "TRUE": True, "FALSE": False}
+_THUMBS |= {"1.0": 1, "0.0": 0, "-1.0": -1}  # of integers beside gaps
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _SURROGATE, _NUL = re.compile("[\ud800-\udfff]"), "\udc00"
 

@@ -140,3 +140,4 @@ def _refuse_constant(name: str) -> NoReturn:
 _STRICT = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_float=_finite, parse_constant=_refuse_constant
 )
+parse_value = _STRICT.decode  # raises a ValueError or RecursionError for a text that is no JSON

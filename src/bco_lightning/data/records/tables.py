@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, size_of
 from bco_lightning.data.records.record_file import Block, Place, Read, RecordFile, SeekableFile
-from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, TOO_LONG, not_utf8
+from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, TOO_LONG, not_utf8, parse_value
 from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.places import resolve_packaged
@@ -120,9 +120,9 @@ def whole(place: str | Callable[[], str], kind: str) -> Iterator[None]:
 
 
 def _records_of(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRowError]:
-    with suppress(ValueError, ArithmeticError):  # which are told of single rows
+    with suppress(ValueError, ArithmeticError, RecursionError):  # which are told of single rows
         if batch.nbytes <= MAX_LINE_BYTES:
-            return batch.to_pylist()  # type: ignore[no-any-return]
+            return _values_of(batch)
     return [_record_of(batch.slice(at, 1), f"{name}:{before + at + 1}") for at in range(len(batch))]
 
 
@@ -131,13 +131,32 @@ def _record_of(row: Any, place: str) -> Record | FeedbackRowError:
     if row.nbytes > MAX_LINE_BYTES:
         return FeedbackRowError(place, TOO_LONG)
     try:
-        [record] = row.to_pylist()
+        [record] = _values_of(row)
     except UnicodeDecodeError as error:
         return not_utf8(place, f"byte 0x{error.object[error.start]:02x}")
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, RecursionError) as error:
         found = f"one that it cannot ({type(error).__name__})"
         return FeedbackRowError(place, f"expected values that Python can hold, found {found}.")
-    return record  # type: ignore[no-any-return]
+    return record
+
+
+def _values_of(rows: Any) -> list[Record]:
+    records: list[Record] = rows.to_pylist()
+    for field in rows.schema:
+        for record in records if "extension<arrow.json>" in str(field.type) else ():
+            record[field.name] = _parsed(record[field.name], field.type)
+    return records
+
+
+def _parsed(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type with the JSON texts in it parsed, as which `datasets` stores its ``Json()``."""
+    from pyarrow import JsonType, types
+
+    if isinstance(kind, JsonType):
+        return value if value is None else parse_value(value)
+    if types.is_struct(kind):
+        return value and {field.name: _parsed(value[field.name], field.type) for field in kind}
+    return value and [_parsed(part, kind.value_type) for part in value] if types.is_list(kind) else value
 
 
 def _in_one_line(error: Exception) -> str:
