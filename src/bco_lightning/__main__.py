@@ -4,6 +4,7 @@ import gc
 import sys
 
 from bco_lightning.cli.help import kept_help
+from bco_lightning.parallel.signals import early
 
 
 def main() -> int:
@@ -12,6 +13,7 @@ def main() -> int:
     if known is not None:
         sys.stdout.write(known)
         return 0
+    early.install()  # imports take seconds
     # Imports make half a million objects that stay; looking through them for garbage again and again takes a fifth of
     # the time to start, and seconds more when the process ends.
     gc.disable()

@@ -62,10 +62,10 @@ class PreemptedError(SystemExit):
     """A run that was asked to stop, and did so at an optimizer-step boundary with everything saved.
 
     As a ``SystemExit`` it ends a script with the status that shells give a signal, 128 plus its number, and prints no
-    traceback. It tells the signal, the optimizer steps done, and where the state is.
+    traceback. It tells the signal, the optimizer steps done, and where the state is; nothing if no step was under way.
     """
 
-    def __init__(self, signal_number: int, step: int, checkpoint: str) -> None:
+    def __init__(self, signal_number: int, step: int = 0, checkpoint: str = "") -> None:
         super().__init__(128 + signal_number)
         self.signal_number, self.step, self.checkpoint = signal_number, step, checkpoint
 

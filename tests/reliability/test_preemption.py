@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import stat
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -15,10 +17,15 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from bco_lightning import __main__ as command_line
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpoints import newest_verified, read_checkpoint, saved_steps, verify_checkpoint
 from bco_lightning.cli import app as cli
+from bco_lightning.data.row_sets import RowReader
 from bco_lightning.errors import PreemptedError
+from bco_lightning.parallel.signals import StopSignals
+from bco_lightning.reference import column
+from bco_lightning.reference.model import Reference
 from tests.reliability.tiny_run import STEPS, assert_same, make_log, start, tiny_fit, wait
 from tests.trials import Trials
 
@@ -213,6 +220,98 @@ def test_the_command_says_where_it_stopped_and_goes_on(byte_model: str, feedback
     assert "checkpoint: runs/bco/version_0/checkpoints/step-00000003" in said
     assert "after optimizer step 5" in said
     assert not (tmp_path / "runs" / "bco" / "version_1").exists()
+
+
+MOMENTS = ("import", "reading", "reference", "start")
+
+
+class SlowImport:
+    """Says when the command line is about to be imported, and takes its time."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "bco_lightning.cli.app":
+            Path("reached").touch()
+            await_file(Path("sent"))
+
+
+def dawdle(*_: Any, **__: Any) -> None:
+    Path("reached").touch()
+    for _ in range(3000):  # not at a stretch: a signal that comes just before a sleep is heard after it
+        time.sleep(0.02)
+
+
+def fit_before_step_1(model: str, log: str, moment: str) -> None:
+    options = {
+        "model.name_or_path": model, "data.train_files": log, "data.validation_fraction": "0",
+        "data.cache_rows": "false",
+        "trainer.accelerator": "cpu", "trainer.max_steps": "1", "trainer.enable_progress_bar": "false",
+        "model.reference_log_probs": "before", "ckpt_path": "auto",
+    }  # fmt: skip
+    sys.argv = ["bco_lightning", "fit", *(f"--{name}={value}" for name, value in options.items())]
+    if moment == "import":
+        del sys.modules["bco_lightning.cli.app"], sys.modules["bco_lightning.cli"].app
+        sys.meta_path.insert(0, SlowImport())  # type: ignore[arg-type]
+    elif moment == "reading":
+        RowReader._fill = dawdle  # type: ignore[assignment, method-assign]
+    elif moment == "reference":
+        score, column._BATCH_TOKENS = Reference.log_probs, 200
+        passes = iter(range(10**6))
+        Reference.log_probs = lambda *given: dawdle() if next(passes) == 3 else score(*given)  # type: ignore[method-assign, assignment]
+    elif moment == "start":
+
+        class Wait(Callback):
+            on_fit_start = dawdle
+
+        add_to_command(Wait())
+    raise SystemExit(command_line.main())
+
+
+@pytest.mark.promise(
+    "R9", "A signal before the first step ends in words, with its status, and keeps reference log-probs"
+)
+def test_a_signal_before_the_first_step_ends_in_words_and_keeps_what_was_computed(
+    byte_model: str, feedback: str, tmp_path: Path, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\necho "$@" >> asked\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    for trial in trials([(number, moment) for number in SIGNALS for moment in MOMENTS], quick=4):
+        with trial as (number, moment):
+            folder = tmp_path / f"{number.name}-{moment}"
+            monkeypatch.setenv("BCO_CACHE", str(folder / "cache"))
+            run = partial(fit_before_step_1, byte_model, feedback)
+            (process,) = start(run, moment, folder=folder, environment=slurm)
+            await_file(folder / "reached")
+            os.kill(process.pid, number)
+            (folder / "sent").touch()
+            assert wait([process], timeout=20) == [128 + number], (folder / "output.0").read_text()[-2000:]
+            said = (folder / "output.0").read_text()
+            assert f"{number.name}: stopping." in said
+            assert f"Stopped by {number.name} outside of training." in said
+            assert "Traceback" not in said
+            assert (folder / "asked").exists() == (number == signal.SIGUSR1)
+            assert not (folder / "runs").exists()
+            known = list((folder / "cache" / "reference_log_probs").rglob("*.npy"))
+            assert bool(known) == (moment in ("reference", "start"))
+            if moment == "reference":
+                assert wait(start(run, "", folder=folder)) == [0]
+                assert re.search(r"reference log-probs: [1-9]\d? of 96 known", (folder / "output.0").read_text())
+
+
+def test_the_last_of_several_signals_ends_a_command_that_would_swallow_the_first(tmp_path: Path) -> None:
+    heard = StopSignals("stopping")
+    heard.install()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(PreemptedError) as caught:
+            heard.leave_at_once()
+        assert caught.value.code == 128 + signal.SIGUSR1
+        with pytest.raises(PreemptedError):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        heard.remove()
 
 
 def test_handlers_are_put_back_and_a_later_fit_is_not_stopped(byte_model: str, feedback: str, tmp_path: Path) -> None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import re
-import shutil
 import signal
-import subprocess
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -31,8 +26,7 @@ from bco_lightning.identity import random_state, set_random_state
 from bco_lightning.options import at_least
 from bco_lightning.parallel.collectives import by_all, gather_over_ranks, max_over_ranks
 from bco_lightning.parallel.sharding import sharding_of
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from bco_lightning.parallel.signals import STOP_SIGNALS, StopSignals, requeue_slurm_job
 
 
 class RunCheckpoint(Checkpoint, StepCallback):
@@ -77,7 +71,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self._ended = False
         self._saved_at = time.monotonic()
         self._whole: set[Path] = set()
-        self._signals = _StopSignals()
+        self._signals = StopSignals("saving at the end of this optimizer step, then stopping")
         self._progress: dict[str, Any] = {}
         self._accumulation = 1
         self._validation_batches = 0
@@ -114,13 +108,13 @@ class RunCheckpoint(Checkpoint, StepCallback):
     @override
     def numbers_of_step(self, trainer: Trainer, module: Any) -> dict[str, float]:
         due = 0 < self.every_minutes * 60 <= time.monotonic() - self._saved_at
-        asked = {number.name: float(self._signals.received == number) for number in _STOP_SIGNALS}
+        asked = {number.name: float(self._signals.received == number) for number in STOP_SIGNALS}
         return {**asked, "checkpoint is due": float(due)}
 
     @override
     def on_step_end(self, trainer: Trainer, module: Any, summary: StepSummary) -> None:
         self._progress = trainer.fit_loop.state_dict()
-        asked = next((number for number in _STOP_SIGNALS if summary.totals[number.name]), None)
+        asked = next((number for number in STOP_SIGNALS if summary.totals[number.name]), None)
         due, last = summary.totals["checkpoint is due"], summary.step == self._num_steps
         if summary.step % self.every_n_steps == 0 or due or asked or last:
             self._save(trainer)
@@ -249,61 +243,11 @@ class RunCheckpoint(Checkpoint, StepCallback):
 
     def _leave(self, trainer: Trainer, asked: signal.Signals) -> None:
         if asked == signal.SIGUSR1 and trainer.is_global_zero:
-            _requeue_slurm_job()
+            requeue_slurm_job()
         where = str(self.saved or "no checkpoint")
         if self.saved != step_folder(self.folder, trainer.global_step):
             where += " (that of this step could not be written)"
         raise PreemptedError(asked, trainer.global_step, where)
-
-
-class _StopSignals:
-    """Takes note of a signal and does nothing else, so it may come at any moment."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[signal.Signals, Any] = {}
-
-    @property
-    def installed(self) -> bool:
-        return bool(self._before)
-
-    def install(self) -> None:
-        """Has signals come here, if this is the main thread."""
-        self.received = 0
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _STOP_SIGNALS}
-
-    def remove(self) -> None:
-        """Gives signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _note(self, number: int, _: Any) -> None:
-        if not self.received:
-            # os.write, since a signal may come while the same stream is being written to
-            text = f"\n{signal.Signals(number).name}: saving at the end of this optimizer step, then stopping.\n"
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode())
-            self.received = number
-
-
-def _requeue_slurm_job() -> None:
-    """Asks SLURM to start this job again; the same command with ``--ckpt_path auto`` then goes on."""
-    job, array = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_ARRAY_JOB_ID")
-    if array is not None:
-        job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
-    program = shutil.which("scontrol")
-    if job is None:
-        return
-    if program is None or not re.fullmatch(r"\d+(_\d+)?", job):
-        rank_zero_warn(f"SLURM job {job!r}: expected a job number and the program scontrol; it is not requeued.")
-        return
-    done = subprocess.run([program, "requeue", job], check=False)  # noqa: S603
-    if done.returncode:
-        rank_zero_warn(f"scontrol requeue {job} failed with status {done.returncode}.")
-    else:
-        rank_zero_info(f"SLURM job {job} is requeued.")
 
 
 def _recut(progress: dict[str, Any], then: int, now: int) -> None:

@@ -26,6 +26,7 @@ from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
 from bco_lightning.errors import PreemptedError
 from bco_lightning.export import export_checkpoint
 from bco_lightning.parallel.collectives import is_in_a_group
+from bco_lightning.parallel.signals import early, requeue_slurm_job
 
 DEBUG = "--debug"
 _EXPORT = "Write a folder that transformers (merged) or peft (adapter) load."
@@ -60,14 +61,16 @@ def _run(words: list[str]) -> int:
     subprocess_script._launch_process_observer = watch_processes  # type: ignore[attr-defined]
     given, is_first = [word for word in words if word != DEBUG], getattr(rank_zero_only, "rank", 0) == 0
     try:
+        if not early.installed:
+            early.install()
+        early.leave_at_once()
         refuse_secrets(given)
         with keeping_help(given):
             _dispatch(given)
     except PreemptedError as stopped:
-        rank_zero_info(
-            f"Stopped by {signal.Signals(stopped.signal_number).name} after optimizer step {stopped.step}; everything "
-            f"is in {stopped.checkpoint}. The same command with --ckpt_path last goes on."
-        )
+        if not stopped.checkpoint and stopped.signal_number == signal.SIGUSR1 and is_first and given[:1] == ["fit"]:
+            requeue_slurm_job()
+        rank_zero_info(f"Stopped by {signal.Signals(stopped.signal_number).name} {_said_of(stopped)}")
         # Lightning's launcher kills the first process, which may still be at work, when another ends with an error.
         return 128 + stopped.signal_number if is_first else 0
     except SIGTERMException:  # before the first step there is nothing to save
@@ -78,7 +81,16 @@ def _run(words: list[str]) -> int:
         fault = in_words(error)
         print(f"error: {fault or _internal(error)}", file=sys.stderr)
         return 2 if fault else 1
+    finally:
+        early.remove()
     return 0
+
+
+def _said_of(stopped: PreemptedError) -> str:
+    if not stopped.checkpoint:
+        return "outside of training. The same command finds what is saved and what is in the cache folder."
+    said = f"after optimizer step {stopped.step}; everything is in {stopped.checkpoint}."
+    return f"{said} The same command with --ckpt_path last goes on."
 
 
 def _internal(error: Exception) -> str:

@@ -35,11 +35,12 @@ def keeping_help(arguments: Sequence[str]) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(printed):
             yield
-    except SystemExit:
+    except SystemExit as done:
         sys.stdout.write(printed.getvalue())
-        with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(f"{_made_from()}\n{printed.getvalue()}", encoding="utf-8")
+        if not done.code:  # a signal cuts help off
+            with contextlib.suppress(OSError):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_text(f"{_made_from()}\n{printed.getvalue()}", encoding="utf-8")
         raise
 
 

@@ -180,7 +180,11 @@ class KnownLogProbs:
         batches = [(name, rows) for name in self._tables for rows in self._micro_batches(name, by_length=by_length)]
         trainer, written_at = self._trainer, time.monotonic()
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        with tqdm(total=self.num_unknown, desc="reference log-probs", unit="row", disable=not shown) as bar:
+        with (
+            contextlib.ExitStack() as leaving,
+            tqdm(total=self.num_unknown, desc="reference log-probs", unit="row", disable=not shown) as bar,
+        ):
+            leaving.callback(self._write)  # whatever ends the pass, what it has computed is found by the next start
             for first in range(0, len(batches), trainer.world_size):
                 name, rows = batches[(first + trainer.global_rank) % len(batches)]
                 columns = self._tables[name].select_columns(_COLUMNS)[rows]
@@ -190,7 +194,6 @@ class KnownLogProbs:
                 if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:
                     self._write()
                     written_at = time.monotonic()
-        self._write()
         self._agree()
 
     def _write(self) -> None:
