@@ -179,7 +179,7 @@ def _card(module: BCOModule, name: str, steps: int, base: str | None) -> str:
         name=name,
         usage=_ADAPTER_USAGE if base else _MERGED_USAGE,
         options=module.options,
-        delta=module.reward_shift.value,
+        delta=module.objective.threshold,
         trained=f"LoRA, rank {module.policy.peft_config['default'].r}" if module.lora else "all weights",
         steps=steps,
         alignment_file=ALIGNMENT_FILE,

@@ -21,7 +21,7 @@ from bco_lightning.checkpoints import read_checkpoint, use_verified_io
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.checkpoints.tensors import refuse_not_finite
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.errors import CheckpointError, ConfigError, check_choice
 from bco_lightning.identity import (
     changes_to_accept,
     digest_of_tokenizer,
@@ -39,6 +39,7 @@ from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.parallel.strategy import refuse_unknown
 from bco_lightning.reference.column import fill_in_log_probs
+from bco_lightning.reference.first_rewards import refuse_other_start
 from bco_lightning.reference.model import Reference
 
 ALIGNMENT_FILE = "bco.json"
@@ -147,6 +148,9 @@ class BCOModule(LightningModule):
         for key, ours in (("reference", reference), ("beta", self.beta)):
             if alignment[key] != ours:
                 rank_zero_info(f"{file}: aligned with {key} {alignment[key]}, evaluated with {ours}.")
+        if self._trainer is None or self._trainer.state.fn != "fit":  # it is scored as it was trained
+            check_choice(str(file), alignment["objective"], list(OBJECTIVES))
+            self.objective = OBJECTIVES[alignment["objective"]](self.options.reward_shift_decay)
         self.reward_shift.load_state_dict(alignment["reward_shift"])
 
     # --- before the first step
@@ -160,6 +164,7 @@ class BCOModule(LightningModule):
             self._say_what_is_trained()
         is_known = fill_in_log_probs(self._data, stage, self.reference, self.options, trainer)
         if stage == "fit":
+            refuse_other_start(self._data, self.reference, lambda batch: self(batch)[1], self.options, trainer)
             self.weighing.start(self._data, self.reference, trainer)
             self._fingerprints = self._own_fingerprints()
         if is_known:

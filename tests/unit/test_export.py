@@ -71,3 +71,14 @@ def test_an_adapter_that_cannot_be_merged_is_exported_as_it_is_alone(tiny_model:
         export_checkpoint(tmp_path / "run", tmp_path / "merged", merge=True)
     assert not (tmp_path / "merged").exists()
     export_checkpoint(tmp_path / "run", tmp_path / "out")
+
+
+def test_an_export_is_scored_by_the_objective_that_it_was_trained_with(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    trained(tiny_model, log, tmp_path / "run", objective="bce")
+    export_checkpoint(tmp_path / "run", tmp_path / "out", merge=True)
+    module = tiny_module(str(tmp_path / "out"), lora=None, reference_name_or_path=tiny_model)
+    (scores,) = tiny_trainer(limit_predict_batches=1).predict(module, tiny_data(log, predict_files=[log]))
+    assert module.reward_shift.value != 0
+    assert scores.reward_shift == 0

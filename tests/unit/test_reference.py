@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from bco_lightning import BCOModule, LoraSettings
+from bco_lightning.errors import LanguageModelError
+from bco_lightning.models import adapters
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
 from tests.conftest import REAL_MODEL, tiny_data, tiny_module, tiny_trainer
+from tests.unit.test_adapters import made
 
 
 @pytest.fixture
@@ -68,6 +71,18 @@ def test_it_stays_frozen_while_the_policy_learns(kind: str, tiny_model: str, ada
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert trained
     assert not any(REFERENCE_ADAPTER in name for name in trained)
+
+
+@pytest.mark.parametrize("known", ["online", "before"])
+def test_a_reference_that_came_in_as_another_model_stops_the_run_before_its_first_step(
+    known: str, tiny_model: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tiny_model, tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    monkeypatch.setattr(adapters, "refuse_unswitchable", lambda folder: None)  # PEFT ties one of two copies
+    module = BCOModule(str(tmp_path / "adapter"), lora=LoraSettings(), dtype="float32", reference_log_probs=known)
+    with pytest.raises(LanguageModelError, match="expected a policy that is its own reference before the first step"):
+        tiny_trainer(max_steps=2).fit(module, tiny_data(log, tokenizer=tiny_module(tiny_model).tokenizer))
+    assert module.step_rows == []
 
 
 def test_a_named_reference_takes_the_place_of_the_policy(tiny_model: str, adapter_folder: str, log: str) -> None:

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.errors import NonFiniteError
+from bco_lightning.errors import LanguageModelError, NonFiniteError
 from bco_lightning.identity import versions
 from bco_lightning.models.load import load_language_model
 from bco_lightning.reference import column
@@ -107,10 +107,25 @@ def test_a_second_run_makes_no_pass_and_no_second_model(
     assert second == first
 
 
+@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
+def test_kept_values_of_another_model_stop_the_run_before_its_first_step(
+    kind: dict[str, Any], tiny_model: str, log: str
+) -> None:
+    fit(tiny_model, log, **kind)
+    (folder,) = (Path(os.environ["BCO_CACHE"]) / "reference_log_probs").iterdir()
+    records = column.read_records(folder)
+    for file in folder.glob("*.npy"):
+        file.unlink()
+    records["value"] += 0.1
+    column.write_records(folder, records)
+    with pytest.raises(LanguageModelError, match=r"its own reference .* found log-probs .*log.jsonl:\d+. .*remove"):
+        fit(tiny_model, log, **kind)
+
+
 def test_online_reads_and_writes_nothing(tiny_model: str, log: str, passes: Passes) -> None:
     fit(tiny_model, log, reference_log_probs="online", **FULL)
     assert passes.models == 1
-    assert passes.rows == 2 * 27
+    assert passes.rows == 2 * 27 + 3  # at the start
     assert not (Path(os.environ["BCO_CACHE"]) / "reference_log_probs").exists()
 
 
@@ -119,9 +134,9 @@ def test_a_run_that_sees_few_rows_or_each_once_without_a_second_model_leaves_the
 ) -> None:
     short = {"max_epochs": -1, "max_steps": 2, "limit_val_batches": 0}
     fit(tiny_model, log, trainer=short, **FULL)
-    assert (passes.rows, passes.models) == (8, 1)
+    assert (passes.rows, passes.models) == (8 + 3, 1)  # at the start
     fit(tiny_model, log, epochs=1, trainer={"limit_val_batches": 0}, **LORA)
-    assert (passes.rows, passes.models) == (8 + 24, 1)
+    assert (passes.rows, passes.models) == (8 + 24 + 2 * 3, 1)
     assert not (Path(os.environ["BCO_CACHE"]) / "reference_log_probs").exists()
 
 
@@ -335,6 +350,32 @@ def two_processes(model: str, log: str, cache: str, strategy: str, lora: bool) -
         data_options={"batch_size": 8 // ranks, "validation_files": log},
     )  # fmt: skip
     return {**result, "known": known[0]}
+
+
+def stopped(model: str, log: str, cache: str, strategy: str, lora: bool) -> str:
+    read = column.read_records
+
+    def planted(folder: Path) -> Any:
+        records = read(folder)
+        records["value"] += 0.2
+        return records
+
+    column.read_records = planted
+    with pytest.raises(LanguageModelError) as caught:
+        two_processes(model, log, cache, strategy, lora)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "lora"), [("ddp", True), ("fsdp2", False), ("fsdp2", True)])
+def test_kept_values_of_another_model_stop_all_processes(strategy: str, lora: bool, tmp_path: Path) -> None:
+    run = (make_model(tmp_path / "model"), make_log(tmp_path / "log.jsonl", num_rows=32), str(tmp_path / "cache"))
+    finish(start(partial(two_processes, *run, strategy, lora), ranks=2, folder=tmp_path / "1"), tmp_path / "1")
+    first, second = finish(
+        start(partial(stopped, *run, strategy, lora), ranks=2, folder=tmp_path / "2"), tmp_path / "2"
+    )
+    assert first.split(" nats")[0] == second.split(" nats")[0]
+    assert "its own reference" in first
 
 
 @pytest.mark.parametrize(("strategy", "lora"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])

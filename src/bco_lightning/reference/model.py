@@ -103,12 +103,18 @@ class Reference:
             yield model if is_sharded(model) else model.to(next(self.policy.parameters()).device)
 
     @contextmanager
-    def before_training(self, trainer: Any = None) -> Iterator[PreTrainedModel]:
-        """:meth:`model` for passes before the loop has moved the policy: on its device, in the trainer's precision."""
+    def where_it_is_used(self, trainer: Any = None) -> Iterator[torch.device]:
+        """For passes before the loop moves the policy: on its device, which is given, in the trainer's precision."""
+        device = trainer.strategy.root_device if trainer is not None else self._builder.device
         if not is_sharded(self.policy):
-            self.policy.to(trainer.strategy.root_device if trainer is not None else self._builder.device)
-        precision = trainer.precision_plugin.forward_context() if trainer is not None else nullcontext()
-        with precision, self.model() as model:
+            self.policy.to(device)
+        with trainer.precision_plugin.forward_context() if trainer is not None else nullcontext():
+            yield device
+
+    @contextmanager
+    def before_training(self, trainer: Any = None) -> Iterator[PreTrainedModel]:
+        """:meth:`model` for such passes."""
+        with self.where_it_is_used(trainer), self.model() as model:
             yield model
 
     @torch.no_grad()
@@ -122,10 +128,14 @@ class Reference:
             return completion_log_probs(model, batch, trunk_states_SH=shared)
 
     @property
+    def is_policy_that_came_in(self) -> bool:
+        """Whether both have to be one model: no other one is named, and nothing has changed the policy."""
+        return self._num_changes() == self._num_changes_before and not self._separate
+
+    @property
     def _is_policy(self) -> bool:
         """Whether it is the whole policy, into which nothing was loaded, and which nothing has changed."""
-        is_pristine = self._num_changes() == self._num_changes_before
-        return is_pristine and not (self.is_policy_without_adapter or self._separate)
+        return self.is_policy_that_came_in and not self.is_policy_without_adapter
 
     def _num_changes(self) -> int:
         """PyTorch counts the changes of a tensor in place, whoever makes them; a move to another device is none."""
