@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.control_tokens import CLOSE, OPEN, ControlTokens, Conversation
+from bco_lightning.data.joints import Joints, Piece
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 
 # What a prompt and a completion look like without any markup: for base models that have no chat format.
@@ -36,13 +37,14 @@ class ChatScript:
     conversation: Conversation
     texts: list[str]
     speakers: list[bool]  # of each turn, whether it is the assistant's
+    pieces: list[Piece]  # the texts, each with what decides how it goes on
 
 
 class ChatTemplate:
     """Renders rows by a tokenizer's chat template, with user text kept apart from control tokens."""
 
-    def __init__(self, tokenizer: Any, text: str, control: ControlTokens) -> None:
-        self._tokenizer, self._text, self._control = tokenizer, text, control
+    def __init__(self, tokenizer: Any, text: str, control: ControlTokens, joints: Joints) -> None:
+        self._tokenizer, self._text, self._control, self._joints = tokenizer, text, control, joints
         # Some tokenizers have a template of its own for rows with tools, beside their default.
         templates = tokenizer.chat_template
         own = isinstance(templates, dict) and templates.get("default") == text
@@ -109,7 +111,8 @@ class ChatTemplate:
             elif rendered is None:
                 rendered = [self.render(told, len(row.prompt), asks_next=True)]
                 rendered += [self.render(told, stop, asks_next=not speaks) for stop, speaks in stops]
-            return ChatScript(row, told, _added(rendered, row.place), [speaks for _, speaks in stops])
+            texts = _added(rendered, row.place)
+            return ChatScript(row, told, texts, [speaks for _, speaks in stops], self._joints.pieces(texts))
         except FeedbackRowError as error:
             return error
         except TEMPLATE_FAILURES as error:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain, pairwise, product
 from typing import Any
 
+from bco_lightning.data.control_tokens import CLOSE
+
 Encode = Callable[[str], list[int]]
 Piece = tuple[str, str]  # what a text is to be tokenized after, if that matters, and the text
 
@@ -28,10 +30,12 @@ class Joints:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._unknown = tokenizer, tokenizer.unk_token_id
         model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
         self._inner_pieces = bool(getattr(model, "continuing_subword_prefix", None))
-        self._strips = any(token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values())
+        added = tokenizer.added_tokens_decoder.values()
+        self._names = tuple(sorted((token.content for token in added), key=len, reverse=True))
+        self._strips = any(token.lstrip or token.rstrip for token in added)
         tried = ((self._after(end, text, self._encode), self._encode(text)) for end, text in product(_NEUTRAL, _TRIED))
         self._matter = any(after not in (None, beginning) for after, beginning in tried)
 
@@ -39,8 +43,8 @@ class Joints:
         """Texts of which each goes on where the one before ends."""
         if not self._matter:
             return [("", text) for text in texts]
-        before = accumulate(texts[:-1], lambda ends, text: (ends + text)[-_END:], initial="")
-        return [(_end_of(ends), text) for ends, text in zip(before, texts, strict=True)]
+        before = accumulate(texts[:-1], lambda end, text: (end + text[-_END:])[-_END:], initial="")
+        return [(self._deciding(end), text) for end, text in zip(before, texts, strict=True)]
 
     def token_ids(self, piece: Piece, encode: Encode) -> list[int]:
         """Token ids of a text that goes on, by a function that gives those of one that begins."""
@@ -61,22 +65,25 @@ class Joints:
                 return True
         return self._read(chain.from_iterable(token_ids)) == self._read(self._encode("".join(texts)))
 
+    def _deciding(self, end: str) -> str:
+        """The end of a text that decides how the next one begins: a control token, a letter, or the last word."""
+        spoken = end.rstrip()
+        if self._inner_pieces:
+            return end[len(spoken) - len("".join(spoken.split()[-1:])) :]
+        if spoken.endswith(self._names):
+            return end[len(spoken) - len(next(filter(spoken.endswith, self._names))) :]
+        return _NEUTRAL[0] if end.endswith(CLOSE) else end[-1:]
+
     def _after(self, end: str, text: str, encode: Encode) -> list[int] | None:
         """Token ids of a text after another; none if one token spans both."""
         before, both = encode(end), encode(end + text)
         # Some tokenizers write what is unknown as one token with what follows, if that is unknown too.
-        is_known = self._inner_pieces or before[-1:] != [self._tokenizer.unk_token_id]
+        is_known = self._inner_pieces or before[-1:] != [self._unknown]
         return both[len(before) :] if is_known and both[: len(before)] == before else None
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _read(self, token_ids: Iterable[int]) -> str:
-        known = [token for token in token_ids if token != self._tokenizer.unk_token_id]
+        known = [token for token in token_ids if token != self._unknown]
         return unicodedata.normalize("NFKC", self._tokenizer.decode(known, clean_up_tokenization_spaces=False))
-
-
-def _end_of(text: str) -> str:
-    """The last word, with the white space after it."""
-    words = text.split()
-    return text[text.rindex(words[-1]) :] if words else text

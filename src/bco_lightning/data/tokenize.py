@@ -50,7 +50,7 @@ class RowTokenizer:
         self.tokenizer, self._options = tokenizer, options
         self.chat_template = chosen_template(tokenizer, options.chat_template)
         self._control, self._joints, self._to_read_again = ControlTokens(tokenizer), Joints(tokenizer), _READ_AGAIN
-        self._template = ChatTemplate(tokenizer, self.chat_template, self._control)
+        self._template = ChatTemplate(tokenizer, self.chat_template, self._control, self._joints)
         unknown = tokenizer.unk_token_id  # which is special, too; with some tokenizers a line break is
         self._is_blank = lru_cache(maxsize=64)(
             lambda token_ids: not tokenizer.decode([token for token in token_ids if token != unknown]).strip()
@@ -92,8 +92,7 @@ class RowTokenizer:
 
     def _outcome(self, script: ChatScript, known: TokenIds) -> Outcome:
         try:
-            pieces = self._joints.pieces(script.texts)
-            token_ids = self._encode_pieces(script, pieces, {} if script.conversation.literals else known)
+            token_ids = self._encode_pieces(script, script.pieces, {} if script.conversation.literals else known)
             sample = self._sample(script, token_ids)
         except CannotBeTextError:
             return LeftOut(script.row.place, CANNOT_BE_TEXT)
@@ -215,8 +214,7 @@ class RowTokenizer:
     def _encode_all(self, scripts: Sequence[Script]) -> TokenIds:
         """Token ids of the texts in which nothing is to be kept apart; of a slow tokenizer, for one thread, none."""
         ordinary = [script for script in scripts if isinstance(script, ChatScript) and not script.conversation.literals]
-        pieces = chain.from_iterable(self._joints.pieces(script.texts) for script in ordinary)
-        # Several rows of one prompt.
+        pieces = dict.fromkeys(piece for script in ordinary for piece in script.pieces)  # several rows of one prompt
         texts = list(dict.fromkeys(chain.from_iterable((end, end + text) if end else (text,) for end, text in pieces)))
         if not texts or not self.tokenizer.is_fast:
             return {}
