@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """A text whose control characters, line breaks apart, are replaced: a terminal would do what they say."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+
+
 class UserError(ValueError):
     """An error that the user can mend; the command line prints it as one message, without a traceback.
 
@@ -12,6 +17,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, where: str, problem: str, remedy: str = "") -> None:
+        where, problem, remedy = printable(where).replace("\n", "\ufffd"), printable(problem), printable(remedy)
         self.where, self.problem, self.remedy = where, problem, remedy
         super().__init__(f"{where}: {problem}{' ' + remedy if remedy else ''}")
 

@@ -184,7 +184,8 @@ def test_a_secret_that_is_written_down_is_refused_and_not_shown(
         "model: {name_or_path: hf-internal/task-sk-learn-model-of-feedback-2024, revision: akia}",
         "data: {train_files: 'hub:owner/name@train', columns: {label: password}}",
         "data: {train_files: ['abfs://box@account.host/*.jsonl', 'abfss://box@account.host/a', 'az://box@account/a']}",
-        "data: {train_files: 'https://host/a.jsonl?download=true&page=2'}",
+        "data: {train_files: 'https://host/a.jsonl?download=true&page=2&sort=keys&monkey=&tokens=5'}",
+        "data: {train_files: ['logs/a?.jsonl', 'logs/sk_test.jsonl', 'npm_install.jsonl', 'dapi.csv', 'pypi-log.csv']}",
         "ckpt_path: 'https://host.invalid/x.ckpt#sha256=0123456789abcdef0123456789abcdef'",
     ],
 )
@@ -193,7 +194,29 @@ def test_what_only_sounds_like_a_secret_is_read(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["ghp_" + LETTERS, "AKIA" + LETTERS[:16].upper(), "glpat-" + LETTERS, "-----BEGIN RSA PRIVATE KEY-----"]
+    "value",
+    [
+        "ghp_" + LETTERS,
+        "AKIA" + LETTERS[:16].upper(),
+        "glpat-" + LETTERS,
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "sk_live_" + LETTERS,
+        "rk_test_" + LETTERS,
+        "dapi" + "0a1b2c3d" * 4,
+        "npm_" + LETTERS + LETTERS[:12],
+        "pypi-AgEIcHlwaS5vcmc" + LETTERS,
+        "dckr_pat_" + LETTERS,
+        "xapp-1-" + LETTERS,
+        "xoxb-1234-" + LETTERS,
+        "https://hooks.slack.com/services/T0/B0/" + LETTERS,
+        "ya29." + LETTERS,
+        "GOCSPX-" + LETTERS,
+        "AIza" + LETTERS * 2,
+        f"SG.{LETTERS}.{LETTERS}",
+        "whsec_" + LETTERS,
+        "hvs." + LETTERS,
+        "sk-ant-api03-" + LETTERS,
+    ],
 )
 def test_known_kinds_of_tokens_are_recognized_under_any_key(value: str) -> None:
     with pytest.raises(Refusal) as caught:
@@ -207,7 +230,9 @@ def test_known_kinds_of_tokens_are_recognized_under_any_key(value: str) -> None:
     [
         "https://host/a.jsonl?X-Amz-Date=1&X-Amz-Signature=@", "https://host/a.jsonl?sv=2&sig=@",
         "https://host/a.jsonl?token=@", "https://host/a.jsonl?Signature=@", "https://host/a.jsonl?X-Goog-Signature=@",
-        "s3://KEY:@@bucket/a.jsonl", "abfs://me:@@account.host/a.jsonl",
+        "https://host/a.jsonl?api_key=@", "https://host/a.jsonl?v=1&key=@", "https://host/a.jsonl?password=@",
+        "https://host/a.jsonl?Key-Pair-Id=1&x-api-key=@", "https://host/a.jsonl?client_secret=@", "gs://b/a?PRIVATE_KEY=@",
+        "https://host/a.jsonl?jwt=@", "hf://datasets/a/b.jsonl?auth=@", "s3://KEY:@@bucket/a.jsonl", "abfs://me:@@account.host/a.jsonl",
     ],
 )  # fmt: skip
 def test_an_address_that_grants_access_is_refused_and_not_shown(

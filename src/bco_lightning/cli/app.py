@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -23,12 +24,13 @@ from bco_lightning.cli.help import keeping_help
 from bco_lightning.cli.plain_yaml import refuse_secrets
 from bco_lightning.cli.plan import PlanOptions, plan_command
 from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
-from bco_lightning.errors import PreemptedError
+from bco_lightning.errors import PreemptedError, printable
 from bco_lightning.export import export_checkpoint
 from bco_lightning.parallel.collectives import is_in_a_group
 from bco_lightning.parallel.signals import early, requeue_slurm_job
 
 DEBUG = "--debug"
+_format_warning = warnings.formatwarning
 _EXPORT = "Write a folder that transformers (merged) or peft (adapter) load."
 _PLAN = "Work out what a run would take of each GPU's memory. No weight is loaded."
 
@@ -126,8 +128,21 @@ def _dispatch(given: list[str]) -> None:
         BCOCLI(given)
 
 
+class _PrintableRecord(logging.LogRecord):
+    """What any library logs, without the control characters of names that it found in files."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        return printable(re.sub(r"\x1b\[[\d;]*m", "", super().getMessage()))  # without colors, too
+
+
+def _printable_warning(*told: Any, **more: Any) -> str:
+    return printable(_format_warning(*told, **more))
+
+
 def _quiet_libraries() -> None:
-    """Hides remarks that a user of this package cannot act on."""
+    """Hides remarks that a user of this package cannot act on, and what none should do to a terminal."""
+    logging.setLogRecordFactory(_PrintableRecord)
+    warnings.formatwarning = _printable_warning
     for message in (
         r".*LeafSpec.*",  # lightning 2.6.6 with torch 2.13
         r".*gradient_checkpointing.*deprecated.*",  # peft 0.21 with transformers 5.23

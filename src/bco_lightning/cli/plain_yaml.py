@@ -23,10 +23,14 @@ _HARMLESS_TOKENS = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "end", "st
 _SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-(?:[A-Za-z0-9]+-)*[A-Za-z0-9_]{16,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
     r"|\bgh[opsur]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bxox[abeprs]-[\w-]{10,}"
+    # Of Stripe, Databricks, npm, PyPI, Docker, Slack, Google, SendGrid, Weights & Biases, DigitalOcean and Vault.
+    r"|\b[srp]k_(?:live|test)_[A-Za-z0-9]{10,}|\bwhsec_\w{16,}|\bdapi[0-9a-f]{32}|\bnpm_[A-Za-z0-9]{30,}"
+    r"|\bpypi-[\w-]{16,}|\bdckr_[a-z]{3}_[\w-]{16,}|\bxapp-[\w-]{10,}|hooks\.slack\.com/\w+/\w+|\bya29\.[\w-]{16,}"
+    r"|\bGOCSPX-[\w-]{16,}|\bSG\.[\w-]{16,}\.[\w-]{16,}|\bwandb_v1_\w{16,}|\bdo[opr]_v1_[0-9a-f]{32,}|\bhvs\.[\w-]{16,}"
     r"|\bAIza[\w-]{30,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.|-----BEGIN [A-Z ]*PRIVATE KEY"
     # A user name alone may be a token; before an account of Azure it is the name of a container.
     r"|://(?<!\b(?i:az)://)(?<!\b(?i:abfs)://)(?<!\b(?i:abfss)://)[^\s/@]+@|://[^\s/@:]*:[^\s/@]*@"
-    r"|[?&](?i:sig|signature|token|access_token|x-amz-signature|x-amz-security-token|x-goog-signature)=[^\s&]"
+    r"|[?&](?i:(?:[\w-]*[_-])?(?:sig|api_?key|access_?key|signature|token|secret|password|passwd|pwd|credential|credentials|auth|jwt|apikey|key))=[^\s&]"
 )
 
 load_unmeasured = get_loader("yaml")

@@ -30,7 +30,7 @@ from bco_lightning.cli.plain_yaml import Refusal, load_measured, refusals_as_err
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.options import Source
 from bco_lightning.demo.trial import KnownRewardTrial
-from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.errors import CheckpointError, ConfigError, printable
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.module import BCOModule
@@ -89,7 +89,11 @@ class BCOArgumentParser(LightningArgumentParser):
             given = ".".join(filter(None, unknown.groups()))
             close = difflib.get_close_matches(given, _options_of(self), n=1, cutoff=0.7)
             message += f"\nDid you mean --{close[0]}?" if close else ""
-        super().error(message, ex)
+        super().error(printable(message), ex)
+
+
+def _print(text: str) -> None:
+    print(printable(text))
 
 
 def _refuse_misread_sources(data: Namespace) -> None:
@@ -289,14 +293,14 @@ class BCOCLI(LightningCLI):
         """Says where everything is and what to type next."""
         if (run := self.run) is None:
             return
-        print(f"\nRun folder   {run}")
+        _print(f"\nRun folder   {run}")
         for callback in self.trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint) and callback.saved is not None:
                 told = f"{self.trainer.global_step} optimizer steps, reward shift {self.model.reward_shift.value:.4f}"
-                print(f"Checkpoint   {callback.saved} ({told})")
+                _print(f"Checkpoint   {callback.saved} ({told})")
         if (run / "alignment.json").exists():
-            print(f"Alignment    {run / 'alignment.json'}")
-        print(
+            _print(f"Alignment    {run / 'alignment.json'}")
+        _print(
             f"\nNext:\n"
             f"  tensorboard --logdir {self.config[self.subcommand].run_folder}\n"
             f"  python -m bco_lightning export --ckpt_path {run} --output_dir exports/{run.name} --merge\n"

@@ -120,11 +120,6 @@ def said_in(prompt: str) -> str:
     return words_of(json.loads(prompt))
 
 
-def printable(text: str) -> str:
-    """A text whose control characters, line breaks apart, are replaced."""
-    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
-
-
 def _is_message(value: Any) -> bool:
     """Whether something is an object that somebody says something in, whatever the role is called."""
     if not isinstance(value, dict):

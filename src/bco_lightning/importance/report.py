@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bco_lightning.data.messages import printable
+from bco_lightning.errors import printable
 from bco_lightning.metrics import Auc
 
 # Standard errors. 1,129 data sets were simulated whose thumbs do not depend on the prompt: 300 prompts, 1 to 32

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from bco_lightning.data.messages import printable
+from bco_lightning.errors import printable
 from bco_lightning.metrics import Array
 
 UP, DOWN, PLAIN, LIMIT, GREY = "#2b7bb9", "#d8691f", "#8a9199", "#8b3fa8", "#8a8f94"

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data import FeedbackDataModule
-from bco_lightning.data.messages import printable, said_in
-from bco_lightning.errors import ConfigError, FeedbackRowError, UserError
+from bco_lightning.data.messages import said_in
+from bco_lightning.errors import ConfigError, FeedbackRowError, UserError, printable
 from bco_lightning.importance.report import TrustReport, text_table
 from bco_lightning.importance.weights import MOST_PROMPTS
 from bco_lightning.inspection.cost import cost_of
@@ -99,7 +99,7 @@ def inspect_command(
     )
     print_report(data_report, Console())
     write_page(data_report, page, replaces=overwrite)
-    print(f"\nPage   {report}")
+    print(printable(f"\nPage   {report}"))
     if problem is not None:
         raise problem
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
-from bco_lightning.data.messages import printable
+from bco_lightning.errors import printable
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import EFFICIENCY, Cost

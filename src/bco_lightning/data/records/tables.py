@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import yaml
+from huggingface_hub import hf_hub_download
 from numpy.typing import NDArray
 
 from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, size_of
@@ -38,11 +40,44 @@ def hub_rows(file: RecordFile) -> Read:
     from datasets.exceptions import DatasetsError
 
     name, _, split = file.path.removeprefix(HUB).partition("@")
+    place = resolve_packaged(name)
+    _refuse_files_elsewhere(file.path, place)
+    own = os.umask(0o077)  # what is fetched and converted stays in the library's cache
     try:
-        dataset = load_dataset(resolve_packaged(name), split=split or "train")
-    except (OSError, ValueError, DatasetsError) as error:
+        dataset = load_dataset(place, split=split or "train")
+        for kept in dataset.cache_files:
+            with suppress(OSError):
+                Path(kept["filename"]).chmod(0o600)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise _not_loaded(file.path, error) from error
+    finally:
+        os.umask(own)
     yield from _rows_in(dataset, file.name)
+
+
+def _refuse_files_elsewhere(source: str, place: str) -> None:
+    """Refuses a data set whose card names files of others: the library fetches them, even where it is offline."""
+    for name in ("README.md", ".huggingface.yaml"):
+        card = Path(place, name)
+        if not Path(place).is_dir():
+            with suppress(OSError, ValueError):  # it has none, or none is known here
+                card = Path(hf_hub_download(place, name, repo_type="dataset"))
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        header = text if name.endswith("yaml") else text.lstrip().removeprefix("---").partition("\n---")[0]
+        with suppress(yaml.YAMLError):  # the library's to tell
+            root, seen = yaml.compose(header, Loader=yaml.SafeLoader), set[int]()
+            pairs = root.value if isinstance(root, yaml.MappingNode) else []
+            configs = [value for key, value in pairs if key.value == "configs"]
+            while configs:
+                node = configs.pop()
+                if isinstance(node, yaml.ScalarNode):
+                    path = node.value.removeprefix(f"hf://datasets/{place}/")
+                    if "://" in path or "::" in path or ".." in path or path.startswith(("/", "~")):
+                        found = "found a card that names others"
+                        raise FeedbackRowError(source, f"expected a data set of its own files, {found}.")
+                elif id(node) not in seen:
+                    seen.add(id(node))
+                    configs += (each for pair in node.value for each in (pair if isinstance(pair, tuple) else [pair]))
 
 
 class ArrowFolder(SeekableFile):
