@@ -315,6 +315,15 @@ def test_a_table_of_langfuse_says_true_and_false_in_words() -> None:
     assert [row.thumbs_up for row in rows("langfuse_table.jsonl")] == [False, True]
 
 
+@pytest.mark.parametrize(("score", "outcome"), [
+    (["True"], True), ('["False"]', False), ("True", True), (0.0, False), ([], "no feedback"), ("", "no feedback"),
+    (None, "no feedback"),
+])  # fmt: skip
+def test_a_score_of_langfuse_that_stands_alone_is_not_lost(score: Any, outcome: bool | str) -> None:
+    [row] = made({"id": "t", "bookmarked": False, "input": "a", "output": "b", "user-feedback": score})
+    assert (row.thumbs_up if isinstance(row, FeedbackRow) else row.reason) == outcome  # type: ignore[union-attr]
+
+
 # --- LangSmith
 
 

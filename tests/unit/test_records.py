@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, Json, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Json, LargeList, List, Value
 
 from bco_lightning.data.records import (
     RecordStore,
@@ -490,7 +490,7 @@ def test_values_of_json_are_the_same_from_every_kind_of_file(tmp_path: Path) -> 
         {"text": None, "one": 3, "each": [], "inner": {"tools": None, "n": 2}, "parts": None},
     ]
     inner = {"tools": List(Json()), "n": Value("int64")}
-    features = Features(text=Json(), one=Json(), each=List(Json()), inner=inner, parts=List({"x": Json()}))
+    features = Features(text=Json(), one=Json(), each=LargeList(Json()), inner=inner, parts=List({"x": Json()}))
     dataset = Dataset.from_list(rows, features=features)
     dataset.to_parquet(tmp_path / "log.parquet")
     dataset.save_to_disk(str(tmp_path / "folder"))
@@ -510,3 +510,26 @@ def test_what_is_no_json_in_a_column_of_json_is_one_malformed_row(tmp_path: Path
     found = [outcome for _, outcome in records_of(str(tmp_path / "log.parquet"))]
     assert (found[0], found[4]) == ({"a": 1}, {"a": None})
     assert [outcome.where.rpartition(":")[2] for outcome in found[1:4]] == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize("names", [["up", "down"], ["down", "up"], ["True", "False"], ["bad", "good"], ["0", "1"]])
+def test_a_class_means_what_its_name_says_whatever_its_number(names: list[str], tmp_path: Path) -> None:
+    features = Features(prompt=Value("string"), label=ClassLabel(names=names), stars=ClassLabel(names=list("abc")))
+    rows = [{"prompt": "a", "label": name, "stars": "c"} for name in (*names, None)]
+    dataset = Dataset.from_list(rows, features=features)
+    dataset.to_parquet(tmp_path / "log.parquet")
+    dataset.save_to_disk(str(tmp_path / "folder"))
+    words = [0, 1, None] if names == ["0", "1"] else [*names, None]
+    for source in ("log.parquet", "folder"):
+        assert [record["label"] for record in records(tmp_path / source)] == words
+        assert [record["stars"] for record in records(tmp_path / source)] == [2, 2, 2]
+        block = seekable(tmp_path / source).block(0)
+        assert [block.at(Place(number, number + 1))["label"] for number in range(3)] == words  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "told", [b"", b"{", b"[]", b"\xff", b'{"info": 3}', b'{"info": {"features": {"a": {"names": 3}}}}']
+)
+def test_what_others_say_of_their_classes_breaks_nothing(told: bytes, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({b"huggingface": told}), tmp_path / "log.parquet")
+    assert records(tmp_path / "log.parquet") == [{"a": 1}]

@@ -166,11 +166,14 @@ def _with_text(message: Message, role: str, where: str, place: str) -> Message:
     parts = unpacked(content)
     if isinstance(content, str) and isinstance(parts, list):  # or the text of a list that is none of parts
         content = parts if all(objects_in([part]) and part.keys() == {"type", "text"} for part in parts) else content
-    if isinstance(content, dict):  # one part, or what a function gave
-        is_part = role != "tool" or content.keys() <= {"type", "text"}
-        content = [content] if is_part else json.dumps(content, ensure_ascii=False)
-    if isinstance(content, list):
-        content = "".join(_text_of(part, where, place) for part in content)
+    if isinstance(content, (dict, list)):
+        parts = content if isinstance(content, list) else [content]
+        if role == "tool" and not all(
+            isinstance(part, str) or (objects_in([part]) and "type" in part) for part in parts
+        ):
+            content = json.dumps(content, ensure_ascii=False)  # what a function gave
+        else:
+            content = "".join(_text_of(part, where, place) for part in parts)
     if content is not None:
         message["content"] = content
     if "function_call" in message and "tool_calls" not in message:

@@ -18,7 +18,7 @@ from bco_lightning.data.formats.record_format import Origin, Rows
 from bco_lightning.data.formats.scores import USUAL_NAMES, by_name, rated_by
 from bco_lightning.data.formats.traces import traced_row
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record, from_json_text, unpacked
+from bco_lightning.data.values import Record, from_json_text, is_blank, unpacked
 
 _OF_LANGFUSE = ("traceId", "observationCount", "bookmarked", "htmlPath", "parentObservationId")
 # Columns that can hold lists and are no scores.
@@ -46,7 +46,8 @@ def _scores(record: Record, place: str) -> dict[str, list[Any]]:
     columns = {name: unpacked(value) for name, value in record.items() if name not in _NO_SCORES}
     lists = {name: value for name, value in columns.items() if isinstance(value, list)}
     scores = {name: value for name, value in lists.items() if all(isinstance(one, (int, float, str)) for one in value)}
-    return {**{name: [] for name in USUAL_NAMES if name in record}, **scores}
+    usual = {name: columns[name] for name in USUAL_NAMES if name in columns}
+    return {**{name: [] if is_blank(value) else [value] for name, value in usual.items()}, **scores}
 
 
 def _value(score: Record) -> Any:

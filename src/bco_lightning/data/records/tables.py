@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, size_of
 from bco_lightning.data.records.record_file import Block, Place, Read, RecordFile, SeekableFile
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, TOO_LONG, not_utf8, parse_value
-from bco_lightning.data.values import Record
+from bco_lightning.data.values import Record, unpacked, value_at
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.places import resolve_packaged
 
@@ -180,7 +180,21 @@ def _values_of(rows: Any) -> list[Record]:
     for field in rows.schema:
         for record in records if "extension<arrow.json>" in str(field.type) else ():
             record[field.name] = _parsed(record[field.name], field.type)
+    for name, names in _class_names((rows.schema.metadata or {}).get(b"huggingface", b"")).items():
+        for record in records:
+            if isinstance(number := record.get(name), int) and number in (0, 1):
+                record[name] = names[number]
     return records
+
+
+@lru_cache(maxsize=16)
+def _class_names(metadata: bytes) -> dict[str, list[str]]:
+    """Of columns with two classes, which `datasets` stores by number, the names, unless these are the numbers."""
+    told = unpacked(metadata.decode(errors="replace"))
+    features = value_at(told, "info.features") if isinstance(told, dict) else None
+    known = features.items() if isinstance(features, dict) else ()
+    named = ((name, feature.get("names")) for name, feature in known if isinstance(feature, dict))
+    return {name: names for name, names in named if isinstance(names, list) and len(names) == 2 and names[0] != "0"}
 
 
 def _parsed(value: Any, kind: Any) -> Any:
@@ -191,7 +205,8 @@ def _parsed(value: Any, kind: Any) -> Any:
         return value if value is None else parse_value(value)
     if types.is_struct(kind):
         return value and {field.name: _parsed(value[field.name], field.type) for field in kind}
-    return value and [_parsed(part, kind.value_type) for part in value] if types.is_list(kind) else value
+    listed = types.is_list(kind) or types.is_large_list(kind)
+    return [_parsed(part, kind.value_type) for part in value] if listed and value else value
 
 
 def _in_one_line(error: Exception) -> str:
