@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from lightning.pytorch import Callback
 
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpoints import (
@@ -29,7 +32,9 @@ from bco_lightning.checkpoints import (
     write_checkpoint,
 )
 from bco_lightning.checkpoints.folders import prune, remove_orphans
+from bco_lightning.cli import app as cli
 from bco_lightning.errors import CheckpointError
+from tests.reliability.test_preemption import add_to_command
 from tests.reliability.tiny_run import STEPS, start, tiny_fit, wait
 from tests.trials import Trials
 
@@ -255,6 +260,60 @@ def test_a_full_disk_leaves_earlier_steps_whole(byte_model: str, feedback: str, 
                 assert told["step"] == STEPS
                 assert steps == [6, 18, 24]
                 assert "Going on without it" in (folder / "output.0").read_text()
+
+
+def fit_on_a_small_disk(model: str, log: str, runs: str, if_saving_fails: str, free_at: int) -> None:
+    class Fill(Callback):
+        """Leaves no byte of the disk at step 3, and all of it again later."""
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            filler = Path(runs) / "filler"
+            if trainer.global_step == 3:
+                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(512))
+            elif trainer.global_step == free_at:
+                filler.unlink()
+
+    add_to_command(Fill())
+    options = {
+        "model.name_or_path": model, "data.train_files": log, "data.validation_fraction": "0", "run_folder": runs,
+        "trainer.accelerator": "cpu", "trainer.max_steps": "8", "trainer.enable_progress_bar": "false",
+        "trainer.log_every_n_steps": "1", "checkpoint.every_n_steps": "3",
+        "checkpoint.if_saving_fails": if_saving_fails,
+    }  # fmt: skip
+    raise SystemExit(cli.main(["fit", *(f"--{name}={value}" for name, value in options.items())]))
+
+
+@pytest.mark.promise(
+    "R19", "A disk of 1.5 MB that is truly full, under events too: in words, as configured, no step lost"
+)
+def test_a_truly_full_disk_is_met_in_words(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
+    cases = [("warn", 7, [3, 8]), ("warn", 99, [3]), ("stop", 99, [3])]
+    for trial in trials(cases, quick=3):
+        with trial as (if_saving_fails, free_at, saved):
+            folder = tmp_path / f"{if_saving_fails}-{free_at}"
+            runs = folder / "runs"
+            runs.mkdir(parents=True)
+            mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(runs)]
+            if os.geteuid() or subprocess.run(mount, check=False, stderr=subprocess.DEVNULL).returncode:
+                pytest.skip("needs the right to mount a small disk")
+            try:
+                fit = partial(fit_on_a_small_disk, byte_model, feedback, str(runs), if_saving_fails, free_at)
+                (status,) = wait(start(fit, folder=folder))
+                said = (folder / "output.0").read_text()
+                steps = [verify_checkpoint(step)["step"] for step in saved_steps(runs / "version_0" / "checkpoints")]
+            finally:
+                subprocess.run(["umount", str(runs)], check=True)  # noqa: S607
+            assert "Traceback" not in said, said[-3000:]
+            assert steps == saved
+            assert status == (2 if free_at == 99 else 0), said[-3000:]
+            if if_saving_fails == "warn":
+                assert "no more events are written (No space left on device)" in said
+                not_saved = "Training has ended, but what it came to is not saved; the newest checkpoint is"
+                assert (f"{not_saved} {runs}/version_0/checkpoints/step-00000003" in said) == (free_at == 99)
+            else:
+                assert "expected to write a checkpoint, found that No space left on device" in said
 
 
 def save_thirty(folder: str, kill_after: int) -> int:

@@ -53,6 +53,34 @@ def test_the_second_start_finds_the_same_rows_and_counts(log: str, folder: Path,
     assert was_found(caplog)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("what", ["rows are appended", "another file takes its place", "a file joins the glob"])
+def test_rows_of_files_that_change_while_they_are_read_are_not_kept_under_what_the_files_held(
+    what: str, streaming: bool, tmp_path: Path, folder: Path, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "logs" / "a.jsonl"
+    log.parent.mkdir()
+    write_jsonl(log, rows)
+    fill = row_sets.RowReader._fill
+
+    def change(self: Any, *given: Any, **more: Any) -> Any:
+        if what == "a file joins the glob":
+            write_jsonl(log.with_name("b.jsonl"), rows[:3])
+        else:
+            write_jsonl(log if what == "rows are appended" else tmp_path / "new", [*rows, *rows[:3]])
+            (tmp_path / "new").replace(log) if what != "rows are appended" else None
+        return fill(self, *given, **more)
+
+    options = {"streaming": streaming, "validation_fraction": 0.0}
+    monkeypatch.setattr(row_sets.RowReader, "_fill", change)
+    with pytest.warns(UserWarning, match="rows: files changed while they were read"):
+        assert start(f"{log.parent}/*.jsonl", folder, **options).counts[0].read == 27
+    monkeypatch.setattr(row_sets.RowReader, "_fill", fill)
+    log.with_name("b.jsonl").unlink(missing_ok=True)
+    write_jsonl(log, rows)
+    assert start(f"{log.parent}/*.jsonl", folder, **options).counts[0].read == 24
+
+
 def test_what_was_printed_at_first_is_printed_again(log: str, folder: Path, caplog: Any) -> None:
     start(log, folder)
     first = caplog.text.splitlines()

@@ -12,6 +12,7 @@ import torch
 from gguf import GGUFWriter
 
 from bco_lightning.errors import LanguageModelError
+from bco_lightning.models import gguf
 from bco_lightning.models.gguf import FOLDER, converted
 from bco_lightning.models.load import load_language_model, load_tokenizer
 
@@ -75,6 +76,22 @@ def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path, cache
     write_gguf(file, seed=1)
     assert converted(file, cache) != first
     assert not list((cache / FOLDER).glob(".draft-*"))
+
+
+def test_a_file_that_changes_while_it_is_converted_is_not_kept_under_what_it_held(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, convert = tmp_path / "tiny.gguf", gguf._convert
+    write_gguf(file, seed=0)
+
+    def change(*given: Path) -> None:
+        write_gguf(file, seed=1)
+        convert(*given)
+
+    monkeypatch.setattr(gguf, "_convert", change)
+    with pytest.raises(LanguageModelError, match="expected a file that stays as it is while it is converted"):
+        converted(file, cache)
+    assert [path.suffix for path in (cache / FOLDER).iterdir()] == [".lock"]
 
 
 def test_a_cut_conversion_is_made_again(tmp_path: Path, cache: Path) -> None:

@@ -40,7 +40,8 @@ class RunCheckpoint(Checkpoint, StepCallback):
         every_n_steps: Optimizer steps between two checkpoints.
         every_minutes: Minutes between two checkpoints besides those; 0 for none.
         keep: How many whole checkpoints to keep, at least 2.
-        if_saving_fails: ``stop`` the run, or ``warn`` and go on without that checkpoint.
+        if_saving_fails: ``stop`` the run, or ``warn`` and go on without that checkpoint; a run whose last step is not
+            saved fails at its end.
         accept_changes: Names of what may differ from the run that is resumed, such as ``beta`` or ``rows``; the
             difference is recorded in the checkpoints that follow.
 
@@ -67,6 +68,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self.run_folder: str | None = None  # where the logger writes, unless it is set
         self.folder = Path("checkpoints")
         self.saved: Path | None = None
+        self._unsaved: CheckpointError | None = None
         self._first_step = self._num_steps = 0
         self._ended = False
         self._saved_at = time.monotonic()
@@ -93,6 +95,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self._saved_at, self._accumulation = time.monotonic(), trainer.accumulate_grad_batches
         resumed_from = step_folder(self.folder, trainer.global_step)
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
+        self._unsaved = None
         _require_one_step(trainer)
         if sharding_of(trainer) is not None:
             _require_one_folder(self.folder, trainer)
@@ -134,6 +137,9 @@ class RunCheckpoint(Checkpoint, StepCallback):
         # Before Lightning puts back the handlers that it found: these here would put back Lightning's own.
         self._signals.remove()
         let_go_of(self.folder.parent)
+        if self._unsaved is not None and exception is None:
+            newest = f"Training has ended, but what it came to is not saved; the newest checkpoint is {self.saved}."
+            raise CheckpointError(self._unsaved.where, self._unsaved.problem, f"{self._unsaved.remedy} {newest}")
 
     on_exception = on_train_end
 
@@ -219,8 +225,9 @@ class RunCheckpoint(Checkpoint, StepCallback):
             if self.if_saving_fails == "stop":
                 raise
             rank_zero_warn(f"{error}\nGoing on without it, as checkpoint.if_saving_fails says.")
+            self._unsaved = error
         else:
-            self.saved = target
+            self.saved, self._unsaved = target, None
             self._prune(trainer)
         self._saved_at = time.monotonic()
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -128,6 +129,14 @@ def _dispatch(given: list[str]) -> None:
         BCOCLI(given)
 
 
+def _say_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """What a thread of a library meets, such as a full disk, in words where it can be; else Python's traceback."""
+    if failed.exc_value is not None and (fault := in_words(failed.exc_value)):
+        print(printable(f"warning: {fault}"), file=sys.stderr)
+    else:
+        threading.__excepthook__(failed)
+
+
 class _PrintableRecord(logging.LogRecord):
     """What any library logs, without the control characters of names that it found in files."""
 
@@ -141,6 +150,7 @@ def _printable_warning(*told: Any, **more: Any) -> str:
 
 def _quiet_libraries() -> None:
     """Hides remarks that a user of this package cannot act on, and what none should do to a terminal."""
+    threading.excepthook = _say_of_thread
     logging.setLogRecordFactory(_PrintableRecord)
     warnings.formatwarning = _printable_warning
     for message in (

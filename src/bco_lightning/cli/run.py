@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from bco_lightning.callbacks import FiniteGuard, PredictionWriter, RunCheckpoint, SpeedMonitor, StepProgressBar
@@ -30,7 +31,7 @@ from bco_lightning.cli.plain_yaml import Refusal, load_measured, refusals_as_err
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.options import Source
 from bco_lightning.demo.trial import KnownRewardTrial
-from bco_lightning.errors import CheckpointError, ConfigError, printable
+from bco_lightning.errors import CheckpointError, ConfigError, causes_of, printable
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.module import BCOModule
@@ -161,6 +162,33 @@ class RunConfig(SaveConfigCallback):
                 partial.write_text(text + "\n", encoding="utf-8")
 
 
+class EventLogger(TensorBoardLogger):
+    """Where the disk is full and a run may go on without what is not saved, it goes on without events too."""
+
+    goes_on = False
+
+    @override
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_full(super().log_metrics, *args, **kwargs)
+
+    @override
+    def save(self) -> None:
+        self._unless_full(super().save)
+
+    @override
+    def finalize(self, status: str) -> None:
+        self._unless_full(super().finalize, status)
+
+    def _unless_full(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except (OSError, ValueError) as error:  # Lightning makes a ValueError of whatever TensorBoard meets
+            fault = next((cause for cause in causes_of(error) if isinstance(cause, OSError)), None)
+            if fault is None or not self.goes_on:
+                raise fault or error from None
+            rank_zero_warn(f"{self.log_dir}: no more events are written ({fault.strerror}).")
+
+
 class BCOCLI(LightningCLI):
     """LightningCLI with this package's module, data and callbacks, and one folder of runs."""
 
@@ -252,7 +280,9 @@ class BCOCLI(LightningCLI):
         if trainer.is_global_zero and (self.subcommand == "fit" or logs):
             self._take_run_folder(trainer, options)
         if logs and not asked.fast_dev_run:
-            trainer.logger = TensorBoardLogger(options.run_folder, name="", version=self.run.name if self.run else "")
+            logger = EventLogger(options.run_folder, name="", version=self.run.name if self.run else "")
+            logger.goes_on = options.checkpoint.if_saving_fails == "warn"
+            trainer.logger = logger
         return trainer
 
     def _take_run_folder(self, trainer: Trainer, options: Any) -> None:

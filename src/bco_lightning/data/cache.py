@@ -12,9 +12,9 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from bco_lightning.identity import digest_of_file
 from bco_lightning.places import is_private
@@ -53,6 +53,9 @@ class FolderCache:
             # For its owner alone, as the root; it is gone once it is renamed.
             with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=self._root, ignore_cleanup_errors=True) as draft:
                 _fill(Path(draft), make)
+                if key_of() != key:
+                    rank_zero_warn("rows: files changed while they were read; what was read is used, and not kept.")
+                    return _temporary(lambda folder: _copied(Path(draft), folder), open_)
                 found = _put(Path(draft), entry, open_)
             self._remove_unused()
             return found
@@ -89,6 +92,11 @@ def _temporary(make: _Make, open_: Callable[[Path, Any], _Opened]) -> _Opened:
         raise
     weakref.finalize(opened, _remove, folder, os.getpid())
     return opened
+
+
+def _copied(draft: Path, folder: Path) -> Mapping[str, Any]:
+    shutil.copytree(draft, folder, dirs_exist_ok=True)
+    return cast(Mapping[str, Any], values_in(draft))
 
 
 def _fill(folder: Path, make: _Make) -> None:

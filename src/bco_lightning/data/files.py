@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -94,9 +95,19 @@ def content_key(path: str) -> str:
             return f"fsspec:{digest_of_values({'size': info.get('size'), **marks})}" if marks else ""
         folder, files = arrow_folder(path), files_of(path)
         if folder is None:
-            return f"sha256:{digest_of_file(files[0])}"
-        digests = {str(file.relative_to(folder[0])): digest_of_file(file) for file in files}
+            return f"sha256:{_digest_of(files[0])}"
+        digests = {str(file.relative_to(folder[0])): _digest_of(file) for file in files}
         return f"sha256:{digest_of_values({'split': folder[1], 'files': digests})}"
+
+
+def _digest_of(file: Path) -> str:
+    status = file.stat()
+    return _digest(file, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@lru_cache
+def _digest(file: Path, *state: int) -> str:
+    return digest_of_file(file)
 
 
 def open_file(path: str) -> io.BufferedReader:

@@ -15,6 +15,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 
+from bco_lightning.errors import LanguageModelError
 from bco_lightning.identity import digest_of_file
 from bco_lightning.models.limits import refuse_unsafe_config
 from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete
@@ -39,6 +40,10 @@ def converted(file: Path, cache: Path) -> Path:
             if not _is_whole(folder):
                 rank_zero_info(f"{file.name} is converted once to {folder}; later starts map the weights from there")
                 _convert(file, folder)
+                if file.stat().st_mtime_ns != status.st_mtime_ns:  # the folder has the name of what it held before
+                    shutil.rmtree(folder)
+                    problem = "expected a file that stays as it is while it is converted, found that it changed."
+                    raise LanguageModelError(str(file), problem, "Start again.")
     return folder
 
 
