@@ -16,6 +16,11 @@ CORPUS = [
     "the theatre there then that other understand under stand standing thoughts I am thinking",
 ] * 3  # fmt: skip
 _BYTES = [f"<0x{number:02X}>" for number in range(256)]
+# White space as SentencePiece keeps it where nothing else is asked for: single spaces, none at the end.
+_T5 = normalizers.Sequence([
+    normalizers.NFKC(), normalizers.Replace("\n", " "), normalizers.Strip(left=False, right=True),
+    normalizers.Replace(Regex(" {2,}"), " "),
+])  # fmt: skip
 UNKNOWN, BOS, EOS = _BASIC = ["<unk>", "<s>", "</s>"]
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -126,6 +131,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "Gemma": _gemma,
     "Unigram": lambda: _unigram("first", byte_fallback=True),
     "Unigram, space after control tokens too, no bytes": lambda: _unigram("always", False, normalizers.NFKC()),
+    "Unigram, in the manner of T5": lambda: _unigram("always", byte_fallback=True, normalizer=_T5),
     "bytes": _byte_level,
     "bytes, in the manner of Llama 3": lambda: _byte_level(pattern=_LLAMA_3, whole=True),
     "bytes, in the manner of Qwen": lambda: _byte_level(pattern=_LLAMA_3, normalizer=normalizers.NFC()),

@@ -11,9 +11,11 @@ from transformers import ByT5Tokenizer
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
 from bco_lightning.data.joints import Joints
 from bco_lightning.data.options import DataOptions
+from bco_lightning.data.rows import RowFormat
 from bco_lightning.data.tokenize import NO_EDGE, NO_ROOM_FOR_PROMPT, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from tests.conftest import tokenized_row
+from tests.unit.made_rows import row_of
 from tests.unit.made_tokenizers import KINDS, TEMPLATES, made_llama, made_tokenizer
 
 
@@ -178,6 +180,11 @@ def test_what_cannot_go_on_with_the_prompts_last_message_is_refused_in_words(
     row = FeedbackRow([BEGUN[0], {**BEGUN[1], **begun}], [{**GOING_ON[0], **going_on}], True, "log:1")
     with pytest.raises(FeedbackRowError, match=r"log:1: expected a completion that goes on with the"):
         tokenized_row(RowTokenizer(tokenizer, DataOptions()), row)
+
+
+def test_loss_on_all_turns_leaves_out_the_beginning_of_an_answer_that_the_prompt_holds() -> None:
+    row = row_of({"prompt": BEGUN, "completion": GOING_ON, "label": True}, RowFormat(loss_on="all_turns"))
+    assert (row.prompt, row.completion) == (BEGUN, GOING_ON)
 
 
 def test_a_tool_call_may_follow_what_the_answer_begins_with() -> None:

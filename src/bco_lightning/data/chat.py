@@ -59,8 +59,8 @@ class ChatTemplate:
             for row in rows
         ]
         # Most rows are one answer to one prompt: the library renders such rows together, in a third of the time.
-        plain = [at for at, row in enumerate(rows) if not (row.tools or told[at].options or _is_begun(row))]
-        plain = [at for at in plain if len(rows[at].completion) == 1]
+        plain = [at for at, row in enumerate(rows) if len(row.completion) == 1 and not (row.tools or told[at].options)]
+        plain = [at for at in plain if rows[at].prompt[-1]["role"] != "assistant"]
         rendered: dict[int, list[str]] = {}
         with contextlib.suppress(*TEMPLATE_FAILURES):  # rendering each alone shows whose it is
             prompts = self._apply([told[at].messages[:-1] for at in plain], self._text, asks_next=True)
@@ -106,7 +106,7 @@ class ChatTemplate:
                     "Remove it from the row's template options.",
                 )
             stops = _turns(row)
-            if _is_begun(row):
+            if row.prompt[-1]["role"] == "assistant":
                 rendered = self._going_on(row, told, stops)
             elif rendered is None:
                 rendered = [self.render(told, len(row.prompt), asks_next=True)]
@@ -130,14 +130,11 @@ class ChatTemplate:
         joined = replace(told, messages=[*told.messages[:at], message, *told.messages[at + 2 :]])
         turns = [self.render(joined, stop - 1, asks_next=not speaks) for stop, speaks in stops]
         prompt, *ends = turns[0].split(_STAND_IN)
-        word = "".join(begun["content"].split()[-1:])
-        if len(ends) != 1 or not prompt.rstrip().endswith(word) or {**others, "content": begun["content"]} != begun:
-            raise FeedbackRowError(
-                row.place,
-                "expected a completion that goes on with the assistant's message at the end of the prompt, found one "
-                "with other fields, or a chat template that prints them in another way.",
-                "Let the prompt end with another message.",
-            )
+        whole = prompt.rstrip().endswith("".join(begun["content"].split()[-1:])) and len(ends) == 1
+        if not whole or {**others, "content": begun["content"]} != begun:
+            expected = "expected a completion that goes on with the assistant's message at the end of the prompt"
+            found = "one with other fields, or a chat template that prints them in another way"
+            raise FeedbackRowError(row.place, f"{expected}, found {found}.", "Let the prompt end with another message.")
         return [prompt, *(turn.replace(_STAND_IN, "") for turn in turns)]
 
     def _words(self, error: Exception) -> str:
@@ -182,11 +179,6 @@ def _added(renderings: Sequence[str], place: str) -> list[str]:
                 "Set data.chat_template to one that only appends.",
             )
     return [renderings[0], *(after[len(before) :] for before, after in pairwise(renderings))]
-
-
-def _is_begun(row: FeedbackRow) -> bool:
-    """Whether the prompt ends with the beginning of what the assistant says, which the completion goes on with."""
-    return bool(row.prompt[-1]["role"] == "assistant")
 
 
 def _turns(row: FeedbackRow) -> list[tuple[int, bool]]:

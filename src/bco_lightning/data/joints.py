@@ -29,14 +29,14 @@ class Joints:
     taken off again.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._unknown = tokenizer, tokenizer.unk_token_id
+    def __init__(self, tokenizer: Any, encode: Encode) -> None:
+        self._tokenizer, self._encode, self._unknown = tokenizer, encode, tokenizer.unk_token_id
         model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
         self._inner_pieces = bool(getattr(model, "continuing_subword_prefix", None))
         added = tokenizer.added_tokens_decoder.values()
         self._names = tuple(sorted((token.content for token in added), key=len, reverse=True))
         self._strips = any(token.lstrip or token.rstrip for token in added)
-        tried = ((self._after(end, text, self._encode), self._encode(text)) for end, text in product(_NEUTRAL, _TRIED))
+        tried = ((self._after(end, text, encode), encode(text)) for end, text in product(_NEUTRAL, _TRIED))
         self._matter = any(after not in (None, beginning) for after, beginning in tried)
 
     def pieces(self, texts: Sequence[str]) -> list[Piece]:
@@ -80,9 +80,6 @@ class Joints:
         # Some tokenizers write what is unknown as one token with what follows, if that is unknown too.
         is_known = self._inner_pieces or before[-1:] != [self._unknown]
         return both[len(before) :] if is_known and both[: len(before)] == before else None
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _read(self, token_ids: Iterable[int]) -> str:
         known = [token for token in token_ids if token != self._unknown]

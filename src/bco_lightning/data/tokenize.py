@@ -49,7 +49,8 @@ class RowTokenizer:
     def __init__(self, tokenizer: Any, options: DataOptions) -> None:
         self.tokenizer, self._options = tokenizer, options
         self.chat_template = chosen_template(tokenizer, options.chat_template)
-        self._control, self._joints, self._to_read_again = ControlTokens(tokenizer), Joints(tokenizer), _READ_AGAIN
+        self._control, self._joints = ControlTokens(tokenizer), Joints(tokenizer, self._encode)
+        self._to_read_again = _READ_AGAIN
         self._template = ChatTemplate(tokenizer, self.chat_template, self._control, self._joints)
         unknown = tokenizer.unk_token_id  # which is special, too; with some tokenizers a line break is
         self._is_blank = lru_cache(maxsize=64)(
