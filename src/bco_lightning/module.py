@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow.compute as pc
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -31,9 +32,10 @@ from bco_lightning.identity import (
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
 from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded, said_of_weights
-from bco_lightning.models.layout import FrozenTrunk, Layout, find_trunk, layout_of
+from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_trunk, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.models.refusals import refuse_unknown_token
 from bco_lightning.objectives import OBJECTIVES, RewardShift, class_weights_of, mean_over_rows
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import sharding_of
@@ -159,6 +161,9 @@ class BCOModule(LightningModule):
         """Finds out what is known of the rows before the first step: class weights, reference log-probs, weights."""
         trainer = self.trainer
         self.configure_model()
+        for table in self._data.datasets_of(stage).values() if self._data else ():
+            largest = pc.max(pc.list_flatten(table.data.column("input_ids"))).as_py()
+            refuse_unknown_token(causal_lm_of(self.policy), largest or 0)
         if stage == "fit":
             self.class_weights = self._chosen_class_weights()
             self._say_what_is_trained()
@@ -254,6 +259,11 @@ class BCOModule(LightningModule):
             sources_B=batch.sources_B,
             reward_shift=self.objective.threshold,
         )
+
+    def on_before_batch_transfer(self, batch: FeedbackBatch, dataloader_idx: int) -> FeedbackBatch:
+        """Looks at the tokens while they are on the CPU; those of a stream are not known before."""
+        refuse_unknown_token(causal_lm_of(self.policy), int(batch.input_ids_S.max()))
+        return batch
 
     def on_train_start(self) -> None:
         """From here on the policy is not the reference any more; the rows of an earlier fit are forgotten."""

@@ -13,8 +13,8 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from bco_lightning import BCOModule, LoraSettings, bco_loss, load_aligned
 from bco_lightning.checkpoints import read_checkpoint
-from bco_lightning.errors import CheckpointError, ConfigError, NonFiniteError
-from tests.conftest import tiny_data, tiny_module, tiny_trainer
+from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
+from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 
 
 def fit(module: BCOModule, log: str, max_steps: int, ckpt_path: str | None = None, **options: Any) -> Any:
@@ -248,3 +248,17 @@ class _StopAt(Checkpoint):
 
 class _Killed(RuntimeError):
     pass
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_rare_token_without_an_embedding_is_refused_with_both_numbers(
+    streaming: bool, tiny_model: str, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    module, size = tiny_module(tiny_model), len(tiny_module(tiny_model).tokenizer)
+    module.tokenizer.add_tokens(["zyxw"])  # and the model was not resized
+    many = [{**row, "prompt": f"{row['prompt']} ({number})"} for number in range(4) for row in rows]
+    many[75]["completion"] += " zyxw."
+    options = {"tokenizer": module.tokenizer, "streaming": streaming, "validation_fraction": 0.0}
+    with pytest.raises(LanguageModelError, match=f"expected tokens below {size}, .* found token {size} in a row"):
+        tiny_trainer(max_epochs=1).fit(module, tiny_data(write_jsonl(tmp_path / "many.jsonl", many), **options))
+    assert module.global_step == 0 or streaming

@@ -83,6 +83,16 @@ def refuse_incomplete(name_or_path: str, what: str, info: Mapping[str, Any]) -> 
         rank_zero_warn(f"{name_or_path}: weights that the model has no place for are left out: {_listed(others)}.")
 
 
+def refuse_unknown_token(model: Any, largest: int) -> None:
+    """Refuses rows with a token that a model has no embedding for, which a GPU would say in the middle of a step."""
+    if largest >= (size := model.get_input_embeddings().weight.shape[0]):
+        raise LanguageModelError(
+            type(model).__name__,
+            f"expected tokens below {size}, the number of its embeddings; found token {largest} in a row.",
+            "Tokens were added to the tokenizer: resize the model's embeddings to it, and save both.",
+        )
+
+
 def refuse_unknown_tokenizer(location: str) -> None:
     """Refuses a tokenizer that needs code of its folder, for which transformers would take another one in silence."""
     config = get_tokenizer_config(location)

@@ -14,6 +14,8 @@ from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.build import dtype_of_matrices
+from bco_lightning.models.layout import causal_lm_of
+from bco_lightning.models.refusals import refuse_unknown_token
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.collectives import by_all
 from bco_lightning.places import cache_root
@@ -43,8 +45,9 @@ def refuse_other_start(
     rows = [table[int(number)] for number in {lengths.argmin(), lengths.argmax(), len(table) // 2}]
     samples = [{name: row[name] for name in COLUMNS if name in row} for row in rows]
     with torch.no_grad(), reference.where_it_is_used(trainer) as device:
-        batch = collate(samples, share_prompts=data.options.group_by_prompt).to(device)
-        scored = score(batch)
+        batch = collate(samples, share_prompts=data.options.group_by_prompt)
+        refuse_unknown_token(causal_lm_of(reference.policy), int(batch.input_ids_S.max()))
+        scored = score(batch.to(device))
     is_known = batch.reference_log_probs_B is not None
     same_path = not (is_known or options.compile) and device.type == "cpu"
     plain = dtype_of_matrices(reference.policy) == torch.float32 and "32" in str(trainer.precision)
