@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bco_lightning.errors import CheckpointError
+from bco_lightning.options import Options
 
 _PACKAGES = (
     "bco-lightning", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "tokenizers",
@@ -129,6 +130,20 @@ def refuse_other_weights(ours: Mapping[str, tuple[int, ...]], weights: Mapping[s
         raise CheckpointError("checkpoint", f"{problems[0]}.", remedy)
 
 
+def settings_of(trainer: Any, num_steps: int, parts: Iterable[Options]) -> dict[str, Any]:
+    """What is told of a run that goes on with another value, by the names of options; not where files lie."""
+    told = {f"{part.option_name}.{name}": part.plain()[name] for part in parts for name in part.names("told")}
+    return {
+        **{name: value for name, value in told.items() if not name.endswith("_files")},
+        "trainer.max_epochs and max_steps": f"{num_steps} steps",
+        "trainer.precision": str(trainer.precision),
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.gradient_clip_val": trainer.gradient_clip_val,
+        "trainer.gradient_clip_algorithm": str(getattr(trainer.gradient_clip_algorithm, "value", "norm")),
+        "trainer.deterministic": (False, "warn", True)[torch.get_deterministic_debug_mode()],
+    }
+
+
 def changes_to_accept(
     checkpoint: Mapping[str, Any],
     fingerprints: Mapping[str, Any],
@@ -138,7 +153,8 @@ def changes_to_accept(
     """Compares a run with the one that wrote a checkpoint, and says what is another now and is accepted.
 
     Only fingerprints that are ``accepted`` by name may differ; that is ``None`` for a run that does not go on, which
-    may say less of itself. ``settings`` may be changed on purpose, such as the learning rate; that is worth a remark.
+    may say less of itself. ``settings``, by the names of options, may be changed on purpose, such as the learning rate;
+    that is worth a remark.
     """
     then, goes_on = checkpoint.get("fingerprints", {}), accepted is not None
     changed = differences(
@@ -151,10 +167,10 @@ def changes_to_accept(
             f"expected the run that wrote it, found another ({'; '.join(refused)}).",
             f"Use the files and options of that run{remedy}.",
         )
-    before = checkpoint.get("hyper_parameters", {})
-    now = {name: value for name, value in settings.items() if goes_on and name in before and name not in then}
+    before = checkpoint.get("settings", {})
+    now = {name: value for name, value in settings.items() if goes_on and name in before}
     for text in differences({name: before[name] for name in now}, now).values():
-        rank_zero_info(f"checkpoint: model.{text}.")
+        rank_zero_info(f"checkpoint: {text}.")
     for text in changed.values():
         rank_zero_info(f"checkpoint: {text}, as checkpoint.accept_changes allows.")
     return [f"step {checkpoint['global_step']}: {text}" for text in changed.values()]

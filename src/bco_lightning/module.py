@@ -28,6 +28,7 @@ from bco_lightning.identity import (
     digest_of_tokenizer,
     digest_of_values,
     refuse_other_weights,
+    settings_of,
     versions,
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
@@ -197,6 +198,8 @@ class BCOModule(LightningModule):
             f"policy: {self.options.name_or_path}, {said_of_weights(self.policy)}; {self.num_steps()} optimizer steps "
             f"of {self._data.rows_per_step if self._data else '?'} rows; class weights: up {up:.3f}, down {down:.3f}"
         )
+        if self.trainer.max_steps > self.num_steps():
+            rank_zero_info(f"trainer.max_epochs: {self.trainer.max_epochs} ends the run before trainer.max_steps does")
         rank_zero_info(f"rows of a micro-batch are {self._layout_reason}")
         if self._trunk is not None:
             rank_zero_info(f"the first {self._trunk.depth} layers, which nothing trains, run once for both models")
@@ -316,6 +319,7 @@ class BCOModule(LightningModule):
             "config_digest": digest_of_values({**decisive, **fingerprints}),
             "accepted_changes": list(self._accepted_changes),
             "versions": versions(),
+            "settings": self._settings() if self._fingerprints else {},
             **({"importance": self.importance.state_dict()} if self.importance is not None else {}),
         }
         if "optimizer_states" in checkpoint:
@@ -340,8 +344,11 @@ class BCOModule(LightningModule):
             callbacks = self.trainer.checkpoint_callbacks
             accepted = [name for callback in callbacks for name in getattr(callback, "accept_changes", [])]
             made_of = self.fingerprints()
-        settings = {name: self.hparams[name] for name in ModelOptions.names("told")}
-        return changes_to_accept(checkpoint, made_of, settings, accepted)
+        return changes_to_accept(checkpoint, made_of, self._settings() if accepted is not None else {}, accepted)
+
+    def _settings(self) -> dict[str, Any]:
+        parts = [self.options, *([self._data.options] if self._data is not None else [])]
+        return settings_of(self.trainer, self.num_steps(), parts)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> BCOModule:  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,56 @@ def test_an_adapter_that_came_in_is_trained_on_and_its_export_names_its_base(tin
 )
 def test_trainer_switches_work(switches: list[str], tiny_model: str, log: str) -> None:
     assert command("fit", tiny_model, log, *(f"--trainer.{switch}" for switch in switches)) == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps", "said"),
+    [
+        (["max_epochs=null", "max_steps=8"], 8, ""),
+        (["max_epochs=null", "max_steps=-1"], 6, ""),
+        (["max_epochs=1", "max_steps=8"], 6, "trainer.max_epochs: 1 ends the run before trainer.max_steps does"),
+    ],
+)
+def test_steps_or_epochs_that_are_asked_for_alone_end_a_run_and_of_both_the_smaller(
+    limits: list[str], steps: int, said: str, tiny_model: str, log: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = ["--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    assert command("fit", tiny_model, log, *(f"--trainer.{limit}" for limit in limits), *quiet) == 0
+    assert saved_steps(Path("runs/bco/version_0/checkpoints"))[-1].name == f"step-{steps:08}"
+    assert said in caplog.text
+    assert ("ends the run before" in caplog.text) == bool(said)
+
+
+@pytest.mark.parametrize("logger", [["false"], ["CSVLogger", "--trainer.logger.save_dir=csv"]])
+def test_with_any_logger_everything_of_a_run_is_in_its_folder_and_the_commands_that_are_named_work(
+    logger: list[str], tiny_model: str, log: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = set(Path().iterdir())
+    own = [
+        "--run_folder=my runs",
+        "--trainer.max_steps=2",
+        "--known_reward.reward=tone",
+        "--known_reward.max_prompts=1",
+    ]
+    assert command("fit", tiny_model, log, f"--trainer.logger={logger[0]}", *logger[1:], *own) == 0
+    assert {path.name for path in set(Path().iterdir()) - before} <= {"my runs", "csv"}
+    run = Path("my runs/version_0")
+    assert {"config.yaml", "provenance.json", "alignment.json"} <= {path.name for path in run.iterdir()}
+    printed = capsys.readouterr().out
+    assert f"Run folder   {run}\n" in printed
+    assert "tensorboard" not in printed
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  python -m bco_lightning ")]
+    assert [words[3] for words in commands] == ["export", "predict"]
+    for words in commands:
+        assert main([log if word == "FILE" else word for word in words[3:]]) == 0
+
+
+def test_a_trial_run_leaves_the_newest_checkpoint_to_those_that_are_none(tiny_model: str, log: str) -> None:
+    assert command("fit", tiny_model, log, "--trainer.max_steps=2") == 0
+    before = text_of(Path("runs"))
+    for more in ([], ["--ckpt_path=last"]):
+        assert command("fit", tiny_model, log, "--trainer.fast_dev_run=1", "--trainer.max_steps=4", *more) == 0
+    assert text_of(Path("runs")) == before
 
 
 @pytest.mark.slow

@@ -274,6 +274,45 @@ def test_another_number_of_rows_per_step_is_refused(byte_model: str, feedback: s
         resuming(byte_model, feedback, str(tmp_path), 5, {**cut(), "data_options": {"batch_size": 16}})
 
 
+def test_what_may_change_when_a_run_goes_on_is_told_by_name_with_both_values(
+    byte_model: str, feedback: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saving(byte_model, feedback, str(tmp_path), [5], cut())
+    resuming(byte_model, feedback, str(tmp_path), 5, cut())
+    assert " then, " not in caplog.text
+    options = cut(accumulation=2)
+    options["trainer_options"] |= {
+        "precision": "bf16-mixed", "gradient_clip_val": 0.5, "gradient_clip_algorithm": "value", "max_epochs": 3,
+        "deterministic": "warn",
+    }  # fmt: skip
+    changed = {"learning_rate": 2e-2, "dtype": "float32", "weight_decay": 0.1}
+    resuming(byte_model, feedback, str(tmp_path), 5, options, module_options=changed)
+    for told in (
+        "model.learning_rate: 0.01 then, 0.02 now", "model.weight_decay: 0.0 then, 0.1 now",
+        "data.batch_size: 8 then, 4 now", "trainer.accumulate_grad_batches: 1 then, 2 now",
+        "trainer.max_epochs and max_steps: 24 steps then, 36 steps now",
+        "trainer.precision: 32-true then, bf16-mixed now", "trainer.deterministic: True then, warn now",
+        "trainer.gradient_clip_val: None then, 0.5 now", "trainer.gradient_clip_algorithm: norm then, value now",
+    ):  # fmt: skip
+        assert f"checkpoint: {told}." in caplog.text
+    assert caplog.text.count(" then, ") == 9
+
+
+def test_a_checkpoint_that_another_callback_writes_within_a_step_goes_on_with_the_whole_step(
+    byte_model: str, feedback: str, tmp_path: Path
+) -> None:
+    class Within(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if (trainer.current_epoch, batch_idx) == (0, 7 * 4 + 1):
+                trainer.save_checkpoint(tmp_path / "within")
+
+    options = cut(accumulation=4)
+    options["trainer_options"]["default_root_dir"] = str(tmp_path)
+    whole = tiny_fit(byte_model, feedback, callbacks=[Within(), RunCheckpoint()], **options)
+    again = tiny_fit(byte_model, feedback, callbacks=[RunCheckpoint()], ckpt_path=str(tmp_path / "within"), **options)
+    assert_goes_on(whole, again, 7)
+
+
 def test_a_run_that_goes_on_from_an_earlier_step_sets_the_later_ones_aside(
     byte_model: str, feedback: str, tmp_path: Path
 ) -> None:

@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import instantiate_class
 
 from bco_lightning.cli import faults
 from bco_lightning.cli.faults import in_words
@@ -57,6 +61,34 @@ def test_the_first_error_of_ours_in_a_chain_is_what_is_said() -> None:
 def test_an_error_that_is_nobodys_but_ours_is_not_hidden() -> None:
     assert in_words(KeyError("x")) is None
     assert in_words(RuntimeError("shapes do not match")) is None
+
+
+def raised_by(act: Any) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        act()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda: Trainer(gradient_clip_algorithm="median"), "lightning: `gradient_clip_algorithm` median is invalid."),
+        (lambda: Trainer(barebones=True, logger=True, enable_model_summary=False), "lightning: `Trainer(barebones="),
+        (lambda: Trainer(limit_val_batches=-1), "lightning: "),
+        (lambda: Trainer(accelerator="cpu", devices=0), "lightning: `Trainer(devices=0)` value is not a valid input"),
+        (lambda: EarlyStopping("x").load_state_dict({}), None),  # a KeyError that nobody raises on purpose
+        (lambda: ArgumentParser().get_defaults().nothing, None),
+        (lambda: torch.distributed.init_process_group("gloo", rank=0), "torch.distributed: "),
+        (lambda: instantiate_class((), {"class_path": "no.such.Class"}), None),
+    ],
+)
+def test_what_a_library_refuses_on_purpose_passes_through_in_one_line_and_accidents_do_not(
+    act: Any, words: str | None
+) -> None:
+    found = in_words(raised_by(act))
+    assert (found is None) == (words is None)
+    assert words is None or str(found).startswith(words)
+    assert "\n" not in str(found)
 
 
 def fit(model: str, log: str, how: str) -> None:

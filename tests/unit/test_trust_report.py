@@ -313,6 +313,8 @@ def test_processes_other_than_the_first_write_nothing_but_ask_for_the_folder(
         is_global_zero = False
         global_step = 0
         loggers = (TensorBoardLogger(tmp_path),)
+        checkpoint_callbacks = ()
+        fast_dev_run = False
 
         @property
         def log_dir(self) -> str:

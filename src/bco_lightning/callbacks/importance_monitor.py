@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, Trainer
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from typing_extensions import override
 
+from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.importance.report import print_trust, trust_rows
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class ImportanceMonitor(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
-        # A broadcast: every process has to ask. Without a logger there is no folder of the run.
-        log_dir = trainer.log_dir if trainer.loggers else None
+        run_folder = run_folder_of(trainer)  # a broadcast: every process has to ask
         importance = pl_module.importance
         if importance is None or not trainer.is_global_zero:
             return
@@ -49,7 +48,7 @@ class ImportanceMonitor(Callback):
                 table = [("", ""), ("---", "---"), *trust_rows(report)]
                 rows = "\n".join(f"| {name} | {value} |" for name, value in table)
                 logger.experiment.add_text("importance/verdict", f"{said}\n\n{rows}", step)
-        if log_dir is not None:
-            Path(log_dir).mkdir(parents=True, exist_ok=True)
+        if run_folder is not None:
+            run_folder.mkdir(parents=True, exist_ok=True)
             written = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"
-            (Path(log_dir) / "importance.json").write_text(written, encoding="utf-8")
+            (run_folder / "importance.json").write_text(written, encoding="utf-8")

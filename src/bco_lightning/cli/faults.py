@@ -12,7 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from bco_lightning.errors import FaultError, UserError, causes_of
 
@@ -58,6 +63,11 @@ _SAID = (
         "Often the machine ran out of memory; data.num_workers: 0 loads in the training process.",
     ),
 )
+# Libraries that look at what they are given, and say what is wrong with it.
+_CHECKING = {
+    name: Path(str(find_spec(name).origin)).parent  # type: ignore[union-attr]
+    for name in ("lightning", "lightning_utilities", "torchmetrics", "jsonargparse", "torch.distributed")
+}
 _LOOK_THERE = "Look for the first error in the output of the others"
 _LAST_WORDS, _LOOK_EVERY, _OUTLIVE = 30.0, 0.5, 5.0  # seconds
 
@@ -80,6 +90,23 @@ def _fault_of(error: BaseException) -> UserError | None:
                 return FaultError(where, f"{expected} ({_first_line(text)}).", remedy)
     if isinstance(error, RuntimeError) and (_TOO_LONG.search(text) or _GONE.search(text)):
         return _fault_of_another_process(text)
+    return _said_on_purpose(error)
+
+
+def _said_on_purpose(error: BaseException) -> FaultError | None:
+    """What a library says by a ``raise`` of its own, or PyTorch of processes, in one line; else it is an accident."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    said = [
+        (name, frame.line)
+        for frame in last
+        for name, folder in _CHECKING.items()
+        if folder in Path(frame.filename).parents
+    ]
+    if isinstance(error, torch.distributed.DistError) or any(str(line).startswith("raise ") for _, line in said):
+        words = error.args[0] if isinstance(error, KeyError) else error
+        return FaultError(
+            said[0][0] if said else "torch.distributed", " ".join(str(words).split()) or type(error).__name__
+        )
     return None
 
 

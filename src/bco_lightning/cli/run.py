@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -205,7 +207,6 @@ class BCOCLI(LightningCLI):
                 trainer_defaults={
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
-                    "max_epochs": 1,
                     "num_sanity_val_steps": 0,  # seconds, for a forward pass that is the training step's own
                 },
                 auto_configure_optimizers=False,
@@ -236,6 +237,8 @@ class BCOCLI(LightningCLI):
             options = self.config.get(str(self.config.get("subcommand")), self.config)
             _refuse_misread_sources(options.data)
         safety.check_resolved(options, args)
+        if options.trainer.max_epochs is None:  # which Lightning takes for 1000 if there is no other end
+            options.trainer.max_epochs = 1 if options.trainer.max_steps == -1 else -1
         options.run_folder = os.path.expanduser(os.path.expandvars(options.run_folder))  # noqa: PTH111
         options.weights_only = True  # Lightning's own default would unpickle whatever a checkpoint holds
         if options.ckpt_path is not None and self.config.get("subcommand"):
@@ -268,7 +271,11 @@ class BCOCLI(LightningCLI):
         if isinstance(asked.strategy, str):
             kwargs["strategy"] = named_strategy(asked.strategy)
         callbacks = [asked.callbacks] if not isinstance(asked.callbacks, (list, type(None))) else asked.callbacks or []
-        if asked.enable_progress_bar is not False:
+        if asked.barebones:
+            remedy = "What a run logs, shows and saves takes no time to speak of."
+            raise ConfigError("trainer.barebones", "expected false from the command line, found true.", remedy)
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if asked.enable_progress_bar is not False and not has_bar:
             callbacks = [*callbacks, StepProgressBar()]
         if asked.enable_checkpointing is not False:
             callbacks = [*callbacks, options.checkpoint]
@@ -277,7 +284,7 @@ class BCOCLI(LightningCLI):
         if hasattr(trainer.strategy, "_timeout"):  # of the process group; half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
         # Known is only now which process is the first of all; the others are told when they need it.
-        if trainer.is_global_zero and (self.subcommand == "fit" or logs):
+        if trainer.is_global_zero and not asked.fast_dev_run and (self.subcommand == "fit" or logs):
             self._take_run_folder(trainer, options)
         if logs and not asked.fast_dev_run:
             logger = EventLogger(options.run_folder, name="", version=self.run.name if self.run else "")
@@ -324,19 +331,25 @@ class BCOCLI(LightningCLI):
         if (run := self.run) is None:
             return
         _print(f"\nRun folder   {run}")
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, RunCheckpoint) and callback.saved is not None:
-                told = f"{self.trainer.global_step} optimizer steps, reward shift {self.model.reward_shift.value:.4f}"
-                _print(f"Checkpoint   {callback.saved} ({told})")
+        saving = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
+        saved = saving[0].saved if saving else None
+        if saved is not None:
+            told = f"{self.trainer.global_step} optimizer steps, reward shift {self.model.reward_shift.value:.4f}"
+            _print(f"Checkpoint   {saved} ({told})")
         if (run / "alignment.json").exists():
             _print(f"Alignment    {run / 'alignment.json'}")
-        _print(
-            f"\nNext:\n"
-            f"  tensorboard --logdir {self.config[self.subcommand].run_folder}\n"
-            f"  python -m bco_lightning export --ckpt_path {run} --output_dir exports/{run.name} --merge\n"
-            f"  python -m bco_lightning predict --config {run / 'config.yaml'} --run_folder {run.parent} "
-            f"--ckpt_path {run} --data.predict_files FILE"
-        )
+        commands = []
+        if isinstance(self.trainer.logger, TensorBoardLogger):
+            commands.append(f"tensorboard --logdir {quote(self.trainer.logger.save_dir)}")
+        if saved is not None:
+            folder, command = quote(str(run)), "python -m bco_lightning"
+            commands += [
+                f"{command} export --ckpt_path {folder} --output_dir {quote(f'exports/{run.name}')} --merge",
+                f"{command} predict --config {quote(str(run / 'config.yaml'))} --run_folder {quote(str(run.parent))} "
+                f"--ckpt_path {folder} --data.predict_files FILE",
+            ]
+        if commands:
+            _print("\n  ".join(["\nNext:", *commands]))
 
 
 class InspectCLI(BCOCLI):

@@ -194,7 +194,7 @@ class FeedbackDataModule(LightningDataModule):
         whole = trainer is None or trainer.fast_dev_run
         if not whole and (trainer.limit_train_batches not in (None, 1.0) or trainer.overfit_batches):
             raise ConfigError(
-                "trainer.limit_train_batches",
+                "trainer.overfit_batches" if trainer.overfit_batches else "trainer.limit_train_batches",
                 "expected whole epochs, since the row order is derived from the optimizer step; found a limit.",
                 "Use trainer.max_steps to train for less than an epoch.",
             )

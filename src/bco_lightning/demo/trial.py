@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from bco_lightning.batch import FeedbackBatch
+from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.collate import collate
 from bco_lightning.demo.generation import SampledCompletion, sample_completions, tone
 from bco_lightning.errors import ConfigError
@@ -154,15 +155,15 @@ class KnownRewardTrial(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.reward == "none":
             return
-        log_dir = trainer.log_dir  # a broadcast: every process has to ask
+        run_folder = run_folder_of(trainer)  # a broadcast: every process has to ask
         if trainer.is_global_zero:
             data = trainer.datamodule
             distinct = list(dict.fromkeys(data.validation_dataset["prompt"]))[: self.max_prompts or None]
             prompts = [data.row_tokenizer.render_prompt(json.loads(prompt)) for prompt in distinct]
             self.alignment = self.compare(pl_module, prompts)
             self.alignment.print(self.reward)
-            if log_dir is not None:
-                self.alignment.write(Path(log_dir) / "alignment.json")
+            if run_folder is not None:
+                self.alignment.write(run_folder / "alignment.json")
         trainer.strategy.barrier("known reward trial")
 
     @torch.no_grad()
