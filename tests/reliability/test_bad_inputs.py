@@ -495,6 +495,9 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
         chitchat(messages=[[{"sender": "1", "text": None}], [{"sender": "2", "text": SAID}]]), UTTERANCES,
         chitchat, rating=STARS,
     ),
+    "chitchat: no such rating": bad(
+        chitchat(ratings={"tone": 5}), "expected a rating 'stars', found 'tone'.", chitchat, rating=STARS
+    ),
     "chitchat: rating is a word": bad(
         chitchat(ratings={"stars": "great"}), "expected a number as rating 'stars', found \"great\".",
         chitchat, rating=STARS,

@@ -182,7 +182,10 @@ FILES = {
     "langfuse": "langfuse_traces.json", "langsmith": "langsmith_runs.jsonl", "argilla": "argilla.json",
     "chainlit": "chainlit.json", "chitchat": "chitchat.json",
 }  # fmt: skip
-ODD: list[Any] = [None, True, 7, float("nan"), " ", "x", "\x00", "\ud800", [None], {}, {"role": "user"}, [[]]]
+ODD: list[Any] = [
+    None, True, 7, float("nan"), " ", "x", "\x00", "\ud800", [None], {}, {"role": "user"}, [[]],
+    '{"role": "user", "content": [1]}', '[{"from": "\\ud800", "value": {}}]', '["{}"]',
+]  # fmt: skip
 
 
 def places_in(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

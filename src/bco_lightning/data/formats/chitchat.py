@@ -15,7 +15,7 @@ from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.labels import NO_FEEDBACK, thumb_by_rule
 from bco_lightning.data.messages import MAX_ROW_MESSAGES
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record
+from bco_lightning.data.values import Record, keys_of
 from bco_lightning.errors import ConfigError
 
 NOT_TWO_SPEAKERS = "conversation of other than two speakers"
@@ -60,5 +60,7 @@ def _by_ratings(ratings: Record, origin: Origin) -> LeftOut | None:
     if rule is None or rule.column is None:
         expected = f"expected a rule for one of the ratings {', '.join(sorted(ratings))}, found none."
         raise ConfigError("data.rating", expected)
+    if rule.column not in ratings:
+        raise origin.error(f"expected a rating {rule.column!r}, found {keys_of(sorted(ratings))}.")
     thumb = thumb_by_rule(rule, ratings, origin.columns.label, origin.place)
     return thumb if isinstance(thumb, LeftOut) else None
