@@ -19,7 +19,7 @@ from bco_lightning.models.load import load_language_model, load_tokenizer
 WIDTH, WORDS = 32, ["<s>", "</s>", "a", "b", "ab"]
 
 
-def write_gguf(path: Path, seed: int) -> dict[str, np.ndarray]:
+def write_gguf(path: Path, seed: int, without: str = "") -> dict[str, np.ndarray]:
     """A Llama of one layer, its embedding and head of random numbers."""
     generator = np.random.default_rng(seed)
     writer = GGUFWriter(path, "llama")
@@ -42,8 +42,8 @@ def write_gguf(path: Path, seed: int) -> dict[str, np.ndarray]:
     shapes |= {"token_embd.weight": (len(WORDS), WIDTH), "output.weight": (len(WORDS), WIDTH)}
     shapes |= {"output_norm.weight": (WIDTH,)}
     tensors = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
+    for name in tensors.keys() - {without}:
+        writer.add_tensor(name, tensors[name])
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
@@ -101,6 +101,13 @@ def test_a_cut_conversion_is_made_again(tmp_path: Path, cache: Path) -> None:
     os.truncate(weights, 100)
     converted(tmp_path / "tiny.gguf", cache)
     assert weights.read_bytes() == whole
+
+
+def test_a_file_without_a_weight_is_refused_by_its_name_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", seed=0, without="blk.0.ffn_up.weight")
+    with pytest.raises(LanguageModelError, match=r"found none of model.layers.0.mlp.up_proj.weight\."):
+        load_language_model(str(tmp_path / "tiny.gguf"), torch.float32, cache_folder=str(cache))
+    assert [path.suffix for path in (cache / FOLDER).iterdir()] == [".lock"]
 
 
 def test_a_damaged_file_is_named_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:

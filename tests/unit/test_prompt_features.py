@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -211,6 +212,15 @@ def small_encoder(tmp_path: Path) -> Path:
 
 def rewritten(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_encoder_without_a_weight_is_refused_by_its_name(small_encoder: Path) -> None:
+    file = small_encoder / "model.safetensors"
+    own = load_file(file)
+    lacking = next(name for name in own if "word_embeddings" in name)
+    save_file({name: own[name] for name in own.keys() - {lacking}}, file, metadata={"format": "pt"})
+    with pytest.raises(LanguageModelError, match=r"found none of embeddings\.word_embeddings\.weight"):
+        SentenceEncoder(str(small_encoder), "cpu")
 
 
 def test_every_part_of_an_encoder_is_in_its_fingerprint_and_neither_its_place_nor_its_use(

@@ -42,7 +42,7 @@ def refuse_other_start(
         return
     table = data.training.table(_DRAWN)
     lengths = np.asarray(pc.list_value_length(table.data.column("input_ids")))
-    rows = [table[int(number)] for number in {lengths.argmin(), lengths.argmax(), len(table) // 2}]
+    rows = [table[number] for number in {int(lengths.argmin()), int(lengths.argmax()), len(table) // 2}]
     samples = [{name: row[name] for name in COLUMNS if name in row} for row in rows]
     with torch.no_grad(), reference.where_it_is_used(trainer) as device:
         batch = collate(samples, share_prompts=data.options.group_by_prompt)
