@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,7 @@ MIB = 2**20
 GOOD = b'{"prompt": "q", "completion": "a", "label": true}\n'
 BAD = b'{"prompt": "q", "completion": "a", "label": false}\n'
 # A gigabyte of zeros in a megabyte, as gzip members one after the other.
+EMPTY_LINES = gzip.compress(b"\n" * MIB) * 300
 GZIP_BOMB = gzip.compress(bytes(MIB)) * 1024
 
 MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -108,6 +110,107 @@ def test_long_texts_of_which_few_repeat_are_still_read_many_rows_at_a_time(tmp_p
     pq.write_table(pa.table({"prompt": [f"{row} " * 1000 for row in range(2000)]}), log)
     with log.open("rb") as file:
         assert batch_rows(file, pq.ParquetFile(log).metadata.row_group(0)) >= 8
+
+
+MILLIONS = 20_000_000
+EMPTY = "100,000 empty lines one after the other"
+SWELLS, LONG = "bytes in memory for one that is stored", "a row of at most 4 MiB, found a longer one"
+
+
+def listed(values: Any) -> pa.Table:
+    """One row with all values in a list."""
+    lists = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+    return pa.table({"prompt": ["q"], "completion": ["a"], "label": [True], "more": lists})
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, compression="zstd", use_dictionary=["more"], write_statistics=False)
+
+
+def write_arrow(table: pa.Table, path: Path, compression: str | None = None, *, stream: bool = True) -> None:
+    kind = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with kind(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(table)
+
+
+def long_text() -> pa.Table:
+    return pa.table({"prompt": pa.array(["x" * 8 * MILLIONS], pa.large_string())})
+
+
+def one_text_often() -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(MIB, "i1")), pa.array(["x" * MIB]))
+
+
+def repeated_text() -> pa.Array:
+    return pa.RunEndEncodedArray.from_arrays(pa.array([MILLIONS], pa.int32()), pa.array(["x" * 1000]))
+
+
+# Kind of file, how it is written, and what is said of it: a few kilobytes that were 100 MB and more in memory.
+BOMBS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "one number in a long list": (
+        ".parquet",
+        lambda path: write_parquet(listed(pa.array(np.zeros(MILLIONS, "i8"))), path),
+        SWELLS,
+    ),
+    "nulls in a long list": (
+        ".parquet",
+        lambda path: write_parquet(listed(pa.nulls(MILLIONS, pa.int64())), path),
+        SWELLS,
+    ),
+    "one packed text": (".parquet", lambda path: write_parquet(long_text(), path), SWELLS),
+    "rows without values": (
+        ".parquet",
+        lambda path: write_parquet(pa.table({"prompt": pa.nulls(MILLIONS)}), path),
+        SWELLS,
+    ),
+    "one packed text in a stream": (".arrow", lambda path: write_arrow(long_text(), path, "zstd"), SWELLS),
+    "one packed text in a file": (".arrow", lambda path: write_arrow(long_text(), path, "zstd", stream=False), SWELLS),
+    "batches without values": (
+        ".arrow",
+        lambda path: write_arrow(pa.table({"prompt": pa.nulls(MILLIONS)}), path),
+        SWELLS,
+    ),
+    "a repeated text": (".arrow", lambda path: write_arrow(pa.table({"prompt": repeated_text()}), path), SWELLS),
+    "nulls in a list of a batch": (".arrow", lambda path: write_arrow(listed(pa.nulls(MILLIONS)), path), LONG),
+    "one text in a long list": (".arrow", lambda path: write_arrow(listed(one_text_often()), path), LONG),
+    "line ends": (".jsonl.gz", lambda path: path.write_bytes(gzip.compress(GOOD) + EMPTY_LINES), EMPTY),
+    "line ends of cells": (".csv.gz", lambda path: path.write_bytes(gzip.compress(b"prompt\n") + EMPTY_LINES), EMPTY),
+}
+
+
+@pytest.mark.promise("S18", "a file of kilobytes that would fill the memory or take minutes is refused by name in 2 s")
+def test_a_small_file_that_swells_is_refused(trials: Trials, tmp_path: Path) -> None:
+    for name, suffix in (("warm", ".parquet"), ("warm", ".arrow")):
+        write = write_parquet if suffix == ".parquet" else write_arrow
+        write(pa.table({"prompt": ["q"], "more": ["a"]}), tmp_path / f"{name}{suffix}")
+        list(records_of(str(tmp_path / f"{name}{suffix}"), {}))
+    for trial in trials(list(BOMBS), quick=8):
+        with trial as name:
+            suffix, write_bomb, found = BOMBS[name]
+            log = tmp_path / f"{name}{suffix}"
+            write_bomb(log)
+            pa.default_memory_pool().release_unused()
+            assert log.stat().st_size < 3 * MIB
+            said = ""
+            with within(seconds=2.0, megabytes=80):
+                try:
+                    said = "".join(str(row) for _, row in records_of(str(log), {}) if isinstance(row, FeedbackRowError))
+                except FeedbackRowError as error:
+                    said = str(error)
+            assert found in said
+            assert name in said
+
+
+def test_what_is_packed_well_is_still_read(tmp_path: Path) -> None:
+    rows = pa.table(
+        {"prompt": [f"{n} " * 50 for n in range(3000)], "more": ["the same"] * 3000, "none": pa.nulls(3000)}
+    )
+    write_parquet(rows, tmp_path / "a.parquet")
+    write_arrow(rows, tmp_path / "a.arrow", "zstd")
+    write_arrow(rows, tmp_path / "b.arrow", "lz4", stream=False)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" * 90_000 + GOOD))
+    for name, number in (("a.parquet", 3000), ("a.arrow", 3000), ("b.arrow", 3000), ("a.jsonl.gz", 1)):
+        assert sum(isinstance(row, dict) for _, row in records_of(str(tmp_path / name), {})) == number
 
 
 MANY = [{"role": role, "content": "hm"} for _ in range(5_000) for role in ("user", "assistant")]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bco_lightning.data.files import open_file, size_of
 from bco_lightning.data.records.record_file import Block, SeekableFile
+from bco_lightning.data.records.swelling import refuse_swelling
 from bco_lightning.data.records.tables import BATCH_ROWS, block_of, rows_of, whole
 
 _KIND = "a Parquet file"
@@ -66,7 +67,9 @@ class ParquetRows(SeekableFile):
 
         with whole(self.name, _KIND):
             # Without a buffer, whole column chunks are read, which may be as large as the file.
-            return ParquetFile(self._source, pre_buffer=False, buffer_size=2**20)
+            file = ParquetFile(self._source, pre_buffer=False, buffer_size=2**20)
+        refuse_swelling(self.path, 8 * file.metadata.num_rows, size_of(self.path))
+        return file
 
     @cached_property
     def _groups(self) -> NDArray[np.int64]:
@@ -90,7 +93,13 @@ class ParquetRows(SeekableFile):
             yield from self._batches(group)
 
     def _batches(self, group: int) -> Iterator[Any]:
-        rows = batch_rows(self._source, self._file.metadata.row_group(group))
+        known = self._file.metadata.row_group(group)
+        for number in range(known.num_columns):
+            column, extra = known.column(number), known.column(number).num_values - known.num_rows
+            width = max(8, _longest_text(self._source, column) if column.physical_type == "BYTE_ARRAY" else 0)
+            size = max(int(column.total_uncompressed_size), extra * width)
+            refuse_swelling(self.path, size, int(column.total_compressed_size))
+        rows = batch_rows(self._source, known)
         yield from self._file.iter_batches(batch_size=rows, row_groups=[group])
 
     def _between(self, start: int, stop: int) -> Iterator[Any]:

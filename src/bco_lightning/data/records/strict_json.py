@@ -17,6 +17,7 @@ from bco_lightning.errors import FeedbackRowError
 MAX_LINE_BYTES = 4 * 2**20
 # As many as the largest float has; longer ones take time that grows with the square of their length.
 MAX_INTEGER_DIGITS = 309
+_MOST_EMPTY = 100_000  # a megabyte of gzip could hold a thousand million of them
 NESTED = "expected plain JSON values, found brackets nested too deeply."
 SURROGATE = "expected Unicode text, found half of a surrogate pair."
 TOO_LONG = f"expected a row of at most {MAX_LINE_BYTES / 2**20:g} MiB, found a longer one."
@@ -65,7 +66,7 @@ def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]
 
     An error for a file that breaks off or cannot be read on names the line reached.
     """
-    number = 0
+    number = empty = 0
     try:
         while line := file.readline(MAX_LINE_BYTES + 1):
             size, rest = len(line), line
@@ -73,6 +74,9 @@ def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]
                 rest = file.readline(MAX_LINE_BYTES + 1)
                 size += len(rest)
             number += 1
+            empty = empty + 1 if line.isspace() else 0
+            if empty > _MOST_EMPTY:
+                raise FeedbackRowError("", f"expected records, found {_MOST_EMPTY:,} empty lines one after the other.")
             yield number, line, size
     except FeedbackRowError as error:
         raise FeedbackRowError(f"{name}:{number + 1}", error.problem, error.remedy) from None

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, size_of
 from bco_lightning.data.records.record_file import Block, Place, Read, RecordFile, SeekableFile
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, TOO_LONG, not_utf8, parse_value
+from bco_lightning.data.records.swelling import check_arrow, size_of_rows
 from bco_lightning.data.values import Record, unpacked, value_at
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.places import resolve_packaged
@@ -31,7 +32,7 @@ _FILE_MAGIC = b"ARROW1"
 def arrow_rows(file: RecordFile) -> Read:
     """The rows of an ``.arrow`` file, of the streaming or the random access format."""
     with open_file(file.path) as opened:
-        yield from rows_of(_batches_in(opened), file.name, "an Arrow file")
+        yield from rows_of(_batches_in(file.path, opened), file.name, "an Arrow file")
 
 
 def hub_rows(file: RecordFile) -> Read:
@@ -156,14 +157,14 @@ def whole(place: str | Callable[[], str], kind: str) -> Iterator[None]:
 
 def _records_of(batch: Any, name: str, before: int) -> Iterable[Record | FeedbackRowError]:
     with suppress(ValueError, ArithmeticError, RecursionError):  # which are told of single rows
-        if batch.nbytes <= MAX_LINE_BYTES:
+        if size_of_rows(batch) <= MAX_LINE_BYTES:
             return _values_of(batch)
     return [_record_of(batch.slice(at, 1), f"{name}:{before + at + 1}") for at in range(len(batch))]
 
 
 def _record_of(row: Any, place: str) -> Record | FeedbackRowError:
     """One row, which is measured before it becomes Python values."""
-    if row.nbytes > MAX_LINE_BYTES:
+    if size_of_rows(row) > MAX_LINE_BYTES:
         return FeedbackRowError(place, TOO_LONG)
     try:
         [record] = _values_of(row)
@@ -223,9 +224,10 @@ def _rows_in(dataset: Any, name: str) -> Read:
     yield from rows_of((_validated(batch) for table in tables for batch in table.to_batches()), name, "a data set")
 
 
-def _batches_in(file: BinaryIO) -> Iterator[Any]:
+def _batches_in(path: str, file: BinaryIO) -> Iterator[Any]:
     import pyarrow as pa
 
+    check_arrow(path, file)
     if file.read(len(_FILE_MAGIC)) == _FILE_MAGIC:
         reader = pa.ipc.open_file(file)
         yield from (_validated(reader.get_batch(number)) for number in range(reader.num_record_batches))
@@ -270,6 +272,7 @@ def _saved_dataset(path: str) -> Any:
         for shard in (folder / split).glob("*.arrow"):
             with open_file(str(shard)) as file:
                 _check_end(file)
+                check_arrow(str(shard), file)
         return load_from_disk(str(folder / split))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_loaded(path, error) from None
