@@ -155,13 +155,16 @@ def test_thumbs_that_are_all_up_beside_rows_without_any_are_remarked_on(tokenize
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_columns_that_are_not_used_are_named_in_the_counts_of_every_start(
+def test_columns_that_are_not_used_or_tell_the_model_something_are_named_at_every_start(
     streaming: bool, tokenizer: Any, rows: list, tmp_path: Path
 ) -> None:
-    log = write_jsonl(tmp_path / "log.jsonl", [{**row, "weight": 0.5, "born in Bremen": 1} for row in rows])
+    log = write_jsonl(
+        tmp_path / "log.jsonl", [{**row, "system": "Be brief.", "weight": 0.5, "born in Bremen": 1} for row in rows]
+    )
     for _ in range(2):
         count = data(tokenizer, log, streaming=streaming, validation_fraction=0.0).counts[0]
-        assert str(count).count(f"\n  not used: 'weight', a text of 14 characters (columns of {log})") == 1
+        words = "system prompt: 'system'; not used: 'weight', a text of 14 characters"
+        assert str(count).count(f"\n  columns of {log}: {words}") == 1
 
 
 def test_an_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def report(**changes: Any) -> DataReport:
         cut={"prompts cut": 3, "completions cut": 0},
         malformed=Counted(4, ["/home/ann/day/log.jsonl:5"]),
         by_source={f"logs/{HOSTILE}": (50, 10), "other": (20, 20)},
-        unused={f"logs/{HOSTILE}": "'history', 'weight'"},
+        columns={f"logs/{HOSTILE}": "not used: 'history', 'weight'"},
     )
     made = DataReport(
         model=f"model {HOSTILE}",
@@ -179,7 +179,7 @@ def test_a_report_of_one_class_without_an_end_or_a_time_is_shown_too() -> None:
 
 
 def test_columns_that_are_not_used_are_a_finding() -> None:
-    assert "Not used: 'history', 'weight' (" in " ".join(finding.text for finding in report().findings)
+    assert ": not used: 'history', 'weight'." in " ".join(finding.text for finding in report().findings)
 
 
 def test_findings_come_worst_first() -> None:

@@ -83,8 +83,8 @@ def test_a_stream_of_every_format_gives_what_a_table_gives_whatever_comes_first(
     known, [counts], [streamed] = table.train_dataset, table.counts, stream.counts
     thumbs = {name: (up, used - up) for name, (used, up, *_) in ACCOUNTS.items()}
     assert counts.by_source == streamed.by_source == {"both": (4, 2), **thumbs}
-    assert [streamed.read, streamed.left_out, streamed.malformed, streamed.formats, streamed.unused] == [
-        counts.read, counts.left_out, counts.malformed, counts.formats, counts.unused
+    assert [streamed.read, streamed.left_out, streamed.malformed, streamed.formats, streamed.columns] == [
+        counts.read, counts.left_out, counts.malformed, counts.formats, counts.columns
     ]  # fmt: skip
     drawn = rows_of(stream).__getitems__(range(len(known)))
     assert [sample["input_ids"] for sample in drawn] == known["input_ids"][:]

@@ -45,7 +45,7 @@ class RowCounts:
     malformed: Counted = field(default_factory=Counted)
     by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
-    unused: dict[str, str] = field(default_factory=dict)  # of a source, the names of columns that no row is made of
+    columns: dict[str, str] = field(default_factory=dict)  # of a source, those to know about, in words
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> RowCounts:
@@ -89,7 +89,7 @@ class RowCounts:
 
     def add(self, others: RowCounts) -> None:
         """Adds such rows, and what else is known of how the sources were read."""
-        self.formats, self.unused, self.read = others.formats, others.unused, self.read + others.read
+        self.formats, self.columns, self.read = others.formats, others.columns, self.read + others.read
         self.malformed.take(others.malformed.count, others.malformed.places)
         for reason, counted in others.left_out.items():
             self.left_out.setdefault(reason, Counted()).take(counted.count, counted.places)
@@ -108,8 +108,8 @@ class RowCounts:
         for name, (up, down) in self.by_source.items():
             if up and not down and NO_FEEDBACK in self.left_out:
                 text += f"\n  every thumb of {name} is up: perhaps its export leaves out scores of 0 (Langfuse's did)"
-        for name, columns in self.unused.items():
-            text += f"\n  not used: {columns} (columns of {name})"
+        for name, said in self.columns.items():
+            text += f"\n  columns of {name}: {said}"
         for reason, counted in self.left_out.items():
             text += f"\n  {counted.count} left out: {reason} ({counted})"
         if self.malformed.count:

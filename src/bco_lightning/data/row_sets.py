@@ -155,8 +155,10 @@ class RowReader:
             if len(log) + others.read == before:
                 raise FeedbackRowError(public_name(source.path), "expected at least one row, found none.")
             others.formats[source.label] = maker.format or "auto"
-            if maker.unused:
-                others.unused[source.label] = keys_of(maker.unused)
+            known = {"system prompt": maker.systems, "not used": maker.unused}
+            if any(known.values()):
+                said = (f"{what}: {keys_of(names)}" for what, names in known.items() if names)
+                others.columns[source.label] = "; ".join(said)
         bad, read, share = others.malformed, len(log) + others.read, self._options.max_bad_rows
         if bad.count > share * read:
             raise FeedbackRowError(

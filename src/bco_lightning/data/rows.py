@@ -39,6 +39,7 @@ class RowMaker:
         self.options, self.labelled = options, labelled
         self.format: str | None = options.format if options.format in FORMATS else None
         self.labels = LabelVocabulary(options.columns.thumbs)
+        self.systems: list[str] = []  # columns that hold system prompts
         self.unused: list[str] = []  # columns that hold something which no row is made of
         self._settled: set[str] = set()  # these, and those that are used
         self._unrated: Candidate | None = None  # the first row without the column that rates it
@@ -103,7 +104,8 @@ class RowMaker:
             used = (
                 [columns.prompt, columns.chosen, columns.rejected] if self.format == "paired" else [*used, self._rating]
             )
-            used += [columns.tools, columns.template_options, system_column(record, columns)]
+            used += [columns.tools, columns.template_options, system := system_column(record, columns)]
+            self.systems += [system] if system in new else []
             used += rule.untouched if rule else ()
             known = {name if name in record else name.partition(".")[0] for name in used}
             self.unused += [name for name in new if name not in known]

@@ -273,7 +273,7 @@ def _of_counts(counts: RowCounts) -> list[Finding]:
     if counts.malformed.count:
         where = ", ".join(map(short_place, counts.malformed.places))
         found.append(Finding("warning", f"Malformed rows: {counts.malformed.count:,}, the first at {where}."))
-    found += [Finding("note", f"Not used: {names} ({short_place(name)}).") for name, names in counts.unused.items()]
+    found += [Finding("note", f"Columns of {short_place(name)}: {said}.") for name, said in counts.columns.items()]
     if counts.num_left_out:
         share = counts.num_left_out / counts.read
         level: Level = "warning" if share > _MANY_LEFT_OUT else "note"
