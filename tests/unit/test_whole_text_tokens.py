@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from transformers import ByT5Tokenizer
 
-from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
+from bco_lightning import FeedbackDataModule
+from bco_lightning.batch import FeedbackBatch, FeedbackRow, LeftOut, Message, TokenizedSample
 from bco_lightning.data.joints import Joints
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.rows import RowFormat
 from bco_lightning.data.tokenize import NO_EDGE, NO_ROOM_FOR_PROMPT, RowTokenizer
 from bco_lightning.errors import FeedbackRowError
-from tests.conftest import tokenized_row
+from tests.conftest import tiny_data, tokenized_row
 from tests.unit.made_rows import row_of
 from tests.unit.made_tokenizers import KINDS, TEMPLATES, made_llama, made_tokenizer
 
@@ -92,12 +93,36 @@ def test_tokens_are_those_of_the_whole_text_wherever_it_has_an_edge_between_prom
     assert num_compared > 30
 
 
-def test_a_tokenizer_that_goes_on_in_a_way_of_its_own_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tokenizer_that_goes_on_in_a_way_of_its_own_is_refused_at_the_start_whatever_becomes_of_bad_rows(
+    monkeypatch: pytest.MonkeyPatch, log: str, streaming: bool
+) -> None:
     monkeypatch.setattr(Joints, "pieces", lambda _, texts: [("", text) for text in texts])
-    row_tokenizer = RowTokenizer(tokenizers("SentencePiece, space at the beginning")["ChatML"], DataOptions())
-    messages = said("Hi?", "Hello.")
-    with pytest.raises(FeedbackRowError, match=r"log:1: expected token ids that read as the text"):
-        list(row_tokenizer.tokenize([FeedbackRow(messages[:1], messages[1:], True, "log:1")]))
+    tokenizer = tokenizers("SentencePiece, space at the beginning")["ChatML"]
+    data = tiny_data(log, tokenizer=tokenizer, streaming=streaming, bad_rows="skip", max_bad_rows=0.9)
+    with pytest.raises(FeedbackRowError, match=r"log\.jsonl:\d+: expected token ids that read as the text"):
+        first_batch(data)
+
+
+def first_batch(data: FeedbackDataModule) -> FeedbackBatch:
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece, space at the beginning", "SentencePiece, space by the normalizer"])
+def test_a_prompt_that_keeps_its_start_ends_with_the_tokens_of_the_whole_prompt(kind: str) -> None:
+    asked = [{"role": "user", "content": "What is the capital? " * 40}]
+    for name, tokenizer in tokenizers(kind).items():
+        options = DataOptions(max_length=100, long_prompts="keep_start")
+        sample = tokenized_row(RowTokenizer(tokenizer, options), FeedbackRow(asked, said("", "Hi.")[1:], True, "log:1"))
+        assert isinstance(sample, TokenizedSample)
+        assert sample.prompt_cut
+        rendered = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        said_until = rendered.rindex("?") + 1
+        num_after = sum(begin > said_until for begin, _ in whole["offset_mapping"])
+        kept = sample.input_ids[: sample.completion_mask.index(True)]
+        assert kept[len(kept) - num_after :] == whole["input_ids"][len(whole["input_ids"]) - num_after :], name
 
 
 @pytest.mark.parametrize("kind", ["SentencePiece, space at the beginning", "SentencePiece, space by the normalizer"])
