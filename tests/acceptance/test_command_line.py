@@ -168,6 +168,7 @@ def test_with_any_logger_everything_of_a_run_is_in_its_folder_and_the_commands_t
 ) -> None:
     before = set(Path().iterdir())
     own = [
+        "--trainer.callbacks+=ModelCheckpoint",
         "--run_folder=my runs",
         "--trainer.max_steps=2",
         "--known_reward.reward=tone",

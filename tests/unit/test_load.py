@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from bco_lightning import LoraSettings
 from bco_lightning.errors import ConfigError, LanguageModelError
@@ -25,7 +25,7 @@ from bco_lightning.models.load import (
 )
 from bco_lightning.parallel.sharding import final_dtype, take_final_dtype
 from bco_lightning.places import resolve_packaged
-from tests.conftest import REAL_MODEL, tiny_module
+from tests.conftest import REAL_MODEL, tiny_data, tiny_module
 
 
 def test_a_package_a_folder_and_a_gguf_file_lead_to_the_same_source() -> None:
@@ -118,15 +118,17 @@ def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
         load_language_model(str(tmp_path / "t5"), torch.float32)
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(tiny_model: str, tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_token_is_refused_loaded_or_given(tiny_model: str, log: str, tmp_path: Path) -> None:
     folder = tmp_path / "no_eos"
     load_tokenizer(tiny_model).save_pretrained(folder)
     (folder / "config.json").write_text((Path(tiny_model) / "config.json").read_text())
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
-    with pytest.raises(LanguageModelError, match="end-of-sequence"):
+    with pytest.raises(LanguageModelError, match="no_eos: expected a tokenizer with an end-of-sequence"):
         load_tokenizer(str(folder))
+    with pytest.raises(LanguageModelError, match="no_eos: expected a tokenizer with an end-of-sequence"):
+        tiny_data(log, tokenizer=AutoTokenizer.from_pretrained(folder)).setup("fit")
 
 
 @pytest.mark.parametrize(

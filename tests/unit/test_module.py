@@ -177,6 +177,10 @@ def test_bce_decides_at_zero_whatever_the_shift(tiny_model: str) -> None:
     [
         *[({"precision": name}, r"trainer\.precision.*model\.dtype: bfloat16") for name in ("bf16-true", "16-true")],
         ({"precision": "64-true"}, "trainer.precision: expected 32-true or bf16-mixed or 16-mixed, found 64-true"),
+        ({"check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch: expected at least 1 epoch"),
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches: expected at least 1 micro-batch"),
+        ({"val_check_interval": 0}, "trainer.val_check_interval: expected a number above 0"),
+        ({"gradient_clip_val": -1.0}, "trainer.gradient_clip_val: expected a number of at least 0"),
         ({"plugins": [AsyncCheckpointIO()]}, "trainer.plugins: expected no other way .* found AsyncCheckpointIO"),
     ],
 )

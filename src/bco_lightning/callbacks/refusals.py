@@ -1,4 +1,4 @@
-"""Callbacks that a trainer may not be given: those that would do harm or nothing here, and two where one belongs."""
+"""What a trainer may not be given: callbacks that would do harm or nothing, two where one belongs, odd numbers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any
 from lightning.pytorch import Callback, callbacks
 
 from bco_lightning.errors import ConfigError
+from bco_lightning.options import NOT_NEGATIVE, POSITIVE, at_least
 from bco_lightning.parallel.strategy import FSDP2Strategy
 
+_NUMBERS = {  # at which Lightning does not look
+    "accumulate_grad_batches": at_least(1, "micro-batch"),
+    "check_val_every_n_epoch": at_least(1, "epoch"),
+    "val_check_interval": POSITIVE,
+    "gradient_clip_val": NOT_NEGATIVE,
+}
 _TUNERS = "what it finds would reach neither optimizer nor data", "Compare short runs (trainer.max_steps: 20)."
 _UNFIT = {
     "GradientAccumulationScheduler": (
@@ -31,7 +38,10 @@ _UNFIT = {
 
 
 def refuse_unfit(trainer: Any, single: Iterable[type[Callback]]) -> None:
-    """Refuses callbacks that would do harm or nothing, and two of a kind of which a run has one."""
+    """Refuses numbers out of range, callbacks that would do harm or nothing, and two where a run has one."""
+    for option, fits in _NUMBERS.items():
+        if isinstance(value := getattr(trainer, option), (int, float)):
+            fits.check(f"trainer.{option}", value)
     unfit = dict(_UNFIT)
     if isinstance(trainer.strategy, FSDP2Strategy):
         unfit["WeightAveraging"] = "it copies models that are whole on each device", "Use trainer.strategy: ddp."

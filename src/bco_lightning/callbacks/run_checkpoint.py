@@ -81,7 +81,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit" and not _is_trial(trainer):
             log_dir = trainer.log_dir  # a broadcast: every process has to ask
             run_folder = trainer.strategy.broadcast(self.run_folder)
             self.folder = Path(run_folder or log_dir or trainer.default_root_dir) / "checkpoints"
@@ -97,9 +97,9 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
         self._unsaved = None
         _require_one_step(trainer)
-        if sharding_of(trainer) is not None and not trainer.fast_dev_run:
+        if sharding_of(trainer) is not None and not _is_trial(trainer):
             _require_one_folder(self.folder, trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not _is_trial(trainer):
             self._set_later_steps_aside(trainer.global_step)
         self._progress = trainer.fit_loop.state_dict()
         # Lightning's own handlers, set just before, would save in the middle of an accumulation or hang one process.
@@ -209,7 +209,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
 
     def _save(self, trainer: Trainer) -> None:
         target = step_folder(self.folder, trainer.global_step)
-        if self.saved == target or trainer.fast_dev_run:
+        if self.saved == target or _is_trial(trainer):
             return
         self._random_states = gather_over_ranks(random_state(), trainer)
 
@@ -258,11 +258,15 @@ class RunCheckpoint(Checkpoint, StepCallback):
         raise PreemptedError(asked, trainer.global_step, where)
 
 
+def _is_trial(trainer: Any) -> bool:
+    return bool(trainer.fast_dev_run)  # which writes nothing
+
+
 def run_folder_of(trainer: Trainer) -> Path | None:
     """Where a run's own files go, whatever logs it; a broadcast, which every process has to ask for."""
     log_dir = trainer.log_dir if trainer.loggers else None
     saving = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
-    if trainer.fast_dev_run or not (saving or log_dir):
+    if _is_trial(trainer) or not (saving or log_dir):
         return None
     return saving[0].folder.parent if saving else Path(str(log_dir))
 

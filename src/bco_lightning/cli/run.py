@@ -268,6 +268,8 @@ class BCOCLI(LightningCLI):
         if by_default := asked.logger is None or asked.logger is True:
             kwargs["logger"] = False
         logs = by_default and self.subcommand != "predict"
+        if asked.default_root_dir is None:  # or callbacks and profilers would write into the working folder
+            kwargs["default_root_dir"] = options.run_folder
         if isinstance(asked.strategy, str):
             kwargs["strategy"] = named_strategy(asked.strategy)
         callbacks = [asked.callbacks] if not isinstance(asked.callbacks, (list, type(None))) else asked.callbacks or []

@@ -16,7 +16,7 @@ from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens, 
 from bco_lightning.data.joints import Joints, NoEdgeError, Piece
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.rows import RatedRow
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.errors import FeedbackRowError, LanguageModelError
 
 # Reasons for which a row is left out; rows are counted under them.
 PROMPT_OVER_ITS_LIMIT = "prompt over data.max_prompt_length"
@@ -47,6 +47,7 @@ class RowTokenizer:
     """
 
     def __init__(self, tokenizer: Any, options: DataOptions) -> None:
+        require_end_token(tokenizer, tokenizer.name_or_path or "tokenizer")
         self.tokenizer, self._options = tokenizer, options
         self.chat_template = chosen_template(tokenizer, options.chat_template)
         self._control, self._joints = ControlTokens(tokenizer), Joints(tokenizer, self._encode)
@@ -235,6 +236,13 @@ class RowTokenizer:
         if not script.conversation.literals:
             return self._encode(text)
         return self._control.encode(text, script.conversation)
+
+
+def require_end_token(tokenizer: Any, name: str) -> None:
+    """Refuses a tokenizer by which no completion could say that it is over."""
+    if tokenizer.eos_token_id is None:
+        problem = "expected a tokenizer with an end-of-sequence token, found one without."
+        raise LanguageModelError(name, problem, "Set eos_token, in Python or in tokenizer_config.json.")
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

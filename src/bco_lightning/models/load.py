@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from bco_lightning.data.tokenize import require_end_token
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import drawing_from
 from bco_lightning.models.adapters import add_adapters, load_adapter, merged
@@ -110,12 +111,7 @@ def load_tokenizer(name_or_path: str, *, cache_folder: str | None = None) -> Any
         folder = source.folder(cache_folder)
         refuse_unknown_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
-        raise LanguageModelError(
-            name_or_path,
-            "expected a tokenizer with an end-of-sequence token, found one without.",
-            "Without it a completion cannot say that it is over. Set eos_token in tokenizer_config.json.",
-        )
+    require_end_token(tokenizer, name_or_path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
