@@ -41,8 +41,7 @@ from bco_lightning.objectives import OBJECTIVES, RewardShift, class_weights_of, 
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.parallel.strategy import refuse_unknown
-from bco_lightning.reference.column import fill_in_log_probs
-from bco_lightning.reference.first_rewards import refuse_other_start
+from bco_lightning.reference.column import fill_in_log_probs, refuse_other_start
 from bco_lightning.reference.model import Reference
 
 ALIGNMENT_FILE = "bco.json"
@@ -170,7 +169,7 @@ class BCOModule(LightningModule):
             self._say_what_is_trained()
         is_known = fill_in_log_probs(self._data, stage, self.reference, self.options, trainer)
         if stage == "fit":
-            refuse_other_start(self._data, self.reference, lambda batch: self(batch)[1], self.options, trainer)
+            refuse_other_start(self._data, self.reference, lambda batch: self(batch)[1], trainer)
             self.weighing.start(self._data, self.reference, trainer)
             self._fingerprints = self._own_fingerprints()
         if is_known:

@@ -80,7 +80,7 @@ def test_a_reference_that_came_in_as_another_model_stops_the_run_before_its_firs
     made(tiny_model, tmp_path / "adapter", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     monkeypatch.setattr(adapters, "refuse_unswitchable", lambda folder: None)  # PEFT ties one of two copies
     module = BCOModule(str(tmp_path / "adapter"), lora=LoraSettings(), dtype="float32", reference_log_probs=known)
-    with pytest.raises(LanguageModelError, match="expected a policy that is its own reference before the first step"):
+    with pytest.raises(LanguageModelError, match="expected a policy that is its own reference before step 1"):
         tiny_trainer(max_steps=2).fit(module, tiny_data(log, tokenizer=tiny_module(tiny_model).tokenizer))
     assert module.step_rows == []
 

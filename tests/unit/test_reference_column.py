@@ -118,7 +118,7 @@ def test_kept_values_of_another_model_stop_the_run_before_its_first_step(
         file.unlink()
     records["value"] += 0.1
     column.write_records(folder, records)
-    with pytest.raises(LanguageModelError, match=r"its own reference .* found log-probs .*log.jsonl:\d+. .*remove"):
+    with pytest.raises(LanguageModelError, match=r"log.jsonl:\d+: .* its own reference .* found log-probs .*Remove"):
         fit(tiny_model, log, **kind)
 
 

@@ -168,9 +168,8 @@ class SentenceEncoder:
             model = SentenceTransformer(location, device=str(device), trust_remote_code=False, model_kwargs=weights)
             for part in model:  # read a second time, since sentence-transformers does not say what is missing
                 if isinstance(whole := getattr(part, "auto_model", None), PreTrainedModel):
-                    _, found = type(whole).from_pretrained(
-                        whole.name_or_path, trust_remote_code=False, **weights, **LACKS_ARE_TOLD
-                    )
+                    more = {**weights, **LACKS_ARE_TOLD, "trust_remote_code": False}
+                    _, found = type(whole).from_pretrained(whole.name_or_path, **more)
                     used = {key for key in found["missing_keys"] if "pooler." not in key}
                     refuse_incomplete(name, "model", {**found, "missing_keys": used})
             self._model: Any = model.eval()

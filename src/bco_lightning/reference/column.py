@@ -18,21 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collate import collate
+from bco_lightning.batch import FeedbackBatch, ScoredRows
+from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.errors import ConfigError
+from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import digest_of_code, digest_of_values, versions
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
+from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.models.layout import causal_lm_of, layout_of
+from bco_lightning.models.refusals import refuse_unknown_token
 from bco_lightning.options import ModelOptions
-from bco_lightning.parallel.collectives import max_over_ranks
+from bco_lightning.parallel.collectives import by_all, max_over_ranks
 from bco_lightning.parallel.sharding import final_dtype
 from bco_lightning.places import cache_root, is_private
 from bco_lightning.reference.model import Reference
@@ -44,6 +47,9 @@ _NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype")  # the 
 # What the bits of a log-prob depend on.
 _CODE = ("batch.py", "data/collate.py", "models", "reference")
 _PACKAGES = ("bco-lightning", "torch", "transformers", "peft")
+_DRAWN = 64  # rows of a stream, among which the shortest and the longest are looked for
+# What rounding explains of the difference of a token's log-probs, in nats, absolute and relative to them.
+_EXACT, _ROUNDED = (2e-3, 2e-4), (0.1, 0.02)
 RECORD = np.dtype([("key", "S16"), ("value", "<f4")])
 _MOST_FILES = 16
 _ROWS_AT_A_TIME = 1000
@@ -75,6 +81,43 @@ def fill_in_log_probs(
     if known is None:
         reference.hold()
     return known is not None
+
+
+def refuse_other_start(
+    data: FeedbackDataModule | None, reference: Reference, score: Callable[[FeedbackBatch], ScoredRows], trainer: Any
+) -> None:
+    """Stops a run whose reference is another model than its policy, by the shortest, the longest and one more row.
+
+    They are scored as in a step, by known reference log-probs where there are some: a reference that is loaded as
+    another model shows here, and so do values of another one. Rounding of a sum grows as the root of its terms.
+    """
+    if data is None or not reference.is_policy_that_came_in:
+        return
+    table = data.training.table(_DRAWN)
+    lengths = np.asarray(pc.list_value_length(table.data.column("input_ids")))
+    rows = [table[number] for number in {int(lengths.argmin()), int(lengths.argmax()), len(table) // 2}]
+    with torch.no_grad(), reference.where_it_is_used(trainer) as device:
+        batch = collate([{name: row[name] for name in COLUMNS if name in row} for row in rows])
+        refuse_unknown_token(causal_lm_of(reference.policy), int(batch.input_ids_S.max()))
+        scored = score(batch.to(device))
+    is_known = batch.reference_log_probs_B is not None
+    exact = dtype_of_matrices(reference.policy) == torch.float32 and "32" in str(trainer.precision)
+    same_path = device.type == "cpu" and not (is_known or trainer.lightning_module.options.compile)
+    absolute, relative = _EXACT if exact or same_path else _ROUNDED
+    policy_B, terms_B = scored.policy_log_probs_B, scored.completion_lengths_B.clamp(min=1).sqrt()
+    off_B = (policy_B - scored.reference_log_probs_B).abs() - terms_B * absolute - policy_B.abs() * relative / terms_B
+    worst = int(off_B.nan_to_num(-torch.inf).argmax())  # NaN is the guard's business
+
+    def refuse() -> None:
+        if off_B[worst] > 0:
+            found = f"{policy_B[worst]:.3f} and {scored.reference_log_probs_B[worst]:.3f} nats"
+            raise LanguageModelError(
+                data.training.place_of(rows[worst]["row_id"]),
+                f"expected a policy that is its own reference before step 1, found log-probs of {found}.",
+                "Remove reference_log_probs from the cache." if is_known else "Merge the adapter first.",
+            )
+
+    by_all(refuse, trainer)
 
 
 def _known(
