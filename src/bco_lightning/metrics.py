@@ -138,10 +138,10 @@ def _metrics_of(sums_KC: Tensor, scores: Array) -> dict[str, Tensor]:
     rows_C = sums["rows"]
     mean = {name: values_C / rows_C for name, values_C in sums.items()}
     up = scores[:, 1] > 0
-    ups, downs = scores[up, 0], np.sort(scores[~up, 0])
-    # Whole numbers, twice those of rows below: the same in whatever order rows come.
-    wins = sum(int(np.searchsorted(downs, ups, side).sum()) for side in ("left", "right"))
-    pairs = 2 * len(ups) * len(downs) if np.isfinite(scores[:, 0]).all() else 0
+    ups, downs = scores[up, 0], scores[~up, 0]
+    is_known = len(ups) and len(downs) and np.isfinite(scores[:, 0]).all()
+    # Summed exactly, and so the same in whatever order rows come.
+    wins = math.fsum(_share_below(ups, downs, np.ones(len(downs)))) if is_known else math.nan
     return {
         "loss": mean["loss"].sum(),
         "rewards/chosen": mean["reward"][0],
@@ -150,7 +150,7 @@ def _metrics_of(sums_KC: Tensor, scores: Array) -> dict[str, Tensor]:
         "rewards/accuracies": sums["correct"].sum() / rows_C.sum(),
         "accuracy/chosen": mean["correct"][0],
         "accuracy/rejected": mean["correct"][1],
-        "auroc": torch.tensor(wins / pairs if pairs else math.nan, dtype=torch.float64),
+        "auroc": torch.tensor(wins / max(1, len(ups)), dtype=torch.float64),
         "bound/error_term": mean["error_term"].sum(),
         "logps/chosen": mean["policy_log_prob"][0],
         "logps/rejected": mean["policy_log_prob"][1],
