@@ -362,6 +362,24 @@ DEFECTS = [
         ('tests/reliability/test_bad_rows.py::test_skip_leaves_out_exactly_the_malformed_rows',),
     ),
     Defect(
+        'R25', 'a run is trained without a lock', 'checkpoints/runs.py',
+        '        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)\n',
+        '        pass\n',
+        ('tests/reliability/test_run_folders.py::test_a_run_is_trained_by_one_process',),
+    ),
+    Defect(
+        'R9', 'signals are heard from training on alone', 'cli/app.py',
+        '        early.leave_at_once()\n',
+        '',
+        ('tests/reliability/test_preemption.py::test_a_signal_before_the_first_step_ends_in_words_and_keeps_what_was_computed',),
+    ),
+    Defect(
+        'R19', 'events that cannot be written end a run that may go on', 'cli/run.py',
+        '            logger.goes_on = options.checkpoint.if_saving_fails == "warn"\n',
+        '',
+        ('tests/reliability/test_whole_checkpoints.py::test_a_truly_full_disk_is_met_in_words',),
+    ),
+    Defect(
         'R22', 'all rows are held in memory', 'data/row_sets.py',
         'in self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker)):',
         'in list(self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker))):',

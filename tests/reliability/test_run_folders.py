@@ -92,7 +92,7 @@ def test_a_run_is_trained_by_one_process(
     ]
     for trial in trials(cases, quick=1):
         with trial as (asked, workers):
-            folder = tmp_path / f"{len(asked)}-{workers}"
+            folder = tmp_path / f"{asked.replace('/', '-')}-{workers}"
             runs = folder / "runs"
             (first,) = start(partial(fit_and_hang, byte_model, feedback, str(runs), workers), folder=folder)
             await_file(folder / "reached")

@@ -254,6 +254,18 @@ def test_a_page_is_replaced_by_its_own_command_where_the_user_says_so(tmp_path: 
     assert "Yesterday" not in Path("inspect.html").read_text()
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "hparams.yaml"])
+def test_a_logger_of_a_config_replaces_no_file_either(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(name).write_text("mine")
+    place = {"save_dir": ".", "name": "", "version": ""}
+    Path("config.yaml").write_text(yaml.safe_dump({"trainer": {"logger": {"class_path": LOGGER, "init_args": place}}}))
+    assert main(["fit", "--config=config.yaml", *options("none", "none.jsonl")]) == 2
+    assert "error: trainer.logger: expected a name to write under that is free" in capsys.readouterr().err
+    assert Path(name).read_text() == "mine"
+
+
 def test_what_comes_while_a_command_works_is_not_replaced_either(tmp_path: Path) -> None:
     for target, make in ((tmp_path / "file", Path.touch), (tmp_path / "folder", Path.mkdir)):
 

@@ -138,8 +138,9 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self._signals.remove()
         let_go_of(self.folder.parent)
         if self._unsaved is not None and exception is None:
-            newest = f"Training has ended, but what it came to is not saved; the newest checkpoint is {self.saved}."
-            raise CheckpointError(self._unsaved.where, self._unsaved.problem, f"{self._unsaved.remedy} {newest}")
+            remedy = f"{self._unsaved.remedy} Training has ended, but what it came to is not saved"
+            newest = f"the newest checkpoint is {self.saved or 'none'}."
+            raise CheckpointError(self._unsaved.where, self._unsaved.problem, f"{remedy}; {newest}")
 
     on_exception = on_train_end
 

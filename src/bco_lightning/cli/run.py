@@ -20,7 +20,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -39,6 +40,7 @@ from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.module import BCOModule
 from bco_lightning.options import ModelOptions, Options
 from bco_lightning.parallel.strategy import named_strategy
+from bco_lightning.places import require_free
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
 `inspect`, which reports on the data of a config before it is trained on, `export`, which writes a checkpoint as a
@@ -119,6 +121,14 @@ def _made(kind: type, **values: Any) -> Any:
         return kind(**values)
     except ConfigError as error:
         raise Refusal(error.where, error.problem, error.remedy) from None
+
+
+def _refuse_taken_logs(trainer: Trainer) -> None:
+    """Lightning's CSVLogger removes what is there, wherever a config has it write."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, CSVLogger):
+            for name in (ExperimentWriter.NAME_METRICS_FILE, ExperimentWriter.NAME_HPARAMS_FILE):
+                require_free("trainer.logger", Path(logger.log_dir) / name)
 
 
 def _run_of_checkpoint(step: str | None, runs: Path) -> Path | None:
@@ -285,6 +295,7 @@ class BCOCLI(LightningCLI):
         use_verified_io(trainer.strategy, may_fall_back=self._step_was_chosen)
         if hasattr(trainer.strategy, "_timeout"):  # of the process group; half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
+        _refuse_taken_logs(trainer)
         # Known is only now which process is the first of all; the others are told when they need it.
         if trainer.is_global_zero and not asked.fast_dev_run and (self.subcommand == "fit" or logs):
             self._take_run_folder(trainer, options)
