@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +19,11 @@ import pytest
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data import bounded
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.records.parquet import batch_rows
 from bco_lightning.data.tokenize import RowTokenizer
-from bco_lightning.errors import FeedbackRowError
+from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 from tests.conftest import tokenized_row
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.trials import Trials
@@ -211,6 +214,40 @@ def test_what_is_packed_well_is_still_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" * 90_000 + GOOD))
     for name, number in (("a.parquet", 3000), ("a.arrow", 3000), ("b.arrow", 3000), ("a.jsonl.gz", 1)):
         assert sum(isinstance(row, dict) for _, row in records_of(str(tmp_path / name), {})) == number
+
+
+LATER = "{% if 'later' in messages[0]['content'] %}@{% endif %}ok"
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+PROGRAMS = {
+    "loops in loops": LOOP,
+    "a long text": "{{ 'x' * 10000000000 }}",
+    "a wide text": "{{ 'x'.ljust(10000000000) }}",
+    "a padded text": "{{ '%10000000000d' % 1 }}",
+    "a text that doubles": "{% set n = namespace(t='x') %}{% for i in range(40) %}{% set n.t = n.t * 2 %}{% endfor %}",
+    "a large number": "{{ 9 ** (9 ** 9) }}",
+    "a list that doubles": "{% set n = namespace(t=[1]) %}{% for i in range(40) %}{% set n.t = n.t * 2 %}{% endfor %}",
+    "loops in loops, later": LATER.replace("@", LOOP),
+}
+
+
+@pytest.mark.promise("S18", "a chat template without an end, or that fills the memory, ends the start in words")
+def test_a_template_without_end_is_stopped(trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "_CPU_SECONDS", 1)
+    monkeypatch.setattr(bounded, "_SECONDS", 2)
+    (tmp_path / "log.jsonl").write_bytes(GOOD + GOOD.replace(b'"q"', b'"later"') + BAD)
+    for trial in trials(list(PROGRAMS), quick=4):
+        with trial as name:
+            (tmp_path / "template.jinja").write_text(PROGRAMS[name])
+            with within(seconds=5.0, megabytes=100), pytest.raises(LanguageModelError, match="it goes on and on"):
+                start(tmp_path / "log.jsonl", chat_template=str(tmp_path / "template.jinja"))
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_template_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jinja")
+    (tmp_path / "log.jsonl").write_bytes(GOOD + BAD)
+    with pytest.raises(ConfigError, match="the path of a Jinja file"):
+        start(tmp_path / "log.jsonl", chat_template=str(tmp_path / "pipe.jinja"))
 
 
 MANY = [{"role": role, "content": "hm"} for _ in range(5_000) for role in ("user", "assistant")]

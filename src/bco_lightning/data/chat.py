@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.bounded import TooLongError, clocked, ends
 from bco_lightning.data.control_tokens import CLOSE, OPEN, ControlTokens, Conversation
 from bco_lightning.data.joints import Joints, Piece
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
@@ -45,6 +46,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str, control: ControlTokens, joints: Joints) -> None:
         self._tokenizer, self._text, self._control, self._joints = tokenizer, text, control, joints
+        self._ends = text == PLAIN_TEMPLATE
         # Some tokenizers have a template of its own for rows with tools, beside their default.
         templates = tokenizer.chat_template
         own = isinstance(templates, dict) and templates.get("default") == text
@@ -54,6 +56,20 @@ class ChatTemplate:
 
     def scripts(self, rows: Sequence[FeedbackRow]) -> list[ChatScript | FeedbackRowError]:
         """Lets the template speak; the error of a row is that it fails on it, or rewrites the prompt after it."""
+        try:
+            if rows and not self._ends:
+                self._ends = ends(lambda: self._scripts(rows[:1]))
+                if not self._ends:
+                    raise TooLongError
+            with clocked():
+                return self._scripts(rows)
+        except TooLongError:
+            raise LanguageModelError(
+                "chat template",
+                "expected one that renders rows in bounded time and memory, found that it goes on and on.",
+            ) from None
+
+    def _scripts(self, rows: Sequence[FeedbackRow]) -> list[ChatScript | FeedbackRowError]:
         told = [
             self._control.shield(Conversation(row.prompt + row.completion, row.tools, row.template_options))
             for row in rows
@@ -153,7 +169,10 @@ def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
         return PLAIN_TEMPLATE
     if chat_template is not None:
         try:
-            return Path(chat_template).expanduser().read_text(encoding="utf-8")
+            path = Path(chat_template).expanduser()
+            if not path.is_file():  # but a pipe, perhaps
+                raise FileNotFoundError
+            return path.read_text(encoding="utf-8")
         except (OSError, ValueError, RuntimeError):  # no file, no text, nobody's home
             raise ConfigError(
                 "data.chat_template", f"expected 'plain' or the path of a Jinja file, found {chat_template!r}."
