@@ -128,7 +128,8 @@ class BCOModule(LightningModule):
             require_sharded(self._policy, sharding)
             return
         device = trainer.strategy.root_device if trainer is not None else self.device
-        builder = ModelBuilder(self.options, device, sharding, self._data)
+        precision = trainer.precision_plugin.forward_context if trainer is not None else nullcontext
+        builder = ModelBuilder(self.options, device, sharding, self._data, precision)
         policy, self._layout_reason = builder.policy()
         reference = Reference(policy, builder, trainer)
         if sharding is not None:
@@ -137,7 +138,6 @@ class BCOModule(LightningModule):
             self._trunk = find_trunk(policy)
         builder.finish(policy)
         reference.watch_policy()
-        builder.recompute(policy)
         self._policy, self._reference = policy, reference
         if self.options.reference_name_or_path is not None:
             self._load_exported_reward_shift(self.options.reference_name_or_path)

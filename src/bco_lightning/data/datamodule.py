@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -32,6 +33,7 @@ from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
 
 _log = logging.getLogger("lightning.pytorch")
+_DRAWN = 64  # rows of a stream that are looked at for telling ones
 
 
 class FeedbackDataModule(LightningDataModule):
@@ -105,6 +107,19 @@ class FeedbackDataModule(LightningDataModule):
             # Without a name of its own the table would be hashed whole, to make one.
             dataset = dataset.add_column(column, values, new_fingerprint=secrets.token_hex(8))
         row_sets[name].dataset = dataset
+
+    def telling_rows(self) -> list[dict[str, Any]]:
+        """Rows that a trial should see: of each data set the shortest, the longest, and the first of each source."""
+        found = []
+        for name, row_set in self._row_sets.items():
+            is_table = isinstance(row_set.dataset, Dataset)
+            table = row_set.dataset if is_table or name != "train" else self.training.table(_DRAWN)
+            if isinstance(table, Dataset) and len(table):
+                lengths = np.asarray(pc.list_value_length(table.data.column("input_ids")))
+                firsts = np.unique(np.asarray(table.data.column("source")), return_index=True)[1]
+                chosen = {int(lengths.argmin()), int(lengths.argmax()), *firsts.tolist()}
+                found += [table[number] for number in sorted(chosen)]
+        return found
 
     @property
     def counts(self) -> list[RowCounts]:

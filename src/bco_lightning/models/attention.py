@@ -72,6 +72,10 @@ def packed_attention(
         mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
         capped = _capped_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, scaling, softcap)
         return capped.transpose(1, 2).contiguous(), None
+    told = {"attention_mask": attention_mask, **kwargs}
+    unknown = [n for n, v in told.items() if isinstance(v, Tensor) and v.numel() and n != "position_ids"]
+    if unknown:  # such as a mask of blocks, or sinks
+        raise TypeError(f"attention that is told {unknown[0]} is more than attention to the tokens before")
     packed_rows.windows.add(sliding_window)
     # Repeated once for all spans: on a CPU SDPA's own grouping has a slower backward pass.
     keys = repeat_kv(key, groups).split(packed_rows.sizes, dim=2)

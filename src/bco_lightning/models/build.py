@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class ModelBuilder:
     device: torch.device
     sharding: Sharding | None = None
     data: FeedbackDataModule | None = None
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext  # that a step computes in
 
     @property
     def reference_name(self) -> str:
@@ -45,7 +47,7 @@ class ModelBuilder:
                 "model.optimizer", f"expected adamw for weights that are cut up, found {options.optimizer}."
             )
         model = load_policy(options.name_or_path, self._dtype, options.lora, options.seed or 0, **self._how)
-        return model, self._prepare(model).words
+        return model, self._prepare(model, options.gradient_checkpointing).words
 
     def reference(self) -> PreTrainedModel:
         """The reference as a model of its own."""
@@ -59,13 +61,6 @@ class ModelBuilder:
             causal_lm = causal_lm_of(model)
             shard(causal_lm, decoder_layers_of(causal_lm)[1], self.sharding)
 
-    def recompute(self, policy: Any) -> None:
-        """Has activations computed again in the backward pass, if that is asked for."""
-        if self.options.gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
-            policy.enable_input_require_grads()
-            policy.train()  # transformers recomputes in training mode only; dropout is off in either
-
     @property
     def _dtype(self) -> torch.dtype:
         return resolve_dtype(self.options.dtype, self.options.lora, self.device)
@@ -75,14 +70,19 @@ class ModelBuilder:
         options, mapped = self.options, self.sharding is not None
         return {"quantization": options.quantization, "mapped": mapped, "cache_folder": options.cache_folder}
 
-    def _prepare(self, model: Any) -> Preparation:
+    def _prepare(self, model: Any, recomputed: bool = False) -> Preparation:
         if self.sharding is None:
             model.to(self.device)
-        names = ("train_dataset", "validation_dataset", "test_dataset", "predict_dataset")
-        sets = [getattr(self.data, name, None) for name in names]
-        rows: Any = next((known for known in sets if known is not None), ())
-        longest = self.data.options.max_length if self.data is not None else None
-        return prepare(model, self.options.layout, compiled=self.options.compile, rows=rows, longest=longest)
+        options, data = self.options, self.data
+        return prepare(
+            model,
+            options.layout,
+            compiled=options.compile,
+            recomputed=recomputed,
+            rows=data.telling_rows() if data is not None else (),
+            longest=data.options.max_length if data is not None else None,
+            precision=self.precision,
+        )
 
 
 def require_sharded(model: nn.Module, sharding: Sharding | None) -> None:

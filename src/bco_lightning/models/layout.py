@@ -6,7 +6,7 @@ Where the layers below the lowest trained one are the policy's and the reference
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from bco_lightning.data.collate import collate
 from bco_lightning.models.attention import PACKED, PackedRows
 
 Layout = Literal["packed", "padded", "alone"]
+_NO_PART_OF_A_KIND = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkpointing")
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -56,13 +57,28 @@ def only_layers(causal_lm: Any, chosen: slice) -> Iterator[None]:
         setattr(decoder_of(causal_lm), name, layers)
 
 
+def kinds_of_layers(causal_lm: Any) -> list[Any]:
+    """Of each decoder layer what it is made of; those of the same kind differ in their numbers and weights alone."""
+    types = getattr(causal_lm.config.get_text_config(), "layer_types", None)
+    return [
+        (types[place] if types else "", *(_kind(module) for module in layer.modules()))
+        for place, layer in enumerate(decoder_layers_of(causal_lm)[1])
+    ]
+
+
+def _kind(module: nn.Module) -> Any:
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str)) and name not in _NO_PART_OF_A_KIND
+    }
+    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    return type(module), tuple(sorted(plain.items())), tuple(shapes)
+
+
 def first_layers(causal_lm: Any) -> AbstractContextManager[None]:
     """Within it the model has so many of its first layers that each kind is among them: enough for a trial."""
-    layers, types = decoder_layers_of(causal_lm)[1], getattr(causal_lm.config.get_text_config(), "layer_types", None)
-    kinds = [
-        (types[place] if types else "", *(type(module) for module in layer.modules()))
-        for place, layer in enumerate(layers)
-    ]
+    kinds = kinds_of_layers(causal_lm)
     enough = max((kinds.index(kind) + 1 for kind in kinds), default=0)
     return only_layers(causal_lm, slice(enough)) if enough else nullcontext()
 
@@ -78,8 +94,9 @@ def set_layout(model: Any, layout: Layout) -> None:
     if (layout_of(causal_lm) == "packed") != (layout == "packed"):
         told = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns where a class has attention of its own, which a trial shows too
-        # None is transformers' own choice for the class.
-        causal_lm.set_attn_implementation(PACKED if layout == "packed" else None)
+        # None is transformers' own choice for the class; a config within the config that is no model's has none.
+        with suppress(ValueError) if layout != "packed" else nullcontext():
+            causal_lm.set_attn_implementation(PACKED if layout == "packed" else None)
         logging.set_verbosity(told)
     causal_lm.row_layout = layout
 

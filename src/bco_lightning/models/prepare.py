@@ -1,22 +1,25 @@
 """One check at the start: what is quick here gives what transformers' untouched forward gives, on the run's own rows.
 
-Packed rows, fused layers and compiled ones are each taken only where they do. Where one does not, the plain way is
-taken, with a word; where none does, the run stops.
+Packed rows, fused layers and compiled ones are each taken only where log-probs and gradients are the same. Where they
+are not, the plain way is taken, with a word; where none is right, the run stops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
-from bco_lightning.errors import LanguageModelError
+from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.adapters import fuse_adapters
 from bco_lightning.models.attention import PackedRows
 from bco_lightning.models.fused_layers import fuse_layers, unfuse
@@ -25,16 +28,18 @@ from bco_lightning.models.layout import (
     causal_lm_of,
     decoder_layers_of,
     first_layers,
+    kinds_of_layers,
     packed_states,
     set_layout,
 )  # fmt: skip
 from bco_lightning.models.log_probs import completion_token_log_probs
 
-_MOST_ROWS = 64  # that are looked at for short and long ones
 _FIRST_TOKENS = 8  # of a row, which are beside its neighbour
 _MOST_LOGITS = 2**26  # of a row; float32 logits of it take 256 MiB
-# Root mean squares of differences in nats that rounding explains, absolute and relative to log-probs.
-_EXACT, _ROUNDED = (2e-3, 2e-4), (0.1, 0.02)
+_MOST_WEIGHTS = 2**26  # of a parameter whose gradient is looked at
+# What rounding explains: root mean squares of differences in nats, absolute and relative to log-probs; norms of
+# differences of a parameter's gradient, relative to its norm and to that of all gradients.
+_EXACT, _ROUNDED = (2e-3, 2e-4, 1e-2, 1e-4), (0.1, 0.02, 0.3, 0.03)
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,25 @@ def prepare(
     layout: Literal["auto", "packed", "padded"] = "auto",
     *,
     compiled: bool = False,
-    rows: Iterable[Mapping[str, Any]] = (),
+    recomputed: bool = False,
+    rows: Sequence[Mapping[str, Any]] = (),
     longest: int | None = None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Preparation:
     """Makes a model compute log-probs in the quickest of the known ways that gives the right ones.
 
     Decoder layers of the same kind are tried once, so that a large model is not kept waiting. What is tried first is
-    ``layout``, and ``compiled``. Some of the first ``rows`` are tried, made-up ones if there are none; no row has more
-    than ``longest`` tokens. What was chosen becomes the model's ``preparation`` too.
+    ``layout``, and ``compiled``; ``rows`` are tried, made-up ones if there are none, in the ``precision`` of a step;
+    no row has more than ``longest`` tokens. Activations are ``recomputed`` in the backward pass from then on. What was
+    chosen becomes the model's ``preparation`` too.
     """
+    with precision(), _adapters_at_work(model):
+        return _prepare(model, layout, compiled, recomputed, rows, longest)
+
+
+def _prepare(
+    model: Any, layout: str, compiled: bool, recomputed: bool, rows: Sequence[Mapping[str, Any]], longest: int | None
+) -> Preparation:
     causal_lm = causal_lm_of(model)
     name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
     batch = collate(_rows_to_try(causal_lm, rows)).to(device)
@@ -70,25 +85,30 @@ def prepare(
         if reason := _why_not_packed(causal_lm, batch):
             excluded["packed"] = reason
     _take(model, Preparation("alone", fused=False))
-    expected_N = _untouched_log_probs(causal_lm, batch)
-    for way in _ways(layout, compiled):
-        if way.layout in excluded:
-            continue
+    expected = _untouched(causal_lm, batch)
+    if recomputed:
+        _recompute(model)
+    for way in (way for way in _ways(layout, compiled) if way.layout not in excluded):
         _take(model, way)
-        trouble = _trouble(causal_lm, batch, expected_N)
+        trouble = _trouble(causal_lm, batch, expected)
         if not trouble:
-            causal_lm.preparation = replace(way, words=_words(way, layout, compiled, excluded))
+            words = _words(way, layout, compiled, excluded) + _freeze_unreached(causal_lm, expected.reached)
+            causal_lm.preparation = replace(way, words=words)
             return causal_lm.preparation  # type: ignore[no-any-return]
         if way.compiled:
             _compile(model, disable=True)
         if not way.fused:  # nor was it right before
             excluded[way.layout] = f"{way.layout} rows of {name} {trouble}"
     if layout == "packed":
-        expected = f"expected a model whose rows can be packed, found that {excluded['packed']}."
-        raise LanguageModelError(name, expected, "Set model.layout: padded.")
+        problem = f"expected a model whose rows can be packed, found that {excluded['packed']}."
+        raise LanguageModelError(name, problem, "Set model.layout: padded.")
+    if recomputed and not _trouble(model.eval() and causal_lm, batch, expected):
+        problem = f"expected layers of {name} to give the same when they are computed again, found others."
+        raise ConfigError("model.gradient_checkpointing", problem, "Set it to false.")
     raise LanguageModelError(
         name,
-        "expected logits that are the output head, scaled or soft-capped as the config says; found others.",
+        "expected logits that are the output head, scaled or soft-capped as the config says; found others: "
+        f"{list(excluded.values())[-1]}.",
         "Please report the architecture.",
     )
 
@@ -175,65 +195,181 @@ def _why_not_packed(causal_lm: Any, batch: FeedbackBatch) -> str:
     return ""
 
 
-@torch.no_grad()
-def _untouched_log_probs(causal_lm: Any, batch: FeedbackBatch) -> Tensor:
-    """By transformers alone: each row by itself, whole logits."""
-    found_N = batch.targets_N.new_zeros(batch.targets_N.shape, dtype=torch.float32)
-    with first_layers(causal_lm):
-        for number, span in enumerate(batch.row_spans):
-            chosen_N = batch.rows_N == number
-            logits_TV = causal_lm(input_ids=batch.input_ids_S[span.places()][None], use_cache=False).logits[0]
-            logits_nV = logits_TV[batch.position_ids_S[batch.predictors_N[chosen_N]]].float()
-            found_N[chosen_N] = logits_nV.log_softmax(-1).gather(-1, batch.targets_N[chosen_N, None])[:, 0]
-    return found_N
+def _recompute(model: Any) -> None:
+    """Has activations computed again in the backward pass, by the modules that do so, which ask whether they train.
 
-
-@torch.no_grad()
-def _trouble(causal_lm: Any, batch: FeedbackBatch, expected_N: Tensor) -> str:
-    """What is wrong with log-probs as the model computes them now, or nothing."""
+    Those within them do not train: dropout, noise of routers and whatever else comes with it stay off.
+    """
     try:
-        with first_layers(causal_lm):
-            found_N = completion_token_log_probs(causal_lm, batch)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError("model.gradient_checkpointing", f"expected false, found true: {error}") from error
+    model.enable_input_require_grads()
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False) is True
+
+
+@contextmanager
+def _adapters_at_work(model: nn.Module) -> Iterator[None]:
+    """Within it new adapters change what their layers give; one of their matrices is zero, which would hide them."""
+    named = model.named_parameters()
+    new = [(each, each.data) for name, each in named if "lora_" in name and not each.any()]
+    generator = torch.Generator().manual_seed(0)
+    for parameter, zeros in new:
+        parameter.data = torch.randn(zeros.shape, generator=generator).mul_(0.02).to(zeros)
+    try:
+        yield
+    finally:
+        for parameter, zeros in new:
+            parameter.data = zeros
+
+
+@dataclass
+class _Outcome:
+    """Log-probs of tokens, gradients of a sum of them in some of what is trained, and which parameters they reach."""
+
+    log_probs_N: Tensor
+    gradients: list[Tensor]
+    reached: set[Any]
+
+
+def _outcome(causal_lm: Any, batch: FeedbackBatch, parts: Iterable[tuple[Tensor, Callable[[], Tensor]]]) -> _Outcome:
+    """Of each part of the tokens, places and what computes their log-probs."""
+    signs_N = 1 - 2 * (torch.arange(len(batch.targets_N), device=batch.targets_N.device) % 2).float()
+    found_N, keys, reached = torch.zeros_like(signs_N), _keys(causal_lm), set()
+    with first_layers(causal_lm), torch.enable_grad():
+        trained = [each for each in causal_lm.parameters() if each.requires_grad and each.numel() <= _MOST_WEIGHTS]
+        gradients = [torch.zeros_like(each) for each in trained]
+        for places_n, log_probs in parts:
+            part_n = log_probs()
+            found_N[places_n] = part_n.detach()
+            reached |= {keys[parameter] for parameter in _reached_from(part_n) if parameter in keys}
+            own = torch.autograd.grad(part_n, trained, signs_N[places_n], allow_unused=True) if trained else ()
+            for total, gradient in zip(gradients, own, strict=True):
+                if gradient is not None:
+                    total += gradient
+    return _Outcome(found_N, gradients, reached)
+
+
+def _reached_from(found_n: Tensor) -> Iterator[Tensor]:
+    """Parameters that a gradient would flow to."""
+    known: set[Any] = set()
+    waiting = [found_n.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            waiting += [further for further, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                yield node.variable
+
+
+def _keys(causal_lm: Any) -> dict[Tensor, Any]:
+    """The same for parameters at the same place in layers of a kind, or in modules that are numbered, such as experts.
+
+    Not all layers are tried, and not every expert has a token of the rows that are.
+    """
+    layers, kinds = decoder_layers_of(causal_lm)[1], kinds_of_layers(causal_lm)
+    kind_of = {each: kind for layer, kind in zip(layers, kinds, strict=True) for each in layer.parameters()}
+    named = causal_lm.named_parameters()
+    return {each: (kind_of.get(each), re.sub(r"\.\d+(?=\.)", ".*", name)) for name, each in named}
+
+
+def _freeze_unreached(causal_lm: Any, reached: set[Any]) -> str:
+    """Trains nothing that no row reaches: a tower for images, an adapter of a layer whose weight is read past it."""
+    keys, named = _keys(causal_lm), causal_lm.named_parameters()
+    unreached = {name: each for name, each in named if each.requires_grad and keys[each] not in reached}
+    for parameter in unreached.values():
+        parameter.requires_grad_(False)
+    if unreached and not any(parameter.requires_grad for parameter in keys):
+        found = f"found none ({min(unreached)})."
+        raise ConfigError("model.lora.target_modules", f"expected layers that rows go through, {found}")
+    said = f"; {len(unreached)} parameters that no row reaches are not trained, such as {min(unreached, default='')}"
+    return said if unreached else ""
+
+
+def _untouched(causal_lm: Any, batch: FeedbackBatch) -> _Outcome:
+    """By transformers alone: each row by itself."""
+
+    def alone(number: int, places_n: Tensor) -> Tensor:
+        ids_1T = batch.input_ids_S[batch.row_spans[number].places()][None]
+        kept_n = batch.position_ids_S[batch.predictors_N[places_n]]
+        options = {"logits_to_keep": kept_n} if _keeps_some_logits(causal_lm) else {}
+        logits_nV = causal_lm(input_ids=ids_1T, use_cache=False, **options).logits[0]
+        logits_nV = (logits_nV if options else logits_nV[kept_n]).float()
+        return logits_nV.log_softmax(-1).gather(-1, batch.targets_N[places_n, None])[:, 0]
+
+    rows = [(batch.rows_N == number).nonzero()[:, 0] for number in range(len(batch))]
+    try:
+        return _outcome(causal_lm, batch, [(row_n, partial(alone, number, row_n)) for number, row_n in enumerate(rows)])
+    except Exception as error:  # whatever transformers makes of the model
+        problem = f"expected a model that transformers trains, found {type(error).__name__}: {error}"
+        raise LanguageModelError(type(causal_lm).__name__, problem) from error
+
+
+def _keeps_some_logits(causal_lm: Any) -> bool:
+    return "logits_to_keep" in inspect.signature(causal_lm.forward).parameters
+
+
+def _trouble(causal_lm: Any, batch: FeedbackBatch, expected: _Outcome) -> str:
+    """What is wrong with log-probs as the model computes them now, or nothing."""
+    everywhere_N = torch.arange(len(batch.targets_N))
+    try:
+        found = _outcome(causal_lm, batch, [(everywhere_N, partial(completion_token_log_probs, causal_lm, batch))])
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever an architecture makes of what it is given
         return f"fail with {type(error).__name__}"
-    device = found_N.device.type
+    device, expected_N = batch.targets_N.device.type, expected.log_probs_N
     weight = causal_lm.get_output_embeddings().weight
     exact = weight.dtype == torch.float32 and not torch.is_autocast_enabled(device)
-    absolute, relative = _EXACT if exact else _ROUNDED
-    both_nan = found_N.isnan() & expected_N.isnan()  # which stops the run later, where it says for which row
-    difference_N = torch.where((found_N == expected_N) | both_nan, 0, found_N - expected_N)
+    absolute, relative, of_each, of_all = _EXACT if exact else _ROUNDED
+    both_nan = found.log_probs_N.isnan() & expected_N.isnan()  # which stops the run later, where it says for which row
+    same_N = (found.log_probs_N == expected_N) | both_nan
+    difference_N = torch.where(same_N, 0, found.log_probs_N - expected_N)
     squares_2B = expected_N.new_zeros(2, len(batch)).index_add_(
         1, batch.rows_N, torch.stack([difference_N, expected_N.nan_to_num()]).square()
     )
     difference_B, size_B = (squares_2B / batch.completion_lengths.clamp(min=1)).sqrt()
-    return "" if bool((difference_B <= absolute + relative * size_B).all()) else "are not what rows are alone"
+    if not bool((difference_B <= absolute + relative * size_B).all()):
+        return "are not what rows are alone"
+    for gradient, right in zip(found.gradients, expected.gradients, strict=True):
+        limit = of_each * right.norm() + of_all * sum(each.norm() for each in expected.gradients)
+        if limit.isfinite() and not (gradient - right).norm() <= limit:
+            return "have other gradients than rows alone"
+    return ""
 
 
-def _rows_to_try(causal_lm: Any, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Two short rows, a long one, and another answer to the prompt of the first."""
+def _rows_to_try(causal_lm: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The given rows, shortest first, and another answer to the prompt of the first."""
     vocabulary, embeddings = causal_lm.config.get_text_config().vocab_size, causal_lm.get_input_embeddings().weight
-    most = max(_MOST_LOGITS // vocabulary, 16)
-    known = sorted((_cut(row, most) for row in islice(rows, _MOST_ROWS)), key=lambda row: len(row["input_ids"]))
-    largest = max((max(row["input_ids"]) for row in known), default=0)
+    most, whole = max(_MOST_LOGITS // vocabulary, 16), _keeps_some_logits(causal_lm)
+    known = [_cut(row, most, whole) for row in rows] or _made_up(vocabulary)
+    largest = max(max(row["input_ids"]) for row in known)
     if largest >= len(embeddings):
         raise LanguageModelError(
             type(causal_lm).__name__,
             f"expected tokens below {len(embeddings)}, the number of its embeddings; found token {largest} in a row.",
             "Tokens were added to the tokenizer: resize the model's embeddings to it, and save both.",
         )
-    first, second, last = (known[0], known[len(known) // 2], known[-1]) if known else _made_up(vocabulary)
+    known.sort(key=lambda row: len(row["input_ids"]))
+    first, second = known[0], known[len(known) // 2]
     place = first["completion_mask"].index(True)
-    answer = last["input_ids"][last["completion_mask"].index(True) :]
+    answer = second["input_ids"][second["completion_mask"].index(True) :]
     mask = [False] * place + [True] * len(answer)
-    other = {"input_ids": [*first["input_ids"][:place], *answer], "completion_mask": mask}
-    return [{**row, "thumbs_up": True, "row_id": 0} for row in (first, second, last, other)]
+    other = _cut({"input_ids": [*first["input_ids"][:place], *answer], "completion_mask": mask}, most, whole)
+    return [{**row, "thumbs_up": True, "row_id": 0} for row in (*known, other)]
 
 
-def _cut(row: Mapping[str, Any], most: int) -> dict[str, Any]:
-    ids, mask = list(row["input_ids"][:most]), [bool(scored) for scored in row["completion_mask"][:most]]
+def _cut(row: Mapping[str, Any], most: int, whole: bool) -> dict[str, Any]:
+    """No more than ``most`` tokens of it carry loss, the last ones; where not ``whole``, it has no more at all."""
+    stop = None if whole else most
+    ids, mask = list(row["input_ids"][:stop]), [bool(scored) for scored in row["completion_mask"][:stop]]
     if True not in mask[1:]:  # an answer to a long prompt
         mask = [False] + [True] * (len(ids) - 1)
-    return {"input_ids": ids, "completion_mask": mask}
+    scored = {place for place, carries_loss in enumerate(mask) if carries_loss}
+    scored = set(sorted(scored)[-most:])
+    return {"input_ids": ids, "completion_mask": [place in scored for place in range(len(ids))]}
 
 
 def _made_up(vocabulary: int) -> list[dict[str, Any]]:
