@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GemmaConfig,
     GemmaForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     LlamaConfig,
@@ -22,14 +30,19 @@ from transformers import (
     MambaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.errors import LanguageModelError
-from bco_lightning.models import fused_layers, log_probs
-from bco_lightning.models.layout import layout_of
+from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.models import adapters, fused_layers, log_probs
+from bco_lightning.models.layout import first_layers, layout_of
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.prepare import prepare
 from tests.unit.test_log_probs import SMALL, build, make_batch
@@ -156,3 +169,95 @@ def test_layers_that_cannot_be_compiled_are_computed_as_they_are(monkeypatch: py
     model = build("llama")
     assert prepare(model, compiled=True).words.startswith("packed, without padding; layers are not compiled")
     completion_log_probs(model, make_batch(97, LENGTHS))
+
+
+def test_a_wrong_gradient_of_what_is_fused_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = fused_layers._RMSNorm.backward
+    twice = staticmethod(lambda ctx, grad: (2 * (found := backward(ctx, grad))[0], *found[1:]))
+    monkeypatch.setattr(fused_layers._RMSNorm, "backward", twice)
+    assert prepare(build("llama")).words.endswith(
+        "layers are not fused, which did not give the log-probs of transformers"
+    )
+
+
+def test_what_new_adapters_of_zeros_would_hide_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left_out(layer: Any, x: torch.Tensor) -> Any:
+        return layer.base_layer(x)
+
+    left_out.__module__ = adapters.__name__  # by which what is fused is known
+    monkeypatch.setattr(adapters, "_adapted_forward", left_out)
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert "layers are not fused" in prepare(model).words
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("told", ["attention_mask", "s_aux"])
+def test_attention_that_is_told_more_than_the_tokens_before_is_not_packed(told: str) -> None:
+    model = build("llama")
+    attention = LlamaAttention.forward
+
+    def with_more(self: Any, *args: Any, **options: Any) -> Any:  # which changes none of the rows that are tried
+        more = {told: torch.ones(1, 1, 1, 1, dtype=torch.bool)} if "packed_rows" in options else {}
+        return attention(self, *args, **{**options, **more})
+
+    for layer in model.model.layers:
+        layer.self_attn.forward = MethodType(with_more, layer.self_attn)
+    assert "does not take packed rows" in prepare(model).words
+
+
+def test_layers_that_differ_in_a_setting_alone_are_each_tried() -> None:
+    config = SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, no_rope_layers=[1, 1, 0, 1])
+    model = SmolLM3ForCausalLM(config)
+    with first_layers(model):
+        assert len(model.model.layers) == 3
+
+
+def test_layers_that_are_recomputed_switch_no_noise_on() -> None:
+    model = PhimoeForCausalLM(PhimoeConfig(**SMALL, num_local_experts=4, input_jitter_noise=0.5)).eval()
+    batch = make_batch(97, LENGTHS)
+    expected = rows_alone(model, batch).detach()
+    prepare(model, recomputed=True)
+    assert any(layer.training for layer in model.model.layers)
+    assert torch.allclose(completion_log_probs(model, batch), expected, atol=1e-4)
+
+
+def test_a_model_that_cannot_recompute_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match=r"model.gradient_checkpointing: expected false, found true: JetMoe"):
+        prepare(JetMoeForCausalLM(JetMoeConfig(**SMALL, num_local_experts=2)), recomputed=True)
+
+
+def test_noise_of_layers_that_are_recomputed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noisy(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return mlp(self, x) * (1 + self.training)
+
+    mlp = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", noisy)
+    monkeypatch.setattr(LlamaMLP, "gradient_checkpointing", False, raising=False)  # as if it were one that recomputes
+    with pytest.raises(ConfigError, match=r"model.gradient_checkpointing: expected layers of LlamaForCausalLM to give"):
+        prepare(build("llama"), recomputed=True)
+
+
+def test_what_no_row_reaches_is_not_trained_and_named() -> None:
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SMALL, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    config = Gemma3Config(text_config=text, vision_config={**tower, "image_size": 28, "patch_size": 14})
+    model = Gemma3ForConditionalGeneration(config).eval()
+    assert "parameters that no row reaches are not trained, such as model.multi_modal" in prepare(model).words
+    completion_log_probs(model, make_batch(97, LENGTHS)).sum().backward()
+    assert {each.grad is not None for each in model.parameters() if each.requires_grad} == {True}  # as ddp wants it
+
+
+def test_an_adapter_beside_a_weight_that_is_read_past_it_is_not_trained() -> None:
+    config = JambaConfig(**SMALL, num_experts=1, mamba_d_state=4, mamba_dt_rank=2, use_mamba_kernels=False)
+    model = get_peft_model(JambaForCausalLM(config), LoraConfig(r=2, target_modules=["dt_proj", "x_proj"])).eval()
+    assert "dt_proj" in prepare(model).words
+    trained = {name.split(".")[-4] for name, each in model.named_parameters() if each.requires_grad}
+    assert trained == {"x_proj"}
+
+
+def test_rows_are_tried_in_the_precision_of_a_step() -> None:
+    model, ran = build("llama"), []
+    model.model.norm.register_forward_hook(lambda *_: ran.append(torch.is_autocast_enabled("cpu")))
+    prepare(model, precision=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert set(ran) == {True}

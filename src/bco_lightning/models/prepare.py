@@ -235,8 +235,8 @@ class _Outcome:
 
 def _outcome(causal_lm: Any, batch: FeedbackBatch, parts: Iterable[tuple[Tensor, Callable[[], Tensor]]]) -> _Outcome:
     """Of each part of the tokens, places and what computes their log-probs."""
-    signs_N = 1 - 2 * (torch.arange(len(batch.targets_N), device=batch.targets_N.device) % 2).float()
-    found_N, keys, reached = torch.zeros_like(signs_N), _keys(causal_lm), set()
+    weights_N = 1 + torch.arange(len(batch.targets_N), device=batch.targets_N.device) % 3 / 2  # nothing cancels
+    found_N, keys, reached = torch.zeros_like(weights_N), _keys(causal_lm), set()
     with first_layers(causal_lm), torch.enable_grad():
         trained = [each for each in causal_lm.parameters() if each.requires_grad and each.numel() <= _MOST_WEIGHTS]
         gradients = [torch.zeros_like(each) for each in trained]
@@ -244,7 +244,7 @@ def _outcome(causal_lm: Any, batch: FeedbackBatch, parts: Iterable[tuple[Tensor,
             part_n = log_probs()
             found_N[places_n] = part_n.detach()
             reached |= {keys[parameter] for parameter in _reached_from(part_n) if parameter in keys}
-            own = torch.autograd.grad(part_n, trained, signs_N[places_n], allow_unused=True) if trained else ()
+            own = torch.autograd.grad(part_n, trained, weights_N[places_n], allow_unused=True) if trained else ()
             for total, gradient in zip(gradients, own, strict=True):
                 if gradient is not None:
                     total += gradient
