@@ -12,12 +12,13 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.models.adapters import fuse_adapters
+from bco_lightning.models.adapters import add_adapters, fuse_adapters
 from bco_lightning.models.load import load_language_model, load_policy
 from bco_lightning.options import LoraSettings
+from tests.unit.test_log_probs import SMALL
 
 
 def adapted(dtype: torch.dtype = torch.float32, bias: bool = False, **options: bool) -> nn.Module:
@@ -190,3 +191,14 @@ def test_an_adapter_of_made_up_tokens_is_refused(tiny_model: str, tmp_path: Path
     for settings in (None, LoraSettings()):
         with pytest.raises(LanguageModelError, match="found a prompt-learning adapter"):
             load_policy(str(tmp_path), torch.float32, settings, seed=0)
+
+
+def test_adapters_of_the_top_layers_are_at_their_experts_too_and_in_no_other_layer() -> None:
+    adapters = []
+    for number in (0, 1):
+        model = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2))
+        policy = add_adapters(model, LoraSettings(r=2, top_layers=number), 0, "")
+        adapters.append({name: each.shape for name, each in policy.named_parameters() if "lora_" in name})
+    everywhere, top = adapters
+    assert any("experts" in name for name in top)
+    assert top == {name: shape for name, shape in everywhere.items() if ".layers.1." in name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bco_lightning.errors import ConfigError, LanguageModelError
@@ -116,6 +117,8 @@ def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:
         head = base.get_output_embeddings()
         linear = {n for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
         targets = sorted({name.rpartition(".")[2] for name in linear})
+    stacked = layers is not None and named == "all-linear" and any(each.ndim > 2 for each in base.parameters())
+    experts = _experts(base, settings, layers or []) if stacked else {}
     # A model's own kinds of linear layers, such as routers, give more than a product, which PEFT does not expect.
     home = type(base).__module__
     own = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and type(m).__module__ == home]
@@ -127,7 +130,20 @@ def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:
         exclude_modules=own or None,
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
+        **experts,
     )
+
+
+def _experts(base: PreTrainedModel, settings: LoraSettings, layers: list[int]) -> dict[str, Any]:
+    """What PEFT takes "all-linear" for among the experts of some layers, which are parameters and no modules."""
+    whole = LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), trust_remote_code=False)
+        get_peft_model(shapes, whole)
+    ends = tuple(f".{name}" for name in whole.target_parameters or ())
+    numbers = {name: re.search(r"\.(\d+)\.", name) for name, _ in base.named_parameters() if name.endswith(ends)}
+    chosen = [name for name, number in numbers.items() if number and int(number[1]) in layers]
+    return {"target_parameters": chosen, "rank_pattern": whole.rank_pattern, "alpha_pattern": whole.alpha_pattern}
 
 
 def fuse_adapters(model: nn.Module) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,8 +34,9 @@ from bco_lightning.models.layout import (
 from bco_lightning.models.log_probs import completion_token_log_probs
 
 _FIRST_TOKENS = 8  # of a row, which are beside its neighbour
-_MOST_LOGITS = 2**26  # of a row; float32 logits of it take 256 MiB
-_MOST_WEIGHTS = 2**26  # of a parameter whose gradient is looked at
+_SCORED = 4  # tokens at the start of a completion, and at its end; what stands before them is computed as well
+_MOST_LOGITS = 2**26  # of a row, where transformers makes those of all tokens; in float32 they take 256 MiB
+_MOST_WEIGHTS = 2**24  # of a parameter whose gradient is looked at
 # What rounding explains: root mean squares of differences in nats, absolute and relative to log-probs; norms of
 # differences of a parameter's gradient, relative to its norm and to that of all gradients.
 _EXACT, _ROUNDED = (2e-3, 2e-4, 1e-2, 1e-4), (0.1, 0.02, 0.3, 0.03)
@@ -233,22 +233,16 @@ class _Outcome:
     reached: set[Any]
 
 
-def _outcome(causal_lm: Any, batch: FeedbackBatch, parts: Iterable[tuple[Tensor, Callable[[], Tensor]]]) -> _Outcome:
-    """Of each part of the tokens, places and what computes their log-probs."""
-    weights_N = 1 + torch.arange(len(batch.targets_N), device=batch.targets_N.device) % 3 / 2  # nothing cancels
-    found_N, keys, reached = torch.zeros_like(weights_N), _keys(causal_lm), set()
+def _outcome(causal_lm: Any, log_probs: Callable[[], Tensor]) -> _Outcome:
+    keys = _keys(causal_lm)
     with first_layers(causal_lm), torch.enable_grad():
         trained = [each for each in causal_lm.parameters() if each.requires_grad and each.numel() <= _MOST_WEIGHTS]
-        gradients = [torch.zeros_like(each) for each in trained]
-        for places_n, log_probs in parts:
-            part_n = log_probs()
-            found_N[places_n] = part_n.detach()
-            reached |= {keys[parameter] for parameter in _reached_from(part_n) if parameter in keys}
-            own = torch.autograd.grad(part_n, trained, weights_N[places_n], allow_unused=True) if trained else ()
-            for total, gradient in zip(gradients, own, strict=True):
-                if gradient is not None:
-                    total += gradient
-    return _Outcome(found_N, gradients, reached)
+        found_N = log_probs()
+        reached = {keys[parameter] for parameter in _reached_from(found_N) if parameter in keys}
+        weights_N = 1 + torch.arange(len(found_N), device=found_N.device) % 3 / 2  # gradients of rows do not cancel
+        own = torch.autograd.grad(found_N, trained, weights_N, allow_unused=True) if trained else ()
+    pairs = zip(own, trained, strict=True)
+    return _Outcome(found_N.detach(), [torch.zeros_like(p) if g is None else g for g, p in pairs], reached)
 
 
 def _reached_from(found_n: Tensor) -> Iterator[Tensor]:
@@ -291,17 +285,17 @@ def _freeze_unreached(causal_lm: Any, reached: set[Any]) -> str:
 def _untouched(causal_lm: Any, batch: FeedbackBatch) -> _Outcome:
     """By transformers alone: each row by itself."""
 
-    def alone(number: int, places_n: Tensor) -> Tensor:
-        ids_1T = batch.input_ids_S[batch.row_spans[number].places()][None]
-        kept_n = batch.position_ids_S[batch.predictors_N[places_n]]
+    def alone(number: int) -> Tensor:
+        ids_1T, chosen_N = batch.input_ids_S[batch.row_spans[number].places()][None], batch.rows_N == number
+        kept_n = batch.position_ids_S[batch.predictors_N[chosen_N]]
         options = {"logits_to_keep": kept_n} if _keeps_some_logits(causal_lm) else {}
         logits_nV = causal_lm(input_ids=ids_1T, use_cache=False, **options).logits[0]
         logits_nV = (logits_nV if options else logits_nV[kept_n]).float()
-        return logits_nV.log_softmax(-1).gather(-1, batch.targets_N[places_n, None])[:, 0]
+        found_n: Tensor = logits_nV.log_softmax(-1).gather(-1, batch.targets_N[chosen_N, None])[:, 0]
+        return found_n
 
-    rows = [(batch.rows_N == number).nonzero()[:, 0] for number in range(len(batch))]
     try:
-        return _outcome(causal_lm, batch, [(row_n, partial(alone, number, row_n)) for number, row_n in enumerate(rows)])
+        return _outcome(causal_lm, lambda: torch.cat([alone(number) for number in range(len(batch))]))
     except Exception as error:  # whatever transformers makes of the model
         problem = f"expected a model that transformers trains, found {type(error).__name__}: {error}"
         raise LanguageModelError(type(causal_lm).__name__, problem) from error
@@ -313,9 +307,8 @@ def _keeps_some_logits(causal_lm: Any) -> bool:
 
 def _trouble(causal_lm: Any, batch: FeedbackBatch, expected: _Outcome) -> str:
     """What is wrong with log-probs as the model computes them now, or nothing."""
-    everywhere_N = torch.arange(len(batch.targets_N))
     try:
-        found = _outcome(causal_lm, batch, [(everywhere_N, partial(completion_token_log_probs, causal_lm, batch))])
+        found = _outcome(causal_lm, lambda: completion_token_log_probs(causal_lm, batch))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an architecture makes of what it is given
@@ -333,8 +326,9 @@ def _trouble(causal_lm: Any, batch: FeedbackBatch, expected: _Outcome) -> str:
     difference_B, size_B = (squares_2B / batch.completion_lengths.clamp(min=1)).sqrt()
     if not bool((difference_B <= absolute + relative * size_B).all()):
         return "are not what rows are alone"
+    total = sum(float(each.norm()) for each in expected.gradients)
     for gradient, right in zip(found.gradients, expected.gradients, strict=True):
-        limit = of_each * right.norm() + of_all * sum(each.norm() for each in expected.gradients)
+        limit = of_each * right.norm() + of_all * total
         if limit.isfinite() and not (gradient - right).norm() <= limit:
             return "have other gradients than rows alone"
     return ""
@@ -362,14 +356,14 @@ def _rows_to_try(causal_lm: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict
 
 
 def _cut(row: Mapping[str, Any], most: int, whole: bool) -> dict[str, Any]:
-    """No more than ``most`` tokens of it carry loss, the last ones; where not ``whole``, it has no more at all."""
+    """A few of its tokens carry loss; where transformers makes logits of all, not ``whole``, there are ``most``."""
     stop = None if whole else most
     ids, mask = list(row["input_ids"][:stop]), [bool(scored) for scored in row["completion_mask"][:stop]]
     if True not in mask[1:]:  # an answer to a long prompt
         mask = [False] + [True] * (len(ids) - 1)
-    scored = {place for place, carries_loss in enumerate(mask) if carries_loss}
-    scored = set(sorted(scored)[-most:])
-    return {"input_ids": ids, "completion_mask": [place in scored for place in range(len(ids))]}
+    scored = [place for place, carries_loss in enumerate(mask) if carries_loss]
+    kept = {*scored[:_SCORED], *scored[-_SCORED:]}
+    return {"input_ids": ids, "completion_mask": [place in kept for place in range(len(ids))]}
 
 
 def _made_up(vocabulary: int) -> list[dict[str, Any]]:
