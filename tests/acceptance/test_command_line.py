@@ -339,6 +339,7 @@ def test_features_of_prompts_are_options_and_come_back_from_the_config_of_a_run(
             "error: model.prompt_features.layer: expected none with a sentence-transformers model",
         ),
         (["--model.importance_clip=[2,10]"], "importance_clip: expected 0 < low <= 1 <= high, not both 1, found"),
+        (["--process_timeout=-1"], "error: process_timeout: expected a number above 0, found -1"),
         (["--model.lora.r=0"], "error: model.lora.r: expected at least 1 dimension, found 0"),
         (["--data.train_files=[{path: log.jsonl, wieght: 2}]"], "Option 'wieght' is not accepted"),
         (["--data.train_files={path: log.jsonl}"], "Expected a <class 'list'>"),

@@ -38,7 +38,7 @@ from bco_lightning.errors import CheckpointError, ConfigError, causes_of, printa
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.module import BCOModule
-from bco_lightning.options import ModelOptions, Options
+from bco_lightning.options import POSITIVE, ModelOptions, Options
 from bco_lightning.parallel.strategy import named_strategy
 from bco_lightning.places import require_free
 
@@ -247,6 +247,7 @@ class BCOCLI(LightningCLI):
             options = self.config.get(str(self.config.get("subcommand")), self.config)
             _refuse_misread_sources(options.data)
         safety.check_resolved(options, args)
+        POSITIVE.check("process_timeout", options.process_timeout)
         if options.trainer.max_epochs is None:  # which Lightning takes for 1000 if there is no other end
             options.trainer.max_epochs = 1 if options.trainer.max_steps == -1 else -1
         options.run_folder = os.path.expanduser(os.path.expandvars(options.run_folder))  # noqa: PTH111
