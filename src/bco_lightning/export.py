@@ -23,8 +23,8 @@ from bco_lightning.module import ALIGNMENT_FILE, BCOModule
 from bco_lightning.places import require_free
 
 IMPORTANCE_FILE = "importance.safetensors"
-# Root mean squares of differences in log-probs that rounding explains, in nats.
-_ROUNDING = {"float32": 2e-3, "bfloat16": 0.1}
+# Root mean squares of differences in log-probs that rounding explains, in nats: three times and more of what was seen.
+_ROUNDING = {"float32": 2e-3, "bfloat16": 0.3}
 _TAKEN_BACK = "Nothing is left of it. Try with or without --merge, and please report the kind of adapter."
 _CARD = """---
 library_name: {library}
@@ -125,11 +125,9 @@ def export_checkpoint(
         gc.collect()  # one model at a time; adapted layers hold themselves
         with in_words(str(output_dir), "model" if whole else "PEFT adapter", _TAKEN_BACK):
             found_TV = _log_probs(_as_users_load(folder, base, getattr(torch, dtype)), ids_T)
-        off_T, size_T = torch.stack([found_TV - expected_TV, expected_TV]).square().mean(-1).sqrt()
-        if not bool((off_T <= _ROUNDING[dtype] * (1 + size_T / 10)).all()):
-            problem = (
-                f"expected the log-probs of the policy from what was written, found others by {off_T.max():.3g} nats."
-            )
+            off, size = torch.stack([found_TV - expected_TV, expected_TV]).square().mean((1, 2)).sqrt().tolist()
+        if not off <= _ROUNDING[dtype] * (1 + size / 10):
+            problem = f"expected the log-probs of the policy from what was written, found others by {off:.3g} nats."
             raise LanguageModelError(str(output_dir), problem, _TAKEN_BACK)
 
 
