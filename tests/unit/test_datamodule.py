@@ -306,3 +306,21 @@ def test_the_rows_of_a_padded_step_are_cut_into_micro_batches_by_length(
         one, other = (batch.lengths for _, batch in zip(range(2), data.train_dataloader(), strict=False))
         of_layout[layout] = max(one) <= min(other) or max(other) <= min(one)
     assert of_layout == {"packed": False, "padded": True}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_tell_most_are_the_shortest_the_longest_and_the_first_of_each_source(
+    tmp_path: Path, tokenizer: Any, streaming: bool
+) -> None:
+    lengths = [*range(10, 40), 3, 300, *range(40, 70)]  # the longest is far behind the first ones
+    rows = [{"prompt": "Say it.", "completion": "a " * each, "label": bool(each % 2)} for each in lengths]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in (("a", rows), ("b", rows[5:9]))]
+    data = FeedbackDataModule(
+        files, tokenizer=tokenizer, batch_size=4, max_length=512, validation_fraction=0.0, streaming=streaming
+    )
+    data.setup("fit")
+    found = data.telling_rows()
+    completions = [sum(row["completion_mask"]) for row in found]
+    assert {row["source"] for row in found} == {0, 1}
+    assert min(completions) < 10
+    assert max(completions) > 200
