@@ -290,7 +290,7 @@ def fit_on_a_small_disk(model: str, log: str, runs: str, if_saving_fails: str, f
 )
 def test_a_truly_full_disk_is_met_in_words(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
     cases = [("warn", 7, [3, 8]), ("warn", 99, [3]), ("stop", 99, [3])]
-    for trial in trials(cases, quick=3):
+    for trial in trials(cases, quick=2):
         with trial as (if_saving_fails, free_at, saved):
             folder = tmp_path / f"{if_saving_fails}-{free_at}"
             runs = folder / "runs"
