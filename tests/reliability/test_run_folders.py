@@ -95,19 +95,25 @@ def test_a_run_is_trained_by_one_process(
             folder = tmp_path / f"{asked.replace('/', '-')}-{workers}"
             runs = folder / "runs"
             (first,) = start(partial(fit_and_hang, byte_model, feedback, str(runs), workers), folder=folder)
-            await_file(folder / "reached")
-            before = sorted(runs.rglob("*"))
-            second = arguments(
-                byte_model, feedback, str(runs), f"--ckpt_path={asked if asked in ('last', 'auto') else runs / asked}"
-            )
-            assert main(second) == 2
-            said = capfd.readouterr().err
-            assert (
-                f"error: {runs / 'version_0'}: expected a run that no process is training, found that one is." in said
-            )
-            assert sorted(runs.rglob("*")) == before
-            os.kill(first.pid, signal.SIGKILL)
-            wait([first])
+            try:
+                await_file(folder / "reached")
+                before = sorted(runs.rglob("*"))
+                second = arguments(
+                    byte_model,
+                    feedback,
+                    str(runs),
+                    f"--ckpt_path={asked if asked in ('last', 'auto') else runs / asked}",
+                )
+                assert main(second) == 2
+                said = capfd.readouterr().err
+                assert (
+                    f"error: {runs / 'version_0'}: expected a run that no process is training, found that one is."
+                    in said
+                )
+                assert sorted(runs.rglob("*")) == before
+            finally:
+                os.kill(first.pid, signal.SIGKILL)
+                wait([first])
             assert main(second) == 0
             assert [run.name for run in runs.iterdir()] == ["version_0"]
             assert int((runs / "version_0" / LOCK_FILE).read_text()) == 2
