@@ -385,6 +385,37 @@ DEFECTS = [
         'in list(self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker))):',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
+    Defect(
+        'S3', 'an adapter may ask PEFT for anything', 'models/limits.py',
+        '        if is_nested or is_other:\n',
+        '        if False:\n',
+        ('tests/security/test_remote_code.py::test_what_an_adapter_asks_for_besides_is_refused', '--full-trials'),
+    ),
+    Defect(
+        'S3', 'a model may ask for kernels of the hub', 'models/limits.py',
+        '        elif key.endswith("_implementation") and ', '        elif False and ',
+        ('tests/security/test_remote_code.py::test_what_a_model_asks_for_besides_is_refused', '--trial=a kernel of the hub'),
+    ),
+    Defect(
+        'S16', 'whose a cache is does not matter', 'places.py',
+        '    return stat.S_ISDIR(status.st_mode) and is_ours\n', '    return stat.S_ISDIR(status.st_mode)\n',
+        ('tests/security/test_planted_caches.py::test_planted_log_probs_are_passed_over', '--full-trials'),
+    ),
+    Defect(
+        'S17', 'moments are taken as they are', 'checkpoints/optimizers.py',
+        '(found.shape, found.dtype) != (own.shape, own.dtype):\n', 'False:\n',
+        ('tests/security/test_checkpoints.py::test_hostile_moments_do_not_reach_the_optimizers_kernels',),
+    ),
+    Defect(
+        'S18', 'what is packed is not measured', 'data/records/swelling.py',
+        '    if size > _ALWAYS_BYTES and ', '    if False and ',
+        ('tests/security/test_data_bombs.py::test_a_small_file_that_swells_is_refused', '--trial=packed text'),
+    ),
+    Defect(
+        'S19', 'errors are printed as they are', 'errors.py',
+        'printable(problem), printable(remedy)', 'problem, remedy',
+        ('tests/security/test_terminal.py::test_escapes_do_not_reach_the_terminal', '--full-trials'),
+    ),
 ]  # fmt: skip
 
 

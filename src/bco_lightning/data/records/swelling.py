@@ -83,9 +83,9 @@ def _size(array: Any) -> int:
         values = array.dictionary
         if types.is_string(values.type) or types.is_large_string(values.type) or types.is_binary(values.type):
             return 8 * len(array) + int(compute.sum(compute.binary_length(values).take(array.indices)).as_py() or 0)
-        return (8 + values.nbytes) * len(array)
+        return (8 + int(values.nbytes)) * len(array)
     if types.is_run_end_encoded(kind):
-        return (8 + array.values.nbytes) * len(array)
+        return (8 + int(array.values.nbytes)) * len(array)
     if types.is_struct(kind):
         return 8 * len(array) + sum(_size(array.field(number)) for number in range(kind.num_fields))
     if types.is_fixed_size_list(kind):
