@@ -26,6 +26,7 @@ CLASS, FUNCTION = f"{HOSTILE}.Hostile", f"{HOSTILE}.function"
 MODEL_AND_DATA = ["--model.name_or_path=nowhere", "--data.train_files=nowhere.jsonl"]
 HIDDEN = "lightning.pytorch.callbacks.model_checkpoint.os.system"
 LIST = "jsonargparse.set_parsing_settings"
+DDP = "lightning.pytorch.strategies.DDPStrategy"
 ADAPTED = "lightning.pytorch.callbacks.LambdaCallback"
 
 
@@ -50,6 +51,9 @@ CONFIGS: list[tuple[str, dict[str, Any], str | None]] = [
         {"trainer": {"plugins": spec("lightning.pytorch.plugins.io.AsyncCheckpointIO", checkpoint_io=spec(CLASS))}},
         CLASS,
     ),
+    ("plugin of a strategy", {"trainer": {"strategy": spec(DDP, checkpoint_io=spec(CLASS))}}, CLASS),
+    ("cluster of a strategy", {"trainer": {"strategy": spec(DDP, cluster_environment=spec(CLASS))}}, CLASS),
+    ("accelerator of a strategy", {"trainer": {"strategy": spec(DDP, accelerator=spec(CLASS))}}, CLASS),
     ("os.system as a callable", {"trainer": {"callbacks": spec(ADAPTED, on_fit_start="os.system")}}, "os.system"),
     ("a hostile callable", {"trainer": {"callbacks": spec(ADAPTED, on_fit_start=FUNCTION)}}, FUNCTION),
     ("a callable class", {"trainer": {"callbacks": spec(ADAPTED, on_fit_start=spec(CLASS))}}, CLASS),
