@@ -167,7 +167,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
             # begins a step that another callback saved in the middle of anew.
             checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self._progress}
             checkpoint["validation_due"] = bool(trainer.validating)
-        elif trainer.training:
+        elif trainer.training and self._progress:  # else nothing has begun
             loop: Any = trainer.fit_loop
             checkpoint["validation_due"] = bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
