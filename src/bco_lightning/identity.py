@@ -210,7 +210,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     generator = bytes(state["torch"])
     # Where the next number is taken from is not looked at by PyTorch and NumPy, even if it is not theirs.
     left, taken = int.from_bytes(generator[8:12], "little"), int.from_bytes(generator[16:24], "little")
-    if left + taken > _NUMBERS or not 0 <= int(state["numpy"][2]) <= _NUMBERS:
+    if left < 1 or left + taken > _NUMBERS + 1 or not 0 <= int(state["numpy"][2]) <= _NUMBERS:
         raise ValueError("no position of a generator")
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if state["cuda"] is not None and torch.cuda.is_available():
