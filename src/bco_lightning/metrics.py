@@ -27,22 +27,22 @@ _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it are even over 0 to 1, those 
 class ImplicitRewardMetrics(Metric):
     """Sums and counts per class, and the rewards of rows, from which every metric follows.
 
-    ``compute`` gives, with *chosen* for thumbs-up and *rejected* for thumbs-down (the names dashboards know):
+    ``compute`` gives
 
-    ===========================  ====================================================================================
-    ``loss``                     Eq. 8 on these rows: the sum of the two class means, in nats
-    ``rewards/chosen, rejected`` mean implicit reward of a class, in nats
-    ``rewards/margins``          their difference
-    ``rewards/accuracies``       share of rows on the right side of the shift; a reward that equals it counts half
-    ``accuracy/chosen, rejected``  the same for each class
-    ``auroc``                    probability that a random thumbs-up row is rewarded more than a thumbs-down row, less
-                                 the shift of its step, ties counting half; exact up to 100,000 rows of a process, of
-                                 more from 50,000 to 100,000 that are drawn evenly
-    ``bound/error_term``         :math:`E_+[e^{-(r-δ)}] + E_-[e^{r-δ}]` (Theorem 4)
-    ``logps/chosen, rejected``   mean log-probability of a completion under the policy, in nats
-    ``kl/reference_to_policy``   minus the mean log-ratio: KL(reference, policy) where the reference wrote the rows
-    ``length/chosen, rejected``  mean number of completion tokens
-    ===========================  ====================================================================================
+    =================== ============================================================================================
+    loss                Eq. 8 on these rows: the sum of the two class means, in nats
+    reward_up, _down    mean implicit reward of thumbs-up and of thumbs-down rows, in nats
+    margin              their difference
+    accuracy            share of rows on the right side of the shift; a reward that equals it counts half
+    accuracy_up, _down  the same for each class
+    auroc               probability that a random thumbs-up row is rewarded more than a thumbs-down row, less the shift
+                        of its step, ties counting half; exact up to 100,000 rows of a process, of more from 50,000 to
+                        100,000 that are drawn evenly
+    error_term          :math:`E_+[e^{-(r-δ)}] + E_-[e^{r-δ}]` (Theorem 4)
+    log_prob_up, _down  mean log-probability of a completion under the policy, in nats
+    kl                  minus the mean log-ratio: KL(reference, policy) where the reference wrote the rows
+    length_up, _down    mean number of completion tokens
+    =================== ============================================================================================
 
     and, where there are several sources, those of the rows of each as ``by_source/NAME/...``. A metric of a class
     without rows is NaN, never 0.
@@ -144,19 +144,19 @@ def _metrics_of(sums_KC: Tensor, scores: Array) -> dict[str, Tensor]:
     wins = math.fsum(_share_below(ups, downs, np.ones(len(downs)))) if is_known else math.nan
     return {
         "loss": mean["loss"].sum(),
-        "rewards/chosen": mean["reward"][0],
-        "rewards/rejected": mean["reward"][1],
-        "rewards/margins": mean["reward"][0] - mean["reward"][1],
-        "rewards/accuracies": sums["correct"].sum() / rows_C.sum(),
-        "accuracy/chosen": mean["correct"][0],
-        "accuracy/rejected": mean["correct"][1],
+        "reward_up": mean["reward"][0],
+        "reward_down": mean["reward"][1],
+        "margin": mean["reward"][0] - mean["reward"][1],
+        "accuracy": sums["correct"].sum() / rows_C.sum(),
+        "accuracy_up": mean["correct"][0],
+        "accuracy_down": mean["correct"][1],
         "auroc": torch.tensor(wins / max(1, len(ups)), dtype=torch.float64),
-        "bound/error_term": mean["error_term"].sum(),
-        "logps/chosen": mean["policy_log_prob"][0],
-        "logps/rejected": mean["policy_log_prob"][1],
-        "kl/reference_to_policy": -sums["log_ratio"].sum() / rows_C.sum(),
-        "length/chosen": mean["length"][0],
-        "length/rejected": mean["length"][1],
+        "error_term": mean["error_term"].sum(),
+        "log_prob_up": mean["policy_log_prob"][0],
+        "log_prob_down": mean["policy_log_prob"][1],
+        "kl": -sums["log_ratio"].sum() / rows_C.sum(),
+        "length_up": mean["length"][0],
+        "length_down": mean["length"][1],
     }
 
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
-from bco_lightning.callbacks import FiniteGuard, ImplicitRewardMonitor, ImportanceMonitor, RewardShiftUpdate
+from bco_lightning.callbacks import (
+    FiniteGuard,
+    HeldOutRows,
+    ImplicitRewardMonitor,
+    ImportanceMonitor,
+    RewardShiftUpdate,
+)  # fmt: skip
 from bco_lightning.callbacks.refusals import refuse_unfit
 from bco_lightning.callbacks.step_callback import summarize_step
 from bco_lightning.checkpoints import read_checkpoint, use_verified_io
@@ -74,6 +80,7 @@ class BCOModule(LightningModule):
         self.weighing = PromptWeighing(self.options)
         self.step_rows: list[ScoredRows] = []
         self.step_summary: StepSummary | None = None
+        self.steps_before = 0  # of the checkpoint that was loaded
         # Checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks.
         self.register_state_dict_post_hook(_leave_out_frozen)
         self.register_load_state_dict_post_hook(_miss_trained_only)
@@ -217,7 +224,7 @@ class BCOModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """What belongs to the method; one that the trainer was given, or a subclass of it, stands in place of ours."""
         given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kinds: list[type[Callback]] = [FiniteGuard, ImplicitRewardMonitor, RewardShiftUpdate]
+        kinds: list[type[Callback]] = [FiniteGuard, ImplicitRewardMonitor, HeldOutRows, RewardShiftUpdate]
         if self.options.importance_weights != "off":
             kinds.append(ImportanceMonitor)
         # Before anything is read.
@@ -334,6 +341,7 @@ class BCOModule(LightningModule):
         # Kept from Lightning, which would give them to an optimizer as they are.
         self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
+        self.steps_before = checkpoint["global_step"]
         self.reference.policy_moves()
         self.weighing.load_state_dict(checkpoint.get("importance"), self._data)
 

@@ -71,7 +71,7 @@ def test_fit_then_resume_validate_test_predict_and_export(
     capsys.readouterr()
     for name in ("validate", "test"):
         assert command(name, tiny_model, log, "--ckpt_path=last") == 0
-        assert "rewards/margins" in capsys.readouterr().out
+        assert "margin" in capsys.readouterr().out
         assert not Path("runs/bco/version_1").exists()
 
     assert command("predict", tiny_model, log, f"--data.predict_files={log}", "--ckpt_path=last") == 0

@@ -43,7 +43,7 @@ def test_a_recipe_trains_from_zero_rewards(name: str, tiny_model: str, log: str,
     run = Path("runs") / name / "version_0"
     events = EventAccumulator(str(run))
     events.Reload()
-    margins = [event.value for event in events.Scalars("train/rewards/margins")]
+    margins = [event.value for event in events.Scalars("train/margin")]
     assert margins[0] == 0  # policy and reference round alike, under bfloat16 autocast too
     assert any(margins[1:])
     state = read_checkpoint(str(saved_steps(run / "checkpoints")[-1]))["state_dict"]

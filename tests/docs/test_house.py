@@ -12,7 +12,7 @@ ORDER = (
     {"errors", "options", "batch", "places", "identity"},
     {"parallel", "checkpoints"},
     {"objectives", "models", "data"},
-    {"reference", "importance", "metrics"},
+    {"reference", "importance", "metrics", "figures"},
     {"callbacks"},
     {"module"},
     {"export", "inspection", "demo"},

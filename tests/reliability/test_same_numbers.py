@@ -159,14 +159,14 @@ def oracle(steps: list[dict[str, list[float]]], beta: float) -> dict[str, float]
     right += [(r < shift) + (r == shift) / 2 for r, shift, *_ in down]
     return {
         "loss": loss(up, 1) + loss(down, -1),
-        "rewards/chosen": mean([row[0] for row in up]),
-        "rewards/rejected": mean([row[0] for row in down]),
-        "rewards/margins": mean([row[0] for row in up]) - mean([row[0] for row in down]),
-        "rewards/accuracies": mean([float(value) for value in right]),
-        "logps/chosen": mean([row[2] for row in up]),
-        "logps/rejected": mean([row[2] for row in down]),
-        "length/chosen": mean([row[3] for row in up]),
-        "length/rejected": mean([row[3] for row in down]),
+        "reward_up": mean([row[0] for row in up]),
+        "reward_down": mean([row[0] for row in down]),
+        "margin": mean([row[0] for row in up]) - mean([row[0] for row in down]),
+        "accuracy": mean([float(value) for value in right]),
+        "log_prob_up": mean([row[2] for row in up]),
+        "log_prob_down": mean([row[2] for row in down]),
+        "length_up": mean([row[3] for row in up]),
+        "length_down": mean([row[3] for row in down]),
     }
 
 
@@ -195,7 +195,7 @@ def test_logged_metrics_are_those_of_the_rows(byte_model: str, tmp_path: Path, t
                     first = 0 if step == 1 else max(1, step - interval) if step - interval > 0 else 1
                     gathered = [r["step_rows"][n] for n in range(first, step) for r in results]
                     expected = oracle(gathered, beta=0.1)
-                    missing += math.isnan(expected["rewards/rejected"])
+                    missing += math.isnan(expected["reward_down"])
                     for name, value in expected.items():
                         assert values[f"train/{name}"] == pytest.approx(value, rel=1e-6, abs=1e-6, nan_ok=True), name
             assert missing or interval > 1

@@ -14,9 +14,9 @@ from bco_lightning import ImplicitRewardMetrics
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 from bco_lightning.checkpoints import read_checkpoint
-from bco_lightning.demo.generation import sample_completions
 from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import ConfigError
+from bco_lightning.models.generation import sample_completions
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
 
@@ -58,15 +58,17 @@ def test_a_sample_is_repeatable_and_leaves_the_random_state_alone(tiny_model: st
     module = tiny_module(tiny_model)
     options: dict[str, Any] = {"max_new_tokens": 5, "seed": 3}
     state = torch.get_rng_state()
-    first = sample_completions(module.policy, module.tokenizer, ["Hello", "A much longer prompt"], **options)
+    prompts = module.tokenizer(["Hello", "A much longer prompt"])["input_ids"]
+    first = sample_completions(module.policy, module.tokenizer, prompts, **options)
     assert torch.equal(torch.get_rng_state(), state)
-    assert sample_completions(module.policy, module.tokenizer, ["Hello", "A much longer prompt"], **options) == first
+    assert sample_completions(module.policy, module.tokenizer, prompts, **options) == first
     assert all(len(sample.token_ids) <= 5 for sample in first)
 
 
 def test_the_trial_finds_no_difference_between_a_policy_and_itself(tiny_model: str) -> None:
     module = tiny_module(tiny_model)
-    result = KnownRewardTrial("tone", samples_per_prompt=2, max_new_tokens=4).compare(module, ["One", "Two", "Three"])
+    prompts = module.tokenizer(["One", "Two", "Three"])["input_ids"]
+    result = KnownRewardTrial("tone", samples_per_prompt=2, max_new_tokens=4).compare(module, prompts)
     assert result.gain == result.kl == 0
     assert result.win_rate == 0.5
     assert result.verdict.startswith("NOT IMPROVED")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from sklearn.metrics import roc_auc_score
 
 from bco_lightning import LoraSettings
 from bco_lightning.data.messages import said_in
@@ -50,17 +51,31 @@ def test_thumbs_that_follow_length_are_warned_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "up", "said"),
+    ("lengths", "up", "level", "said"),
     [
-        (np.tile(np.arange(50), 4), np.arange(200) % 2 == 0, "do not clearly follow length"),
-        (np.array([9, 8, 7, 1, 2, 3]), np.arange(6) < 3, "3 rows of the rarer class: too few"),
-        (np.array([1, 2]), np.array([True, True]), "thumbs of one kind"),
+        (np.tile(np.arange(50), 4), np.arange(200) % 2 == 0, "good", "do not clearly follow length"),
+        (np.array([9, 8, 7, 1, 2, 3]), np.arange(6) < 3, "note", "3 rows of the rarer class: too few"),
+        (np.array([1, 2]), np.array([True, True]), "note", "thumbs of one kind"),
     ],
 )
-def test_thumbs_that_do_not_show_that_they_follow_length_are_not_warned_of(lengths: Any, up: Any, said: str) -> None:
+def test_only_what_is_known_not_to_follow_length_is_good(lengths: Any, up: Any, level: str, said: str) -> None:
     bias = length_bias(arrays_of(lengths, up))
-    assert bias.level == "good"
+    assert bias.level == level
     assert said in bias.text
+
+
+@pytest.mark.parametrize("longest", ["mean", "tail"])
+def test_a_few_endless_answers_of_one_class_are_a_bias_that_the_auc_does_not_see(longest: str) -> None:
+    generator = np.random.default_rng(0)
+    up = np.arange(1000) % 2 == 0
+    lengths = generator.integers(30, 50, 1000)
+    lengths[np.flatnonzero(up)[: {"mean": 90, "tail": 60}[longest]]] = {"mean": 900, "tail": 52}[longest]
+    if longest == "tail":
+        lengths[~up] = np.minimum(lengths[~up], 49)
+    level, text = length_bias(arrays_of(lengths, up))
+    assert abs(roc_auc_score(up, lengths) - 0.5) < 0.08
+    assert level == "warning"
+    assert f"in the mean they have {lengths[up].mean():,.0f} and {lengths[~up].mean():,.0f} tokens" in text
 
 
 # --- prompts

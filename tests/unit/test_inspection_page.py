@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bco_lightning import figures
 from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.errors import ConfigError
 from bco_lightning.importance.report import TrustReport
-from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import Cost
-from bco_lightning.inspection.inspect import page_of, print_report, write_page
+from bco_lightning.inspection.inspect import page_of, print_report
 from bco_lightning.inspection.numbers import RowArrays, RowText
+from bco_lightning.inspection.page import write_text
 from bco_lightning.inspection.prompts import PromptShift
 from bco_lightning.inspection.report import DataReport, Finding, length_bias
 from bco_lightning.metrics import Auc
@@ -191,7 +192,7 @@ def test_findings_come_worst_first() -> None:
 
 def test_a_page_that_cannot_be_written_is_an_error_of_the_option() -> None:
     with pytest.raises(ConfigError, match=r"--report: expected a file to write"):
-        write_page(report(), Path(__file__) / "page.html")
+        write_text(page_of(report()), Path(__file__) / "page.html", "--report")
 
 
 # --- importance weights

@@ -64,19 +64,19 @@ def recomputed(rows: ScoredRows) -> dict[str, float]:
     return {
         "loss": mean([math.log1p(math.exp(-(u[1] - SHIFT))) for u in ups])
         + mean([math.log1p(math.exp(d[1] - SHIFT)) for d in downs]),
-        "rewards/chosen": mean([u[1] for u in ups]),
-        "rewards/rejected": mean([d[1] for d in downs]),
-        "rewards/margins": mean([u[1] for u in ups]) - mean([d[1] for d in downs]),
-        "rewards/accuracies": mean([float((row[1] > SHIFT) == row[0]) for row in table]),
-        "accuracy/chosen": mean([float(u[1] > SHIFT) for u in ups]),
-        "accuracy/rejected": mean([float(d[1] <= SHIFT) for d in downs]),
+        "reward_up": mean([u[1] for u in ups]),
+        "reward_down": mean([d[1] for d in downs]),
+        "margin": mean([u[1] for u in ups]) - mean([d[1] for d in downs]),
+        "accuracy": mean([float((row[1] > SHIFT) == row[0]) for row in table]),
+        "accuracy_up": mean([float(u[1] > SHIFT) for u in ups]),
+        "accuracy_down": mean([float(d[1] <= SHIFT) for d in downs]),
         "auroc": mean(wins),
-        "bound/error_term": mean([math.exp(SHIFT - u[1]) for u in ups]) + mean([math.exp(d[1] - SHIFT) for d in downs]),
-        "logps/chosen": mean([u[2] for u in ups]),
-        "logps/rejected": mean([d[2] for d in downs]),
-        "kl/reference_to_policy": mean([row[3] - row[2] for row in table]),
-        "length/chosen": mean([u[4] for u in ups]),
-        "length/rejected": mean([d[4] for d in downs]),
+        "error_term": mean([math.exp(SHIFT - u[1]) for u in ups]) + mean([math.exp(d[1] - SHIFT) for d in downs]),
+        "log_prob_up": mean([u[2] for u in ups]),
+        "log_prob_down": mean([d[2] for d in downs]),
+        "kl": mean([row[3] - row[2] for row in table]),
+        "length_up": mean([u[4] for u in ups]),
+        "length_down": mean([d[4] for d in downs]),
     }
 
 
@@ -133,7 +133,7 @@ def test_a_reward_that_equals_the_shift_is_neither_right_nor_wrong() -> None:
     rows, metrics = make_rows(30, 10), ImplicitRewardMetrics()
     metrics.update(replace(rows, rewards_B=torch.zeros(40), reward_shift=0.0))  # as before the first step
     values = metrics.compute()
-    names = ("rewards/accuracies", "accuracy/chosen", "accuracy/rejected", "auroc")
+    names = ("accuracy", "accuracy_up", "accuracy_down", "auroc")
     assert [float(values[name]) for name in names] == [0.5] * 4
 
 
@@ -174,9 +174,9 @@ def test_metrics_of_a_class_without_rows_are_nan_and_never_zero() -> None:
     metrics = ImplicitRewardMetrics()
     metrics.update(make_rows(5, 0))
     values = {name: float(value) for name, value in metrics.compute().items()}
-    for name in ("loss", "rewards/rejected", "rewards/margins", "auroc", "bound/error_term", "logps/rejected"):
+    for name in ("loss", "reward_down", "margin", "auroc", "error_term", "log_prob_down"):
         assert math.isnan(values[name]), name
-    assert not math.isnan(values["rewards/chosen"])
+    assert not math.isnan(values["reward_up"])
 
 
 def test_reset_forgets_all_rows() -> None:

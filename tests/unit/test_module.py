@@ -87,7 +87,7 @@ def test_a_checkpoint_holds_neither_the_reference_nor_the_frozen_base(
 def test_evaluating_before_the_first_step_uses_a_shift_of_zero(tiny_model: str, log: str) -> None:
     (values,) = tiny_trainer().validate(tiny_module(tiny_model), tiny_data(log, validation_fraction=0.5), verbose=False)
     assert values["val/reward_shift"] == 0
-    assert values["val/rewards/margins"] == 0
+    assert values["val/margin"] == 0
     assert values["val/loss"] == pytest.approx(2 * 0.693147, abs=1e-5)
 
 

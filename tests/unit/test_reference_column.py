@@ -256,7 +256,7 @@ def test_validating_a_full_checkpoint_uses_what_training_left(
         weights_only=True, verbose=False,
     )  # fmt: skip
     assert values == expected
-    assert values["val/rewards/margins"] != 0
+    assert values["val/margin"] != 0
     assert (passes.rows, passes.models) == (before, 0)
 
 

@@ -112,7 +112,7 @@ def test_metrics_are_told_apart_by_source(tiny_model: str, logs: tuple[str, str]
         for name, log in zip(("chat", "code_help"), logs, strict=True)
     }
     for name, alone in both.items():
-        for key in ("loss", "logps/chosen", "logps/rejected", "length/chosen", "length/rejected"):
+        for key in ("loss", "log_prob_up", "log_prob_down", "length_up", "length_down"):
             assert values[f"val/by_source/{name}/{key}"] == pytest.approx(alone[f"val/{key}"], rel=1e-5)
     assert "val/by_source/chat/loss" not in both["chat"]  # one source has no need of it
 

@@ -1,21 +1,27 @@
 """Callbacks on one hook, a step has ended: guard, reward shift, metrics, speed, checkpoints; and trust, predictions."""
 
 from bco_lightning.callbacks.finite_guard import FiniteGuard
+from bco_lightning.callbacks.held_out_rows import HeldOutRows
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
 from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
+from bco_lightning.callbacks.metrics_file import MetricsFile
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
+from bco_lightning.callbacks.sample_writer import SampleWriter
 from bco_lightning.callbacks.speed_monitor import SpeedMonitor
 from bco_lightning.callbacks.step_callback import RewardShiftUpdate, StepCallback
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 
 __all__ = [
     "FiniteGuard",
+    "HeldOutRows",
     "ImplicitRewardMonitor",
     "ImportanceMonitor",
+    "MetricsFile",
     "PredictionWriter",
     "RewardShiftUpdate",
     "RunCheckpoint",
+    "SampleWriter",
     "SpeedMonitor",
     "StepCallback",
     "StepProgressBar",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,7 @@ from bco_lightning.callbacks.step_callback import StepCallback, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError, NonFiniteError
 from bco_lightning.parallel.collectives import gather_over_ranks
-from bco_lightning.parallel.sharding import own_part
+from bco_lightning.parallel.sharding import copies_of_parameters, own_part
 
 if TYPE_CHECKING:
     from bco_lightning.module import BCOModule
@@ -49,18 +48,21 @@ class FiniteGuard(StepCallback):
     @override
     def numbers_of_step(self, trainer: Trainer, module: BCOModule) -> Mapping[str, float | Tensor]:
         scores = torch.cat([getattr(rows, name) for name in _SCORES for rows in module.step_rows])
-        broken = ~scores.isfinite().all()
+        told = {"not_finite": ~scores.isfinite().all()}
         gradients = [part for part in _gradients(trainer, module).values() if part.numel()]
         if gradients:
-            norm = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
-            broken = broken | ~norm.to(broken.device).isfinite()
-        return {"not_finite": broken}
+            norm = torch.nn.utils.get_total_norm(gradients).double()
+            told["not_finite"] = told["not_finite"] | ~norm.to(scores.device).isfinite()
+            told["gradient_square"] = norm.square() / copies_of_parameters(trainer)
+        return told
 
     @override
     def on_before_step(self, trainer: Trainer, module: BCOModule, optimizer: Any, summary: StepSummary) -> None:
         if not summary.totals["not_finite"]:
             return
         findings = gather_over_ranks(_findings(trainer, module), trainer)
+        if not any(findings):  # the square of a gradient is too large for its type, the gradient is not
+            return
         told = "; ".join(f"rank {rank}: {finding}" for rank, own in enumerate(findings) for finding in own)
         problem = f"expected finite numbers, found {told}."
         place = f"optimizer step {trainer.global_step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 # A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
 _EXPLODED = 20.0
 _MOVED = 0.1  # all rewards are 0 at first, which is on neither side
-_PATIENCE = 3
+_MANY_ROWS = 200
 
 
 class ImplicitRewardMonitor(StepCallback):
@@ -29,7 +30,8 @@ class ImplicitRewardMonitor(StepCallback):
 
     Training rows are gathered over ``trainer.log_every_n_steps`` optimizer steps and logged as ``train/...``,
     evaluation rows over the whole set as ``val/...`` and ``test/...``; where there are several sources, those of each
-    too, as ``train/by_source/NAME/...``. Processes synchronise only when a value is read, and when a checkpoint is
+    too, as ``train/by_source/NAME/...``. Of the newest step ``train/learning_rate`` and ``train/gradient_norm``, before
+    clipping, are logged. Processes synchronise only when a value is read, and when a checkpoint is
     written, which holds what was gathered so far. The reward shift that a step's losses were computed with is logged as
     ``train/reward_shift``. Callbacks of Lightning can monitor each of these names.
 
@@ -40,7 +42,8 @@ class ImplicitRewardMonitor(StepCallback):
         self._metrics = {name: ImplicitRewardMetrics() for name in ("train", "val", "test")}
         self._trainer: Trainer | None = None
         self._resumed: dict[str, Tensor] = {}
-        self._collapsed = 0
+        self._collapsed = self._seen = 0  # rows
+        self._learning_rate = math.nan
         self._warned: set[str] = set()
 
     @override
@@ -69,39 +72,48 @@ class ImplicitRewardMonitor(StepCallback):
         self._resumed = state_dict
 
     @override
+    def on_before_step(self, trainer: Trainer, module: BCOModule, optimizer: Any, summary: StepSummary) -> None:
+        self._learning_rate = float(optimizer.param_groups[0]["lr"])
+
+    @override
     def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
         metrics = self._metrics["train"]
         for rows in summary.rows:
             metrics.update(rows)
+        self._seen += int(summary.num_up + summary.num_down)
         if not is_time_to_log(trainer, summary.step, first_too=True):
             return
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}
         values["train/reward_shift"] = summary.reward_shift
+        values["train/learning_rate"] = self._learning_rate
+        if (square := summary.totals.get("gradient_square")) is not None:
+            values["train/gradient_norm"] = math.sqrt(square)
         metrics.reset()
         log_step(trainer, module, values, summary.step)
-        shown = {"loss": "train/loss", "delta": "train/reward_shift", "margin": "train/rewards/margins"}
+        shown = {"loss": "train/loss", "delta": "train/reward_shift", "margin": "train/margin"}
         module.log_dict({short: values[name] for short, name in shown.items()}, prog_bar=True, logger=False)
         self._warn(values, module.beta)
 
     def _warn(self, values: dict[str, float], beta: float) -> None:
         """Of each kind of problem once."""
         problems = {}
-        for name, thumb in (("chosen", "thumbs-up"), ("rejected", "thumbs-down")):
-            reward = values[f"train/rewards/{name}"]
+        for thumb in ("up", "down"):
+            reward = values[f"train/reward_{thumb}"]
             if abs(reward) > _EXPLODED:
-                problems[f"{name} exploded"] = (
-                    f"the mean implicit reward of {thumb} rows is {reward:.1f}: the policy is {abs(reward) / beta:.0f} "
-                    "nats per answer away from the reference. Lower model.learning_rate or train for fewer steps."
+                problems[f"{thumb} exploded"] = (
+                    f"the mean implicit reward of thumbs-{thumb} rows is {reward:.1f}: the policy is "
+                    f"{abs(reward) / beta:.0f} nats per answer away from the reference. Lower model.learning_rate or "
+                    "train for fewer steps."
                 )
-        chosen, rejected = values["train/accuracy/chosen"], values["train/accuracy/rejected"]
-        moved = max(abs(values["train/rewards/chosen"]), abs(values["train/rewards/rejected"])) > _MOVED
-        lopsided = moved and min(chosen, rejected) < 0.05 and max(chosen, rejected) > 0.95
-        self._collapsed = self._collapsed + 1 if lopsided else 0
-        if self._collapsed >= _PATIENCE:
-            same = "up" if chosen > rejected else "down"
+        up, down = values["train/accuracy_up"], values["train/accuracy_down"]
+        moved = max(abs(values["train/reward_up"]), abs(values["train/reward_down"])) > _MOVED
+        lopsided = moved and min(up, down) < 0.05 and max(up, down) > 0.95
+        self._collapsed, self._seen = self._collapsed + self._seen if lopsided else 0, 0
+        if self._collapsed >= _MANY_ROWS:
+            same = "up" if up > down else "down"
             problems["collapsed"] = (
-                f"the classifier says thumbs-{same} to nearly every row, {_PATIENCE} intervals in a row: one class has "
-                "collapsed. Check the labels, and see model.class_weights and data.balanced_sampling."
+                f"the classifier says thumbs-{same} to nearly every one of the last {self._collapsed} rows: one class "
+                "has collapsed. Check the labels, and see model.class_weights and data.balanced_sampling."
             )
         for kind in [kind for kind in problems if kind not in self._warned]:
             self._warned.add(kind)
@@ -120,9 +132,12 @@ class ImplicitRewardMonitor(StepCallback):
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         name = _stage(trainer)
-        values = {f"{name}/{key}": value for key, value in self._metrics[name].compute().items()}
-        # Already summed over processes, so Lightning must not synchronise them again.
-        pl_module.log_dict({**values, f"{name}/reward_shift": pl_module.reward_shift.value})
+        values = {f"{name}/{key}": float(value) for key, value in self._metrics[name].compute().items()}
+        if trainer.sanity_checking:
+            return
+        values[f"{name}/reward_shift"] = pl_module.reward_shift.value
+        # Already summed over processes. A checkpoint that is evaluated was trained for as many steps as it says.
+        log_step(trainer, pl_module, values, max(trainer.global_step, pl_module.steps_before))
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

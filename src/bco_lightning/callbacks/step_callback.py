@@ -15,6 +15,7 @@ from bco_lightning.errors import ConfigError
 from bco_lightning.parallel.collectives import sum_over_ranks
 
 _REWARDS = ("sum_up", "num_up", "sum_down", "num_down")
+_LIGHTNINGS_OWN_INTERVAL, _EACH_AT_FIRST, _POINTS = 50, 100, 200
 
 
 class StepCallback(Callback):
@@ -98,8 +99,14 @@ def log_step(trainer: Trainer, module: LightningModule, values: Mapping[str, flo
 
 
 def is_time_to_log(trainer: Any, step: int, first_too: bool = False) -> bool:
-    """Whether numbers of the steps up to this one are due, as ``trainer.log_every_n_steps`` says."""
+    """Whether numbers of the steps up to this one are due.
+
+    Where ``trainer.log_every_n_steps`` is left at Lightning's own value, each of the first hundred steps is, and then
+    so many that a run has two hundred; another value is taken at its word.
+    """
     interval: int = trainer.log_every_n_steps
+    if interval == _LIGHTNINGS_OWN_INTERVAL:
+        interval = 1 if step <= _EACH_AT_FIRST else max(1, trainer.lightning_module.num_steps() // _POINTS)
     return interval > 0 and (step % interval == 0 or (first_too and step == 1))
 
 

@@ -27,12 +27,14 @@ from bco_lightning.cli.plan import PlanOptions, plan_command
 from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
 from bco_lightning.errors import PreemptedError, printable
 from bco_lightning.export import export_checkpoint
+from bco_lightning.inspection.run_report import report_command
 from bco_lightning.parallel.collectives import is_in_a_group
 from bco_lightning.parallel.signals import early, requeue_slurm_job
 
 DEBUG = "--debug"
 _format_warning = warnings.formatwarning
 _EXPORT = "Write a folder that transformers (merged) or peft (adapter) load."
+_REPORT = "Make a page on what a run achieved, or on several side by side."
 _PLAN = "Work out what a run would take of each GPU's memory. No weight is loaded."
 
 
@@ -119,6 +121,12 @@ def _dispatch(given: list[str]) -> None:
         options = parser.parsed(others)
         export_checkpoint(**options)
         print(f"exported: {options['output_dir']} (its README.md says how to load it)")
+    elif command == "report":
+        parser = BCOArgumentParser(prog="python -m bco_lightning report", description=_REPORT)
+        parser.add_argument("runs", nargs="+", type=str, help="Folders of runs, RUN_FOLDER/version_N.")
+        parser.add_function_arguments(report_command, skip={"runs", "overwrite"})
+        parser.add_flag("overwrite", "Replace the page, if it is one of this command.")
+        report_command(**parser.parsed(others))
     elif command == "plan":
         parser = BCOArgumentParser(prog="python -m bco_lightning plan", description=_PLAN)
         parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})

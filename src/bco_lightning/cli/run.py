@@ -23,9 +23,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
 from typing_extensions import override
 
-from bco_lightning.callbacks import FiniteGuard, PredictionWriter, RunCheckpoint, SpeedMonitor, StepProgressBar
+from bco_lightning.callbacks import (
+    FiniteGuard,
+    MetricsFile,
+    PredictionWriter,
+    RunCheckpoint,
+    SampleWriter,
+    SpeedMonitor,
+    StepProgressBar,
+)  # fmt: skip
+from bco_lightning.callbacks.metrics_file import METRICS_FILE, telling
 from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run
@@ -37,16 +47,18 @@ from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import CheckpointError, ConfigError, causes_of, printable
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import inspect_command
+from bco_lightning.inspection.run_record import RunRecord
+from bco_lightning.inspection.run_report import REPORT_FILE, page_of_runs, print_outcome
 from bco_lightning.module import BCOModule
 from bco_lightning.options import POSITIVE, ModelOptions, Options
 from bco_lightning.parallel.strategy import named_strategy
 from bco_lightning.places import require_free
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
-`inspect`, which reports on the data of a config before it is trained on, `export`, which writes a checkpoint as a
-folder that transformers and peft load, and `plan`, which works out what a run would take of each GPU's memory: see
-`inspect --help`, `export --help` and `plan --help`. Any command takes --debug, which shows the traceback of an
-error."""
+`inspect`, which reports on the data of a config before it is trained on, `report`, which makes a page on a run or
+compares several, `export`, which writes a checkpoint as a folder that transformers and peft load, and `plan`, which
+works out what a run would take of each GPU's memory: see `inspect --help` and so on. Any command takes --debug, which
+shows the traceback of an error."""
 _INSPECT = """Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left out and
 cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. No weight is loaded,
 except for model.importance_weights. It takes every option of `fit`."""
@@ -239,6 +251,7 @@ class BCOCLI(LightningCLI):
         parser.add_lightning_class_args(FiniteGuard, "guard")
         parser.add_lightning_class_args(KnownRewardTrial, "known_reward")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(SampleWriter, "samples")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -300,11 +313,18 @@ class BCOCLI(LightningCLI):
         # Known is only now which process is the first of all; the others are told when they need it.
         if trainer.is_global_zero and not asked.fast_dev_run and (self.subcommand == "fit" or logs):
             self._take_run_folder(trainer, options)
-        if logs and not asked.fast_dev_run:
+        if not asked.fast_dev_run:
+            self._take_loggers(trainer, options, logs)
+        return trainer
+
+    def _take_loggers(self, trainer: Trainer, options: Any, by_default: bool) -> None:
+        """In every process, or they would wait for each other."""
+        if by_default:
             logger = EventLogger(options.run_folder, name="", version=self.run.name if self.run else "")
             logger.goes_on = options.checkpoint.if_saving_fails == "warn"
             trainer.logger = logger
-        return trainer
+        if self.subcommand == "fit":
+            trainer.loggers = [*trainer.loggers, MetricsFile(self.run or options.run_folder)]
 
     def _take_run_folder(self, trainer: Trainer, options: Any) -> None:
         runs = Path(options.run_folder)
@@ -344,6 +364,11 @@ class BCOCLI(LightningCLI):
         """Says where everything is and what to type next."""
         if (run := self.run) is None:
             return
+        if (run / METRICS_FILE).exists():
+            record = RunRecord.read(run)
+            print_outcome(record, Console())
+            with telling(page := run / REPORT_FILE), written_whole(page, replaces=True) as partial:
+                partial.write_text(page_of_runs([record]), encoding="utf-8")
         _print(f"\nRun folder   {run}")
         saving = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
         saved = saving[0].saved if saving else None
@@ -352,6 +377,8 @@ class BCOCLI(LightningCLI):
             _print(f"Checkpoint   {saved} ({told})")
         if (run / "alignment.json").exists():
             _print(f"Alignment    {run / 'alignment.json'}")
+        if (run / REPORT_FILE).exists():
+            _print(f"Report       {run / REPORT_FILE}")
         commands = []
         if isinstance(self.trainer.logger, TensorBoardLogger):
             commands.append(f"tensorboard --logdir {quote(self.trainer.logger.save_dir)}")

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from bco_lightning.checkpoints.folders import written_whole
-from bco_lightning.demo.generation import sample_completions, tone
+from bco_lightning.demo.tone import tone
+from bco_lightning.models.generation import sample_completions
 from bco_lightning.models.load import load_language_model, load_tokenizer
 from bco_lightning.places import require_free
 
@@ -67,7 +68,8 @@ def _sample_rows(
         batch = prompts[start : start + BATCH_SIZE]
         chats = [render([{"role": "user", "content": prompt}]) for prompt in batch]
         seed = generator.getrandbits(32)
-        answers = sample_completions(model, tokenizer, chats, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
+        asked = tokenizer(chats, add_special_tokens=False)["input_ids"]
+        answers = sample_completions(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, seed=seed)
         for prompt, answer in zip(batch, answers, strict=True):
             # An answer that ran into the limit has no end, and a rated answer must have one.
             if answer.finished and answer.text:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,9 @@ from typing_extensions import override
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.collate import collate
-from bco_lightning.demo.generation import SampledCompletion, sample_completions, tone
+from bco_lightning.demo.tone import tone
 from bco_lightning.errors import ConfigError
+from bco_lightning.models.generation import SampledCompletion, held_out_prompts, sample_completions
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.module import BCOModule
 from bco_lightning.options import chosen_seed
@@ -157,9 +158,7 @@ class KnownRewardTrial(Callback):
             return
         run_folder = run_folder_of(trainer)  # a broadcast: every process has to ask
         if trainer.is_global_zero:
-            data = trainer.datamodule
-            distinct = list(dict.fromkeys(data.validation_dataset["prompt"]))[: self.max_prompts or None]
-            prompts = [data.row_tokenizer.render_prompt(json.loads(prompt)) for prompt in distinct]
+            prompts, _ = held_out_prompts(trainer.datamodule.validation_dataset, self.max_prompts or None)
             self.alignment = self.compare(pl_module, prompts)
             self.alignment.print(self.reward)
             if run_folder is not None:
@@ -167,8 +166,8 @@ class KnownRewardTrial(Callback):
         trainer.strategy.barrier("known reward trial")
 
     @torch.no_grad()
-    def compare(self, module: BCOModule, prompts: list[str]) -> Alignment:
-        """Samples policy and reference on rendered prompts and measures the difference."""
+    def compare(self, module: BCOModule, prompts: Sequence[list[int]]) -> Alignment:
+        """Samples policy and reference on prompts, given as tokens, and measures the difference."""
         asked = [prompt for prompt in prompts for _ in range(self.samples_per_prompt)]
         by_policy = self._sample(module.policy, module.tokenizer, asked, "policy samples")
         with module.reference.model() as reference:
@@ -178,7 +177,9 @@ class KnownRewardTrial(Callback):
         module.reference.release()
         return measure_alignment(of_policy, of_reference, self.seed)
 
-    def _sample(self, model: PreTrainedModel, tokenizer: Any, asked: list[str], name: str) -> list[SampledCompletion]:
+    def _sample(
+        self, model: PreTrainedModel, tokenizer: Any, asked: list[list[int]], name: str
+    ) -> list[SampledCompletion]:
         answers: list[SampledCompletion] = []
         for start in tqdm(range(0, len(asked), self.batch_size), desc=name):
             some, length = asked[start : start + self.batch_size], self.max_new_tokens
@@ -189,17 +190,17 @@ class KnownRewardTrial(Callback):
     def _measured(
         self,
         module: BCOModule,
-        asked: list[str],
+        asked: list[list[int]],
         answers: list[SampledCompletion],
         score: Callable[[FeedbackBatch], Tensor] | None = None,
     ) -> Samples:
         """What the answers come to under the reference, and under the model that gave them if it is another."""
         rows = []
         for prompt, answer in zip(asked, answers, strict=True):
-            prompt_ids = module.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            mask = [False] * len(prompt_ids) + [True] * len(answer.token_ids)
-            ids = prompt_ids + answer.token_ids
-            rows.append({"input_ids": ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0})
+            mask = [False] * len(prompt) + [True] * len(answer.token_ids)
+            rows.append(
+                {"input_ids": prompt + answer.token_ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0}
+            )
         device = next(module.policy.parameters()).device
         batches = [collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
 

@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from rich.console import Console
 from rich.text import Text
 
-from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.messages import said_in
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError, printable
 from bco_lightning.importance.report import TrustReport, text_table
 from bco_lightning.importance.weights import MOST_PROMPTS
 from bco_lightning.inspection.cost import cost_of
-from bco_lightning.inspection.figures import to_svg
 from bco_lightning.inspection.numbers import RowArrays, texts_of
+from bco_lightning.inspection.page import rendered, write_text
 from bco_lightning.inspection.personal_data import count_personal_data
 from bco_lightning.inspection.prompts import drawn_rows, prompt_shift
 from bco_lightning.inspection.report import DataReport, Finding, durations, examples_of, length_bias, sections
@@ -98,7 +95,7 @@ def inspect_command(
         trust=trust,
     )
     print_report(data_report, Console())
-    write_page(data_report, page, replaces=overwrite)
+    write_text(page_of(data_report), page, "--report", replaces=overwrite)
     print(printable(f"\nPage   {report}"))
     if problem is not None:
         raise problem
@@ -118,30 +115,10 @@ def print_report(report: DataReport, console: Console) -> None:
         console.print(Text(printable(f"{finding.level}: {finding.text}"), style=_STYLES[finding.level]))
 
 
-def write_page(report: DataReport, path: Path, replaces: bool = False) -> None:
-    """Writes the page into a file, whole or not at all."""
-    try:
-        with written_whole(path, replaces) as partial:
-            partial.write_text(page_of(report), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            "--report", f"expected a file to write, found that it cannot be ({error.strerror})."
-        ) from error
-
-
 def page_of(report: DataReport) -> str:
-    """The page as text; whatever users wrote is escaped in it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["printable"] = printable
-    drawn = []
-    for section in sections(report):
-        figures = [picture() for picture in section.pictures]
-        # matplotlib escapes what it is told
-        drawn.append((section, [(str(figure.get_label()), Markup(to_svg(figure))) for figure in figures]))  # noqa: S704
-    return environment.get_template("page.html.j2").render(report=report, tiles=_tiles(report), sections=drawn)
+    """The page as text."""
+    title = "What to know before training"
+    return rendered("page.html.j2", sections(report), report=report, tiles=_tiles(report), findings_title=title)
 
 
 def _tiles(report: DataReport) -> list[tuple[str, str, str]]:

@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from bco_lightning import figures
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.errors import printable
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
-from bco_lightning.inspection import figures
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
 from bco_lightning.inspection.numbers import LENGTH_HEADINGS, RowArrays, RowText, length_summary, texts_of
 from bco_lightning.inspection.prompts import COIN, PromptShift
@@ -28,6 +28,8 @@ _CUT_ADVICE = {
 }
 _MANY_LEFT_OUT, _MANY_CUT, _RARE_CLASS = 0.2, 0.05, 0.2
 _NOTED_DIFFERENCE, _FEWEST_ROWS = 0.05, 20  # of an AUC from a half; of the rarer class
+_NOTED_RATIO, _NOTED_TAIL = 1.25, 2.0  # of mean lengths; of shares of long answers
+_95_PERCENT = 1.959963984540054
 
 
 class Finding(NamedTuple):
@@ -78,7 +80,8 @@ class DataReport:
         """What one should know before training, the worst first."""
         found = [*self.notes, *_of_counts(self.trained_on), *_of_feedback(self.feedback), self.bias]
         if self.trust is None:
-            found.append(Finding("warning" if self.prompts.is_shifted else "good", self.prompts.verdict))
+            level: Level = "note" if self.prompts.auc is None else "warning" if self.prompts.is_shifted else "good"
+            found.append(Finding(level, self.prompts.verdict))
         else:
             found.append(
                 Finding("note" if self.trust.has_evidence or self.trust.why_not else "good", self.trust.verdict)
@@ -90,26 +93,54 @@ class DataReport:
 
 
 def length_bias(arrays: RowArrays) -> Finding:
-    """Whether thumbs follow the length of completions before anything was cut, with what to do where they do."""
-    area = auc(arrays.completion_lengths, arrays.thumbs_up, arrays.prompts)
+    """Whether thumbs follow the length of completions before anything was cut, with what to do where they do.
+
+    By the probability that one is longer, by the means, and by the tenth that is longest: a few endless answers of one
+    class move the mean, and what a model learns, while that probability stays near a half.
+    """
+    lengths, up, prompts = arrays.completion_lengths, arrays.thumbs_up, arrays.prompts
+    area = auc(lengths, up, prompts)
     if area is None:
-        return Finding("good", "Not known: there are thumbs of one kind alone.")
-    num_rarer = min(int(arrays.thumbs_up.sum()), int((~arrays.thumbs_up).sum()))
+        return Finding("note", "Not known: there are thumbs of one kind alone.")
+    means, long = _difference(lengths, up, prompts), np.percentile(lengths, 90)
+    tails = _difference(lengths > long, up, prompts)
     said = (
         f"A thumbs-up answer is longer than a thumbs-down one with probability {area.value:.2f} "
-        f"({area.low:.2f} to {area.high:.2f})"
+        f"({area.low:.2f} to {area.high:.2f}); in the mean they have {means.up:,.0f} and {means.down:,.0f} tokens; "
+        f"{tails.up:.0%} and {tails.down:.0%} have more than {long:,.0f}"
     )
-    if num_rarer < _FEWEST_ROWS:
+    if (num_rarer := min(int(up.sum()), int((~up).sum()))) < _FEWEST_ROWS:
         few = f"of {num_rarer} rows of the rarer class: too few to tell whether thumbs follow length."
-        return Finding("good", f"{said}, {few}")
-    if area.low <= 0.5 + _NOTED_DIFFERENCE and area.high >= 0.5 - _NOTED_DIFFERENCE:
+        return Finding("note", f"{said}, {few}")
+    is_ranked = area.low > 0.5 + _NOTED_DIFFERENCE or area.high < 0.5 - _NOTED_DIFFERENCE
+    if not (is_ranked or means.is_clear(_NOTED_RATIO) or tails.is_clear(_NOTED_TAIL)):
         return Finding("good", f"{said}: thumbs do not clearly follow length.")
-    kind = "longer" if area.value > 0.5 else "shorter"
+    longer = area.value > 0.5 if is_ranked else means.up > means.down
     advice = (
-        f"A model may learn to write {kind} answers and nothing else; compare it with the reference at equal length, "
-        "or balance lengths in the log."
+        f"A model may learn to write {'longer' if longer else 'shorter'} answers and nothing else; compare it with the "
+        "reference at equal length, or balance lengths in the log."
     )
     return Finding("warning", f"{said}: thumbs follow length. {advice}")
+
+
+class _Difference(NamedTuple):
+    """A mean of thumbs-up and of thumbs-down rows, and the standard error of the difference over prompts."""
+
+    up: float
+    down: float
+    error: float
+
+    def is_clear(self, ratio: float) -> bool:
+        """Whether they differ beyond chance, and by so much."""
+        low, high = sorted((self.up, self.down))
+        return high - low > _95_PERCENT * self.error and high > ratio * low
+
+
+def _difference(values: Array, up: Array, prompts: Array) -> _Difference:
+    of_up, of_down = float(values[up].mean()), float(values[~up].mean())
+    shares = np.where(up, (values - of_up) / up.sum(), (of_down - values) / (~up).sum())
+    of_prompts = np.bincount(np.unique(prompts, return_inverse=True)[1], shares)
+    return _Difference(of_up, of_down, float(np.sqrt(np.square(of_prompts).sum())))
 
 
 def examples_of(dataset: Any, tokenizer: Any, up: Array, number: int, seed: int) -> tuple[RowText, ...]:

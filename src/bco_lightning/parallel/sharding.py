@@ -40,6 +40,13 @@ def sharding_of(trainer: Any) -> Sharding | None:
     return getattr(trainer.strategy, "sharding", None)
 
 
+def copies_of_parameters(trainer: Any) -> int:
+    """In how many processes each part of a parameter is, and so how often a sum over processes counts it."""
+    if (sharding := sharding_of(trainer)) is None:
+        return int(trainer.world_size)
+    return int(sharding.mesh.size(0)) if sharding.mesh.ndim > 1 else 1
+
+
 def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> None:
     """Cuts up a language model, its weights perhaps mapped from files, in place: each decoder layer, and the rest.
 

@@ -5,6 +5,7 @@ A figure's label says what it shows, for those who do not see it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
@@ -15,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from sklearn.metrics import roc_curve
 
 from bco_lightning.errors import printable
 from bco_lightning.metrics import Array
@@ -30,7 +32,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
 }
-_MOST_BINS, _LONGEST = 36, 44
+_MOST_BINS, _LONGEST, _FEW_POINTS = 36, 44, 30
+_OF_PROMPTS = "the classifier of prompts, on prompts that it has not seen"
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # the same picture is the same text
 
 
@@ -64,11 +67,7 @@ def length_histogram(lengths: Array, thumbs_up: Array, what: str, limits: Mappin
     reach = int(np.percentile(lengths, 99)) * 11 // 10 + 1
     edges = np.arange(0, reach + (width := max(1, -(-reach // _MOST_BINS))), width)
     with _picture(f"Length of {what}s in tokens, by class") as (figure, axes):
-        for rows, sign, colour in ((thumbs_up, 1, UP), (~thumbs_up, -1, DOWN)):
-            shares = np.histogram(np.minimum(lengths[rows], edges[-1] - 1), edges)[0] / max(1, rows.sum())
-            axes.bar(edges[:-1], sign * shares, width * 0.92, align="edge", color=colour)
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.yaxis.set_major_formatter(lambda share, _: f"{abs(share):.0%}")
+        _back_to_back(axes, np.minimum(lengths, edges[-1] - 1), thumbs_up, edges)
         axes.set_xlabel(f"tokens of the {what}")
         for name, limit in limits.items():
             if limit <= edges[-1]:
@@ -77,17 +76,76 @@ def length_histogram(lengths: Array, thumbs_up: Array, what: str, limits: Mappin
     return figure
 
 
-def roc(shares: Sequence[float]) -> Figure:
-    """Thumbs-up rows that are found, against thumbs-down rows that are taken for one."""
-    with _square("ROC curve", "thumbs-down rows taken for thumbs-up", "thumbs-up rows found") as (figure, axes):
+def roc(shares: Sequence[float], of: str = _OF_PROMPTS) -> Figure:
+    """Thumbs-up rows that are found, against thumbs-down rows that are taken for one, in equal steps of the latter."""
+    across, up = "thumbs-down rows taken for thumbs-up", "thumbs-up rows found"
+    with _square(f"ROC curve of {of}", across, up) as (figure, axes):
         axes.plot(np.linspace(0, 1, len(shares)), shares, color=UP)
     return figure
 
 
-def calibration(bins: Sequence[tuple[float, float, float]]) -> Figure:
+def roc_of_rewards(rewards: Array, thumbs_up: Array) -> Figure:
+    """How well rewards tell held-out thumbs-up from thumbs-down rows; both have to be there."""
+    false, true, _ = roc_curve(thumbs_up, rewards)
+    return roc(np.interp(np.linspace(0, 1, 101), false, true).tolist(), "implicit rewards of held-out rows")
+
+
+def calibration(bins: Sequence[tuple[float, float, float]], of: str = _OF_PROMPTS) -> Figure:
     """Predicted and observed shares of thumbs-up of so many rows; on the line, probabilities are right."""
-    with _square("Calibration", "predicted share of thumbs-up", "observed share") as (figure, axes):
+    with _square(f"Calibration of {of}", "predicted share of thumbs-up", "observed share") as (figure, axes):
         axes.plot(*list(zip(*bins, strict=True))[1:], "o", color=UP)
+    return figure
+
+
+def reliability(rewards: Array, thumbs_up: Array, reward_shift: float) -> Figure:
+    """:func:`calibration` of what rewards say of held-out rows, in ten groups of as many rows, by reward."""
+    order = np.argsort(rewards, kind="stable")
+    predicted = 1 / (1 + np.exp(reward_shift - rewards[order]))
+    groups = [
+        (float(len(some)), float(predicted[some].mean()), float(thumbs_up[order][some].mean()))
+        for some in np.array_split(np.arange(len(order)), min(10, len(order)))
+    ]
+    return calibration(groups, "implicit rewards of held-out rows")
+
+
+def reward_histogram(rewards: Array, thumbs_up: Array, reward_shift: float) -> Figure:
+    """Shares of thumbs-up rows above the line and of thumbs-down rows below it, by implicit reward in nats.
+
+    Rewards beyond the outer percentiles go into the first and the last bar.
+    """
+    low, high = np.percentile(rewards, (0.5, 99.5))
+    edges = np.linspace(low, max(high, low + 1e-6), _MOST_BINS + 1)
+    with _picture("Implicit rewards of held-out rows, by class") as (figure, axes):
+        _back_to_back(axes, np.clip(rewards, edges[0], edges[-1]), thumbs_up, edges)
+        axes.axvline(reward_shift, color=LIMIT, linestyle="--", linewidth=1.2, label=f"reward shift {reward_shift:.3g}")
+        axes.legend(loc="upper right", frameon=False, labelcolor=LIMIT)
+        axes.set_xlabel("implicit reward, nats")
+    return figure
+
+
+def reward_by_length(rewards: Array, thumbs_up: Array, lengths: Array) -> Figure:
+    """Implicit rewards of held-out rows against their length: a slope says that length is what is rewarded."""
+    with _picture("Implicit reward of held-out rows against length") as (figure, axes):
+        for rows, colour, name in ((thumbs_up, UP, "thumbs-up"), (~thumbs_up, DOWN, "thumbs-down")):
+            axes.plot(lengths[rows], rewards[rows], ".", color=colour, alpha=0.5, markersize=4, label=name)
+        axes.set(xlabel="tokens of the completion", ylabel="implicit reward, nats")
+        axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def curves(what: str, lines: Mapping[str, Sequence[tuple[float, float]]], up: str = "") -> Figure:
+    """One line for each name, by optimizer step; points that are not known are left out."""
+    with _picture(f"{what} by optimizer step") as (figure, axes):
+        for (name, points), colour in zip(lines.items(), itertools.cycle((UP, DOWN, LIMIT, "#3a8f5c", PLAIN))):
+            known = [(step, value) for step, value in points if np.isfinite(value)]
+            few = {"marker": "o", "markersize": 3} if len(known) < _FEW_POINTS else {}
+            axes.plot(
+                *(zip(*known, strict=True) if known else ((), ())), color=colour, linewidth=1.2, label=name, **few
+            )
+        axes.set(xlabel="optimizer step", ylabel=up)
+        axes.set_title(what, loc="left", fontsize=9, color=GREY)
+        if len(lines) > 1:
+            axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
     return figure
 
 
@@ -112,9 +170,17 @@ def _picture(said: str, height: float = 2.2) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.subplots()
 
 
+def _back_to_back(axes: Axes, values: Array, thumbs_up: Array, edges: Array) -> None:
+    for rows, sign, colour in ((thumbs_up, 1, UP), (~thumbs_up, -1, DOWN)):
+        shares = np.histogram(values[rows], edges)[0] / max(1, rows.sum())
+        axes.bar(edges[:-1], sign * shares, np.diff(edges) * 0.92, align="edge", color=colour)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{abs(share):.0%}")
+
+
 @contextmanager
 def _square(what: str, across: str, up: str) -> Iterator[tuple[Figure, Axes]]:
-    with _picture(f"{what} of the classifier of prompts, on prompts that it has not seen", 3.0) as (figure, axes):
+    with _picture(what, 3.0) as (figure, axes):
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
         axes.set(aspect="equal", xlabel=across, ylabel=up)
         for axis in (axes.xaxis, axes.yaxis):

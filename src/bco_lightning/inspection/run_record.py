@@ -1,0 +1,155 @@
+"""What a run left in its folder, as numbers: curves, held-out rows, samples, settings."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from bco_lightning.callbacks.held_out_rows import HELD_OUT_FILE
+from bco_lightning.callbacks.metrics_file import METRICS_FILE
+from bco_lightning.callbacks.sample_writer import SAMPLES_FILE
+from bco_lightning.errors import ConfigError
+from bco_lightning.metrics import Array, Auc, auc
+
+_FEWEST_ROWS = 20  # of the rarer class
+_AT_FIRST = {"loss": 2 * math.log(2), "auroc": 0.5, "accuracy": 0.5, "margin": 0.0, "kl": 0.0}
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows at the newest validation: implicit rewards in nats, thumbs, tokens of the completion, prompts."""
+
+    step: int
+    reward_shift: float
+    rewards: Array
+    thumbs_up: Array
+    lengths: Array
+    prompts: Array  # the same number for the same prompt
+
+    @property
+    def area(self) -> Auc | None:
+        """Probability that a thumbs-up row is rewarded more than a thumbs-down one, over prompts."""
+        return auc(self.rewards, self.thumbs_up, self.prompts)
+
+    @property
+    def num_rarer(self) -> int:
+        """Rows of the rarer class."""
+        return int(min(self.thumbs_up.sum(), (~self.thumbs_up).sum()))
+
+
+class Outcome(NamedTuple):
+    """One sentence on what a run achieved, by the rows that it has not seen."""
+
+    level: str  # better, worse, none, unknown
+    text: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's folder, read."""
+
+    folder: Path
+    curves: Mapping[str, Points]  # by the name that was logged
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    held_out: HeldOut | None = None
+    samples: Sequence[Mapping[str, Any]] = ()
+    alignment: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord:
+        """Reads what is there; a line that was cut off when a run was killed is passed over.
+
+        Raises:
+            ConfigError: If the folder holds no metrics.
+        """
+        if not (folder / METRICS_FILE).is_file():
+            expected = f"expected the folder of a run, with {METRICS_FILE} in it, found none."
+            raise ConfigError(str(folder), expected, "Give a folder version_N of a run_folder.")
+        curves: dict[str, dict[int, float]] = {}
+        for line in _lines(folder / METRICS_FILE):
+            for name, value in line.items():
+                if name != "step":  # of a run that went on from an earlier step, the newer value counts
+                    curves.setdefault(name, {})[line["step"]] = math.nan if value is None else value
+        return cls(
+            folder,
+            {name: sorted(points.items()) for name, points in curves.items()},
+            _values(folder / "config.yaml"),
+            _values(folder / "provenance.json"),
+            _held_out(_values(folder / HELD_OUT_FILE)),
+            list(_lines(folder / SAMPLES_FILE)),
+            _values(folder / "alignment.json") or None,
+        )
+
+    def last(self, name: str) -> float | None:
+        """The newest value that was logged under a name."""
+        points = self.curves.get(name)
+        return points[-1][1] if points else None
+
+    @property
+    def steps(self) -> int:
+        """The newest optimizer step of which anything is known."""
+        return max((points[-1][0] for points in self.curves.values()), default=0)
+
+    @property
+    def newest_samples(self) -> list[Mapping[str, Any]]:
+        """Those of the newest step."""
+        newest = max((sample["step"] for sample in self.samples), default=None)
+        return [sample for sample in self.samples if sample["step"] == newest]
+
+    def at_first(self, name: str) -> float | None:
+        """What a metric of held-out rows is before the first step, where the reference is the policy itself."""
+        other_reference = self.settings.get("model", {}).get("reference_name_or_path") is not None
+        if name.startswith("length"):
+            return self.last(f"val/{name}")
+        return None if other_reference else _AT_FIRST.get(name)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Better, worse, no better, or too few rows to tell: whether held-out thumbs are told apart."""
+        held_out = self.held_out
+        if held_out is None:
+            return Outcome("unknown", "Not measured: no rows were held out, or none were looked at.")
+        if (area := held_out.area) is None or held_out.num_rarer < _FEWEST_ROWS:
+            few = f"the rarer class has {held_out.num_rarer} of {len(held_out.rewards)} held-out rows"
+            return Outcome("unknown", f"Too few rows to tell: {few}, and {_FEWEST_ROWS} are the least to judge by.")
+        said = f"{area.value:.3f} ({area.low:.3f} to {area.high:.3f})"
+        chance = f"a held-out thumbs-up answer is rewarded above a thumbs-down one with probability {said}"
+        if area.low > 0.5:
+            return Outcome("better", f"Better than before: {chance}; before training it was 0.5.")
+        if area.high < 0.5:
+            return Outcome("worse", f"Worse than before: {chance}; before training it was 0.5.")
+        return Outcome("none", f"No better than before, as far as can be told: {chance}, and 0.5 is within.")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
+    return found
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """What a file of the run's folder holds, JSON or YAML; nothing if there is none."""
+    value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _held_out(values: Mapping[str, Any]) -> HeldOut | None:
+    if not values.get("rewards"):
+        return None
+    arrays = {name: np.asarray(values[name]) for name in ("rewards", "lengths", "prompts")}
+    return HeldOut(values["step"], values["reward_shift"], thumbs_up=np.asarray(values["thumbs_up"], bool), **arrays)
