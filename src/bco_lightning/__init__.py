@@ -7,7 +7,7 @@ import sys
 # ``python -m`` looks for modules in the working folder first, where a yaml.py may lie beside a log from somebody else.
 if (
     sys.argv[:1] == ["-m"]
-    and not sys.flags.safe_path
+    and not getattr(sys.flags, "safe_path", False)  # Python 3.11
     and any(word.removeprefix("-m").partition(".")[0] == __name__ for word in sys.orig_argv)
 ):
     del sys.path[0]

@@ -138,7 +138,7 @@ def curves(what: str, lines: Mapping[str, Sequence[tuple[float, float]]], up: st
     with _picture(f"{what} by optimizer step") as (figure, axes):
         for (name, points), colour in zip(lines.items(), itertools.cycle((UP, DOWN, LIMIT, "#3a8f5c", PLAIN))):
             known = [(step, value) for step, value in points if np.isfinite(value)]
-            few = {"marker": "o", "markersize": 3} if len(known) < _FEW_POINTS else {}
+            few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(known) < _FEW_POINTS else {}
             axes.plot(
                 *(zip(*known, strict=True) if known else ((), ())), color=colour, linewidth=1.2, label=name, **few
             )

@@ -15,13 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
-from bco_lightning.callbacks import (
-    FiniteGuard,
-    HeldOutRows,
-    ImplicitRewardMonitor,
-    ImportanceMonitor,
-    RewardShiftUpdate,
-)  # fmt: skip
+from bco_lightning.callbacks import OF_THE_METHOD, ImportanceMonitor
 from bco_lightning.callbacks.refusals import refuse_unfit
 from bco_lightning.callbacks.step_callback import summarize_step
 from bco_lightning.checkpoints import read_checkpoint, use_verified_io
@@ -224,7 +218,7 @@ class BCOModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """What belongs to the method; one that the trainer was given, or a subclass of it, stands in place of ours."""
         given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kinds: list[type[Callback]] = [FiniteGuard, ImplicitRewardMonitor, HeldOutRows, RewardShiftUpdate]
+        kinds: list[type[Callback]] = list(OF_THE_METHOD)
         if self.options.importance_weights != "off":
             kinds.append(ImportanceMonitor)
         # Before anything is read.

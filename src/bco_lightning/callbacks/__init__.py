@@ -12,7 +12,10 @@ from bco_lightning.callbacks.speed_monitor import SpeedMonitor
 from bco_lightning.callbacks.step_callback import RewardShiftUpdate, StepCallback
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 
+OF_THE_METHOD = (FiniteGuard, ImplicitRewardMonitor, HeldOutRows, RewardShiftUpdate)  # every run has one of each
+
 __all__ = [
+    "OF_THE_METHOD",
     "FiniteGuard",
     "HeldOutRows",
     "ImplicitRewardMonitor",

@@ -69,10 +69,10 @@ def drift(policy: Sequence[str], reference: Sequence[str]) -> list[Change]:
         ("answers that flatter", lambda text: bool(_FLATTERY.search(text)), True),
         (f"runs of {_REPEATED} words said before in the answer", repetition, True),
     ]
-    changes = [
-        _change(name, *(np.array([float(measure(text)) for text in texts]) for texts in (policy, reference)), is_share)
-        for name, measure, is_share in measures
-    ]
+    changes = []
+    for name, measure, is_share in measures:
+        policy_P, reference_P = (np.array([float(measure(text)) for text in texts]) for texts in (policy, reference))
+        changes.append(_change(name, policy_P, reference_P, is_share))
     words = [[word for text in texts for word in _words(text)] for texts in (policy, reference)]
     same = min(map(len, words))
     distinct = [len(set(of[:same])) / same if same else math.nan for of in words]
