@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.parallel.collectives import gather_over_ranks
-
-if TYPE_CHECKING:
-    from bco_lightning.module import BCOModule
 
 HELD_OUT_FILE = "held_out.json"
 
@@ -51,7 +48,7 @@ class HeldOutRows(Callback):
         self._rows.append(torch.stack([column.to(rows.rewards_B.device, torch.float32) for column in columns]))
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         data = getattr(trainer, "datamodule", None)
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not isinstance(data, FeedbackDataModule):
             return

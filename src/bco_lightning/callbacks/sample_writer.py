@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -18,9 +18,6 @@ from bco_lightning.errors import ConfigError, printable
 from bco_lightning.models.generation import SampledCompletion, held_out_prompts, sample_completions
 from bco_lightning.options import at_least, chosen_seed
 from bco_lightning.parallel.sharding import is_sharded
-
-if TYPE_CHECKING:
-    from bco_lightning.module import BCOModule
 
 SAMPLES_FILE = "samples.jsonl"
 _AT_ONCE, _SHOWN = 16, 8  # samples
@@ -66,7 +63,7 @@ class SampleWriter(Callback):
         self._validations = 0
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self._asked:  # as long as the policy is the reference still, that takes no second model
             held = pl_module.reference.own_model is not None
             with pl_module.reference.before_training(trainer) as model:
@@ -75,7 +72,7 @@ class SampleWriter(Callback):
                 pl_module.reference.release()
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: BCOModule) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not self._asked or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._validations += 1
@@ -86,7 +83,7 @@ class SampleWriter(Callback):
             if trainer.is_global_zero:
                 self._write(trainer, by_policy, folder)
 
-    def _sampled(self, trainer: Trainer, module: BCOModule, model: Any) -> list[SampledCompletion]:
+    def _sampled(self, trainer: Trainer, module: Any, model: Any) -> list[SampledCompletion]:
         """By the first process, for itself; by all where each holds a part of the model."""
         found: list[SampledCompletion] = []
         if trainer.is_global_zero or is_sharded(model):

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.distributed import DistError
 
 from bco_lightning.errors import FaultError, UserError, causes_of
 
@@ -102,7 +102,7 @@ def _said_on_purpose(error: BaseException) -> FaultError | None:
         for name, folder in _CHECKING.items()
         if folder in Path(frame.filename).parents
     ]
-    if isinstance(error, torch.distributed.DistError) or any(str(line).startswith("raise ") for _, line in said):
+    if isinstance(error, DistError) or any(str(line).startswith("raise ") for _, line in said):
         words = error.args[0] if isinstance(error, KeyError) else error
         return FaultError(
             said[0][0] if said else "torch.distributed", " ".join(str(words).split()) or type(error).__name__

@@ -17,13 +17,14 @@ from bco_lightning.errors import printable
 from bco_lightning.importance.report import text_table
 from bco_lightning.inspection.drift import Change, drift
 from bco_lightning.inspection.page import rendered, write_text
-from bco_lightning.inspection.report import LEVELS, Finding, Section, short_place
+from bco_lightning.inspection.report import LEVELS, Finding, Level, Section, short_place
 from bco_lightning.inspection.run_record import RunRecord
 from bco_lightning.places import require_free
 
 REPORT_FILE = "report.html"
 _BEGINNING = '<!doctype html>\n<html data-made-by="bco_lightning report"'
 _STYLES = {"better": "green", "worse": "bold red", "none": "yellow", "unknown": "yellow"}
+_LEVELS: dict[str, Level] = {"better": "good", "worse": "problem", "none": "warning", "unknown": "note"}
 _FAR, _LONGER = 10.0, 1.3  # nats per answer; times the reference's words
 # Names of metrics of held-out rows, what they are called, and how many digits they are shown with.
 _MEASURES = (
@@ -106,8 +107,7 @@ class _Findings:
 
 def _findings(record: RunRecord) -> list[Finding]:
     outcome = record.outcome
-    level = {"better": "good", "worse": "problem", "none": "warning", "unknown": "note"}[outcome.level]
-    found = [Finding(level, outcome.text)]  # type: ignore[arg-type]
+    found = [Finding(_LEVELS[outcome.level], outcome.text)]
     losses = [(step, value) for step, value in record.curves.get("val/loss", ()) if math.isfinite(value)]
     if losses and (best := min(losses, key=lambda point: point[1]))[0] != losses[-1][0]:
         advice = "Train for fewer steps, or export the checkpoint of about that step if it was kept (checkpoint.keep)."
