@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     make_model(folder / "model")
     lines = Path(make_log(folder / "log.jsonl")).read_text().splitlines()
-    (folder / "bad.jsonl").write_text("\n".join([*lines[:6], '{"prompt": "q", "completion": "a"}', *lines[6:]]) + "\n")
+    (folder / "bad.jsonl").write_text("\n".join([*lines[:6], '{"prompt": "q", "label": true}', *lines[6:]]) + "\n")
     for name, text in (("srun", SRUN), ("scontrol", '#!/bin/sh\necho "$@" >> requeued\n')):
         (folder / "slurm").mkdir(exist_ok=True)
         (folder / "slurm" / name).write_text(text)
@@ -221,7 +221,7 @@ def test_slurm_sbatch_saves_requeues_and_goes_on(group: Group, files: Path, alon
     assert_close(weights(group.folder), alone)
 
 
-BAD_ROW = r"error: \S*bad\.jsonl:7: expected a column 'label', found 'prompt', 'completion'\."
+BAD_ROW = r"error: \S*bad\.jsonl:7: expected a column 'completion', found 'prompt', 'label'\."
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def fails(model: str, log: str, how: str) -> None:
     raise SystemExit(cli.main(["fit", *(f"--{name}={value}" for name, value in options.items())]))
 
 
-BAD_ROW = r"error: \S*log\.jsonl:7: expected a column 'label', found 'prompt', 'completion'\."
+BAD_ROW = r"error: \S*log\.jsonl:7: expected a column 'completion', found 'prompt', 'label'\."
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_where_reading_fails_all_processes_end_promptly_and_say_why(
 ) -> None:
     log = Path(make_log(tmp_path / "log.jsonl", 20))
     lines = log.read_text().splitlines()
-    log.write_text("\n".join([*lines[:6], '{"prompt": "q", "completion": "a"}', *lines[6:]]))
+    log.write_text("\n".join([*lines[:6], '{"prompt": "q", "label": true}', *lines[6:]]))
     (tmp_path / "temporary").mkdir()
     processes = start(partial(fails, model, str(log), how), ranks=2, folder=tmp_path)
     outputs = tmp_path / "output.0", tmp_path / "output.1"

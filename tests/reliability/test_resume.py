@@ -65,9 +65,8 @@ def assert_goes_on(whole: dict[str, Any], resumed: dict[str, Any], step: int) ->
     assert logged.keys() <= resumed["values"].keys()
     for number, values in logged.items():
         assert_same(values, resumed["values"][number], f"values at step {number}")
-    # A validation that was due when the run stopped is logged under the step before.
-    due = {name: value for name, value in whole["values"].get(step - 1, {}).items() if name.startswith("val/")}
-    assert_same(due, {name: resumed["values"][step - 1][name] for name in due}, "validation that was due")
+    due = {name: value for name, value in whole["values"].get(step, {}).items() if name.startswith("val/")}
+    assert_same(due, {name: resumed["values"][step][name] for name in due}, "validation that was due")
 
 
 @pytest.mark.promise("R1", "A run resumed in a fresh process ends as the uninterrupted one, to the bit")

@@ -251,7 +251,7 @@ def test_hostile_moments_do_not_reach_the_optimizers_kernels(trials: Trials) -> 
         ("numpy", lambda state: state["numpy"].__setitem__(2, 10**7)),
         ("numpy", lambda state: state["numpy"].__setitem__(2, -1)),
         ("numpy", lambda state: state.update(numpy=[])),
-        ("torch", lambda state: state["torch"].__setitem__(17, 2)),
+        ("torch", lambda state: state["torch"].__setitem__(17, 255)),
         ("torch", lambda state: state.update(torch=state["torch"][:16])),
         ("torch", lambda state: state.update(torch=[1000] * 5056)),
         ("python", lambda state: state["python"][1].__setitem__(-1, 10**6)),

@@ -221,6 +221,7 @@ def grouped(log: str) -> str:
     return json.dumps([hash("a"), list(module.train_dataset["prompt_key"]), order])
 
 
+@pytest.mark.slow
 def test_grouping_by_prompt_gives_one_order_in_all_processes(rows: list, tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "x.jsonl", [rows[place] for place in np.random.default_rng(0).permutation(len(rows))])
     command = "import sys; from tests.unit.test_datamodule import grouped; print(grouped(sys.argv[1]))"

@@ -408,6 +408,7 @@ def test_prompts_are_shared_only_where_steps_share_them(
     assert shared == [True, False]
 
 
+@pytest.mark.slow
 def test_the_key_of_a_continued_adapter_is_the_same_in_every_process(tiny_model: str, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"])
     get_peft_model(load_language_model(tiny_model, torch.float32), config).save_pretrained(str(tmp_path / "adapter"))

@@ -46,6 +46,7 @@ def write_many(folder: str, first: int) -> None:
         write_records(Path(folder), records((number, -number), (1000, -1000)))
 
 
+@pytest.mark.slow
 def test_two_writers_at_once_lose_nothing_and_leave_few_files(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=write_many, args=(str(tmp_path), first)) for first in (0, 1)]

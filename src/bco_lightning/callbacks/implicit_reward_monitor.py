@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # A mean reward of 20 is a probability within 2e-9 of 0 or 1: such rows teach nothing, and the policy is far away.
 _EXPLODED = 20.0
 _MOVED = 0.1  # all rewards are 0 at first, which is on neither side
-_MANY_ROWS = 200
+_MANY_ROWS = 48
 
 
 class ImplicitRewardMonitor(StepCallback):
@@ -112,8 +112,8 @@ class ImplicitRewardMonitor(StepCallback):
         if self._collapsed >= _MANY_ROWS:
             same = "up" if up > down else "down"
             problems["collapsed"] = (
-                f"the classifier says thumbs-{same} to nearly every one of the last {self._collapsed} rows: one class "
-                "has collapsed. Check the labels, and see model.class_weights and data.balanced_sampling."
+                f"the classifier says thumbs-{same} to nearly every row of the last {self._collapsed}: one class has "
+                "collapsed. Check the labels, and see model.class_weights and data.balanced_sampling."
             )
         for kind in [kind for kind in problems if kind not in self._warned]:
             self._warned.add(kind)
@@ -136,8 +136,9 @@ class ImplicitRewardMonitor(StepCallback):
         if trainer.sanity_checking:
             return
         values[f"{name}/reward_shift"] = pl_module.reward_shift.value
-        # Already summed over processes. A checkpoint that is evaluated was trained for as many steps as it says.
-        log_step(trainer, pl_module, values, max(trainer.global_step, pl_module.steps_before))
+        # Lightning would log it under the step before, and a checkpoint that is evaluated under 0.
+        values["step"] = float(max(trainer.global_step, pl_module.steps_before))
+        pl_module.log_dict(values)  # already summed over processes
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

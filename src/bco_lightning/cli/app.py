@@ -169,6 +169,8 @@ def _quiet_libraries() -> None:
         r".*litlogger.*",
         r"LightningCLI's args parameter is intended.*",  # it is given what the process was, without --debug
         r"It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # a metric is summed when it is read
+        r"The number of training batches .* is smaller than the logging interval.*",  # at first every step is logged
+        r"You have overridden `on_before_batch_transfer`.*",  # which looks at a batch and gives it on
         r"Total length of `list` across ranks is zero.*",  # no rows are held out
         r"You are using a custom batch sampler .* for prediction.*",  # it gives every row
         r"You're resuming from a checkpoint that ended before the epoch ended.*",  # the row order follows the step

@@ -29,6 +29,8 @@ _TEMPLATE = "<template>"  # as Jinja calls its code in tracebacks
 # Stands for the last message while what the template writes after it is looked for.
 _STAND_IN = OPEN + CLOSE
 
+_ENDING = {PLAIN_TEMPLATE}  # that were tried in this process
+
 
 @dataclass
 class ChatScript:
@@ -46,7 +48,6 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str, control: ControlTokens, joints: Joints) -> None:
         self._tokenizer, self._text, self._control, self._joints = tokenizer, text, control, joints
-        self._ends = text == PLAIN_TEMPLATE
         # Some tokenizers have a template of its own for rows with tools, beside their default.
         templates = tokenizer.chat_template
         own = isinstance(templates, dict) and templates.get("default") == text
@@ -57,10 +58,10 @@ class ChatTemplate:
     def scripts(self, rows: Sequence[FeedbackRow]) -> list[ChatScript | FeedbackRowError]:
         """Lets the template speak; the error of a row is that it fails on it, or rewrites the prompt after it."""
         try:
-            if rows and not self._ends:
-                self._ends = ends(lambda: self._scripts(rows[:1]))
-                if not self._ends:
+            if rows and self._text not in _ENDING:
+                if not ends(lambda: self._scripts(rows[:1])):
                     raise TooLongError
+                _ENDING.add(self._text)
             with clocked():
                 return self._scripts(rows)
         except TooLongError:

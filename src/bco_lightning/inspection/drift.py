@@ -83,8 +83,8 @@ def repetition(text: str) -> float:
     """The share of runs of four words that stand earlier in the same text, 0 to 1.
 
     Example:
-        >>> repetition("so it goes on and so it goes on")
-        0.3333333333333333
+        >>> round(repetition("so it goes on so it goes on"), 3)
+        0.2
     """
     words = _words(text)
     runs = [tuple(words[start : start + _REPEATED]) for start in range(len(words) - _REPEATED + 1)]
