@@ -136,11 +136,13 @@ def test_the_newest_run_is_the_one_that_was_started_last_whatever_clocks_and_nam
 def test_a_step_under_the_name_of_another_is_refused_and_passed_over(tmp_path: Path) -> None:
     told: list[CheckpointError] = []
     renamed = write(tmp_path, 3).rename(step_folder(tmp_path, 9))
-    with pytest.raises(CheckpointError, match=r"expected the checkpoint of the step that it is named after, .* step 3"):
+    with pytest.raises(
+        CheckpointError, match=r"expected the checkpoint of the step that its folder is named after, .* step 3"
+    ):
         read_checkpoint(renamed)
     step = write(tmp_path, 5)
     assert resolve_checkpoint(tmp_path, told.append) == step
-    assert [error.where for error in told] == [str(renamed)]
+    assert [error.where for error in told] == [str(renamed / "manifest.json")]
     assert read_checkpoint(renamed.rename(tmp_path / "the best"))["global_step"] == 3
 
 

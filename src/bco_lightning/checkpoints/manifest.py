@@ -35,8 +35,9 @@ def verify_checkpoint(folder: Path, share: tuple[int, int] | None = (0, 1)) -> d
         raise CheckpointError(str(folder), "expected the folder of a checkpoint, found a link.")
     manifest = _manifest_of(folder)
     if STEP_FOLDER.fullmatch(folder.name) and step_of(folder) != manifest["step"]:
-        problem = f"expected the checkpoint of the step that it is named after, found that of step {manifest['step']}."
-        raise CheckpointError(str(folder), problem, "Give it the name that it had.")
+        found = manifest["step"]
+        problem = f"expected the checkpoint of the step that its folder is named after, found that of step {found}."
+        raise CheckpointError(str(folder / MANIFEST_FILE), problem, "Give it the name that it had.")
     files = manifest["files"]
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in files:

@@ -15,6 +15,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 
+from bco_lightning.checkpoints.folders import discard
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.identity import digest_of_file
 from bco_lightning.models.limits import refuse_unsafe_config
@@ -65,7 +66,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _convert(file: Path, folder: Path) -> None:
     refuse_unsafe_config(str(file), PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
-    shutil.rmtree(folder, ignore_errors=True)  # what a changed or cut file has left
+    discard(folder)  # what a changed or cut file has left, or somebody else has put there
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as name:
         draft = Path(name)
         # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights.
