@@ -32,6 +32,7 @@ from bco_lightning.models.layout import (
     set_layout,
 )  # fmt: skip
 from bco_lightning.models.log_probs import completion_token_log_probs
+from bco_lightning.models.refusals import refuse_unknown_token
 
 _FIRST_TOKENS = 8  # of a row, which are beside its neighbour
 _SCORED = 4  # tokens at the start of a completion, and at its end; what stands before them is computed as well
@@ -336,16 +337,10 @@ def _trouble(causal_lm: Any, batch: FeedbackBatch, expected: _Outcome) -> str:
 
 def _rows_to_try(causal_lm: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The given rows, shortest first, and another answer to the prompt of the first."""
-    vocabulary, embeddings = causal_lm.config.get_text_config().vocab_size, causal_lm.get_input_embeddings().weight
+    vocabulary = causal_lm.config.get_text_config().vocab_size
     most, whole = max(_MOST_LOGITS // vocabulary, 16), _keeps_some_logits(causal_lm)
     known = [_cut(row, most, whole) for row in rows] or _made_up(vocabulary)
-    largest = max(max(row["input_ids"]) for row in known)
-    if largest >= len(embeddings):
-        raise LanguageModelError(
-            type(causal_lm).__name__,
-            f"expected tokens below {len(embeddings)}, the number of its embeddings; found token {largest} in a row.",
-            "Tokens were added to the tokenizer: resize the model's embeddings to it, and save both.",
-        )
+    refuse_unknown_token(causal_lm, max(max(row["input_ids"]) for row in known))
     known.sort(key=lambda row: len(row["input_ids"]))
     first, second = known[0], known[len(known) // 2]
     place = first["completion_mask"].index(True)
