@@ -18,7 +18,7 @@ from typing_extensions import override
 from bco_lightning.batch import ScoredRows
 
 Array = np.ndarray[Any, Any]
-_95_PERCENT = 1.959963984540054
+NORMAL_95 = 1.959963984540054  # standard errors of half a 95 % interval
 _QUANTITIES = ("rows", "reward", "loss", "correct", "error_term", "policy_log_prob", "log_ratio", "length")
 _MOST_SCORES = 100_000  # of a process
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it are even over 0 to 1, those of every second or third number too
@@ -184,7 +184,7 @@ class Auc:
         """The mean of areas, each with its variance; the interval is normal, and everything where one is not known."""
         values, variances = zip(*areas, strict=True)
         value, variance = float(np.mean(values)), float(np.sum(variances)) / len(areas) ** 2
-        half = 1.0 if math.isnan(variance) else _95_PERCENT * math.sqrt(max(variance, 0.0))
+        half = 1.0 if math.isnan(variance) else NORMAL_95 * math.sqrt(max(variance, 0.0))
         return cls(value, max(0.0, value - half), min(1.0, value + half))
 
 

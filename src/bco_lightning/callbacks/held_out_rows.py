@@ -6,11 +6,9 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from typing_extensions import override
 
 from bco_lightning import figures
@@ -22,6 +20,7 @@ from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.parallel.collectives import gather_over_ranks
 
 HELD_OUT_FILE = "held_out.json"
+_COLUMNS = ("row_ids_B", "rewards_B", "thumbs_up_B", "completion_lengths_B")
 
 
 class HeldOutRows(Callback):
@@ -33,7 +32,7 @@ class HeldOutRows(Callback):
     """
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []  # row, reward, thumb, length
+        self._rows: list[ScoredRows] = []
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -43,23 +42,22 @@ class HeldOutRows(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        rows: ScoredRows = outputs["rows"]
-        columns = (rows.row_ids_B, rows.rewards_B, rows.thumbs_up_B, rows.completion_lengths_B)
-        self._rows.append(torch.stack([column.to(rows.rewards_B.device, torch.float32) for column in columns]))
+        self._rows.append(outputs["rows"])
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         data = getattr(trainer, "datamodule", None)
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not isinstance(data, FeedbackDataModule):
             return
-        own = torch.cat(self._rows, dim=1).tolist() if self._rows else [[], [], [], []]
+        own = [[value for each in self._rows for value in getattr(each, name).tolist()] for name in _COLUMNS]
+        self._rows = []
         folder, parts = run_folder_of(trainer), gather_over_ranks(own, trainer)
         rows, rewards, thumbs, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
         if not trainer.is_global_zero or not len(rows):
             return
         order = np.argsort(rows)
         rows, rewards, lengths = rows[order].astype(int), rewards[order], lengths[order].astype(int)
-        thumbs_up, shift = thumbs[order] > 0, pl_module.reward_shift.value
+        thumbs_up, shift = thumbs[order].astype(bool), pl_module.reward_shift.value
         if folder is not None:
             keys = np.asarray(data.validation_dataset["prompt_key"])[rows]  # type: ignore[index]
             columns = {"rewards": rewards, "thumbs_up": thumbs_up, "lengths": lengths}
@@ -68,14 +66,14 @@ class HeldOutRows(Callback):
             with telling(file := folder / HELD_OUT_FILE), written_whole(file, replaces=True) as partial:
                 told = {"step": trainer.global_step, "reward_shift": shift, **values}
                 partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
-        if not np.isfinite(rewards).all():
+        events = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not (events and np.isfinite(rewards).all()):
             return
         drawn = {"rewards": figures.reward_histogram(rewards, thumbs_up, shift)}
         drawn["reward_by_length"] = figures.reward_by_length(rewards, thumbs_up, lengths)
         if 0 < thumbs_up.sum() < len(thumbs_up):
             drawn["roc"] = figures.roc_of_rewards(rewards, thumbs_up)
             drawn["reliability"] = figures.reliability(rewards, thumbs_up, shift)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, figure in drawn.items():
-                    logger.experiment.add_figure(f"held_out/{name}", figure, trainer.global_step)
+        for logger in events:
+            for name, figure in drawn.items():
+                logger.experiment.add_figure(f"held_out/{name}", figure, trainer.global_step)

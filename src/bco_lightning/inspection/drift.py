@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bco_lightning.metrics import Array
+from bco_lightning.metrics import NORMAL_95, Array
 
 _REFUSAL = re.compile(
     r"^\W*(?:i['’]?m (?:very |really |so )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately, i\b|as an ai\b)"
@@ -33,7 +33,6 @@ _FLATTERY = re.compile(
 )
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _REPEATED = 4  # words in a row
-_95_PERCENT = 1.959963984540054
 
 
 class Change(NamedTuple):
@@ -94,7 +93,7 @@ def repetition(text: str) -> float:
 def _change(name: str, policy_P: Array, reference_P: Array, is_share: bool) -> Change:
     differences_P = policy_P - reference_P
     spread = float(differences_P.std(ddof=1)) if len(differences_P) > 1 else math.nan
-    half = _95_PERCENT * spread / math.sqrt(len(differences_P))
+    half = NORMAL_95 * spread / math.sqrt(len(differences_P))
     mean = float(differences_P.mean())
     return Change(name, float(policy_P.mean()), float(reference_P.mean()), mean - half, mean + half, is_share)
 

@@ -17,7 +17,7 @@ from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
 from bco_lightning.inspection.numbers import LENGTH_HEADINGS, RowArrays, RowText, length_summary, texts_of
 from bco_lightning.inspection.prompts import COIN, PromptShift
-from bco_lightning.metrics import Array, Auc, auc
+from bco_lightning.metrics import NORMAL_95, Array, Auc, auc
 
 Level = Literal["problem", "warning", "note", "good"]
 LEVELS: tuple[Level, ...] = ("problem", "warning", "note", "good")
@@ -29,7 +29,6 @@ _CUT_ADVICE = {
 _MANY_LEFT_OUT, _MANY_CUT, _RARE_CLASS = 0.2, 0.05, 0.2
 _NOTED_DIFFERENCE, _FEWEST_ROWS = 0.05, 20  # of an AUC from a half; of the rarer class
 _NOTED_RATIO, _NOTED_TAIL = 1.25, 2.0  # of mean lengths; of shares of long answers
-_95_PERCENT = 1.959963984540054
 
 
 class Finding(NamedTuple):
@@ -133,7 +132,7 @@ class _Difference(NamedTuple):
     def is_clear(self, ratio: float) -> bool:
         """Whether they differ beyond chance, and by so much."""
         low, high = sorted((self.up, self.down))
-        return high - low > _95_PERCENT * self.error and high > ratio * low
+        return high - low > NORMAL_95 * self.error and high > ratio * low
 
 
 def _difference(values: Array, up: Array, prompts: Array) -> _Difference:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,7 @@ class RunRecord:
             return self.last(f"val/{name}")
         return None if other_reference else _AT_FIRST.get(name)
 
-    @property
+    @cached_property
     def outcome(self) -> Outcome:
         """Better, worse, no better, or too few rows to tell: whether held-out thumbs are told apart."""
         held_out = self.held_out
