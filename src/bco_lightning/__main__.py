@@ -1,14 +1,20 @@
-"""``python -m bco_lightning``."""
+"""``python -m bco_lightning``, and the command ``bco-lightning``."""
 
 import gc
+import platform
 import sys
+from importlib.metadata import version
 
 from bco_lightning.cli.help import kept_help
 from bco_lightning.parallel.signals import early
 
 
 def main() -> int:
-    """Prints help that is kept, and leaves the rest to the command line proper."""
+    """Prints versions, or help that is kept, and leaves the rest to the command line proper."""
+    if sys.argv[1:] == ["--version"]:
+        others = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers", "peft"))
+        print(f"bco-lightning {version('bco-lightning')} (Python {platform.python_version()}, {others})")
+        return 0
     known = kept_help(sys.argv[1:])
     if known is not None:
         sys.stdout.write(known)

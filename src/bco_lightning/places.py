@@ -1,10 +1,11 @@
-"""Where things are: files of installed packages, and the folder for what can be computed again."""
+"""Where things are: files of installed packages, recipes, and the folder for what can be computed again."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -19,6 +20,20 @@ def cache_root(given: str | None = None) -> Path:
     if named:
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bco_lightning"
+
+
+def recipe(name: str) -> str:
+    """The file of a config that comes with this package, such as ``bco``; what is no bare name comes back unchanged."""
+    if not re.fullmatch(r"[\w/-]+", name) or os.path.lexists(name):
+        return name
+    # Within an installed package, or beside the sources that it is installed from.
+    folders = [folder for parent in (0, 2) if (folder := Path(__file__).parents[parent] / "configs").is_dir()]
+    known = {
+        str(file.relative_to(folder).with_suffix("")): file for folder in folders for file in folder.rglob("*.yaml")
+    }
+    if name not in known:
+        raise ConfigError("--config", f"expected a file, or one of {', '.join(sorted(known))}; found {name!r}.")
+    return str(known[name])
 
 
 def require_free(option: str, target: Path, ours: str = "") -> None:

@@ -306,13 +306,23 @@ def test_resuming_where_there_is_no_run_is_refused(
     )
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("recipe", sorted(str(path.relative_to(CONFIGS))[:-5] for path in CONFIGS.rglob("*.yaml")))
+def test_every_recipe_is_found_by_its_name_and_parses(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        main(["fit", f"--config={config}", "--print_config"])
+        main(["fit", f"--config={recipe}", "--print_config"])
     assert caught.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["name_or_path"]
+
+
+def test_a_recipe_that_there_is_not_is_refused_with_the_names_of_those_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["fit", "--config", "bko"]) == 2
+    assert "expected a file, or one of bco, chitchat, " in capsys.readouterr().err
 
 
 def test_features_of_prompts_are_options_and_come_back_from_the_config_of_a_run(

@@ -30,6 +30,7 @@ from bco_lightning.export import export_checkpoint
 from bco_lightning.inspection.run_report import report_command
 from bco_lightning.parallel.collectives import is_in_a_group
 from bco_lightning.parallel.signals import early, requeue_slurm_job
+from bco_lightning.places import recipe
 
 DEBUG = "--debug"
 _format_warning = warnings.formatwarning
@@ -70,6 +71,7 @@ def _run(words: list[str]) -> int:
             early.install()
         early.leave_at_once()
         refuse_secrets(given)
+        given = _with_recipes(given)
         with keeping_help(given):
             _dispatch(given)
     except PreemptedError as stopped:
@@ -89,6 +91,19 @@ def _run(words: list[str]) -> int:
     finally:
         early.remove()
     return 0
+
+
+def _with_recipes(words: list[str]) -> list[str]:
+    """The command line with the file of each recipe that ``--config`` names."""
+    found = []
+    for before, word in zip(["", *words], words):  # noqa: B905 - each with the one before it
+        option, equals, name = word.partition("=")
+        if before in ("-c", "--config"):
+            word = recipe(word)
+        elif option in ("-c", "--config") and equals:
+            word = f"{option}={recipe(name)}"
+        found.append(word)
+    return found
 
 
 def _said_of(stopped: PreemptedError) -> str:
