@@ -122,7 +122,8 @@ class FeedbackBatch:
         return self.row_ids_B.new_zeros(len(self)).index_add_(0, self.rows_N, torch.ones_like(self.rows_N))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> FeedbackBatch:
-        """Moves every tensor to ``device``; Lightning calls this."""
+        """Moves every tensor to ``device``; Lightning calls this. The host waits for no copy to a GPU."""
+        kwargs.setdefault("non_blocking", torch.device(device).type == "cuda")
         return self._with_each(lambda tensor: tensor.to(device, **kwargs))
 
     def pin_memory(self) -> FeedbackBatch:

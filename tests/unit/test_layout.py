@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from bco_lightning.batch import FeedbackBatch
+from bco_lightning.models import attention
 from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model
 from bco_lightning.models.log_probs import completion_log_probs
@@ -24,6 +26,56 @@ def changed(batch: FeedbackBatch, row: int) -> FeedbackBatch:
     ids, places = batch.input_ids_S.clone(), batch.row_spans[row].places()
     ids[places] = (ids[places] + 11) % 90 + 3
     return FeedbackBatch(**{**vars(batch), "input_ids_S": ids})
+
+
+def in_words(
+    query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, most_queries: int, most_keys: int, *,
+    scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch says of its attention of variable length, which has no kernel for a CPU, one query at a time."""
+    assert queries.dtype == keys.dtype == torch.int32
+    assert (most_queries, most_keys) == (int(queries.diff().max()), int(keys.diff().max()))
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert window_size[1] == 0
+    found = []
+    for row in range(len(queries) - 1):
+        q, k = slice(int(queries[row]), int(queries[row + 1])), slice(int(keys[row]), int(keys[row + 1]))
+        behind = (k.stop - k.start) - (q.stop - q.start)
+        for place in range(q.stop - q.start):
+            newest = behind + place
+            oldest = 0 if window_size[0] < 0 else max(0, newest - window_size[0])
+            groups = query.shape[1] // key.shape[1]
+            seen_k, seen_v = (each[k][oldest : newest + 1].repeat_interleave(groups, dim=1) for each in (key, value))
+            scores = torch.einsum("hd,khd->hk", query[q.start + place], seen_k)
+            scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+            found.append(torch.einsum("hk,khd->hd", scores.softmax(-1), seen_v))
+    return torch.stack(found)
+
+
+@pytest.fixture
+def calls_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Takes the way of a GPU; how many rows each call of its kernel had."""
+    calls: list[int] = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, queries: Tensor, *more: Any, **told: Any) -> Tensor:
+        calls.append(len(queries) - 1)
+        return in_words(query, key, value, queries, *more, **told)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: True)
+    return calls
+
+
+@pytest.mark.parametrize("same_prompt", [False, True])
+def test_one_call_for_all_rows_has_the_log_probs_and_gradients_of_rows_alone(
+    same_prompt: bool, calls_at_once: list[int]
+) -> None:
+    model, batch = build("llama"), make_batch(97, SHARED if same_prompt else LENGTHS, same_prompt)
+    set_layout(model, "packed")
+    difference, gradient = agreement(model, batch)
+    assert difference < 2e-4
+    assert gradient < 1e-4
+    assert calls_at_once == [4] * SMALL["num_hidden_layers"]  # three rows and their prompt are four spans
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -66,14 +118,19 @@ def test_no_gradient_reaches_a_neighbour() -> None:
 
 @pytest.mark.parametrize("window", [1, 5, 50])
 @pytest.mark.parametrize("same_prompt", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
 @torch.no_grad()
-def test_a_sliding_window_slides_within_the_row(window: int, same_prompt: bool) -> None:
+def test_a_sliding_window_slides_within_the_row(
+    window: int, same_prompt: bool, at_once: bool, request: pytest.FixtureRequest
+) -> None:
+    calls = request.getfixturevalue("calls_at_once") if at_once else []
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=window)).eval()
     batch = make_batch(97, SHARED, same_prompt)
     padded = completion_log_probs(model, batch)
     set_layout(model, "packed")
     assert torch.allclose(completion_log_probs(model, batch), padded, atol=1e-4, rtol=0)
+    assert bool(calls) is at_once
 
 
 def test_bfloat16_gradients_of_packed_rows_are_those_of_float32_within_rounding() -> None:
