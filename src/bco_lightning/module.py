@@ -37,7 +37,7 @@ from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.refusals import refuse_unknown_token
-from bco_lightning.objectives import OBJECTIVES, RewardShift, class_weights_of, mean_over_rows
+from bco_lightning.objectives import OBJECTIVES, RatedAnswers, RewardShift, class_weights_of, mean_over_rows
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.parallel.strategy import refuse_unknown
@@ -248,19 +248,27 @@ class BCOModule(LightningModule):
                 reference_log_probs_B = batch.reference_log_probs_B
                 if reference_log_probs_B is None:
                     reference_log_probs_B = self.reference.log_probs(batch, trunk_states_SH)
-        rewards_B = self.beta * (policy_log_probs_B - reference_log_probs_B)
-        weights_B = weigher.weights_in_step(batch) if weigher else batch.importance_weights_B
-        losses_B = self.objective.losses(rewards_B, batch.thumbs_up_B, weights_B)
+        answers = RatedAnswers(
+            policy_log_probs_B,
+            reference_log_probs_B,
+            batch.thumbs_up_B,
+            self.beta,
+            lengths_B=batch.completion_lengths,
+            importance_weights_B=weigher.weights_in_step(batch) if weigher else batch.importance_weights_B,
+            prompt_keys_B=batch.prompt_keys_B,
+        )
+        losses_B = self.objective.losses(answers)
         return losses_B, ScoredRows(
             thumbs_up_B=batch.thumbs_up_B,
             policy_log_probs_B=policy_log_probs_B.detach(),
             reference_log_probs_B=reference_log_probs_B,
-            rewards_B=rewards_B.detach(),
+            rewards_B=answers.rewards_B.detach(),
             losses_B=losses_B.detach(),
             completion_lengths_B=batch.completion_lengths,
             row_ids_B=batch.row_ids_B,
             sources_B=batch.sources_B,
             reward_shift=self.objective.threshold,
+            baseline_sums=self.objective.sums(answers),
         )
 
     def on_before_batch_transfer(self, batch: FeedbackBatch, dataloader_idx: int) -> FeedbackBatch:

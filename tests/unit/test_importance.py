@@ -62,9 +62,9 @@ class Batches(Callback):
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         losses = module.objective.losses
 
-        def recorded(rewards: torch.Tensor, up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            self.given.append(torch.where(up, 1.0, weights))
-            found: torch.Tensor = losses(rewards, up, weights)
+        def recorded(rows: Any) -> torch.Tensor:
+            self.given.append(torch.where(rows.thumbs_up_B, 1.0, rows.importance_weights_B))
+            found: torch.Tensor = losses(rows)
             return found
 
         module.objective.losses = recorded

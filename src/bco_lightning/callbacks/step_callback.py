@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows, StepSummary
 from bco_lightning.errors import ConfigError
+from bco_lightning.objectives import sums_of_rewards
 from bco_lightning.parallel.collectives import sum_over_ranks
 
 _REWARDS = ("sum_up", "num_up", "sum_down", "num_down")
@@ -47,16 +48,17 @@ class StepCallback(Callback):
 
 
 class RewardShiftUpdate(StepCallback):
-    """Feeds the rewards of all micro-batches and ranks of a step to ``module.reward_shift``, after the step.
+    """Feeds all micro-batches and ranks of a step to ``module.reward_shift`` and the objective's baselines, after it.
 
-    During a step the shift stands still, so the step's gradient does not depend on how it was cut. The state lives in
-    :class:`~bco_lightning.objectives.RewardShift`, which the module puts into checkpoints. A subclass that the
-    trainer is given is used instead.
+    During a step they stand still, so the step's gradient does not depend on how it was cut. They are part of the
+    module's objective, and the module puts them into checkpoints. A subclass that the trainer is given is used instead.
     """
 
     @override
     def on_step_end(self, trainer: Trainer, module: Any, summary: StepSummary) -> None:
         module.reward_shift.update(**{name: getattr(summary, name) for name in _REWARDS})
+        if summary.baseline_sums:
+            module.objective.update(summary.baseline_sums)
 
 
 def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
@@ -65,7 +67,9 @@ def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
     It is the only collective of a step besides those of the strategy, and the only time that the device is waited for.
     """
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, StepCallback)]
-    told: dict[str, float | Tensor] = dict(zip(_REWARDS, _sums_of_rewards(module.step_rows), strict=True))
+    told: dict[str, float | Tensor] = dict(_sums_of_rewards(module.step_rows))
+    for name in module.objective.sum_names:  # of a baseline
+        told[name] = sum((rows.baseline_sums[name] for rows in module.step_rows), start=0.0)
     for callback in callbacks:
         own = callback.numbers_of_step(trainer, module)
         if twice := told.keys() & own.keys():
@@ -81,6 +85,7 @@ def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
         rows=tuple(module.step_rows),
         reward_shift=module.reward_shift.value,
         **{name: totals.pop(name) for name in _REWARDS},
+        baseline_sums={name: totals.pop(name) for name in module.objective.sum_names},
         totals=totals,
     )
     for callback in callbacks:
@@ -110,14 +115,14 @@ def is_time_to_log(trainer: Any, step: int, first_too: bool = False) -> bool:
     return interval > 0 and (step % interval == 0 or (first_too and step == 1))
 
 
-def _sums_of_rewards(step_rows: list[ScoredRows]) -> list[float | Tensor]:
-    """Sum and count of the rewards of thumbs-up, then of thumbs-down rows."""
+def _sums_of_rewards(step_rows: list[ScoredRows]) -> Mapping[str, float | Tensor]:
+    """Sum and number of the rewards of thumbs-up and of thumbs-down rows."""
     if not step_rows:
-        return [0.0] * len(_REWARDS)
+        return dict.fromkeys(_REWARDS, 0.0)
     on_cpu = step_rows[0].rewards_B.device.type == "mps"  # which has no float64
-    rewards_B = torch.cat([rows.rewards_B.cpu() if on_cpu else rows.rewards_B for rows in step_rows]).double()
+    rewards_B = torch.cat([rows.rewards_B.cpu() if on_cpu else rows.rewards_B for rows in step_rows])
     up_B = torch.cat([rows.thumbs_up_B for rows in step_rows]).to(rewards_B.device)
-    return [part for chosen_B in (up_B, ~up_B) for part in (torch.where(chosen_B, rewards_B, 0).sum(), chosen_B.sum())]
+    return sums_of_rewards(rewards_B, up_B)
 
 
 def _sum_over_ranks(numbers: Mapping[str, float | Tensor], trainer: Trainer) -> dict[str, float]:

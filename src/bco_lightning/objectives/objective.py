@@ -1,0 +1,126 @@
+"""What an objective is: losses of rated answers, and what it keeps from step to step; no model is needed for either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bco_lightning.objectives.baselines import RewardShift
+
+
+@dataclass(eq=False)
+class RatedAnswers:
+    """What an objective may know of the rows of a micro-batch; log-probs are natural, summed over completion tokens.
+
+    Args:
+        policy_log_probs_B: Under the policy, shape ``(B,)``, float32 or float64, with gradient.
+        reference_log_probs_B: Under the frozen reference, shape ``(B,)``.
+        thumbs_up_B: Bool, shape ``(B,)``.
+        beta: Scale of the implicit reward.
+        lengths_B: Completion tokens that carry loss, shape ``(B,)``.
+        importance_weights_B: Density ratios of the prompts of thumbs-down rows, shape ``(B,)``; 1 each if left out.
+        others_B: Place in ``B`` of the other answer of each row's pair, int64, -1 where it is not there; without it,
+            rows are no pairs.
+        scores_B: Numbers that rate the rows, shape ``(B,)``.
+        prompt_keys_B: The same int64 for the same prompt, shape ``(B,)``.
+        unrelated_log_ratios_U: Log-ratios of policy and reference, in nats, for answers to other prompts than their
+            own, shape ``(U,)``, without gradient.
+    """
+
+    policy_log_probs_B: Tensor
+    reference_log_probs_B: Tensor
+    thumbs_up_B: Tensor
+    beta: float
+    lengths_B: Tensor | None = None
+    importance_weights_B: Tensor | None = None
+    others_B: Tensor | None = None
+    scores_B: Tensor | None = None
+    prompt_keys_B: Tensor | None = None
+    unrelated_log_ratios_U: Tensor | None = None
+
+    log_ratios_B: Tensor = field(init=False)  # of policy and reference, in nats, with gradient
+    rewards_B: Tensor = field(init=False)  # implicit rewards: beta times these
+
+    def __post_init__(self) -> None:
+        self.log_ratios_B = self.policy_log_probs_B - self.reference_log_probs_B
+        self.rewards_B = self.beta * self.log_ratios_B
+
+
+class Objective:
+    """What a run trains on: a loss for each row, and baselines that stand still within an optimizer step.
+
+    The loss of a step is a mean over rows, weighted by :func:`~bco_lightning.objectives.class_weights_of` where
+    ``model.class_weights`` is ``auto``: the sum of the two class means, for losses of pairs the mean over pairs.
+
+    Each objective keeps a :class:`RewardShift`, which says where rewards of the two classes meet; ``bco`` trains with
+    it, others show it. What else one keeps is in ``baselines``, by name.
+
+    Args:
+        decay: How much of what baselines have summed up is left after an optimizer step.
+    """
+
+    takes_pairs: ClassVar[bool] = False  # and nothing else; both answers of one are in a micro-batch
+    takes_scores: ClassVar[bool] = False  # instead of thumbs
+    takes_unrelated: ClassVar[bool] = False  # log-ratios of answers to other prompts
+    takes_both_thumbs: ClassVar[bool] = True  # or one class is enough
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.reward_shift = RewardShift(decay)
+        self.baselines: dict[str, Any] = {}
+
+    @property
+    def threshold(self) -> float:
+        """The reward in nats above which a row counts as thumbs-up; it stands still within a step."""
+        return self.reward_shift.value
+
+    def losses(self, rows: RatedAnswers) -> Tensor:
+        """The loss of each row, shape ``(B,)``, before class weights; of a row that lacks its pair it is NaN."""
+        raise NotImplementedError
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """Names of what :meth:`sums` gives."""
+        return ()
+
+    def sums(self, rows: RatedAnswers) -> dict[str, Tensor]:
+        """What the baselines learn of a micro-batch, beyond the reward shift: float64 scalars without gradient.
+
+        They are added over micro-batches and processes before :meth:`update`.
+        """
+        return {}
+
+    def update(self, sums: Mapping[str, float]) -> None:
+        """Takes in one optimizer step by what :meth:`sums` gave of it; nothing where the step was left out."""
+
+    def learn(self, rows: RatedAnswers) -> None:
+        """Moves reward shift and baselines by one optimizer step, where all its rows are at hand, as in a toy."""
+        told = sums_of_rewards(rows.rewards_B, rows.thumbs_up_B)
+        self.reward_shift.update(**{name: float(value) for name, value in told.items()})
+        self.update({name: float(value) for name, value in self.sums(rows).items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers of the baselines, by name; the reward shift is kept beside them."""
+        return {name: baseline.state_dict() for name, baseline in self.baselines.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the numbers over."""
+        for name, baseline in self.baselines.items():
+            baseline.load_state_dict(state[name])
+
+
+def weights_of_thumbs_down(rows: RatedAnswers) -> Tensor | None:
+    """Importance weights, which are for thumbs-down rows; 1 of others."""
+    weights_B = rows.importance_weights_B
+    return None if weights_B is None else torch.where(rows.thumbs_up_B, 1.0, weights_B)
+
+
+def sums_of_rewards(rewards_B: Tensor, thumbs_up_B: Tensor) -> dict[str, Tensor]:
+    """Sum, in nats and float64, and number of the rewards of thumbs-up, then of thumbs-down rows."""
+    rewards_B, told = rewards_B.detach().double(), {}
+    for name, chosen_B in (("up", thumbs_up_B), ("down", ~thumbs_up_B)):
+        told |= {f"sum_{name}": torch.where(chosen_B, rewards_B, 0).sum(), f"num_{name}": chosen_B.sum()}
+    return told
