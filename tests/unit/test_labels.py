@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.labels import LabelVocabulary, thumb_by_rule
 from bco_lightning.data.options import RATING_PRESETS, Columns, Rating, Source, chosen_rating
-from bco_lightning.data.rows import RowFormat
+from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
 BETWEEN = LeftOut("x:1", "rating between thumbs-up and thumbs-down")
@@ -72,6 +73,29 @@ def test_only_rows_in_which_nothing_was_touched_are_left_out() -> None:
     assert thumb(rule, a=5, b=5.0, c=1) == LeftOut("x:1", "rating left at its default")
     assert thumb(rule, a=5, b=4) is True
     assert thumb(rule, a=5) is True
+
+
+@pytest.mark.parametrize(
+    ("label", "rule"), [(4, "{up: 4, down: 3}"), ("4.5", "{up: 4.5, down: 3.5}"), (0.7, "down: 0.6}")]
+)
+def test_a_rating_without_a_rule_is_told_of_one_with_its_own_value(label: Any, rule: str) -> None:
+    with pytest.raises(FeedbackRowError, match=rf"set data\.rating, for instance .*{re.escape(rule)}"):
+        LabelVocabulary().thumbs_up(label, "x:1")
+
+
+def test_stars_in_a_column_of_another_name_are_told_of_a_rule_that_names_it() -> None:
+    maker = RowMaker(RowFormat())
+    maker.format = "unpaired"
+    maker.rows({"prompt": "q", "completion": "a", "id": 1234, "stars": "4"}, "x:1")
+    with pytest.raises(FeedbackRowError, match=r"If 'stars' is a rating, set data\.rating, .*\{column: stars, up: 4, "):
+        maker.check_rated()
+
+
+def test_decimal_commas_are_told_to_be_points() -> None:
+    with pytest.raises(FeedbackRowError, match=r'found "4,5"\. Write numbers with a decimal point: 4\.5, not 4,5'):
+        thumb(Rating(up=4, down=3), label="4,5")
+    with pytest.raises(FeedbackRowError, match="Write numbers with a decimal point"):
+        LabelVocabulary().thumbs_up("4,5", "x:1")
 
 
 @pytest.mark.parametrize("value", [True, "5", [5], {}, float("nan"), float("inf"), 10**309, -(10**309)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import decimal
 import gzip
+import io
 import json
 import math
 import pickle
@@ -141,6 +143,25 @@ def test_cells_are_numbers_where_that_is_asked_and_they_look_like_it(tmp_path: P
     assert [record["rating"] for record in found] == numbers + cells[len(numbers) :]
     assert [type(record["rating"]) for record in found[:3]] == [int, float, int]
     assert {record["other"] for record in found} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "delimiter"),
+    [
+        ("a.csv", b"\xef\xbb\xbf", ","), ("a.csv", b"", ";"), ("a.csv", b"\xef\xbb\xbf", ";"), ("a.csv", b"", "\t"),
+        ("a.tsv", b"", ","),
+    ],
+)  # fmt: skip
+def test_a_csv_may_begin_with_a_mark_and_have_the_delimiter_of_any_spreadsheet(
+    tmp_path: Path, name: str, head: bytes, delimiter: str
+) -> None:
+    others = ",;\t".replace(delimiter, "")
+    rows = [["prompt", f"a{others}b", "c"], [f"said{delimiter}{others}", "x\ny", "1"], ["z", f'"{others}"', "0"]]
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows(rows)
+    found = records(write(tmp_path / name, head + text.getvalue().encode()))
+    assert [list(record.values()) for record in found] == rows[1:]
+    assert list(found[0]) == rows[0]
 
 
 def test_only_the_label_of_a_csv_is_read_as_a_thumb(tmp_path: Path) -> None:
@@ -330,6 +351,10 @@ def test_a_long_packed_log_is_read_in_little_memory(tmp_path: Path) -> None:
         ("a.json", b'[\n"\xe9"]', r"a\.json: expected UTF-8, found byte 0xe9 at column 2"),
         ("a.csv", b"a,b\n1,\xff\n", r"a\.csv:2: expected UTF-8"),
         ("a.csv", b"a,\xff\n1,2\n", r"a\.csv:1: expected UTF-8"),
+        ("a.csv", b"a,b\nM\xfcnchen,1\n", r"a\.csv:2: .* byte 0xfc, as Windows-1252 writes 'ü'. .* in Excel, as "),
+        ("a.csv", "a,b\nx,1\n".encode("utf-16"), r'a\.csv:1: expected UTF-8 text, found UTF-16. .* "CSV UTF-8"'),
+        ("a.csv", b"a,b;c\n1,2\n", r"a\.csv:1: expected one kind of delimiter .* commas and semicolons\. Put names"),
+        ("a.csv", b"sep=;\na;b\n", r"a\.csv:1: expected the names .* found a delimiter\. Remove this line"),
         ("a.csv", b"\n1,2\n", r"a\.csv:1: expected a header"),
         ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: expected each column name once.*in columns 1, 3"),
         ("a.csv", b"\x1f\x8b,b\n1,2\n", r"a\.csv:1: .*a gzip file"),

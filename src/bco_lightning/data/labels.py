@@ -9,6 +9,7 @@ from typing import Any
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.options import Rating
+from bco_lightning.data.records.csv_rows import number_in
 from bco_lightning.data.values import Record, is_blank, plain_number, shown, value_at
 from bco_lightning.errors import FeedbackRowError
 
@@ -25,7 +26,19 @@ def _word(label: Any) -> Any:
 _PAIRS = ((True, False), (1, 0), (1, -1), ("up", "down"), ("true", "false"),  # thumbs-up, thumbs-down
           ("True", "False"), ("TRUE", "FALSE"), ("👍", "👎"))  # fmt: skip
 _VOCABULARIES = [{_word(up): True, _word(down): False} for up, down in _PAIRS]
+_POINT = "Write numbers with a decimal point: 4.5, not 4,5."
 _CHOICES = 'true/false, 1/0, 1/-1, "up"/"down", "true"/"false", "True"/"False" or "👍"/"👎"'
+
+
+def rule_for(number: float, column: str = "") -> str:
+    """An example of a rule, by one of the ratings."""
+    down = round(number - (1 if abs(number) >= 1 else 0.1), 6)
+    named = f"column: {column}, " if column else ""
+    return f"for instance {{{named}up: {number:g}, down: {down:g}}} if {number:g} is good"
+
+
+def _has_decimal_comma(value: Any) -> bool:
+    return isinstance(value, str) and value.count(",") == 1 and isinstance(number_in(value.replace(",", ".")), float)
 
 
 class LabelVocabulary:
@@ -70,13 +83,19 @@ class LabelVocabulary:
             problem = f"label {shown(label)} mixes two vocabularies; labels so far were {'/'.join(self.seen.values())}."
             return FeedbackRowError(place, problem, "Use one vocabulary in the whole source.")
         remedy = (
-            "Use one vocabulary in the whole source, or say what its labels mean, for instance "
-            """data.columns.thumbs: {"good": up, "bad": down}."""
+            _POINT
+            if _has_decimal_comma(label)
+            else (
+                "Use one vocabulary in the whole source, or say what its labels mean, for instance "
+                """data.columns.thumbs: {"good": up, "bad": down}."""
+            )
         )
-        if isinstance(label, (int, float)) and label == label and label not in (1, 0, -1):
+        number = number_in(label) if isinstance(label, str) else label
+        if isinstance(number, (int, float)) and number == number and number not in (1, 0, -1):
             remedy = (
-                "This looks like a rating, which needs a rule: set data.rating, convert the column before, or say "
-                """which mean what by data.columns.thumbs: {"1": down, "2": down, "3": drop, "4": up, "5": up}."""
+                f"This looks like a rating, which needs a rule: set data.rating, {rule_for(number)}, convert the "
+                "column before, or say which mean what by data.columns.thumbs: "
+                """{"1": down, "2": down, "3": drop, "4": up, "5": up}."""
             )
         return FeedbackRowError(place, f"label must be one of {_CHOICES}, found {shown(label)}.", remedy)
 
@@ -94,6 +113,7 @@ def thumb_by_rule(rule: Rating, ratings: Record, column: str, place: str) -> boo
         return LeftOut(place, NO_FEEDBACK)
     # Comparing is exact, where math.isfinite fails on an integer beyond all floats.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-        raise FeedbackRowError(place, f"expected a number as rating {name!r}, found {shown(value)}.")
+        remedy = _POINT if _has_decimal_comma(value) else ""
+        raise FeedbackRowError(place, f"expected a number as rating {name!r}, found {shown(value)}.", remedy)
     up, down = rule.limits
     return LeftOut(place, BETWEEN) if down < value < up else value >= up

@@ -10,7 +10,7 @@ from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
 from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat, system_column
 from bco_lightning.data.formats.unpaired import columns_of
-from bco_lightning.data.labels import NO_FEEDBACK, LabelVocabulary, thumb_by_rule
+from bco_lightning.data.labels import NO_FEEDBACK, LabelVocabulary, rule_for, thumb_by_rule
 from bco_lightning.data.records.csv_rows import Cells, number_in, thumb_in
 from bco_lightning.data.values import MISSING, Record, keys_of, value_at
 from bco_lightning.errors import FeedbackRowError
@@ -21,6 +21,7 @@ RatedRow = FeedbackRow | LeftOut | FeedbackRowError
 # Records without the marks of any format that may come before the first with some.
 _MOST_UNCLEAR = 100
 _MOST_NAMES = 1000
+_LARGEST_RATING = 100  # other numbers are ids and times
 _Place = TypeVar("_Place")
 _Records = Iterator[tuple[_Place, Record | FeedbackRowError]]
 
@@ -78,6 +79,11 @@ class RowMaker:
             kind, ratings = "rating" if self.options.rating else "column", self._unrated.ratings
             found = f"expected a {kind} {self._rating!r}, found {keys_of(ratings)}."
             remedy = "Name the column by data.rating.column, or by data.columns.label where there is no rule."
+            given = {name: number_in(value) if isinstance(value, str) else value for name, value in ratings.items()}
+            for name, number in () if self.options.rating else given.items():
+                if type(number) in (int, float) and abs(number) <= _LARGEST_RATING:
+                    remedy += f" If {name!r} is a rating, set data.rating, {rule_for(number, name)}."
+                    break
             raise FeedbackRowError(self._unrated.row.place, found, remedy)
 
     def rows(self, record: Record, place: str) -> list[RatedRow]:

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, BinaryIO
 
 from bco_lightning.data.files import open_unpacked, suffixes_of
@@ -30,10 +31,13 @@ _THUMBS = {"1": 1, "0": 0, "-1": -1, "True": True, "False": False, "TRUE": True,
 _THUMBS |= {"1.0": 1, "0.0": 0, "-1.0": -1}  # of integers beside gaps
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _SURROGATE, _NUL = re.compile("[\ud800-\udfff]"), "\udc00"
+_BOM, _QUOTED = b"\xef\xbb\xbf", re.compile(r'"(?:[^"]|"")*(?:"|$)')
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_IN_EXCEL = 'Save it as UTF-8; in Excel, as "CSV UTF-8".'
 
 
 def csv_rows(file: RecordFile, cells: Cells) -> Read:
-    """The rows of a ``.csv`` file, or of a ``.tsv`` file, which is delimited by tabs; a place is a row's last line."""
+    """The rows of a ``.csv`` or ``.tsv`` file, delimited as its header is; a place is a row's last line."""
     csv.field_size_limit(MAX_LINE_BYTES)
     bytes_of_row = 0
 
@@ -45,12 +49,13 @@ def csv_rows(file: RecordFile, cells: Cells) -> Read:
             if bytes_of_row > MAX_LINE_BYTES:
                 raise FeedbackRowError(f"{file.name}:{number}", TOO_LONG)
             if number == 1:
-                refuse_other_encodings(line, f"{file.name}:1")
+                line = line.removeprefix(_BOM)  # which Excel writes
+                refuse_other_encodings(line, f"{file.name}:1", _IN_EXCEL)
             yield line.decode("utf-8", "surrogateescape").replace("\x00", _NUL)
 
     with open_unpacked(file.path) as opened:
-        delimiter = "\t" if suffixes_of(file.path)[0] == ".tsv" else ","
-        rows = csv.reader(lines(opened), delimiter=delimiter, strict=True)
+        first = next(given := lines(opened), "")
+        rows = csv.reader(chain([first], given), delimiter=_delimiter_of(first, file), strict=True)
         try:
             header = next(rows, [])
             _check_header(header, f"{file.name}:{rows.line_num or 1}")
@@ -60,6 +65,20 @@ def csv_rows(file: RecordFile, cells: Cells) -> Read:
                     yield Place(number, rows.line_num), _record(header, row, cells, f"{file.name}:{rows.line_num}")
         except csv.Error as error:
             raise FeedbackRowError(f"{file.name}:{rows.line_num}", f"expected CSV, found {error}.") from error
+
+
+def _delimiter_of(header: str, file: RecordFile) -> str:
+    """What stands between the names of the columns: the one of the three that is there, outside quotation marks."""
+    found, place = [each for each in _DELIMITERS if each in _QUOTED.sub("", header)], f"{file.name}:1"
+    if "\t" in found and suffixes_of(file.path)[0] == ".tsv":
+        return "\t"
+    if header.lower().startswith("sep="):  # a word to Excel
+        raise FeedbackRowError(place, "expected the names of the columns, found a delimiter.", "Remove this line.")
+    if len(found) > 1:
+        words = " and ".join(_DELIMITERS[delimiter] for delimiter in found)
+        expected = "expected one kind of delimiter in the header"
+        raise FeedbackRowError(place, f"{expected}, found {words}.", "Put names that hold one in quotation marks.")
+    return found[0] if found else ","
 
 
 def thumb_in(cell: str) -> int | str:
@@ -102,4 +121,9 @@ def _problem_of(cells: list[str], place: str) -> FeedbackRowError | None:
     odd = _SURROGATE.search("".join(cells))
     if odd is None:
         return None
-    return FeedbackRowError(place, *NUL) if odd[0] == _NUL else not_utf8(place, f"byte 0x{ord(odd[0]) & 0xFF:02x}")
+    if odd[0] == _NUL:
+        return FeedbackRowError(place, *NUL)
+    byte = bytes([ord(odd[0]) & 0xFF])
+    windows = byte.decode("cp1252", "ignore")
+    found = f"byte 0x{byte.hex()}{f', as Windows-1252 writes {windows!r}' if windows else ''}"
+    return not_utf8(place, found, _IN_EXCEL)

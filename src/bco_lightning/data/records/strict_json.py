@@ -94,26 +94,26 @@ def decode(content: bytes, place: str) -> str:
         raise not_utf8(place, f"byte 0x{content[error.start]:02x} at column {column}") from error
 
 
-def refuse_other_encodings(content: bytes, place: str) -> None:
+def refuse_other_encodings(content: bytes, place: str, remedy: str = "Unpack or convert the file.") -> None:
     """Raises a FeedbackRowError if bytes begin like a known binary file, or with a mark, or hold a NUL."""
     if content.startswith(_MARKS):
-        refuse_binary(content, place)
+        refuse_binary(content, place, remedy)
         found = "expected UTF-8 without a byte order mark, found one."
         raise FeedbackRowError(place, found, "Save the file without it.")
     if b"\x00" in content:
         raise FeedbackRowError(place, *NUL)
 
 
-def refuse_binary(content: bytes, place: str) -> None:
+def refuse_binary(content: bytes, place: str, remedy: str = "Unpack or convert the file.") -> None:
     """Raises a FeedbackRowError if a file that begins with these bytes is no text at all."""
     for magic, name in _BINARY.items():
         if content.startswith(magic):
-            raise FeedbackRowError(place, f"expected UTF-8 text, found {name}.", "Unpack or convert the file.")
+            raise FeedbackRowError(place, f"expected UTF-8 text, found {name}.", remedy)
 
 
-def not_utf8(place: str, found: str) -> FeedbackRowError:
+def not_utf8(place: str, found: str, remedy: str = "Convert the file.") -> FeedbackRowError:
     """The error for bytes that are no UTF-8."""
-    return FeedbackRowError(place, f"expected UTF-8, found {found}.", "Convert the file.")
+    return FeedbackRowError(place, f"expected UTF-8, found {found}.", remedy)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
