@@ -12,6 +12,8 @@ import pytest
 
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
+from bco_lightning.data.formats.open_webui import WITH_TOOLS
+from bco_lightning.data.formats.record_format import UNFINISHED
 from bco_lightning.data.options import Columns, Rating, chosen_rating
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError
@@ -52,6 +54,9 @@ FORMAT_OF_FILE = {
     "pairs.jsonl": "paired",
     "pairs_of_conversations.jsonl": "paired",
     "open_webui.json": "open_webui",
+    "open_webui_0.8.json": "open_webui",
+    "open_webui_0.10.json": "open_webui",
+    "open_webui_0.12.json": "open_webui",
     "langfuse_observations.jsonl": "langfuse",
     "langfuse_table.jsonl": "langfuse",
     "langfuse_traces.json": "langfuse",
@@ -139,15 +144,22 @@ ACCOUNTS: dict[str, tuple[int, int, dict[str, int], int]] = {
     "pairs.jsonl": (2, 1, {"chosen and rejected are the same": 2}, 0),
     "pairs_of_conversations.jsonl": (2, 1, {}, 0),
     "open_webui.json": (
-        2,
+        3,
         1,
         {
             "no feedback": 1,
             "conversation with an image": 1,
-            "answer with tool calls that the export keeps no messages of": 1,
             "rated message is not in the snapshot": 1,
             "no snapshot of the chat": 1,
         },
+        0,
+    ),
+    "open_webui_0.8.json": (2, 1, {WITH_TOOLS: 1}, 0),
+    "open_webui_0.10.json": (3, 2, {WITH_TOOLS: 1}, 0),
+    "open_webui_0.12.json": (
+        2,
+        1,
+        {"conversation with an image": 1, UNFINISHED: 1, "no answer that holds text": 1, "no feedback": 1},
         0,
     ),
     "langfuse_observations.jsonl": (4, 2, {"no feedback": 1, "no answer that holds text": 1}, 0),
@@ -208,7 +220,7 @@ def test_helpsteer2_is_read_by_its_preset_alone() -> None:
 
 
 def test_open_webui_gives_the_branch_that_leads_to_the_rated_message() -> None:
-    later, earlier = rows("open_webui.json")
+    later, earlier, _ = rows("open_webui.json")
     assert said(later) == [
         ("system", "You know all about tea."),
         ("user", "How long does green tea draw?"),
@@ -227,8 +239,78 @@ def test_open_webui_thoughts_are_left_to_the_template() -> None:
 
 
 def test_open_webui_ratings_from_1_to_10_follow_a_rule() -> None:
-    options = RowFormat(rating=Rating("details.rating", up=7, down=3))
-    assert [row.thumbs_up for row in rows("open_webui.json", options)] == [True, False]
+    for rule in (Rating("details.rating", up=7, down=3), Rating(up=7, down=3)):
+        assert [row.thumbs_up for row in rows("open_webui.json", RowFormat(rating=rule))] == [True, False]
+
+
+def called(name: str, call_id: str, answer: str, said: str = "", **arguments: str) -> list[dict[str, Any]]:
+    """A call of a function, and what it gave."""
+    call = {"type": "function", "id": call_id, "function": {"name": name, "arguments": arguments}}
+    return [
+        {"role": "assistant", "content": said, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call_id, "content": answer},
+    ]
+
+
+# What convert_output_to_messages of open-webui 0.12.4 makes of the same items, thoughts included.
+def test_open_webui_tool_calls_and_their_results_are_read_from_every_version() -> None:
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in Bremen?"}]
+    rain = called("get_weather", "call_1", "rain", city="Bremen")
+    rain[0]["reasoning_content"] = "I need the weather."
+    rain.append({"role": "assistant", "content": "It rains in Bremen."})
+    for file in ("open_webui_0.8.json", "open_webui_0.10.json"):
+        row = rows(file)[0]
+        assert (row.prompt, row.completion) == (told, rain)
+    assert rows("open_webui_0.8.json")[1].prompt == [told[1], *rain, {"role": "user", "content": "And your source?"}]
+    assert rows("open_webui.json")[2].completion == [
+        *called("get_time", "call_1", "12:00"),
+        {"role": "assistant", "content": "It is noon."},
+    ]
+    [row, _] = rows("open_webui_0.12.json")  # which shows another call than the model's
+    made_by_model = called("call_tool", "call_5", "rain", tool="weather", city="Bremen")
+    made_by_model[0]["reasoning_content"] = "Bremen, then."
+    assert row.completion == [*made_by_model, {"role": "assistant", "content": "It rains."}]
+
+
+def test_open_webui_calls_of_one_round_are_one_message_of_the_prompt() -> None:
+    row = rows("open_webui_0.10.json")[1]
+    first, second = (
+        called("get_weather", f"call_{n}", w, city=c) for n, w, c in ((2, "rain", "Bremen"), (3, "sun", "Rome"))
+    )
+    first[0]["tool_calls"] += second[0]["tool_calls"]
+    first[0]["content"] = "I look it up."
+    assert row.prompt[1:-1] == [*first, second[1], {"role": "assistant", "content": "Rain, and sun."}]
+    assert row.completion == [{"role": "assistant", "content": "Snow.", "reasoning_content": "I could guess."}]
+
+
+def test_open_webui_html_of_the_interface_says_what_its_items_say() -> None:
+    for _, record in records("open_webui_0.8.json"):
+        by_items = made(record)
+        for message in record["snapshot"]["chat"]["chat"]["history"]["messages"].values():
+            message.pop("output", None)
+        if not (isinstance(by_items[0], LeftOut) and by_items[0].reason == WITH_TOOLS):  # of code HTML tells nothing
+            assert made(record) == by_items
+
+
+def test_open_webui_text_that_a_filter_put_in_place_of_the_answer_is_what_was_rated() -> None:
+    assert rows("open_webui_0.12.json")[1].completion == [{"role": "assistant", "content": "An elm."}]
+
+
+@pytest.mark.parametrize(("output", "found"), [
+    ("text", "expected a list of items as 'output' of a message, found \"text\"."),
+    ([5], "expected a list of items as 'output' of a message, found a list of 1."),
+    ([{"type": "message", "content": 5}], "expected a list of texts as 'content' of an item of 'output', found 5."),
+    ([{"type": "message", "content": [{"text": []}]}], "as 'content' of an item of 'output', found a list of 1."),
+    ([{"type": "function_call", "call_id": "1"}, {"type": "function_call_output", "call_id": "1"},
+      {"type": "message", "content": "a"}], "message 1 of 'snapshot' must have a list of function calls"),
+])  # fmt: skip
+def test_open_webui_output_of_another_shape_is_refused_by_its_place(output: Any, found: str) -> None:
+    _, record = records("open_webui_0.12.json")[0]
+    record["snapshot"]["chat"]["chat"]["history"]["messages"][record["meta"]["message_id"]]["output"] = output
+    [error] = made(record)
+    assert isinstance(error, FeedbackRowError)
+    assert str(error).startswith("x:1: ")
+    assert found in str(error)
 
 
 def test_a_tree_of_messages_that_runs_in_a_circle_is_left_out() -> None:
@@ -565,7 +647,7 @@ def test_the_real_ratings_are_counted_one_by_one() -> None:
 # --- all turns
 
 
-@pytest.mark.parametrize(("file", "answers"), [("open_webui.json", [2, 1]), ("chainlit.json", [1, 2])])
+@pytest.mark.parametrize(("file", "answers"), [("open_webui.json", [2, 1, 2]), ("chainlit.json", [1, 2])])
 def test_all_turns_of_an_exported_conversation_can_carry_loss(file: str, answers: list[int]) -> None:
     found = rows(file, RowFormat(loss_on="all_turns"))
     assert [sum(message["role"] == "assistant" for message in row.completion) for row in found] == answers

@@ -45,7 +45,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
         rated = thumbs.pop(numbers[at], []) if origin.labelled else [None]
         row: FeedbackRow | LeftOut = origin.left_out(NO_FEEDBACK if not rated else ERROR_ANSWER)
         if rated and not said[at].get("isError"):
-            row = origin.answered([_message(step) for step in said[:at]], _message(said[at]), "steps")
+            row = origin.answered([_message(step) for step in said[:at]], [_message(said[at])], "steps")
         for thumb in rated or [None]:
             yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {origin.columns.label: thumb})
     for others in thumbs.values():

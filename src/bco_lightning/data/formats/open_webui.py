@@ -1,37 +1,45 @@
 """Feedback of Open WebUI, as an administrator exports it: a JSON array of ratings with a snapshot of each chat.
 
-The prompt is the branch of the snapshot's tree that leads to the rated message. What a model thought stands in its
-message as HTML for the interface; it becomes ``reasoning_content``, for the chat template to show or not.
+The prompt is the branch of the snapshot's tree that leads to the rated message. What a model thought, said and called
+stands in the ``output`` of its message since 0.8, a list of items of the Responses API; before, and beside it until
+0.9, in its ``content`` as HTML for the interface. Both are brought to items first. Thoughts become
+``reasoning_content``, for the chat template to show or not.
 
-Source: open-webui/open-webui 0.6 to 0.8, ``backend/open_webui/models/feedbacks.py`` (``FeedbackModel``, version 0 of
-its data) and ``routers/evaluations.py`` (``/api/v1/evaluations/feedbacks/all/export``),
-``src/lib/components/chat/Messages/ResponseMessage.svelte`` (``feedbackHandler``), ``src/lib/utils/index.ts``
-(``createMessagesList``, ``processDetails``); https://docs.openwebui.com, Evaluation.
+Source: the Python packages open-webui 0.6.43, 0.8.0, 0.10.0 and 0.12.4: ``models/feedbacks.py`` (``FeedbackModel``,
+version 0 of its data), ``routers/evaluations.py`` (``/api/v1/evaluations/feedbacks/all/export``), ``utils/misc.py``
+(``convert_output_to_messages``), ``utils/middleware.py`` (``serialize_content_blocks``, ``serialize_output``,
+``outlet_filter_handler``) and the bundled interface (``feedbackHandler``, ``createMessagesList``);
+https://docs.openwebui.com, Evaluation.
 """
 
 from __future__ import annotations
 
 import html
+import json
 import re
 from contextlib import suppress
+from itertools import groupby
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.formats.record_format import WITH_IMAGE, Candidate, Origin, Rows
+from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE, Candidate, Origin, Rows
+from bco_lightning.data.formats.traces import IMAGES
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record, objects_in, plain_number, value_at
+from bco_lightning.data.values import Record, objects_in, plain_number, shown, value_at
 
 NO_SNAPSHOT = "no snapshot of the chat"
 NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
-WITH_TOOLS = "answer with tool calls that the export keeps no messages of"
+WITH_TOOLS = "tool calls whose results the export does not keep as messages"
 
 # Openings and closings are looked for one after the other: a pattern of both takes time that grows with the square.
 _DETAILS = re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE)
+_ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 _DETAILS_END = re.compile(r"</details>\s*", re.IGNORECASE)
 _SUMMARY, _SUMMARY_END = re.compile("<summary>", re.IGNORECASE), re.compile("</summary>", re.IGNORECASE)
 _QUOTE = re.compile(r"^> ?", re.MULTILINE)
 _THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
+_CALL, _RESULT, _SAID, _THOUGHT = "function_call", "function_call_output", "message", "reasoning"
 
 
 def matches(record: Record, columns: Columns) -> bool:
@@ -43,6 +51,8 @@ def candidates(record: Record, origin: Origin) -> Rows:
     """The row of one rating."""
     label, rule = origin.columns.label, origin.options.rating
     ratings = _ratings(record, label)
+    if rule and not rule.column:  # which is for numbers, as thumbs need none
+        ratings[label] = ratings["details.rating"]
     wanted = (rule and rule.column) or label
     if origin.labelled and wanted not in ratings:
         raise origin.error(f"expected a rating {wanted!r}, found {', '.join(map(repr, ratings))}.")
@@ -70,12 +80,18 @@ def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
         return origin.left_out(NOT_IN_SNAPSHOT)
     if any(file.get("type") == "image" for message in branch for file in objects_in(message.get("files"))):
         return origin.left_out(WITH_IMAGE)
-    answer, calls = _message(branch[-1])
-    if calls:
-        return origin.left_out(WITH_TOOLS)
+    last = branch[-1].get("output")
+    if branch[-1].get("done") is False or any(item.get("status") == "incomplete" for item in objects_in(last)[-1:]):
+        return origin.left_out(UNFINISHED)
+    said: list[list[Message]] = []
+    for node in branch:
+        messages = _messages(node, origin)
+        if isinstance(messages, LeftOut):
+            return messages
+        said.append(messages)
     system = value_at(record, "snapshot.chat.chat.params.system")
     told = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return origin.answered([*told, *(_message(node)[0] for node in branch[:-1])], answer, "snapshot")
+    return origin.answered([*told, *(message for turn in said[:-1] for message in turn)], said[-1], "snapshot")
 
 
 def _branch(messages: Record, message_id: Any) -> list[Record]:
@@ -90,35 +106,103 @@ def _branch(messages: Record, message_id: Any) -> list[Record]:
     return branch[::-1]
 
 
-def _message(node: Record) -> tuple[Message, bool]:
-    """A message as the model saw or said it, and whether it held anything but text and thoughts."""
-    content: Any = node.get("content")
-    if isinstance(content, str) and not content.strip():
-        content = ""
-    said = isinstance(content, str) and node.get("role") == "assistant"
-    blocks, rest = _without_details(content) if said else ([], "")
-    if not blocks:
-        return {"role": node.get("role"), "content": content}, False
-    message: Message = {"role": "assistant", "content": rest.strip()}
-    thoughts = [_plain(text) for kind, text in blocks if kind.lower() == "reasoning"]
-    if thoughts:
-        message["reasoning_content"] = "\n\n".join(thoughts)
-    return message, len(thoughts) < len(blocks)
+def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:
+    """A turn as the model saw or said it."""
+    content, output = node.get("content"), node.get("output")
+    content = "" if isinstance(content, str) and not content.strip() else content
+    if node.get("role") != "assistant":
+        return [{"role": node.get("role"), "content": content}]
+    if output:
+        if not isinstance(output, list) or len(objects_in(output)) < len(output):
+            raise origin.error(f"expected a list of items as 'output' of a message, found {shown(output)}.")
+        # A filter or the user has put another text in the place of the model's.
+        shown_text = _unwrapped(content)[-1:] if "originalContent" in node and isinstance(content, str) else []
+        return _of_items(_with_text(output, shown_text[0]) if shown_text else output, origin)
+    items = _unwrapped(content) if isinstance(content, str) else []
+    return _of_items(items, origin) if len(items) > 1 else [{"role": "assistant", "content": content}]
 
 
-def _without_details(text: str) -> tuple[list[tuple[str, str]], str]:
-    """Kind and content of each block of details, and the text without them."""
-    blocks: list[tuple[str, str]] = []
-    rest, end = [], 0
+def _of_items(items: list[Record], origin: Origin) -> list[Message] | LeftOut:
+    """The messages that items of the Responses API stand for: what the assistant says and calls, and the results."""
+    if any(part.get("type") in IMAGES for item in items for part in objects_in(item.get("output"))):
+        return origin.left_out(WITH_IMAGE)
+    called, given = (
+        [str(item.get("call_id")) for item in items if item.get("type") == kind] for kind in (_CALL, _RESULT)
+    )
+    if sorted(called) != sorted(given) or any(
+        item.get("type") not in (_CALL, _RESULT, _SAID, _THOUGHT) for item in items
+    ):
+        return origin.left_out(WITH_TOOLS)
+    messages: list[Message] = []
+    for is_result, group in groupby(items, lambda item: item.get("type") == _RESULT):
+        if is_result:
+            messages += [
+                {"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item, "output", origin)}
+                for item in group
+            ]
+            continue
+        part = list(group)
+        texts = (_text(item, "content", origin) for item in part if item["type"] == _SAID)
+        message: Message = {"role": "assistant", "content": "\n".join(filter(str.strip, texts))}
+        thoughts = (
+            _text(item, "summary" if item.get("summary") else "content", origin)
+            for item in part
+            if item["type"] == _THOUGHT
+        )
+        if said := "\n\n".join(filter(str.strip, thoughts)):
+            message["reasoning_content"] = said
+        if calls := [_call(item) for item in part if item["type"] == _CALL]:
+            message["tool_calls"] = calls
+        messages.append(message)
+    return messages
+
+
+def _call(item: Record) -> Message:
+    """A call in OpenAI's form, as the model made it, where the interface shows another one."""
+    made = item["provider_function"] if isinstance(item.get("provider_function"), dict) else item
+    function = {"name": made.get("name"), "arguments": made.get("arguments") or "{}"}
+    return {"type": "function", "id": item.get("call_id"), "function": function}
+
+
+def _text(item: Record, key: str, origin: Origin) -> str:
+    parts = item.get(key) or []
+    texts = [part.get("text", "") for part in objects_in(parts)] if isinstance(parts, list) else [parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise origin.error(f"expected a list of texts as {key!r} of an item of 'output', found {shown(parts)}.")
+    return "".join(texts)
+
+
+def _with_text(items: list[Record], text: Record) -> list[Record]:
+    """The items with a text in the place of all that was said."""
+    last = max((at for at, item in enumerate(items) if item.get("type") == _SAID), default=len(items))
+    return [*(item for item in items[:last] if item.get("type") != _SAID), text, *items[last + 1 :]]
+
+
+def _unwrapped(text: str) -> list[Record]:
+    """The items that a text for the interface stands for: blocks of details, and the texts between them."""
+    items: list[Record] = []
+    end = 0
     while (
         (opening := _DETAILS.search(text, end))
         and (start := text.find(">", opening.end()) + 1)
         and (closing := _DETAILS_END.search(text, start))
     ):
-        blocks.append((opening[1], text[start : closing.start()]))
-        rest.append(text[end : opening.start()])
+        items.append({"type": _SAID, "content": text[end : opening.start()].strip()})
+        attributes = dict(_ATTRIBUTE.findall(text[opening.end() : start]))
+        items += _of_details(opening[1].lower(), attributes, text[start : closing.start()])
         end = closing.end()
-    return blocks, "".join([*rest, text[end:]])
+    return [*items, {"type": _SAID, "content": text[end:].strip()}]
+
+
+def _of_details(kind: str, attributes: dict[str, str], inside: str) -> list[Record]:
+    if kind == _THOUGHT:
+        return [{"type": kind, "content": _plain(inside)}]
+    if kind != "tool_calls":
+        return [{"type": kind}]
+    known = {name: _json_text(attributes[name]) for name in ("arguments", "result") if name in attributes}
+    call_id = attributes.get("id")
+    call = {"type": _CALL, "call_id": call_id, "name": attributes.get("name"), "arguments": known.get("arguments")}
+    return [call, {"type": _RESULT, "call_id": call_id, "output": known["result"]}] if "result" in known else [call]
 
 
 def _plain(thought: str) -> str:
@@ -127,6 +211,18 @@ def _plain(thought: str) -> str:
     closing = _SUMMARY_END.search(thought, opening.end()) if opening else None
     if opening and closing:
         thought = thought[: opening.start()].rstrip() + thought[closing.end() :].lstrip()
+    return _QUOTE.sub("", _unescaped(thought)).strip()
+
+
+def _json_text(value: str) -> str:
+    """The text that an attribute holds as JSON; JSON of anything else as it is written."""
+    value, found = _unescaped(value), None
+    with suppress(ValueError, RecursionError):
+        found = json.loads(value)
+    return found if isinstance(found, str) else value
+
+
+def _unescaped(text: str) -> str:
     with suppress(ValueError):  # where the number of a character has more digits than Python reads
-        thought = html.unescape(thought)
-    return _QUOTE.sub("", thought).strip()
+        return html.unescape(text)
+    return text

@@ -16,6 +16,7 @@ NO_ANSWER = "no answer that holds text"
 NO_PROMPT = "answer without a prompt"
 SECOND_ANSWER = "answer right after another one"
 WITH_IMAGE = "conversation with an image"
+UNFINISHED = "answer that does not end where its model ended it"
 # What a row may not tell the chat template: what this package itself says, and how the template is called.
 _RESERVED_OPTIONS = frozenset({
     "self", "conversation", "messages", "tools", "chat_template", "tokenize", "tokenizer_kwargs",
@@ -118,16 +119,23 @@ class Origin:
         check_size([*prompt, *completion, *(tools or ()), *([told] if told else ())], self.place)
         return FeedbackRow(prompt, completion, None, self.place, tools or None, told, num_trailing)
 
-    def answered(self, before: list[Message], answer: Message, name: str) -> FeedbackRow | LeftOut:
+    def answered(self, before: list[Message], answer: list[Message], name: str) -> FeedbackRow | LeftOut:
         """The row of an exported chat, whose messages stand in the column ``name``; those that say nothing are none."""
-        if not answer["content"]:
+        before, answer = (
+            [
+                message
+                for message in turn
+                if message["content"] or message.get("tool_calls") or message["role"] == "tool"
+            ]
+            for turn in (before, answer)
+        )
+        if not answer or answer[-1]["role"] == "tool" or not answer[-1]["content"]:
             return self.left_out(NO_ANSWER)
-        prompt = [message for message in before if message["content"]]
-        if not any(message["role"] == "user" for message in prompt):
+        if not any(message["role"] == "user" for message in before):
             return self.left_out(NO_PROMPT)
-        if prompt[-1]["role"] == "assistant":
+        if before[-1]["role"] in ("assistant", "tool"):
             return self.left_out(SECOND_ANSWER)
-        return self.row(self.messages(prompt, name), self.messages([answer], name))
+        return self.row(self.messages(before, name), self.messages(answer, name))
 
     def _with_system(self, prompt: list[Message], system: Any, column: str) -> list[Message]:
         """The messages after the system prompt of a column, unless they hold it already."""

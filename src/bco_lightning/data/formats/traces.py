@@ -17,7 +17,7 @@ _ROLE_OF = {
 }  # fmt: skip
 _HISTORY = ("chat_history", "history")
 # Parts of a content, by OpenAI's two interfaces, Anthropic and LangChain.
-_IMAGES = ("image", "image_url", "input_image", "image_file")
+IMAGES = ("image", "image_url", "input_image", "image_file")
 
 
 def traced_row(record: Record, columns: tuple[str, str], origin: Origin, tools: Any = None) -> FeedbackRow | LeftOut:
@@ -31,7 +31,7 @@ def traced_row(record: Record, columns: tuple[str, str], origin: Origin, tools: 
         return origin.left_out(NO_ANSWER)
     asked = _found(given, "user", origin)
     contents = [message.get("content") for message in objects_in(asked + said)]
-    if any(part.get("type") in _IMAGES for content in contents for part in objects_in(content)):
+    if any(part.get("type") in IMAGES for content in contents for part in objects_in(content)):
         return origin.left_out(WITH_IMAGE)
     completion, num_trailing = origin.messages(said, "output"), 0
     if any(message["role"] == "user" for message in completion):
