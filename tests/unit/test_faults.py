@@ -75,6 +75,9 @@ def raised_by(act: Any) -> BaseException:
         (lambda: Trainer(gradient_clip_algorithm="median"), "lightning: `gradient_clip_algorithm` median is invalid."),
         (lambda: Trainer(barebones=True, logger=True, enable_model_summary=False), "lightning: `Trainer(barebones="),
         (lambda: Trainer(limit_val_batches=-1), "lightning: "),
+        (lambda: Trainer(strategy="bogus", accelerator="cpu"), "lightning: You selected an invalid strategy name"),
+        (lambda: Trainer(val_check_interval=1.5, accelerator="cpu"), "lightning: You have passed invalid value 1.5"),
+        (lambda: Trainer(devices="many", accelerator="cpu"), "lightning: `devices` selected with `CPUAccelerator`"),
         (lambda: Trainer(accelerator="cpu", devices=0), "lightning: `Trainer(devices=0)` value is not a valid input"),
         (lambda: EarlyStopping("x").load_state_dict({}), None),  # a KeyError that nobody raises on purpose
         (lambda: ArgumentParser().get_defaults().nothing, None),

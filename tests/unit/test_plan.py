@@ -203,8 +203,8 @@ def test_the_table_of_the_recipes_is_what_the_command_prints(capsys: pytest.Capt
     [
         ([], "--model: expected a model, found none."),
         (["--model", "8B", "--gpus", "0"], "Not of type PositiveInt: 0"),
-        (["--model", "8B", "--strategy", "zero"], "Got value: zero"),
-        (["--model", "8B", "--gpuss", "8"], "Did you mean --gpus?"),
+        (["--model", "8B", "--strategy", "zero"], ", found zero."),
+        (["--model", "8B", "--gpuss", "8"], "nearest are gpus, "),
         (["--model", "8B", "--completion_tokens", "4096"], "--completion_tokens: expected fewer than --max_length"),
         (["--model", "./nothing"], "./nothing: expected a model folder or .gguf file, found nothing there."),
     ],
@@ -212,11 +212,7 @@ def test_the_table_of_the_recipes_is_what_the_command_prints(capsys: pytest.Capt
 def test_options_that_make_no_sense_are_named(
     options: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status: Any = main(["plan", *options])
-    except SystemExit as left:
-        status = left.code
-    assert status == 2
+    assert main(["plan", *options]) == 2
     assert words in capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
+from bco_lightning.cli.wording import in_one_line
 from bco_lightning.errors import FaultError, UserError, causes_of
 
 _TOO_LONG = re.compile(r"timed out|wait timeout|watchdog|timeout caused pair closure", re.IGNORECASE)
@@ -103,10 +104,11 @@ def _said_on_purpose(error: BaseException) -> FaultError | None:
         if folder in Path(frame.filename).parents
     ]
     if isinstance(error, DistError) or any(str(line).startswith("raise ") for _, line in said):
-        words = error.args[0] if isinstance(error, KeyError) else error
-        return FaultError(
-            said[0][0] if said else "torch.distributed", " ".join(str(words).split()) or type(error).__name__
-        )
+        words = str(error.args[0] if isinstance(error, KeyError) else error)
+        where = said[0][0] if said else "torch.distributed"
+        if where == "jsonargparse":
+            return FaultError(*in_one_line(words))
+        return FaultError(where, " ".join(words.split()) or type(error).__name__)
     return None
 
 

@@ -103,10 +103,13 @@ def load_without_secrets(text: str, path: str = "") -> Any:
     where = str(path) or "config"
     try:
         value = load_measured(text, where)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError) as error:
         # What cannot be read ends in an error message, with its text.
         if _SECRET_VALUE.search(text):
             _refuse(where)
+        if path and isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            place = f"{where}:{error.problem_mark.line + 1}"
+            raise Refusal(place, f"expected YAML, found a mistake: {error.problem}.") from None
         raise
     _refuse_secrets_of(value, where)
     return value

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import os
 import platform
-import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +38,9 @@ from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run
 from bco_lightning.cli import safety
+from bco_lightning.cli.help import COMMANDS
 from bco_lightning.cli.plain_yaml import Refusal, load_measured, refusals_as_errors
+from bco_lightning.cli.wording import in_one_line
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.options import Source
 from bco_lightning.demo.trial import KnownRewardTrial
@@ -64,13 +64,11 @@ cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bi
 except for model.importance_weights. It takes every option of `fit`."""
 
 
-_UNKNOWN = re.compile(
-    r"(?:Group '([\w.]+)' does not )?(?:accept option|nested key|[Uu]nrecognized arguments:|Key) '?(?:--)?([\w.]+)"
-)
-
-
 class BCOArgumentParser(LightningArgumentParser):
-    """Suggests the option that was probably meant, and takes no objects where only Python can give them."""
+    """Says in one line what is wrong, takes no option cut short, and no objects where only Python can give them."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     @override
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
@@ -95,18 +93,15 @@ class BCOArgumentParser(LightningArgumentParser):
         return super().instantiate(namespace, instantiate_groups, **options)
 
     @override
-    def print_usage(self, file: Any = None) -> None:
-        """Prints one line before an error: a hundred options are for the help."""
-        print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file)
-
-    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[misc]
-        safety.refuse_import_named_in(message)
-        if (unknown := _UNKNOWN.search(message)) and "xpected a" not in message:
-            given = ".".join(filter(None, unknown.groups()))
-            close = difflib.get_close_matches(given, _options_of(self), n=1, cutoff=0.7)
-            message += f"\nDid you mean --{close[0]}?" if close else ""
-        super().error(printable(message), ex)
+        """Leaves with one line; a hundred options are for the help."""
+        if "is not accepted" not in message:  # or a misspelt one would be sought in classes that may not be imported
+            safety.refuse_import_named_in(message)
+        if not self.exit_on_error:  # it is that of a part, such as a class
+            super().error(message, ex)
+        parser: Any = getattr(ex, "subcommand_parser", self)
+        where, problem = in_one_line(message, sorted(_options_of(parser)), COMMANDS)
+        raise Refusal(where, problem, f"See {parser.prog.replace(' [options]', '')} --help.")
 
 
 def _print(text: str) -> None:

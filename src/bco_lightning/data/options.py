@@ -247,7 +247,9 @@ class DataOptions(Options):
         default=None,
         on_resume="refused",
     )
-    num_workers: int = option("Worker processes of each data loader.", default=0, on_resume="free")
+    num_workers: int = option(
+        "Worker processes of each data loader.", default=0, fits=at_least(0, "processes"), on_resume="free"
+    )
     bad_rows: BadRowPolicy = option(
         "``strict`` stops at the first malformed row; ``skip`` leaves them out, counts and shows them.",
         default="strict",
