@@ -179,6 +179,11 @@ class Auc:
     low: float  # of its 95 % interval, which goes from 0 to 1 where one class comes from a single prompt
     high: float
 
+    @property
+    def is_even(self) -> bool:
+        """Whether all of the interval is within 0.1 of a half: not just "no difference was shown"."""
+        return self.low >= 0.4 and self.high <= 0.6
+
     @classmethod
     def mean_of(cls, areas: Sequence[tuple[float, float]]) -> Auc:
         """The mean of areas, each with its variance; the interval is normal, and everything where one is not known."""

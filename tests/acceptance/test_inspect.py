@@ -199,4 +199,6 @@ def test_a_log_larger_than_the_sample_of_the_classifier_is_drawn_from(
     monkeypatch.setattr(prompts, "MOST_ROWS", 50)
     rows = [{"prompt": f"thing {n}", "completion": "yes", "label": n % 2 == 0} for n in range(80)]
     assert inspect(tiny_model, write_jsonl(tmp_path / "many.jsonl", rows), "--data.validation_fraction=0") == 0
-    assert re.search(r"rows looked at\s*│\s*50 ", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"rows looked at\s*│\s*50 ", said)
+    assert "What looks like personal data, in 50 of 80 rows" in " ".join(said.split())

@@ -20,7 +20,7 @@ from bco_lightning.inspection.cost import EFFICIENCY, cost_of, num_steps
 from bco_lightning.inspection.numbers import RowArrays, length_summary, texts_of
 from bco_lightning.inspection.personal_data import count_personal_data, find_personal_data, is_iban, passes_luhn
 from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt_shift
-from bco_lightning.inspection.report import length_bias
+from bco_lightning.inspection.report import _good_if_known, length_bias
 from bco_lightning.models.load import load_policy, unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
 
@@ -31,6 +31,11 @@ def arrays_of(lengths: Any, up: Any) -> RowArrays:
     """Rows with completions of these lengths and prompts of one token."""
     lengths, ones = np.asarray(lengths), np.ones(len(lengths), dtype=int)
     return RowArrays(np.asarray(up), ones, lengths, lengths + 1, lengths, np.arange(len(lengths)))
+
+
+def spread(number: int, longer: int = 0) -> Any:
+    """Lengths from 0 to 49, each of them once for either class, the thumbs-up row by so much longer."""
+    return np.repeat(np.arange(number // 2) % 50, 2) + np.where(np.arange(number) % 2, 0, longer)
 
 
 # --- lengths
@@ -53,7 +58,10 @@ def test_thumbs_that_follow_length_are_warned_of() -> None:
 @pytest.mark.parametrize(
     ("lengths", "up", "level", "said"),
     [
-        (np.tile(np.arange(50), 4), np.arange(200) % 2 == 0, "good", "do not clearly follow length"),
+        (spread(200), np.arange(200) % 2 == 0, "good", "thumbs hardly follow length"),
+        (spread(400, longer=1), np.arange(400) % 2 == 0, "good", "thumbs hardly follow length"),
+        (spread(50), np.arange(50) % 2 == 0, "note", "too few rows, or too close, to tell"),
+        (spread(400, longer=3), np.arange(400) % 2 == 0, "note", "too few rows, or too close, to tell"),
         (np.array([9, 8, 7, 1, 2, 3]), np.arange(6) < 3, "note", "3 rows of the rarer class: too few"),
         (np.array([1, 2]), np.array([True, True]), "note", "thumbs of one kind"),
     ],
@@ -142,6 +150,16 @@ def test_where_no_classifier_can_be_trained_the_reason_is_said(prompts: list[str
 def test_a_rarer_class_of_few_prompts_is_said_and_not_a_crash() -> None:
     prompts = [*prompts_at_random(100), *["the one that nobody likes"] * 30]
     assert "too few prompts" in prompt_shift(prompts, np.arange(130) < 100, seed=0).why_not
+
+
+@pytest.mark.parametrize(("number", "is_known", "level"), [(1000, True, "good"), (60, False, "note")])
+def test_that_prompts_do_not_differ_is_good_only_where_a_difference_is_ruled_out(
+    number: int, is_known: bool, level: str
+) -> None:
+    shift = prompt_shift(prompts_at_random(number), np.arange(number) % 2 == 0, seed=0)
+    assert not shift.is_shifted
+    assert ("nor ruled out" in shift.verdict) is not is_known
+    assert _good_if_known(shift.auc) == level
 
 
 def test_the_roc_curve_has_the_area_that_is_said() -> None:
@@ -296,7 +314,9 @@ def test_operations_without_weights_are_those_counted_on_the_policy(lora: LoraSe
 
 def config(model: str, **trainer: Any) -> Namespace:
     options = {"accelerator": "cpu", "max_epochs": 3, "max_steps": -1, "num_nodes": 1, **trainer}
-    return Namespace(trainer=Namespace(**options), model=Namespace(name_or_path=model, lora=None, dtype="auto"))
+    return Namespace(
+        trainer=Namespace(**options), model=Namespace(name_or_path=model, lora=None, dtype="auto", cache_folder=None)
+    )
 
 
 def test_time_is_operations_over_the_speed_of_products_and_devices(

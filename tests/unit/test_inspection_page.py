@@ -136,6 +136,15 @@ def test_pictures_have_a_name_for_those_who_do_not_see_them() -> None:
     assert len(re.findall(r'<figure role="img" aria-label="[^"]+"><svg', page)) == page.count("<svg") == 5
 
 
+def test_on_a_phone_tables_scroll_in_themselves_and_rules_for_it_have_the_last_word() -> None:
+    page = page_of(report())
+    assert page.count('<div class="wide"><table>') == page.count("<table") > 0
+    rules = page[: page.index("</style>")]
+    assert rules.index("@media (max-width") > rules.rindex("grid-template-columns: 1fr 1fr")
+    assert ".wide { overflow-x: auto; }" in rules
+    assert 'name="viewport" content="width=device-width' in page
+
+
 def test_a_limit_within_the_picture_is_drawn() -> None:
     lengths, up = np.arange(1, 101), np.arange(100) < 50
     near, far = (

@@ -11,7 +11,7 @@ import torch
 
 from bco_lightning.errors import UserError
 from bco_lightning.inspection.numbers import RowArrays
-from bco_lightning.models.load import resolve_dtype, unloaded_model
+from bco_lightning.models.load import locate_model, resolve_dtype, unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.options import LoraSettings
 
@@ -57,7 +57,9 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
     cost = Cost(tokens, completion_tokens, per_step * batch_size, steps_per_epoch, steps)
     lora = LoraSettings(**dict(vars(config.model.lora))) if config.model.lora is not None else None
     try:
-        useful = UsefulFlops.of(unloaded_model(config.model.name_or_path, lora))
+        # What the tokenizer was loaded from: transformers reads all of a GGUF file to find its shape.
+        folder = locate_model(config.model.name_or_path).folder(config.model.cache_folder)
+        useful = UsefulFlops.of(unloaded_model(folder, lora))
     except UserError as error:
         return replace(cost, why_not=f"the model's operations cannot be counted ({error.problem.rstrip('.')})")
     flops = (
@@ -70,7 +72,7 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
     epochs = steps / steps_per_epoch if steps is not None else 1.0
     seconds = (epochs * flops / rate / EFFICIENCY[1], epochs * flops / rate / EFFICIENCY[0])
     on_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_cuda else f"this CPU ({torch.get_num_threads()} threads)"
+    name = torch.cuda.get_device_name(device) if on_cuda else f"this CPU (threads: {torch.get_num_threads()})"
     return replace(cost, flops=flops, seconds=seconds, machine=f"{devices} × {name}" if devices > 1 else name)
 
 

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 
 from bco_lightning.data import FeedbackDataModule
-from bco_lightning.data.messages import said_in
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError, printable
 from bco_lightning.importance.report import TrustReport, text_table
 from bco_lightning.importance.weights import MOST_PROMPTS
@@ -56,7 +55,8 @@ def inspect_command(
         raise ConfigError("--examples", f"expected a number from 0 on, found {examples}.")
     page = Path(report)
     require_free("--report", page, _BEGINNING if overwrite else "")
-    data = FeedbackDataModule(**data_options, tokenizer=load_tokenizer(config.model.name_or_path))
+    tokenizer = load_tokenizer(config.model.name_or_path, cache_folder=config.model.cache_folder)
+    data = FeedbackDataModule(**data_options, tokenizer=tokenizer)
     problem: UserError | None = None
     try:
         data.setup("fit")
@@ -77,7 +77,7 @@ def inspect_command(
     arrays, seed = RowArrays.of(dataset), data.options.row_seed
     limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
     up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), seed)
-    prompts = [said_in(prompt) for prompt in dataset.select_columns(["prompt"])[drawn.tolist()]["prompt"]]
+    texts = list(texts_of(dataset, tokenizer, drawn.tolist()))
     data_report = DataReport(
         model=config.model.name_or_path,
         counts=tuple(data.counts),
@@ -86,11 +86,11 @@ def inspect_command(
         limits={name: limit for name, limit in limits.items() if limit is not None},
         # The data module knows of no trainer here: its steps are micro-batches of one device.
         cost=cost_of(arrays, data.class_frequencies[0], config, data.options.batch_size, data.steps_per_epoch),
-        prompts=prompt_shift(prompts, up[drawn], seed),
+        prompts=prompt_shift([row.prompt for row in texts], up[drawn], seed),
         prompt_bias=auc(arrays.prompt_lengths, up, arrays.prompts),
         bias=length_bias(arrays),
-        personal_data=count_personal_data(row[:2] for row in texts_of(dataset, data.tokenizer)),
-        examples=examples_of(dataset, data.tokenizer, up, 0 if hide_examples else examples, seed),
+        personal_data=count_personal_data(row[:2] for row in texts),
+        examples=examples_of(dataset, tokenizer, up, 0 if hide_examples else examples, seed),
         notes=tuple(notes),
         trust=trust,
     )

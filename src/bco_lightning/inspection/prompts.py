@@ -54,7 +54,8 @@ class PromptShift:
             why = "the probabilities of the classifier are no better than a constant's"
         else:
             why = "the interval of the AUC includes 0.5"
-        return f"No difference of the prompts was shown ({why}), so importance weights are not advised."
+        known = "" if self.auc.is_even else ", nor ruled out"
+        return f"No difference of the prompts was shown ({why}){known}, so importance weights are not advised."
 
 
 def drawn_rows(num_rows: int, seed: int) -> Array:

@@ -79,15 +79,15 @@ class DataReport:
         """What one should know before training, the worst first."""
         found = [*self.notes, *_of_counts(self.trained_on), *_of_feedback(self.feedback), self.bias]
         if self.trust is None:
-            level: Level = "note" if self.prompts.auc is None else "warning" if self.prompts.is_shifted else "good"
+            level: Level = "warning" if self.prompts.is_shifted else _good_if_known(self.prompts.auc)
             found.append(Finding(level, self.prompts.verdict))
         else:
-            found.append(
-                Finding("note" if self.trust.has_evidence or self.trust.why_not else "good", self.trust.verdict)
-            )
+            level = "note" if self.trust.has_evidence else _good_if_known(self.trust.auc)
+            found.append(Finding(level, self.trust.verdict))
             found += [Finding("warning", warning) for warning in self.trust.warnings]
         if said := ", ".join(f"{kind} in {rows:,}" for kind, (rows, _) in self.personal_data.items() if rows):
-            found.append(Finding("warning", f"Rows with what looks like personal data: {said}. A model may repeat it."))
+            looked = f"Rows with what looks like personal data, of {self.prompts.num_rows:,} looked at"
+            found.append(Finding("warning", f"{looked}: {said}. A model may repeat it."))
         return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
@@ -113,7 +113,9 @@ def length_bias(arrays: RowArrays) -> Finding:
         return Finding("note", f"{said}, {few}")
     is_ranked = area.low > 0.5 + _NOTED_DIFFERENCE or area.high < 0.5 - _NOTED_DIFFERENCE
     if not (is_ranked or means.is_clear(_NOTED_RATIO) or tails.is_clear(_NOTED_TAIL)):
-        return Finding("good", f"{said}: thumbs do not clearly follow length.")
+        if area.is_even and means.is_even(_NOTED_RATIO) and tails.is_even(_NOTED_TAIL):
+            return Finding("good", f"{said}: thumbs hardly follow length.")
+        return Finding("note", f"{said}: too few rows, or too close, to tell whether thumbs follow length.")
     longer = area.value > 0.5 if is_ranked else means.up > means.down
     advice = (
         f"A model may learn to write {'longer' if longer else 'shorter'} answers and nothing else; compare it with the "
@@ -134,12 +136,21 @@ class _Difference(NamedTuple):
         low, high = sorted((self.up, self.down))
         return high - low > NORMAL_95 * self.error and high > ratio * low
 
+    def is_even(self, ratio: float) -> bool:
+        """Whether so much is ruled out."""
+        low, high = sorted((self.up, self.down))
+        return high - low + NORMAL_95 * self.error <= (ratio - 1) * low
+
 
 def _difference(values: Array, up: Array, prompts: Array) -> _Difference:
     of_up, of_down = float(values[up].mean()), float(values[~up].mean())
     shares = np.where(up, (values - of_up) / up.sum(), (of_down - values) / (~up).sum())
     of_prompts = np.bincount(np.unique(prompts, return_inverse=True)[1], shares)
     return _Difference(of_up, of_down, float(np.sqrt(np.square(of_prompts).sum())))
+
+
+def _good_if_known(area: Auc | None) -> Level:
+    return "good" if area is not None and area.is_even else "note"
 
 
 def examples_of(dataset: Any, tokenizer: Any, up: Array, number: int, seed: int) -> tuple[RowText, ...]:
@@ -193,7 +204,8 @@ def sections(report: DataReport) -> list[Section]:
         ),
         Section("An epoch, and the run", plain, _cost_rows(report.cost)),
         Section(
-            "What looks like personal data", ("", "rows", "finds"),
+            f"What looks like personal data, in {report.prompts.num_rows:,} of {len(report.arrays.lengths):,} rows",
+            ("", "rows", "finds"),
             [(kind, f"{rows:,}", f"{finds:,}") for kind, (rows, finds) in report.personal_data.items()],
             remark="By patterns, and by checksums of cards and IBANs. Names are not looked for, and none found is no "
             "promise.",
