@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +129,11 @@ def _attention_at_once(
     queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
     if told.places is not None:
         keys, values = keys.index_select(0, told.places), values.index_select(0, told.places)
-    attended: Tensor = varlen_attn(
+    attended = varlen_attn(
         queries, keys, values, told.queries, told.keys, told.most_queries, told.most_keys,
         scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
-    return attended[None]
+    return cast(Tensor, attended)[None]
 
 
 def _attention_row_by_row(
