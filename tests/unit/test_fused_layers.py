@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,8 +25,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from bco_lightning.models import attention
+from bco_lightning.models.adapters import fuse_adapters
 from bco_lightning.models.fused_layers import fuse_layers
-from tests.unit.test_log_probs import SMALL
+from bco_lightning.models.layout import causal_lm_of, packed_states, set_layout
+from tests.unit.test_log_probs import SMALL, make_batch
 
 TOKENS = torch.arange(3, 603).remainder(97).view(2, 300)  # more rows than a tile has
 
@@ -58,8 +63,9 @@ def fused(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
-def kept_bytes(model: nn.Module) -> int:
+def kept_bytes(model: nn.Module, compute: Callable[[], Any] | None = None) -> int:
     """Of all that the backward pass needs, each storage once and without the weights."""
+    compute = compute or (lambda: model(TOKENS, use_cache=False).logits)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -70,8 +76,8 @@ def kept_bytes(model: nn.Module) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(TOKENS, use_cache=False).logits
-    del logits
+        found = compute()
+    del found
     return sum(kept.values())
 
 
@@ -148,10 +154,89 @@ def test_a_clamp_that_only_large_numbers_meet_is_seen() -> None:
     assert [name for name in fused(model) if name.endswith("mlp")] == ["model.layers.0.mlp"]
 
 
-def test_an_adapted_projection_stays_as_it_is() -> None:
-    adapted = get_peft_model(build(), LoraConfig(r=2, target_modules=["down_proj"]))
-    fuse_layers(adapted.modules())
-    assert not [name for name in fused(adapted) if name.endswith("mlp")]
+def adapted(dtype: torch.dtype, seed: int = 0, **options: Any) -> nn.Module:
+    model = get_peft_model(build(**options).to(dtype), LoraConfig(r=2, lora_alpha=5, target_modules="all-linear"))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) / 8
+    return model
+
+
+def fuse(model: nn.Module) -> None:
+    fuse_adapters(model)
+    fuse_layers(model.modules())
+
+
+def test_an_adapted_feed_forward_layer_has_the_gradients_of_float64() -> None:
+    model = adapted(torch.float32)
+    logits, exact = outcome(copy.deepcopy(model).double())
+    fuse(model)
+    assert any(name.endswith("mlp") for name in fused(model))
+    after, found = outcome(model)
+    assert (after - logits).norm() <= 1e-5 * logits.norm()
+    assert found.keys() == exact.keys()
+    for parameter, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - exact[parameter]).norm() <= 2e-5 * exact[parameter].norm(), parameter
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_adapted_layers_under_autocast_are_within_its_rounding_of_those_of_peft(weights: torch.dtype) -> None:
+    model = adapted(weights)
+    exact = outcome(copy.deepcopy(model).double())
+    errors = []
+    for fusing in (False, True):
+        if fusing:
+            fuse(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, gradients = outcome(model)
+        off = [(gradients[name] - right).norm() / right.norm() for name, right in exact[1].items()]
+        errors.append((float((logits - exact[0]).norm() / exact[0].norm()), float(torch.stack(off).mean())))
+    (logits_of_peft, gradients_of_peft), (logits_fused, gradients_fused) = errors
+    assert logits_fused <= 1.1 * logits_of_peft
+    assert gradients_fused <= 1.1 * gradients_of_peft
+
+
+def test_with_the_adapter_switched_off_a_feed_forward_layer_is_that_of_the_base_to_the_bit() -> None:
+    model = adapted(torch.bfloat16)
+    base = outcome(build().to(torch.bfloat16))[0]
+    fuse(model)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(TOKENS, use_cache=False).logits, base)
+
+
+class OneCall(torch.autograd.Function):
+    """Keeps what a kernel for all rows keeps: queries, keys and values of its own heads, what it gives, and a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.clone()
+        ctx.save_for_backward(query, key, value, out, query.new_zeros(query.shape[:2], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(each) for each in ctx.saved_tensors[:3])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_lora_keeps_at_most_115_kib_of_a_token_and_layer_of_8b(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2}
+    kept = []
+    monkeypatch.setattr(
+        attention, "varlen_attn", lambda query, key, value, *_args, **_options: OneCall.apply(query, key, value)
+    )
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: True)
+    for layers in (1, 3):
+        model = adapted(torch.bfloat16, **sizes, head_dim=32, num_hidden_layers=layers)
+        fuse(model)
+        set_layout(model, "packed")
+        batch = make_batch(97, [(5, 60)] * 4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            kept.append(kept_bytes(model, functools.partial(packed_states, causal_lm_of(model), batch)))
+    a_token = (kept[1] - kept[0]) / 2 / batch.num_computed
+    assert a_token * 4096 / 256 <= 115 * 1024  # everything but ranks and scales grows with the width
 
 
 def test_no_tokens_are_taken_as_well() -> None:

@@ -179,7 +179,7 @@ def test_parts_are_cut_halved_and_doubled_as_they_should() -> None:
     assert memory_of(PlanOptions("8B", 8, reference="model"))["reference"] == cut["weights"]
     lora = memory_of(PlanOptions("8B", 8, lora_r=16, gradient_checkpointing=True))
     states = 33 * 4096 * 4096 * 2  # of layers and the last norm, tokens, hidden size, bfloat16
-    assert states < lora["activations"] < 2 * states
+    assert states < lora["activations"] < 2.2 * states
 
 
 # --- the command

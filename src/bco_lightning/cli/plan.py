@@ -95,7 +95,7 @@ def memory_of(options: PlanOptions, tile: tuple[int, int] = _TILE) -> dict[str, 
     head_gradient = own * config.hidden_size * config.vocab_size if is_full else 0
     # Autocast copies float32 weights; the backward pass needs the copies, and autocast keeps them until it begins.
     copies = 2 * layer * (num_layers if mixed and cut == 1 and own == 4 else 0)
-    kept, work = _activations(config, norms, own, item, rank, casts=mixed and cut == 1)
+    kept, work = _activations(config, norms, own, item, rank)
     state = own * config.hidden_size
     layers = tokens * (state + num_layers * (state if options.gradient_checkpointing else kept))
     at_head = {
@@ -136,20 +136,19 @@ def _elements(shapes: Iterable[Shape], cut: int) -> int:
     return sum(math.ceil(shape[0] / cut) * math.prod(shape[1:]) for shape in shapes)
 
 
-def _activations(config: Any, norms: int, own: int, item: int, rank: int, casts: bool) -> tuple[int, int]:
+def _activations(config: Any, norms: int, own: int, item: int, rank: int) -> tuple[int, int]:
     """Bytes of one token: what a decoder layer keeps for its backward pass, and what that needs besides.
 
-    Kept are the input of each norm and a float32 scale; inputs of linear layers, one for each where autocast casts;
-    queries, keys and values for all heads, and what attention gives, twice; gate and up, with adapters also the
-    activated gate and the product. The backward pass has gradients of these, and those of the residual stream.
+    Kept are the input of each norm and a float32 scale; inputs of linear layers, one for each where autocast casts
+    those of layers without adapters; queries, keys and values for all heads, and what attention gives, twice; gate and
+    up. The backward pass has gradients of these, and those of the residual stream.
     """
     hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     attention = 5 * item * heads * (getattr(config, "head_dim", None) or hidden // heads)
-    inputs = (5 if own != item else 2) * item * hidden
-    kept = norms * (own * hidden + 4) + inputs + attention + (4 if rank else 2) * item * wide + 7 * rank * item
-    of_feed_forward = 6 * item if not rank else 4 + item if casts else 2 * item
+    inputs = (5 if own != item and not rank else 2) * item * hidden
+    kept = norms * (own * hidden + 4) + inputs + attention + 2 * item * wide + 7 * rank * item
     gradients = own * hidden + (item * hidden if own != item else 0)
-    return kept, max(of_feed_forward * wide + gradients, (12 + 2 * own) * hidden)
+    return kept, max(6 * item * wide + gradients, (12 + 2 * own) * hidden)
 
 
 def _head(scored: int, config: Any, item: int, is_full: bool, tile: tuple[int, int]) -> int:
@@ -187,7 +186,8 @@ def scale_table(gpu_memory: float) -> str:
         for gpus in (8, 64, 256, 1024):
             memory = memory_of(PlanOptions(name, gpus, lora_r=rank, gradient_checkpointing=True))
             total = sum(memory.values())
-            sizes = [*(memory[part] for part in parts), total - sum(memory[part] for part in parts), total]
+            named = [memory.get(part, 0) for part in parts]
+            sizes = [*named, total - sum(named), total]
             shown = " | ".join(f"{size / GIB:,.2f}" if size else "" for size in sizes)
             fits = "fits" if total <= gpu_memory * GIB else "**no**"
             lines.append(f"| {name} | {f'LoRA, rank {rank}' if rank else 'full'} | {gpus} | {shown} | {fits} |")

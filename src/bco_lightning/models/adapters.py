@@ -161,21 +161,36 @@ def fuse_adapters(model: nn.Module) -> None:
 def _adapted_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if layer.disable_adapters and not layer.merged:
         return layer.base_layer(x)  # type: ignore[no-any-return]
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    unusual = args or kwargs or layer.merged or torch.is_autocast_enabled(x.device.type)
-    if unusual or len(names) != 1 or not _is_plain(layer, names[0]):
+    adapter = None if args or kwargs else plain_adapter(layer)
+    if adapter is None:
         return lora.Linear.forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
-    base, name = layer.base_layer, names[0]
+    base, x_SI = layer.base_layer, _as_computed(x).reshape(-1, x.shape[-1])
     # Shapes are changed out here: some layers write into what they get, which a view made within would forbid.
-    a_RI, b_OR, x_SI = layer.lora_A[name].weight, layer.lora_B[name].weight, x.reshape(-1, x.shape[-1])
-    out_SO = _AdaptedLinear.apply(x_SI, base.weight, base.bias, a_RI, b_OR, layer.scaling[name])
+    out_SO = _AdaptedLinear.apply(x_SI, base.weight, base.bias, *adapter)
     return out_SO.view(*x.shape[:-1], base.weight.shape[0])  # type: ignore[no-any-return]
 
 
-def _is_plain(layer: Any, name: str) -> bool:
-    """Whether an adapter is two matrices and nothing else."""
-    variant, bias = layer.lora_variant.get(name), layer.lora_bias[name]
-    return isinstance(layer.lora_dropout[name], nn.Identity) and not (variant or bias)
+def _as_computed(x: Tensor) -> Tensor:
+    """What autocast makes of a layer's input; kept with it, for the other layers that get the same."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if x.dtype == dtype or not x.is_floating_point():
+        return x
+    made = getattr(x, "_bco_as_computed", None)
+    if made is None or made[0] != (x._version, dtype):
+        x._bco_as_computed = made = ((x._version, dtype), x.to(dtype))  # type: ignore[attr-defined]
+    return made[1]  # type: ignore[no-any-return]
+
+
+def plain_adapter(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """Matrices A and B, and their scale, of the one adapter at work; ``None`` if it is more than two matrices."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.disable_adapters or len(names) != 1:
+        return None
+    (name,) = names
+    if layer.lora_variant.get(name) or layer.lora_bias[name] or not isinstance(layer.lora_dropout[name], nn.Identity):
+        return None
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -189,7 +204,8 @@ class _AdaptedLinear(torch.autograd.Function):
         low_SR = x_SI @ a_RI.T
         ctx.save_for_backward(x_SI, weight_OI, a_RI, b_OR, low_SR)
         ctx.scaling = scaling
-        return nn.functional.linear(x_SI, weight_OI, bias_O).addmm_(low_SR, b_OR.T)
+        bias_O = None if bias_O is None else bias_O.to(x_SI.dtype)
+        return nn.functional.linear(x_SI, weight_OI.to(x_SI.dtype), bias_O).addmm_(low_SR, b_OR.T)
 
     @staticmethod
     @once_differentiable
@@ -198,7 +214,7 @@ class _AdaptedLinear(torch.autograd.Function):
         low_grad_SR = grad_SO @ b_OR
         x_grad_SI = a_grad_RI = b_grad_OR = None
         if ctx.needs_input_grad[0]:
-            x_grad_SI = (grad_SO @ weight_OI).addmm_(low_grad_SR, a_RI)
+            x_grad_SI = (grad_SO @ weight_OI.to(grad_SO.dtype)).addmm_(low_grad_SR, a_RI)
         if ctx.needs_input_grad[3]:
             a_grad_RI = (low_grad_SR.T @ x_SI).float()
             b_grad_OR = (grad_SO.T @ low_SR).float() * ctx.scaling

@@ -12,10 +12,13 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from bco_lightning.models.adapters import plain_adapter
 
 _CPU_ROWS = 256  # what is computed on the way stays in a CPU's cache
 
@@ -47,7 +50,9 @@ def _fused_forward(module: Any) -> Callable[[Any, Tensor], Tensor] | None:
     recipe = _recipe(type(module)) if "forward" not in vars(module) else None
     if recipe == _NORM:
         return _norm_forward
-    if recipe != _GATED or type(module.down_proj) is not nn.Linear or module.down_proj.bias is not None:
+    down: Any = getattr(module, "down_proj", None)
+    down = down.base_layer if type(down) is lora.Linear else down
+    if recipe != _GATED or type(down) is not nn.Linear or down.bias is not None:
         return None
     act = module.act_fn
     return _feed_forward if isinstance(act, nn.Module) and not any(True for _ in act.parameters()) else None
@@ -60,9 +65,14 @@ def _norm_forward(norm: Any, x: Tensor) -> Tensor:
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
-    weight_HI = layer.down_proj.weight
+    down, adapter = layer.down_proj, None
+    if isinstance(down, lora.Linear):
+        adapter = plain_adapter(down)
+        if down.merged if down.disable_adapters else adapter is None:
+            return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    weight_HI = down.weight
     gate_SI, up_SI = (part(x).reshape(-1, weight_HI.shape[1]) for part in (layer.gate_proj, layer.up_proj))
-    out_SH = _GatedLinear.apply(gate_SI, up_SI, weight_HI, layer.act_fn)
+    out_SH = _GatedLinear.apply(gate_SI, up_SI, weight_HI, layer.act_fn, *(adapter or (None, None, 1.0)))
     return out_SH.view(*x.shape[:-1], weight_HI.shape[0])  # type: ignore[no-any-return]
 
 
@@ -105,22 +115,39 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _GatedLinear(torch.autograd.Function):
-    """``(act(gate) * up) W'``."""
+    """``h W' + s (h A') B'`` of ``h = act(gate) * up``; without an adapter A, B the first term alone."""
 
     @staticmethod
-    def forward(ctx: Any, gate_SI: Tensor, up_SI: Tensor, weight_HI: Tensor, act: nn.Module) -> Tensor:
-        ctx.save_for_backward(gate_SI, up_SI, weight_HI)
-        ctx.act = act
+    def forward(
+        ctx: Any,
+        gate_SI: Tensor,
+        up_SI: Tensor,
+        weight_HI: Tensor,
+        act: nn.Module,
+        a_RI: Tensor | None,
+        b_HR: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        ctx.act, ctx.scaling, low_SR = act, scaling, None
         product_SI = torch.empty_like(gate_SI)
         for rows in _rows(gate_SI):
             torch.mul(act(gate_SI[rows]), up_SI[rows], out=product_SI[rows])
-        return linear(product_SI, weight_HI.to(gate_SI.dtype))
+        out_SH = linear(product_SI, weight_HI.to(gate_SI.dtype))
+        if a_RI is not None and b_HR is not None:
+            a_RI, b_HR = a_RI.to(gate_SI.dtype), (b_HR * scaling).to(gate_SI.dtype)
+            low_SR = product_SI @ a_RI.T
+            out_SH.addmm_(low_SR, b_HR.T)
+        ctx.save_for_backward(gate_SI, up_SI, weight_HI, a_RI, b_HR, low_SR)
+        return out_SH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gate_SI, up_SI, weight_HI = ctx.saved_tensors
+        gate_SI, up_SI, weight_HI, a_RI, b_HR, low_SR = ctx.saved_tensors
         up_grad_SI = grad_SH @ weight_HI.to(grad_SH.dtype)  # of the product, until each tile has been seen
+        low_grad_SR = None if b_HR is None else grad_SH @ b_HR
+        if low_grad_SR is not None:
+            up_grad_SI.addmm_(low_grad_SR, a_RI)
         product_SI, gate_grad_SI = torch.empty_like(gate_SI), torch.empty_like(gate_SI)
         for rows in _rows(gate_SI):
             with torch.enable_grad():
@@ -130,4 +157,8 @@ class _GatedLinear(torch.autograd.Function):
             torch.mul(active_sI.detach(), up_SI[rows], out=product_SI[rows])
             up_grad_SI[rows] *= active_sI.detach()
         weight_grad_HI = (grad_SH.T @ product_SI).to(weight_HI.dtype) if ctx.needs_input_grad[2] else None
-        return gate_grad_SI, up_grad_SI, weight_grad_HI, None
+        a_grad_RI = b_grad_HR = None
+        if low_grad_SR is not None and ctx.needs_input_grad[4]:
+            a_grad_RI = (low_grad_SR.T @ product_SI).float()
+            b_grad_HR = (grad_SH.T @ low_SR).float() * ctx.scaling
+        return gate_grad_SI, up_grad_SI, weight_grad_HI, None, a_grad_RI, b_grad_HR, None
