@@ -237,8 +237,8 @@ DEFECTS = [
     ),
     Defect(
         'S12', 'predictions hold the prompt', 'callbacks/prediction_writer.py',
-        '            "row": [self._places[row_id] for row_id in rows.row_ids_B.tolist()],\n',
-        '            "row": [self._places[row_id] for row_id in rows.row_ids_B.tolist()],\n            "prompt": [trainer.datamodule.predict_dataset["prompt"][row_id] for row_id in rows.row_ids_B.tolist()],\n',
+        '            line |= {"row": places[row], "source": labels[sources[row]]}\n',
+        '            line |= {"row": places[row], "source": table["prompt"][row]}\n',
         ('tests/security/test_secrets.py::test_what_users_wrote_is_written_nowhere',),
     ),
     Defect(

@@ -84,6 +84,9 @@ def test_fit_then_resume_validate_test_predict_and_export(
         )
         logit = torch.tensor(score["implicit_reward"] - shift, dtype=torch.float64)
         assert score["probability_up"] == pytest.approx(float(logit.sigmoid()), abs=1e-9)
+    # The scored rows are the held-out ones, and a regression with an intercept keeps the mean of its targets.
+    mean = sum(score["calibrated_probability_up"] for score in scores) / 24
+    assert mean == pytest.approx((16 * 17 / 18 + 8 * 1 / 10) / 24, abs=1e-4)
 
     exported_scores(tiny_model, log, run, scores)
 

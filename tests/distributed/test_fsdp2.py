@@ -46,7 +46,9 @@ def score(model: str, log: str, scored: str) -> None:
     data = FeedbackDataModule(log, validation_files=scored, predict_files=scored, batch_size=1, max_length=96)
     options: dict[str, Any] = {"devices": 2, "strategy": "fsdp2", "accelerator": "cpu"}
     quiet = {"enable_checkpointing": False, "logger": False, "enable_model_summary": False}
-    trainer = Trainer(**options, **quiet, use_distributed_sampler=False, callbacks=[PredictionWriter()])
+    trainer = Trainer(
+        **options, **quiet, use_distributed_sampler=False, callbacks=[PredictionWriter(completions=1, max_new_tokens=4)]
+    )
     if len(Path(scored).read_text().splitlines()) > 1:
         trainer.validate(module, data)
     trainer.predict(module, data)
@@ -60,9 +62,10 @@ def test_rows_that_do_not_come_out_even_are_evaluated_and_scored_once(
     scored = make_log(tmp_path / "scored.jsonl", num_rows=9, seed=3)
     codes = wait(start(partial(score, model, log, scored), ranks=2, folder=tmp_path), timeout=90)
     assert codes == [0, 0], (tmp_path / "output.0").read_text()[-2000:]
-    lines = [line for rank in (0, 1) for line in Path(f"predictions.rank{rank}.jsonl").read_text().splitlines()]
-    rows = [json.loads(line)["row"] for line in lines]
-    assert sorted(rows) == sorted(f"{scored}:{line}" for line in range(1, 10))
+    scores = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    assert [score["row"] for score in scores if "completion" not in score] == [f"{scored}:{n}" for n in range(1, 10)]
+    made = [score["prompt"] for score in scores if "completion" in score]
+    assert made == sorted({score["prompt"] for score in scores})
 
 
 def test_fewer_rows_to_score_than_processes_are_refused(tmp_path: Path) -> None:

@@ -207,8 +207,16 @@ def test_without_labels_rows_without_feedback_are_used_too(file: str) -> None:
     outcomes = parsed(file, labelled=False)
     assert "no feedback" not in {outcome.reason for outcome in outcomes if isinstance(outcome, LeftOut)}
     used = [outcome for outcome in outcomes if isinstance(outcome, FeedbackRow)]
-    assert used
-    assert all(row.thumbs_up is None for row in used)
+    thumbs = {row.place: row.thumbs_up for row in rows(file, OPTIONS.get(file))}
+    assert {row.thumbs_up for row in used if row.place not in thumbs} <= {None}
+    assert {row.place for row in used} >= thumbs.keys()
+
+
+def test_without_labels_a_thumb_that_is_there_is_kept() -> None:
+    for file in ("unpaired.jsonl", "argilla.json", "chainlit.json", "open_webui.json"):
+        thumbs = {row.place: row.thumbs_up for row in rows(file, OPTIONS.get(file))}
+        used = [each for each in parsed(file, OPTIONS.get(file), labelled=False) if isinstance(each, FeedbackRow)]
+        assert thumbs.items() <= {row.place: row.thumbs_up for row in used if row.thumbs_up is not None}.items()
 
 
 def test_helpsteer2_is_read_by_its_preset_alone() -> None:

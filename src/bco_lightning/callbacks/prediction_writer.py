@@ -1,76 +1,210 @@
-"""Write the scores of ``predict`` as JSON lines."""
+"""Write the scores of ``predict`` as JSON lines: of given rows, and of completions that the policy makes."""
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from sklearn.linear_model import LogisticRegression
 from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows
+from bco_lightning.callbacks.held_out_rows import HELD_OUT_FILE
 from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.data.collate import collate
+from bco_lightning.models.generation import evaluating, sample_completions
+from bco_lightning.options import at_least, chosen_seed
+from bco_lightning.parallel.collectives import by_all
+from bco_lightning.parallel.sharding import is_sharded
 from bco_lightning.places import require_free
+
+TIE = 1e-5  # nats; float32 does not tell rewards apart that are nearer
+_AT_ONCE, _FEWEST = 16, 20  # completions; held-out rows to calibrate by
+_Line = dict[str, Any]
 
 
 class PredictionWriter(Callback):
-    """Writes one line for each scored row, in file order: where it stands, its implicit reward, and P(thumbs-up).
+    """Writes one line for each scored row, in file order, then one for each completion that the policy made.
 
-    The file appears under its name only when it is complete, and replaces none. With several processes each writes a
-    file of its own.
+    A line holds where the row stands (``row``, ``source``), ``prompt``, the same number for the same prompt,
+    ``thumbs_up`` where the row has one, ``implicit_reward`` in nats, ``probability_up``, the sigmoid of the reward
+    minus the reward shift, ``calibrated_probability_up``, and ``rank`` among the ``completions`` of its prompt: 1 plus
+    the number of those with a higher reward, so that equal ones share a rank. A completion that the policy made also
+    has its text and whether it ended by itself; it may repeat what users wrote, so there is none unless asked for.
+
+    ``calibrated_probability_up`` is Platt's logistic regression of thumbs on rewards, on the held-out rows of the run,
+    as of the checkpoint's step; ``null`` where there are no such rows.
+
+    The file appears under its name only when it is complete, and replaces none. Several processes write one file.
 
     Args:
-        path: File to write. With several processes ``.rank0`` and so on goes before its suffix.
+        path: File to write.
+        completions: How many completions the policy makes of each prompt; 0 for none.
+        max_new_tokens: Limit of a completion, in tokens.
+        seed: Seed of the completions; that of ``seed_everything`` if left out.
+
+    Raises:
+        ConfigError: If a number is out of range.
     """
 
-    def __init__(self, path: str = "predictions.jsonl") -> None:
-        self.path = Path(path)
-        self._file: TextIO | None = None
-        self._writing = ExitStack()
-        self._places: list[str] = []
-
-    def files(self, trainer: Any) -> list[Path]:
-        """The file of each process."""
-        number, suffix = trainer.world_size, self.path.suffix
-        return [self.path.with_suffix(f".rank{rank}{suffix}") for rank in range(number)] if number > 1 else [self.path]
+    def __init__(
+        self,
+        path: str = "predictions.jsonl",
+        completions: int = 0,
+        max_new_tokens: int = 256,
+        seed: int | None = None,
+    ) -> None:
+        at_least(0, "completions").check("predictions.completions", completions)
+        at_least(1, "token").check("predictions.max_new_tokens", max_new_tokens)
+        self.path, self.completions, self.max_new_tokens = Path(path), completions, max_new_tokens
+        self.seed = chosen_seed(seed)
+        self._lines: list[_Line] = []
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        for file in self.files(trainer) if stage == "predict" else ():
-            require_free("predictions.path", file)
-
-    @override
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        self._places = list(trainer.datamodule.predict_dataset["place"])
-        partial = self._writing.enter_context(written_whole(self.files(trainer)[trainer.global_rank], replaces=False))
-        self._file = self._writing.enter_context(partial.open("x", encoding="utf-8"))
+        if stage == "predict":
+            require_free("predictions.path", self.path)
+            self._lines = []
 
     @override
     def on_predict_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        rows: ScoredRows = outputs
-        probabilities = torch.sigmoid(rows.rewards_B.cpu().double() - rows.reward_shift).tolist()
-        columns = {
-            "row": [self._places[row_id] for row_id in rows.row_ids_B.tolist()],
-            "implicit_reward": rows.rewards_B.tolist(),
-            "probability_up": probabilities,
-            "policy_log_prob": rows.policy_log_probs_B.tolist(),
-            "reference_log_prob": rows.reference_log_probs_B.tolist(),
-            "completion_tokens": rows.completion_lengths_B.tolist(),
-        }
-        for values in zip(*columns.values(), strict=True):
-            print(json.dumps(dict(zip(columns, values, strict=True)), ensure_ascii=False), file=self._file)
+        self._lines += _scores(outputs)
 
     @override
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        self._writing.close()
-        rank_zero_info(f"scores of {len(self._places)} rows: {self.files(trainer)[0]}")
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Not at the end of the loop, which a process without rows passes over.
+        table = trainer.datamodule.predict_dataset if stage == "predict" else None
+        if table is None:
+            return
+        own = by_all(lambda: [*self._lines, *self._completions(trainer, pl_module, table)], trainer)
+        self._lines = []
+        if not trainer.is_global_zero:
+            return
+        # The given rows in file order, then those that were made, which have a number too.
+        lines = sorted((line for lines in own for line in lines), key=lambda line: ("completion" in line, line["row"]))
+        calibration = _calibration(trainer.ckpt_path, pl_module.steps_before)
+        keys, places, sources, thumbs = (table[name] for name in ("prompt_key", "place", "source", "thumbs_up"))
+        labels = [source.label for source in trainer.datamodule.options.sources("predict")]
+        numbers: dict[int, int] = {}
+        for line in lines:
+            row, was_made = line["row"], "completion" in line
+            line |= {"row": places[row], "source": labels[sources[row]]}
+            line |= {"thumbs_up": None if was_made else thumbs[row]}
+            line["prompt"] = numbers.setdefault(keys[row], len(numbers))
+            line["calibrated_probability_up"] = calibration and _sigmoid(
+                calibration[0] * line["implicit_reward"] + calibration[1]
+            )
+        _rank(lines)
+        with written_whole(self.path, replaces=False) as partial, partial.open("x", encoding="utf-8") as file:
+            for line in lines:
+                values = {name: None if value != value else value for name, value in line.items()}  # NaN is no JSON
+                print(json.dumps(values, ensure_ascii=False), file=file)
+        made = f", {sum('completion' in line for line in lines)} of them made by the policy" if self.completions else ""
+        rank_zero_info(f"scores of {len(lines)} rows{made}: {self.path}")
+        if calibration is None:
+            told = f"no {HELD_OUT_FILE} of the checkpoint's step has {_FEWEST} rows and both thumbs"
+            rank_zero_info(f"calibrated_probability_up: null, since {told}")
 
-    @override
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._writing.__exit__(type(exception), exception, exception.__traceback__)
+    def _completions(self, trainer: Any, module: Any, table: Any) -> Iterator[_Line]:
+        """Of each prompt with its own seed, so that it does not matter how many processes share them."""
+        if not self.completions:
+            return
+        firsts = np.sort(np.unique(np.asarray(table["prompt_key"]), return_index=True)[1]).tolist()
+        together = is_sharded(module.policy)  # each process has a part of the model, and all make the same
+        with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
+            for number, row in enumerate(firsts):
+                mine = number % trainer.world_size == trainer.global_rank
+                if mine or together:
+                    lines = list(self._of_prompt(module, row, table[row], self.seed + number))
+                    yield from lines if mine else ()
+
+    def _of_prompt(self, module: Any, row: int, given: Any, seed: int) -> Iterator[_Line]:
+        prompt = list(given["input_ids"][: list(given["completion_mask"]).index(True)])
+        for start in range(0, self.completions, _AT_ONCE):
+            many = min(_AT_ONCE, self.completions - start)
+            made = sample_completions(
+                module.policy,
+                module.tokenizer,
+                [prompt] * many,
+                max_new_tokens=self.max_new_tokens,
+                seed=seed + start * 1_000_003,
+            )
+            samples = [
+                {
+                    "input_ids": [*prompt, *each.token_ids],
+                    "completion_mask": [False] * len(prompt) + [True] * len(each.token_ids),
+                    "thumbs_up": False,
+                    "row_id": row,
+                }
+                for each in made
+            ]
+            scores = _scores(module.predict_step(collate(samples).to(module.device), 0))
+            for each, line in zip(made, scores, strict=True):
+                yield {**line, "completion": each.text, "finished": each.finished}
+
+
+def _scores(rows: ScoredRows) -> list[_Line]:
+    columns = {
+        "row": rows.row_ids_B,
+        "source": None,
+        "prompt": None,
+        "thumbs_up": None,
+        "implicit_reward": rows.rewards_B,
+        "probability_up": torch.sigmoid(rows.rewards_B.cpu().double() - rows.reward_shift),
+        "calibrated_probability_up": None,
+        "rank": None,
+        "completions": None,
+        "policy_log_prob": rows.policy_log_probs_B,
+        "reference_log_prob": rows.reference_log_probs_B,
+        "completion_tokens": rows.completion_lengths_B,
+    }
+    number = len(rows.row_ids_B)
+    lists = [[None] * number if column is None else column.tolist() for column in columns.values()]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+
+
+def _rank(lines: list[_Line]) -> None:
+    """Ranks the completions of each prompt, the highest reward first; those that tie share a rank."""
+    prompts = np.array([line["prompt"] for line in lines], dtype=int)
+    rewards = np.array([line["implicit_reward"] for line in lines], dtype=float)
+    order = np.lexsort((rewards, prompts))
+    for group in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1):
+        known = rewards[group][np.isfinite(rewards[group])]
+        for place in group.tolist():
+            higher = len(known) - int(np.searchsorted(known, rewards[place] + TIE, side="right"))
+            lines[place]["rank"] = higher + 1 if math.isfinite(rewards[place]) else None
+            lines[place]["completions"] = len(group)
+
+
+def _calibration(checkpoint: Any, step: int) -> tuple[float, float] | None:
+    """Slope and intercept of Platt's regression (1999), whose targets allow for few rows, on a run's held-out rows."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        held_out = json.loads((Path(checkpoint).parent.parent / HELD_OUT_FILE).read_text(encoding="utf-8"))
+        rewards, up = np.array(held_out["rewards"], dtype=float), np.array(held_out["thumbs_up"], dtype=bool)
+        if held_out["step"] == step and len(rewards) >= _FEWEST and 0 < up.sum() < len(up):
+            return platt(rewards, up)
+    return None
+
+
+def platt(rewards: Any, up: Any) -> tuple[float, float]:
+    """Slope and intercept in nats of what makes probabilities of thumbs-up of rewards, both of shape ``(B,)``."""
+    targets = np.where(up, (up.sum() + 1) / (up.sum() + 2), 1 / ((~up).sum() + 2))
+    scale = float(rewards.std()) or 1.0
+    x = np.concatenate([rewards, rewards])[:, None] / scale
+    y = np.repeat([True, False], len(rewards))
+    fitted = LogisticRegression(C=1e8, tol=1e-8, max_iter=1000).fit(x, y, np.concatenate([targets, 1 - targets]))
+    return float(fitted.coef_[0, 0]) / scale, float(fitted.intercept_[0])
+
+
+def _sigmoid(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).sigmoid())

@@ -33,7 +33,7 @@ class RowMaker:
 
     Args:
         options: How records become rows.
-        labelled: Whether rows need a label; without, each is given as it is, and its thumb only where the format says.
+        labelled: Whether rows need a label; without, what cannot be read as a thumb is none.
     """
 
     def __init__(self, options: RowFormat, labelled: bool = True) -> None:
@@ -75,7 +75,7 @@ class RowMaker:
 
     def check_rated(self) -> None:
         """Raises a FeedbackRowError if no row had the column that rates it; some may."""
-        if self._unrated is not None and not self._found_rating:
+        if self.labelled and self._unrated is not None and not self._found_rating:
             kind, ratings = "rating" if self.options.rating else "column", self._unrated.ratings
             found = f"expected a {kind} {self._rating!r}, found {keys_of(ratings)}."
             remedy = "Name the column by data.rating.column, or by data.columns.label where there is no rule."
@@ -117,21 +117,31 @@ class RowMaker:
             self.unused += [name for name in new if name not in known]
 
     def _rated(self, candidate: Candidate) -> FeedbackRow | LeftOut:
-        row, rule = candidate.row, self.options.rating
-        if not self.labelled or row.thumbs_up is not None:
+        row = candidate.row
+        if row.thumbs_up is not None:
             return row
+        thumb: bool | LeftOut | None
+        try:
+            thumb = self._thumb(candidate)
+        except FeedbackRowError:
+            if self.labelled:
+                raise
+            thumb = None
+        if isinstance(thumb, LeftOut) and self.labelled:
+            return thumb
+        thumb = None if isinstance(thumb, LeftOut) else thumb
+        # Four times as fast as dataclasses.replace, and this is done for every row.
+        return FeedbackRow(
+            row.prompt, row.completion, thumb, row.place, row.tools, row.template_options, row.num_trailing
+        )
+
+    def _thumb(self, candidate: Candidate) -> bool | LeftOut:
+        row, rule = candidate.row, self.options.rating
         label = candidate.label if rule is None else value_at(candidate.ratings, self._rating, MISSING)
         if label is MISSING:  # who rates some of all answers may leave it out
             self._unrated = self._unrated or candidate
             return LeftOut(row.place, NO_FEEDBACK)
         self._found_rating = True
         if rule is None:
-            thumb = self.labels.thumbs_up(label, row.place)
-        else:
-            thumb = thumb_by_rule(rule, candidate.ratings, self.options.columns.label, row.place)
-        if isinstance(thumb, LeftOut):
-            return thumb
-        # Four times as fast as dataclasses.replace, and this is done for every row.
-        return FeedbackRow(
-            row.prompt, row.completion, thumb, row.place, row.tools, row.template_options, row.num_trailing
-        )
+            return self.labels.thumbs_up(label, row.place)
+        return thumb_by_rule(rule, candidate.ratings, self.options.columns.label, row.place)

@@ -45,7 +45,7 @@ def sample_completions(
     device = next(model.parameters()).device
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    with drawing_from(seed, device), _answering(model):
+    with drawing_from(seed, device), evaluating(model):
         output_ids: Tensor = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -68,8 +68,8 @@ def sample_completions(
 
 
 @contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Under gradient checkpointing a model in training mode keeps no cache to generate with."""
+def evaluating(model: Any) -> Iterator[None]:
+    """Puts a model and its parts in evaluation mode, and each part back afterwards: without dropout, with a cache."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -35,20 +35,21 @@ def candidates(record: Record, origin: Origin) -> Rows:
     if not isinstance(given, list):
         raise origin.error(f"expected a list of steps, found {shown(given)}.")
     steps = objects_in(given)
-    thumbs = _thumbs(record, steps) if origin.labelled else {}
+    thumbs = _thumbs(record, steps)
     numbers = [number for number, step in enumerate(steps) if str(step.get("type")) in _ROLE_OF]
     said = [steps[number] for number in numbers]
     answers = [at for at, step in enumerate(said) if step["type"] == "assistant_message"]
     if not answers:
         yield origin.left_out(NO_ANSWER)
     for at in answers:
-        rated = thumbs.pop(numbers[at], []) if origin.labelled else [None]
+        rated = thumbs.pop(numbers[at], [])
+        rated = rated if origin.labelled else rated[-1:] or [None]
         row: FeedbackRow | LeftOut = origin.left_out(NO_FEEDBACK if not rated else ERROR_ANSWER)
         if rated and not said[at].get("isError"):
             row = origin.answered([_message(step) for step in said[:at]], [_message(said[at])], "steps")
         for thumb in rated or [None]:
             yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {origin.columns.label: thumb})
-    for others in thumbs.values():
+    for others in thumbs.values() if origin.labelled else ():
         yield from (origin.left_out(NOT_AN_ANSWER) for _ in others)
 
 

@@ -30,7 +30,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
         return
     better, worse = (origin.row(prompt, completion, record) for completion in (chosen, rejected))
     for row, thumbs_up in ((better, True), (worse, False)):
-        yield Candidate(replace(row, thumbs_up=thumbs_up) if origin.labelled else row, thumbs_up, record)
+        yield Candidate(replace(row, thumbs_up=thumbs_up), thumbs_up, record)
 
 
 def _parts(record: Record, origin: Origin) -> tuple[list[Message], list[Message], list[Message]]:

@@ -10,6 +10,7 @@ from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, keys_of, objects_in, plain_number
+from bco_lightning.errors import FeedbackRowError
 
 # What the documentation of Langfuse and LangSmith call the score of a user's thumb.
 USUAL_NAMES = (Columns().label, "user-feedback", "user_feedback", "user-score", "user_score")
@@ -26,12 +27,19 @@ def rated_by(
     The row is only made if there is feedback, as traces hold much that is no conversation. Where it is known which of
     the ``users`` gave each score, the other ratings of a row are of the same user.
     """
-    chosen = _chosen(scores, origin) if origin.labelled else ""
-    given = scores.get(chosen, ()) if origin.labelled else (None,)
+    try:
+        chosen = _chosen(scores, origin)
+    except FeedbackRowError:
+        if origin.labelled:
+            raise
+        chosen = ""
+    given, users = scores.get(chosen, ()), users or {}
+    if not origin.labelled:
+        given, users = given[-1:] or (None,), {}
     if not given:
         yield origin.left_out(NO_FEEDBACK)
         return
-    row, users = make_row(), users or {}
+    row = make_row()
     givers = users.get(chosen) or [None] * len(given)
     by_user = {name: dict(zip(map(str, names), scores[name], strict=True)) for name, names in users.items()}
     for number, (value, user) in enumerate(zip(given, givers, strict=True)):
