@@ -70,7 +70,12 @@ model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")"""
 
 
 def export_checkpoint(
-    ckpt_path: Path, output_dir: Path, *, merge: bool = False, dtype: Literal["float32", "bfloat16"] = "float32"
+    ckpt_path: Path,
+    output_dir: Path,
+    *,
+    merge: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    run_folder: Path = Path("runs/bco"),
 ) -> None:
     """Writes model or adapter, tokenizer with chat template, reward shift and model card.
 
@@ -78,10 +83,12 @@ def export_checkpoint(
     has given the log-probs of the policy.
 
     Args:
-        ckpt_path: Checkpoint of a :class:`BCOModule`: the folder of a step, or of a run for its newest step.
+        ckpt_path: Checkpoint of a :class:`BCOModule`: the folder of a step, or of a run for its newest step; ``last``
+            or ``best``, also after the folder of a run, as in ``RUN/best``.
         output_dir: Folder to write.
         merge: Merge the adapter into the weights; full fine-tuning always writes whole weights.
         dtype: Data type of whole weights.
+        run_folder: Folder of the runs of which ``last`` or ``best`` alone takes the newest.
 
     Raises:
         CheckpointError: If it is missing, damaged or no such checkpoint.
@@ -89,7 +96,7 @@ def export_checkpoint(
         LanguageModelError: If the adapter cannot be merged, or if what was written is not the policy.
     """
     require_free("--output_dir", output_dir)
-    module, told = _opened(ckpt_path, dtype)
+    module, told = _opened(ckpt_path, dtype, run_folder)
     chat_template = told.get("fingerprints", {}).get("chat_template")
     adapted, whole = module.lora is not None, merge or module.lora is None
     policy: Any = module.policy
@@ -148,9 +155,10 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     return module, int(told["step"])
 
 
-def _opened(ckpt_path: Path, dtype: str | None) -> tuple[BCOModule, dict[str, Any]]:
+def _opened(ckpt_path: Path, dtype: str | None, runs: Path | None = None) -> tuple[BCOModule, dict[str, Any]]:
     """The module of a checkpoint, and its manifest."""
-    step = resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} Taking an earlier step."))
+    told = "Taking an earlier step."
+    step = resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} {told}"), run_folder=runs)
     # An export has whole weights; how they were trained is in the checkpoint's own settings.
     other = {"quantization": "none", "compile": False, **({"dtype": dtype} if dtype else {})}
     return BCOModule.load_from_checkpoint(step, **other), verify_checkpoint(step, share=None)

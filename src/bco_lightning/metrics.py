@@ -20,6 +20,10 @@ from bco_lightning.batch import ScoredRows
 Array = np.ndarray[Any, Any]
 NORMAL_95 = 1.959963984540054  # standard errors of half a 95 % interval
 _QUANTITIES = ("rows", "reward", "loss", "correct", "error_term", "policy_log_prob", "log_ratio", "length")
+_BETTER = {
+    **dict.fromkeys(("loss", "error_term"), "min"),
+    **dict.fromkeys(("margin", "accuracy", "accuracy_up", "accuracy_down", "auroc"), "max"),
+}
 _MOST_SCORES = 100_000  # of a process
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it are even over 0 to 1, those of every second or third number too
 
@@ -99,6 +103,12 @@ class ImplicitRewardMetrics(Metric):
         numbers = np.arange(first, self._seen)
         return numbers[numbers * _GOLDEN % 1 < self._share]
 
+    @property
+    def names(self) -> list[str]:
+        """Those of all metrics, in the order of :meth:`compute`."""
+        own = list(_metrics_of(torch.zeros(len(_QUANTITIES), 2), np.empty((0, 3))))
+        return own + [f"by_source/{source}/{name}" for source in self._sources for name in own]
+
     @override
     def reset(self) -> None:
         """Forgets all rows."""
@@ -133,6 +143,11 @@ class ImplicitRewardMetrics(Metric):
         return values
 
 
+def better(name: str) -> str | None:
+    """Whether the ``max`` or ``min`` of a metric is its best value; of some, neither is."""
+    return _BETTER.get(name.rpartition("/")[2])
+
+
 def _metrics_of(sums_KC: Tensor, scores: Array) -> dict[str, Tensor]:
     sums = dict(zip(_QUANTITIES, sums_KC, strict=False))
     rows_C = sums["rows"]
@@ -148,9 +163,9 @@ def _metrics_of(sums_KC: Tensor, scores: Array) -> dict[str, Tensor]:
         "reward_down": mean["reward"][1],
         "margin": mean["reward"][0] - mean["reward"][1],
         "accuracy": sums["correct"].sum() / rows_C.sum(),
+        "auroc": torch.tensor(wins / max(1, len(ups)), dtype=torch.float64),
         "accuracy_up": mean["correct"][0],
         "accuracy_down": mean["correct"][1],
-        "auroc": torch.tensor(wins / max(1, len(ups)), dtype=torch.float64),
         "error_term": mean["error_term"].sum(),
         "log_prob_up": mean["policy_log_prob"][0],
         "log_prob_down": mean["policy_log_prob"][1],

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
 from bco_lightning.callbacks import OF_THE_METHOD, ImportanceMonitor
-from bco_lightning.callbacks.refusals import refuse_unfit
+from bco_lightning.callbacks.refusals import refuse_unfit, refuse_unknown_monitors
 from bco_lightning.callbacks.step_callback import summarize_step
 from bco_lightning.checkpoints import read_checkpoint, use_verified_io
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
@@ -161,6 +161,8 @@ class BCOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Finds out what is known of the rows before the first step: class weights, reference log-probs, weights."""
         trainer = self.trainer
+        if stage == "fit":
+            refuse_unknown_monitors(trainer, self)
         self.configure_model()
         for table in self._data.datasets_of(stage).values() if self._data else ():
             largest = pc.max(pc.list_flatten(table.data.column("input_ids"))).as_py()

@@ -258,6 +258,14 @@ class ModelOptions(Options):
         fits=TWO_WEIGHTS,
         on_resume="refused",
     )
+    kl_budget: float | None = option(
+        "How far the policy may go, in nats per answer: training stops at the validation whose ``val/kl`` is larger, "
+        "whatever its sign, and no step beyond is the best one. That is minus the mean log-ratio of policy and "
+        "reference on held-out answers, a sum over their tokens: an estimate of KL(reference, policy) where the "
+        "reference wrote them, and of answers of others only how far these moved.",
+        default=None,
+        fits=POSITIVE,
+    )
     reward_shift_decay: float = option(
         "Decay of the reward shift's sums per optimizer step.", default=0.9, fits=DECAY, on_resume="refused"
     )
@@ -294,6 +302,10 @@ class ModelOptions(Options):
     seed: int | None = option(
         "Seed of the adapters' initial values; that of ``seed_everything`` if left out.", default=None
     )
+
+    def allows(self, kl: float) -> bool:
+        """Whether a distance from the reference is within ``kl_budget``."""
+        return self.kl_budget is None or abs(kl) <= self.kl_budget
 
     def __post_init__(self) -> None:
         self._set("seed", chosen_seed(self.seed))

@@ -304,7 +304,8 @@ def test_resuming_where_there_is_no_run_is_refused(
     assert "expected a whole checkpoint to go on with" in capsys.readouterr().err
     assert command("validate", tiny_model, log, "--ckpt_path=gone.ckpt") == 2
     assert (
-        "gone.ckpt: expected a checkpoint, or the word 'last' or 'auto', found no such file." in capsys.readouterr().err
+        "gone.ckpt: expected a checkpoint, or the word 'last', 'best' or 'auto', found no such file."
+        in capsys.readouterr().err
     )
 
 

@@ -39,7 +39,7 @@ def test_checkpoints_are_saved_every_n_steps_and_at_the_end(tiny_model: str, log
     )
     trainer.fit(tiny_module(tiny_model), tiny_data(log))
     folder = Path(trainer.log_dir) / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000006", "step-00000007"]
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000006", "step-00000007"]
     assert read_checkpoint(str(folder / "step-00000007"))["global_step"] == 7
 
 

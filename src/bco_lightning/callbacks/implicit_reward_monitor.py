@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -45,6 +45,8 @@ class ImplicitRewardMonitor(StepCallback):
         self._collapsed = self._seen = 0  # rows
         self._learning_rate = math.nan
         self._warned: set[str] = set()
+        self._within: tuple[int, float] | None = None  # the newest step within the budget, and its KL
+        self.stopping_reason_message: str | None = None  # as Lightning's EarlyStopping has it
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -56,8 +58,25 @@ class ImplicitRewardMonitor(StepCallback):
             self._metrics[name] = metrics.to(device if device.type != "mps" else "cpu")  # MPS has no float64
 
     @override
+    def names_logged(self, trainer: Trainer) -> list[str]:
+        """Names in the order in which they are told; those of ``val`` if there is a validation, of ``test`` if not."""
+        data, stages = getattr(trainer, "datamodule", None), ["train"]
+        if trainer.state.fn != TrainerFn.FITTING:
+            stages = [_stage(trainer)]
+        elif trainer.enable_validation and not (
+            isinstance(data, FeedbackDataModule) and data.validation_dataset is None
+        ):
+            stages.append("val")
+        names = []
+        for stage in stages:
+            first, *others = self._metrics[stage].names
+            names += [f"{stage}/{name}" for name in (first, "reward_shift", *others)]
+        return [*names, *(("train/learning_rate", "train/gradient_norm") if "train" in stages else ())]
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._metrics["train"].reset()
+        self._within = self.stopping_reason_message = None
         if self._resumed and trainer.is_global_zero:
             self._metrics["train"].take_over(self._resumed)
         self._resumed = {}
@@ -136,9 +155,32 @@ class ImplicitRewardMonitor(StepCallback):
         if trainer.sanity_checking:
             return
         values[f"{name}/reward_shift"] = pl_module.reward_shift.value
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._keep_to_budget(trainer, pl_module, values["val/kl"])
         # Lightning would log it under the step before, and a checkpoint that is evaluated under 0.
         values["step"] = float(max(trainer.global_step, pl_module.steps_before))
         pl_module.log_dict(values)  # already summed over processes
+
+    def _keep_to_budget(self, trainer: Trainer, module: BCOModule, kl: float) -> None:
+        step, budget = trainer.global_step, module.options.kl_budget
+        if module.options.allows(kl):
+            self._within = step, kl
+            return
+        before = "no step before was looked at"
+        if self._within is not None:
+            before = f"the last step within it was {self._within[0]:,}, at {self._within[1]:.4g}"
+        trainer.should_stop, far = True, f"val/kl is {kl:.4g} nats per answer at step {step:,}"
+        self.stopping_reason_message = f"{far}, beyond model.kl_budget of {budget:g}; {before}."
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        asked = trainer.callbacks if trainer.should_stop else [self]  # type: ignore[attr-defined]
+        told = [getattr(callback, "stopping_reason_message", None) for callback in asked]
+        reasons = [message.removesuffix(" Signaling Trainer to stop.") for message in told if message]
+        step, num_steps = trainer.global_step, pl_module.num_steps()
+        if reasons or (trainer.should_stop and step < num_steps):
+            reason = " ".join(reasons) or "A callback asked for it."
+            rank_zero_info(f"Stopped after optimizer step {step:,} of {num_steps:,}: {reason}")
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Callback, callbacks
+from lightning.pytorch.callbacks import Checkpoint
 
+from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.errors import ConfigError
+from bco_lightning.metrics import better
 from bco_lightning.options import NOT_NEGATIVE, POSITIVE, at_least
 from bco_lightning.parallel.strategy import FSDP2Strategy
 
@@ -17,6 +21,7 @@ _NUMBERS = {  # at which Lightning does not look
     "val_check_interval": POSITIVE,
     "gradient_clip_val": NOT_NEGATIVE,
 }
+_KNOWING = ("bco_lightning", "lightning", "pytorch_lightning")  # whose callbacks log what is known
 _TUNERS = "what it finds would reach neither optimizer nor data", "Compare short runs (trainer.max_steps: 20)."
 _UNFIT = {
     "GradientAccumulationScheduler": (
@@ -58,6 +63,44 @@ def refuse_unfit(trainer: Any, single: Iterable[type[Callback]]) -> None:
         if (number := len(_given(trainer, kind))) > 1:
             remedy = "A subclass stands in place of ours; leave the others out."
             raise ConfigError("trainer.callbacks", f"expected one {kind.__name__}, found {number}.", remedy)
+
+
+def refuse_unknown_monitors(trainer: Any, module: Any) -> None:
+    """Refuses names to monitor that nobody logs, before the first step, and the wrong direction of known ones.
+
+    What callbacks or a module of others log is not known, and where there are some, any name may be right.
+    """
+    known = [
+        name
+        for callback in trainer.callbacks
+        if isinstance(callback, StepCallback)
+        for name in callback.names_logged(trainer)
+    ]
+    held_out = [name for name in known if name.startswith("val/")]
+    is_open = any(type(each).__module__.partition(".")[0] not in _KNOWING for each in (*trainer.callbacks, module))
+    for callback in trainer.callbacks:
+        if (name := getattr(callback, "monitor", None)) in (None, "auto"):
+            continue
+        own = isinstance(callback, Checkpoint) and not isinstance(callback, callbacks.ModelCheckpoint)
+        where = "checkpoint.monitor" if own else f"trainer.callbacks, {type(callback).__name__}.monitor"
+        fitting = held_out if own else known
+        if name not in fitting and not is_open:
+            shown = ", ".join(each for each in fitting if "by_source" not in each) or "none"
+            remedy = "" if held_out else " No rows are held out: see data.validation_files and validation_fraction."
+            close = difflib.get_close_matches(str(name), fitting, 1)
+            meant = f"Did you mean {close[0]}? " if close else ""
+            raise ConfigError(
+                where, f"expected a name that is logged, found {name!r}.", f"{meant}Logged are {shown}.{remedy}"
+            )
+        where, mode, right = where.replace("monitor", "mode"), getattr(callback, "mode", None), better(name)
+        if mode in ("max", "min") and right not in (None, mode):
+            remedy = "" if own else "Lightning's own choice is min."
+            raise ConfigError(where, f"expected {right} for {name}, found {mode}.", remedy)
+        if mode == "auto" and right is None:
+            raise ConfigError(where, f"expected max or min for {name}, whose better values nobody knows, found auto.")
+    if module.options.kl_budget is not None and not held_out:
+        remedy = "Set data.validation_files or data.validation_fraction."
+        raise ConfigError("model.kl_budget", "expected held-out rows to measure KL on, found none.", remedy)
 
 
 def _given(trainer: Any, kind: type[Callback]) -> list[Callback]:

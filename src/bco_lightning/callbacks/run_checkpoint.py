@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import time
@@ -13,16 +14,20 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from bco_lightning.batch import StepSummary
+from bco_lightning.callbacks.metrics_file import telling
 from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.checkpoints import saved_steps, step_folder, step_of, verify_checkpoint
+from bco_lightning.checkpoints.best import BEST_FILE, BestSteps
 from bco_lightning.checkpoints.folders import prune, remove_orphans
 from bco_lightning.checkpoints.runs import hold_run, let_go_of
-from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError
+from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, check_choice
 from bco_lightning.identity import random_state, set_random_state
+from bco_lightning.metrics import better
 from bco_lightning.options import at_least
 from bco_lightning.parallel.collectives import by_all, gather_over_ranks, max_over_ranks
 from bco_lightning.parallel.sharding import sharding_of
@@ -39,7 +44,11 @@ class RunCheckpoint(Checkpoint, StepCallback):
     Args:
         every_n_steps: Optimizer steps between two checkpoints.
         every_minutes: Minutes between two checkpoints besides those; 0 for none.
-        keep: How many whole checkpoints to keep, at least 2.
+        keep: How many whole checkpoints to keep, at least 2, besides the best one.
+        monitor: Name of a metric of held-out rows, such as ``val/loss``; the best step by it, looked at at each
+            validation, is saved and kept, and is what ``--ckpt_path best`` means. ``auto`` is ``val/auroc`` where rows
+            are held out; ``null`` is for none. Of equal steps the first one is the best, and NaN never is.
+        mode: Whether ``max`` or ``min`` of it is best; ``auto`` knows that of losses, AUROC, accuracies and margin.
         if_saving_fails: ``stop`` the run, or ``warn`` and go on without that checkpoint; a run whose last step is not
             saved fails at its end.
         accept_changes: Names of what may differ from the run that is resumed, such as ``beta`` or ``rows``; the
@@ -56,6 +65,8 @@ class RunCheckpoint(Checkpoint, StepCallback):
         keep: int = 2,
         if_saving_fails: Literal["stop", "warn"] = "stop",
         accept_changes: list[str] | None = None,
+        monitor: str | None = "auto",
+        mode: Literal["auto", "max", "min"] = "auto",
     ) -> None:
         at_least(1, "step").check("checkpoint.every_n_steps", every_n_steps)
         if every_minutes < 0:
@@ -63,8 +74,13 @@ class RunCheckpoint(Checkpoint, StepCallback):
         if keep < 2:
             remedy = "One alone would be lost with a bad disk block."
             raise ConfigError("checkpoint.keep", f"expected at least 2, found {keep}.", remedy)
+        check_choice("checkpoint.mode", mode, ("auto", "max", "min"))
         self.every_n_steps, self.every_minutes, self.keep = every_n_steps, every_minutes, keep
         self.if_saving_fails, self.accept_changes = if_saving_fails, list(accept_changes or [])
+        self.monitor, self.mode = monitor, mode
+        name = "val/auroc" if monitor == "auto" else monitor
+        # Of a name whose direction is not known, and not told, a run is refused at its start.
+        self.best = BestSteps(name, mode if mode != "auto" else better(name or "") or "max")
         self.run_folder: str | None = None  # where the logger writes, unless it is set
         self.folder = Path("checkpoints")
         self.saved: Path | None = None
@@ -78,6 +94,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self._accumulation = 1
         self._validation_batches = 0
         self._random_states: list[dict[str, Any]] = []
+        self._before_validation: dict[str, Any] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -101,6 +118,8 @@ class RunCheckpoint(Checkpoint, StepCallback):
             _require_one_folder(self.folder, trainer)
         if trainer.is_global_zero and not _is_trial(trainer):
             self._set_later_steps_aside(trainer.global_step)
+            self._take_up_best(trainer.global_step)
+        self.best = trainer.strategy.broadcast(self.best)
         self._progress = trainer.fit_loop.state_dict()
         # Lightning's own handlers, set just before, would save in the middle of an accumulation or hang one process.
         self._signals.install()
@@ -149,6 +168,8 @@ class RunCheckpoint(Checkpoint, StepCallback):
         batches = sum(int(number) for number in trainer.num_val_batches)
         # Processes may have one batch more or less; they can only agree after batches that all of them have.
         self._validation_batches = -int(max_over_ranks(torch.tensor(-batches), trainer))
+        stopping = trainer.early_stopping_callbacks
+        self._before_validation = {callback.state_key: callback.state_dict() for callback in stopping if callback}
 
     @override
     def on_validation_batch_end(
@@ -161,11 +182,37 @@ class RunCheckpoint(Checkpoint, StepCallback):
             self._leave(trainer, signal.Signals(asked))
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if (
+            self.monitor is None
+            or trainer.state.fn != TrainerFn.FITTING
+            or trainer.sanity_checking
+            or _is_trial(trainer)
+        ):
+            return
+        found, name = trainer.callback_metrics, str(self.best.monitor)
+        if name not in found:
+            problem = f"expected a name that is logged at a validation, found {name!r}."
+            raise ConfigError("checkpoint.monitor", problem, f"Logged are {', '.join(sorted(found))}.")
+        value, kl = trainer.strategy.broadcast((float(found[name]), float(found.get("val/kl", math.nan))))
+        if not (pl_module.options.allows(kl) and self.best.is_beaten_by(value)):
+            return
+        self._save(trainer)  # which keeps the best one so far
+        if self.saved == step_folder(self.folder, trainer.global_step):
+            self.best.values[trainer.global_step] = value
+            if trainer.is_global_zero:
+                with telling(self.folder / BEST_FILE):
+                    self.best.write(self.folder)
+            self._prune(trainer)
+
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._progress and (trainer.validating or self._ended or pl_module.step_summary is None):
             # Saved as of the step boundary before, so that a resumed run validates again from the first row on, and
             # begins a step that another callback saved in the middle of anew.
             checkpoint["loops"] = {**checkpoint["loops"], "fit_loop": self._progress}
+            if trainer.validating:  # which will count this validation then
+                checkpoint["callbacks"].update(self._before_validation)
             checkpoint["validation_due"] = bool(trainer.validating)
         elif trainer.training and self._progress:  # else nothing has begun
             loop: Any = trainer.fit_loop
@@ -208,6 +255,16 @@ class RunCheckpoint(Checkpoint, StepCallback):
             folder.rename(aside)
             rank_zero_info(f"{folder}: this run goes on from step {step}; set aside as {aside.name}.")
 
+    def _take_up_best(self, step: int) -> None:
+        """Goes on from the best steps before this one, of the same metric; without a metric they stay as they are."""
+        found = BestSteps.read(self.folder)
+        kept = found.among(lambda number: number <= step)
+        is_same = self.monitor is None or (found.monitor, found.mode) == (self.best.monitor, self.best.mode)
+        self.best = kept if is_same else BestSteps(self.best.monitor, self.best.mode)
+        if self.best != found and (self.folder / BEST_FILE).exists():
+            with telling(self.folder / BEST_FILE):
+                self.best.write(self.folder)
+
     def _save(self, trainer: Trainer) -> None:
         target = step_folder(self.folder, trainer.global_step)
         if self.saved == target or _is_trial(trainer):
@@ -246,7 +303,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
                 rank_zero_warn(f"{error} It does not count as a checkpoint to keep.")
         try:
             if trainer.is_global_zero:
-                prune(self.folder, self.keep, self._whole.__contains__)
+                prune(self.folder, self.keep, self._whole.__contains__, self.best.step)
         except OSError as error:
             rank_zero_warn(f"{self.folder}: an old checkpoint could not be removed ({error.strerror}).")
 

@@ -85,6 +85,11 @@ class SpeedMonitor(StepCallback):
         return {name: float(own[name]) for name in _COUNTS}
 
     @override
+    def names_logged(self, trainer: Trainer) -> list[str]:
+        names = ("tokens_per_second", "rows_per_second", "padding_share", "peak_memory_gib")
+        return [f"speed/{name}" for name in names]
+
+    @override
     def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
         self._total.update({name: int(summary.totals[name]) for name in _COUNTS})
         if not is_time_to_log(trainer, summary.step):

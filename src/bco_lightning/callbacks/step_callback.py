@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class StepCallback(Callback):
         waited for. The module has the gradients and ``step_rows`` of the step.
         """
         return {}
+
+    def names_logged(self, trainer: Trainer) -> Iterable[str]:
+        """Names of numbers that this callback logs and others can monitor, known before the first step."""
+        return ()
 
     def on_before_step(self, trainer: Trainer, module: Any, optimizer: Any, summary: StepSummary) -> None:
         """Called on every process once the step is summed, before the optimizer and the reward shift move."""

@@ -65,13 +65,14 @@ def saved_steps(checkpoints: Path) -> list[Path]:
     return sorted((path for path in checkpoints.glob("step-*") if STEP_FOLDER.fullmatch(path.name)), key=step_of)
 
 
-def prune(checkpoints: Path, keep: int, verified: Callable[[Path], bool]) -> list[Path]:
-    """Removes old steps once ``keep`` newer ones are known to be whole, and says which."""
+def prune(checkpoints: Path, keep: int, verified: Callable[[Path], bool], best: int | None = None) -> list[Path]:
+    """Removes old steps but the best one once ``keep`` newer ones are known to be whole, and says which."""
     whole, removed = 0, []
     for folder in reversed(saved_steps(checkpoints)):
         if whole >= keep:
-            discard(folder)
-            removed.append(folder)
+            if step_of(folder) != best:
+                discard(folder)
+                removed.append(folder)
         else:
             whole += verified(folder)
     return removed

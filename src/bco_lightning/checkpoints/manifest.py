@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bco_lightning.checkpoints.folders import STEP_FOLDER, saved_steps, step_of
+from bco_lightning.checkpoints.best import BestSteps
+from bco_lightning.checkpoints.folders import STEP_FOLDER, saved_steps, step_folder, step_of
 from bco_lightning.checkpoints.runs import newest_first
 from bco_lightning.errors import CheckpointError, UnsafeCheckpointError
 from bco_lightning.identity import digest_of_file
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
+BEST, WORDS = "best", ("last", "best")  # that stand for a step of the run, or runs, in whose folder they seem to lie
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -102,20 +104,37 @@ def newest_verified(
 
 
 def resolve_checkpoint(
-    path: Path, skipped: Callable[[CheckpointError], None], share: tuple[int, int] | None = (0, 1)
+    path: Path,
+    skipped: Callable[[CheckpointError], None],
+    share: tuple[int, int] | None = (0, 1),
+    run_folder: Path | None = None,
 ) -> Path:
-    """The step's folder that a path means.
+    """The step's folder that a path or a word means.
 
     That may be a step's folder, a run's folder (its newest whole step), or a folder of runs (that of its newest run
-    that has one). ``skipped`` is told why each newer step was passed over.
+    that has one); ``last`` in a folder is the same, and ``best`` the best step of that run. A word alone is about
+    ``run_folder``. ``skipped`` is told why each newer step was passed over; the best one is whole, or refused.
     """
+    path = run_folder / path if run_folder is not None and str(path) in WORDS else path
+    word = path.name if path.name in WORDS and not path.exists() else ""
+    path = path.parent if word else path
     _require_folder(path)
     if (path / MANIFEST_FILE).exists() or STEP_FOLDER.fullmatch(path.name):
         return path
     for checkpoints in (path / "checkpoints", path, *(run / "checkpoints" for run in newest_first(path))):
-        if (found := newest_verified(checkpoints, skipped, share)) is not None:
+        if word == BEST and saved_steps(checkpoints):
+            return _best_of(checkpoints, share)
+        if word != BEST and (found := newest_verified(checkpoints, skipped, share)) is not None:
             return found
     raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")
+
+
+def _best_of(checkpoints: Path, share: tuple[int, int] | None) -> Path:
+    if (step := BestSteps.read(checkpoints).step) is None:
+        remedy = "checkpoint.monitor says by what a step is the best at a validation; 'last' is the newest step."
+        raise CheckpointError(str(checkpoints), "expected a run with a best step, found none.", remedy)
+    verify_checkpoint(best := step_folder(checkpoints, step), share)
+    return best
 
 
 def _require_folder(path: Path) -> None:

@@ -35,7 +35,9 @@ from bco_lightning.callbacks import (
 )  # fmt: skip
 from bco_lightning.callbacks.metrics_file import METRICS_FILE, telling
 from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
+from bco_lightning.checkpoints.best import BestSteps
 from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.checkpoints.manifest import BEST, WORDS
 from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run
 from bco_lightning.cli import safety
 from bco_lightning.cli.help import COMMANDS
@@ -264,19 +266,22 @@ class BCOCLI(LightningCLI):
             options.ckpt_path = self._chosen_checkpoint(options.ckpt_path, Path(options.run_folder))
 
     def _chosen_checkpoint(self, asked: str, run_folder: Path) -> str | None:
-        """The folder that ``last``, ``auto`` or a path means."""
-        if asked not in ("last", "auto") and not Path(asked).exists():
-            raise CheckpointError(asked, "expected a checkpoint, or the word 'last' or 'auto', found no such file.")
-        place = run_folder if asked in ("last", "auto") else Path(asked)
+        """The folder that ``last``, ``best``, ``auto`` or a path means."""
+        place = Path("last" if asked == "auto" else asked)
+        if place.name not in WORDS and not place.exists():
+            known = "the word 'last', 'best' or 'auto'"
+            raise CheckpointError(asked, f"expected a checkpoint, or {known}, found no such file.")
         try:
             # By sizes alone: bytes are compared when they are read, once, by processes together.
-            found = resolve_checkpoint(place, lambda error: rank_zero_info(f"checkpoint: skipped {error}"), share=None)
+            found = resolve_checkpoint(
+                place, lambda error: rank_zero_info(f"checkpoint: skipped {error}"), None, run_folder
+            )
         except CheckpointError as error:
             if asked != "auto":
                 raise
             rank_zero_info(f"checkpoint: {error} Starting a new run, as 'auto' says.")
             return None
-        self._step_was_chosen = found != place
+        self._step_was_chosen = found != place and place.name != BEST
         rank_zero_info(f"checkpoint: {found}")
         return str(found)
 
@@ -370,6 +375,10 @@ class BCOCLI(LightningCLI):
         if saved is not None:
             told = f"{self.trainer.global_step} optimizer steps, reward shift {self.model.reward_shift.value:.4f}"
             _print(f"Checkpoint   {saved} ({told})")
+        best = saving[0].best if saving else BestSteps()
+        at_best = run / BEST if best.step not in (None, self.trainer.global_step) else run
+        if best.step is not None:
+            _print(f"Best step    {best.step} ({best.monitor} {best.values[best.step]:.4f}): --ckpt_path {run / BEST}")
         if (run / "alignment.json").exists():
             _print(f"Alignment    {run / 'alignment.json'}")
         if (run / REPORT_FILE).exists():
@@ -378,7 +387,7 @@ class BCOCLI(LightningCLI):
         if isinstance(self.trainer.logger, TensorBoardLogger):
             commands.append(f"tensorboard --logdir {quote(self.trainer.logger.save_dir)}")
         if saved is not None:
-            folder, command = quote(str(run)), "python -m bco_lightning"
+            folder, command = quote(str(at_best)), "python -m bco_lightning"
             commands += [
                 f"{command} export --ckpt_path {folder} --output_dir {quote(f'exports/{run.name}')} --merge",
                 f"{command} predict --config {quote(str(run / 'config.yaml'))} --run_folder {quote(str(run.parent))} "

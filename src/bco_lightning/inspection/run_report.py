@@ -110,7 +110,7 @@ def _findings(record: RunRecord) -> list[Finding]:
     found = [Finding(_LEVELS[outcome.level], outcome.text)]
     losses = [(step, value) for step, value in record.curves.get("val/loss", ()) if math.isfinite(value)]
     if losses and (best := min(losses, key=lambda point: point[1]))[0] != losses[-1][0]:
-        advice = "Train for fewer steps, or export the checkpoint of about that step if it was kept (checkpoint.keep)."
+        advice = "Train for fewer steps, or keep the step that is best by it (checkpoint.monitor: val/loss)."
         found.append(Finding("warning", f"The held-out loss was lowest at step {best[0]:,} ({best[1]:.4f}), "
                                         f"and is {losses[-1][1]:.4f} at the end. {advice}"))  # fmt: skip
     if (kl := record.last("val/kl") or record.last("train/kl")) is not None and abs(kl) > _FAR:

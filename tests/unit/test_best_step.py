@@ -1,0 +1,216 @@
+"""The best step is kept beside the newest; runs stop early by names that are logged, and by distance."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from bco_lightning.callbacks import ImplicitRewardMonitor, RunCheckpoint, SpeedMonitor
+from bco_lightning.callbacks.step_callback import StepCallback
+from bco_lightning.checkpoints import read_checkpoint, resolve_checkpoint, saved_steps, step_folder, step_of
+from bco_lightning.checkpoints.best import BestSteps
+from bco_lightning.errors import CheckpointError, ConfigError
+from tests.conftest import tiny_data, tiny_module, tiny_trainer
+from tests.unit.test_checkpoints import refuse, write
+
+
+class Says(ImplicitRewardMonitor):
+    """Gives the validation after each step values of its own."""
+
+    def __init__(self, **series: list[float]) -> None:
+        super().__init__()
+        self.series = series
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        own = {name: torch.tensor(values[trainer.global_step - 1]) for name, values in self.series.items()}
+        metrics = self._metrics["val"]
+        metrics.compute = lambda: own  # type: ignore[method-assign]
+        super().on_validation_epoch_end(trainer, pl_module)
+
+
+def fit(model: str, log: str, folder: Path, *callbacks: Any, ckpt: Path | None = None, **options: Any) -> Any:
+    module = {name: options.pop(name) for name in ("kl_budget",) if name in options}
+    data = {"validation_fraction": 0.3, "batch_size": 4, **options.pop("data", {})}
+    trainer = tiny_trainer(
+        default_root_dir=folder, enable_checkpointing=True, callbacks=list(callbacks),
+        **{"max_steps": 6, "val_check_interval": 1, **options},
+    )  # fmt: skip
+    trainer.fit(tiny_module(model, **module), tiny_data(log, **data), ckpt_path=ckpt)
+    return trainer
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step_of(path) for path in saved_steps(folder / "checkpoints")]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "values", "best"),
+    [
+        ("auto", "auto", [0.5, 0.7, math.nan, 0.7, 0.6, 0.6], 2),  # of equal ones the first; NaN does not win
+        ("val/loss", "auto", [1.4, 1.1, 1.2, 1.0, math.nan, 1.3], 4),
+        ("val/kl", "max", [0.1, 0.4, 0.2, 0.2, 0.2, 0.3], 2),
+        (None, "auto", [0.5, 0.7, 0.6, 0.6, 0.6, 0.6], None),
+    ],
+)
+def test_the_best_step_is_kept_beside_the_newest(
+    monitor: str | None, mode: Any, values: list[float], best: int | None, tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    name = "val/auroc" if monitor in ("auto", None) else str(monitor)
+    keeper = RunCheckpoint(every_n_steps=1, keep=2, monitor=monitor, mode=mode)
+    fit(tiny_model, log, tmp_path, Says(**{name[4:]: values, "kl": values}), keeper)
+    assert steps_in(tmp_path) == sorted({5, 6, *({best} if best else ())})
+    if best is None:
+        with pytest.raises(CheckpointError, match=r"expected a run with a best step, found none.*checkpoint\.monitor"):
+            resolve_checkpoint(tmp_path / "best", refuse)
+    else:
+        assert resolve_checkpoint(tmp_path / "best", refuse) == step_folder(tmp_path / "checkpoints", best)
+    assert resolve_checkpoint(tmp_path / "last", refuse) == step_folder(tmp_path / "checkpoints", 6)
+
+
+def test_a_best_step_that_no_other_reason_would_have_saved_is_whole_and_goes_on_as_if_never_left(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    auroc = [0.5, 0.6, 0.5, 0.5, 0.5, 0.7]
+    stopping = {"monitor": "val/loss", "patience": 3}
+
+    def run(folder: Path, **options: Any) -> tuple[Any, dict[str, Any], EarlyStopping]:
+        early = EarlyStopping(**stopping, check_on_train_epoch_end=False)
+        fit(tiny_model, log, folder, Says(auroc=auroc, kl=[0.0] * 6, loss=[1.0, 1.1, 1.0, 0.9, 1.0, 1.0]), early,
+            RunCheckpoint(every_n_steps=100), **options)  # fmt: skip
+        last = read_checkpoint(resolve_checkpoint(folder, refuse))
+        return last, BestSteps.read(folder / "checkpoints").values, early
+
+    last, bests, early = run(tmp_path)
+    assert steps_in(tmp_path) == [2, 6]
+    assert bests == {2: pytest.approx(0.6), 6: pytest.approx(0.7)}
+    again, same, waited = run(tmp_path, ckpt=step_folder(tmp_path / "checkpoints", 2))
+    assert same == bests
+    assert waited.wait_count == early.wait_count
+    for name, value in last["state_dict"].items():
+        assert torch.equal(value, again["state_dict"][name]), name
+
+
+def test_what_is_best_is_remembered_as_of_the_step_from_which_a_run_goes_on(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    def run(auroc: list[float], **options: Any) -> dict[int, float]:
+        keeper = RunCheckpoint(every_n_steps=1, keep=9, **options.pop("keeper", {}))
+        fit(tiny_model, log, tmp_path, Says(auroc=auroc, reward_up=auroc, kl=[0.0] * 6), keeper, **options)
+        return {step: round(value, 4) for step, value in BestSteps.read(tmp_path / "checkpoints").values.items()}
+
+    checkpoints = tmp_path / "checkpoints"
+    assert run([0.6, 0.5, 0.5, 0.8, 0.5, 0.5]) == {1: 0.6, 4: 0.8}
+    # Step 4 is set aside: it is of another way now.
+    assert run([0, 0, 0.5, 0.55, 0.7, 0.5], ckpt=step_folder(checkpoints, 3)) == {1: 0.6, 5: 0.7}
+    other = {"monitor": "val/reward_up", "mode": "min"}  # which compares with none of these
+    assert run([0, 0, 0, 0, 0.5, 0.9], ckpt=step_folder(checkpoints, 4), max_steps=5, keeper=other) == {4: 0.0}
+
+
+def test_a_word_means_a_step_of_the_run_in_whose_folder_it_stands(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    old, new = (write(runs / f"version_{run}" / "checkpoints", step) for run, step in ((0, 9), (1, 3)))
+    newest = write(new.parent, 4)
+    BestSteps("val/auroc", "max", {2: 0.8, 3: 0.9, 7: 1.0}).write(new.parent)  # of which two are not there
+    for path, run_folder, step in (
+        (Path("last"), runs, newest), (Path("best"), runs, new), (runs / "best", None, new),
+        (runs / "version_1" / "best", None, new), (new.parent / "best", None, new),
+        (runs / "version_0/last", None, old),
+    ):  # fmt: skip
+        assert resolve_checkpoint(path, refuse, run_folder=run_folder) == step
+    with pytest.raises(CheckpointError, match="expected a run with a best step, found none"):
+        resolve_checkpoint(runs / "version_0" / "best", refuse)
+    (new / "values.json").unlink()  # another step would not be the best
+    with pytest.raises(CheckpointError, match=r"values\.json: expected a file of the checkpoint, found none"):
+        resolve_checkpoint(runs / "best", refuse)
+
+
+@pytest.mark.parametrize("told", ["", "[]", '{"monitor": 1}', '{"monitor": "x", "mode": "max", "steps": [[1e999, 1]]}'])
+def test_a_file_that_does_not_tell_the_best_step_tells_none(told: str, tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text(told)
+    assert BestSteps.read(tmp_path) == BestSteps()
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "words"),
+    [
+        (lambda: RunCheckpoint(monitor="val/aurok"), {}, r"monitor: .* 'val/aurok'\. Did you mean val/auroc"),
+        (lambda: RunCheckpoint(monitor="train/loss"), {}, r"monitor: .* Logged are val/loss, val/reward_shift"),
+        (lambda: RunCheckpoint(monitor="val/loss"), {"data": {"validation_fraction": 0.0}}, "No rows are held out"),
+        (lambda: RunCheckpoint(monitor="val/loss"), {"limit_val_batches": 0}, "No rows are held out"),
+        (lambda: EarlyStopping("val_loss"), {}, r"EarlyStopping\.monitor: .*Did you mean val/loss\?.*train/"),
+        (lambda: EarlyStopping("val/auroc"), {}, r"EarlyStopping\.mode: expected max for val/auroc, found min"),
+        (lambda: RunCheckpoint(monitor="val/kl"), {}, r"checkpoint\.mode: expected max or min for val/kl"),
+        (lambda: RunCheckpoint(monitor="val/auroc", mode="min"), {}, r"checkpoint\.mode: expected max for val/auroc"),
+        (lambda: ModelCheckpoint(monitor="val/acuracy"), {}, "Did you mean val/accuracy"),
+        (RunCheckpoint, {"kl_budget": 1.0, "data": {"validation_fraction": 0.0}}, r"model\.kl_budget: .*held-out rows"),
+    ],
+)  # fmt: skip
+def test_a_name_that_nobody_logs_is_refused_before_the_first_step(
+    callback: Any, options: dict[str, Any], words: str, tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        fit(tiny_model, log, tmp_path, callback(), **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_names_that_can_be_monitored_are_those_that_are_logged(
+    tiny_model: str, log: str, tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    class Names(Callback):
+        names = ()
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.names = [
+                n for each in trainer.callbacks if isinstance(each, StepCallback) for n in each.names_logged(trainer)
+            ]
+
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = Names()
+    trainer = fit(tiny_model, [log, str(other)], tmp_path, names, SpeedMonitor(), max_steps=1)  # type: ignore[arg-type]
+    aside = {"step", "loss", "delta", "margin", "tok/s"}  # of the progress bar
+    assert set(trainer.callback_metrics) - aside == set(names.names)
+    assert "val/by_source/other.jsonl/auroc" in names.names or any("by_source" in name for name in names.names)
+
+
+def test_early_stopping_says_why_and_the_last_step_is_saved(
+    tiny_model: str, log: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    early = EarlyStopping("val/auroc", mode="max", patience=2, check_on_train_epoch_end=False)
+    fit(
+        tiny_model,
+        log,
+        tmp_path,
+        Says(auroc=[0.5, 0.6, 0.5, 0.4, 0.9, 0.9], kl=[0.0] * 6),
+        early,
+        RunCheckpoint(every_n_steps=99),
+    )
+    assert (
+        "Stopped after optimizer step 4 of 6: Monitored metric val/auroc did not improve in the last 2" in caplog.text
+    )
+    assert "Signaling" not in caplog.text
+    assert steps_in(tmp_path) == [2, 4]
+
+
+def test_a_run_that_leaves_its_kl_budget_stops_in_words_and_its_best_step_lies_within(
+    tiny_model: str, log: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    far = Says(kl=[0.5, -1.5, 2.5], auroc=[0.5, 0.6, 0.7])
+    fit(tiny_model, log, tmp_path, RunCheckpoint(every_n_steps=99), far, kl_budget=2.0)
+    said = (
+        "Stopped after optimizer step 3 of 6: val/kl is 2.5 nats per answer at step 3, beyond model.kl_budget of 2; "
+        "the last step within it was 2, at -1.5."
+    )
+    assert said in caplog.text
+    assert steps_in(tmp_path)[-2:] == [2, 3]
+    assert resolve_checkpoint(tmp_path / "best", refuse).name == "step-00000002"
