@@ -345,14 +345,14 @@ DEFECTS = [
     ),
     Defect(
         'R17', 'errors of rows are swallowed', 'data/row_sets.py',
-        '                            raise row\n',
+        '                            raise FeedbackRowError(row.where, row.problem, f"{row.remedy} {_SEE_ALL}".lstrip())\n',
         '                            continue\n',
         ('tests/reliability/test_bad_rows.py::test_strict_names_the_malformed_row',),
     ),
     Defect(
         'R17', 'no limit on the share of malformed rows', 'data/row_sets.py',
-        '        if bad.count > share * read:\n',
-        '        if False:\n',
+        '        if bad.count > max(share * read, few := self._options.few_bad_rows):\n',
+        '        if bad.count > max(read, few := self._options.few_bad_rows):\n',
         ('tests/reliability/test_bad_rows.py::test_skip_stops_above_the_share',),
     ),
     Defect(

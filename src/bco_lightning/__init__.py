@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bco_lightning.data import FeedbackDataModule, Rating, Source
+    from bco_lightning.data import Columns, FeedbackDataModule, Rating, Source
     from bco_lightning.export import export_checkpoint, load_aligned
     from bco_lightning.metrics import ImplicitRewardMetrics
     from bco_lightning.module import BCOModule
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 
 # Imported when first used, since torch and Lightning take seconds.
 _HOMES = {
-    "data": ("FeedbackDataModule", "Rating", "Source"),
+    "data": ("Columns", "FeedbackDataModule", "Rating", "Source"),
     "export": ("export_checkpoint", "load_aligned"),
     "metrics": ("ImplicitRewardMetrics",),
     "module": ("BCOModule",),
@@ -37,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "BCOModule",
+    "Columns",
     "FeedbackDataModule",
     "ImplicitRewardMetrics",
     "LoraSettings",
@@ -56,3 +57,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(importlib.import_module(f"bco_lightning.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -29,6 +29,12 @@ class UserError(ValueError):
 class FeedbackRowError(UserError):
     """A row, or a whole source of rows, that cannot be trained on as it stands."""
 
+    def as_fields(self) -> dict[str, str]:
+        """Where it is and why, also in parts, for a list of such errors."""
+        expected, _, found = self.problem.removeprefix("expected ").rstrip(".").partition(", found ")
+        parts = {"expected": expected, "found": found, "remedy": self.remedy}
+        return {"place": self.where, "reason": self.problem, **parts}
+
     def without_cause(self) -> FeedbackRowError:
         """The same error without what led to it: causes and tracebacks hold whole lines of the log."""
         return FeedbackRowError(self.where, self.problem, self.remedy)

@@ -122,6 +122,7 @@ def export_checkpoint(
             "beta": module.beta,
             "objective": module.options.objective,
             "reference": _reference_name(module),
+            **{name: day for name, day in told.get("fingerprints", {}).items() if name == "template_date"},
         }
         (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
         if module.importance is not None:

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.compute as pc
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -164,9 +163,6 @@ class BCOModule(LightningModule):
         if stage == "fit":
             refuse_unknown_monitors(trainer, self)
         self.configure_model()
-        for table in self._data.datasets_of(stage).values() if self._data else ():
-            largest = pc.max(pc.list_flatten(table.data.column("input_ids"))).as_py()
-            refuse_unknown_token(causal_lm_of(self.policy), largest or 0)
         if stage == "fit":
             self.class_weights = self._chosen_class_weights()
             self._say_what_is_trained()
@@ -341,6 +337,8 @@ class BCOModule(LightningModule):
             raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
         self.configure_model()
         refuse_other_weights(self.trained_shapes(), checkpoint["state_dict"])
+        if self._data is not None and self._data.takes_day_of(checkpoint.get("fingerprints", {})):
+            self.setup(self.trainer.state.fn)  # type: ignore[arg-type]
         self._accepted_changes = [*checkpoint.get("accepted_changes", []), *self._changes_since(checkpoint)]
         # Kept from Lightning, which would give them to an optimizer as they are.
         self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []

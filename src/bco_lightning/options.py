@@ -9,7 +9,9 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import date
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from typing_extensions import dataclass_transform
@@ -25,6 +27,12 @@ REFERENCE = "reference"
 DEFAULT_CLIP = (0.1, 10.0)
 
 _Kind = TypeVar("_Kind", bound="Options")
+
+
+def _is_day(value: Any) -> bool:
+    with suppress(ValueError):
+        return len(value) == 10 and bool(date.fromisoformat(value))
+    return False
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ POSITIVE = Range("a number above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("a number of at least 0", lambda value: 0 <= value < math.inf)
 SHARE = Range("a share from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_BELOW_1 = Range("a share from 0 to below 1", lambda value: 0 <= value < 1)
+DAY = Range("a day as YYYY-MM-DD", _is_day)
 DECAY = Range("a number from 0 to below 1", lambda value: 0 <= value < 1)
 TWO_WEIGHTS = Range("two numbers above 0", lambda pair: len(pair) == 2 and all(0 < value < math.inf for value in pair))
 CLIP = Range(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from bco_lightning.cli.app import main
+from bco_lightning.errors import FeedbackRowError
+from bco_lightning.models.load import load_tokenizer
 from tests.conftest import tiny_data, write_jsonl
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -112,6 +115,44 @@ def test_reasons_with_first_places_are_shown(
         r"rating between thumbs-up and thumbs-down 8 \S+rated.jsonl:3, \S+rated.jsonl:6, \S+rated.jsonl:9", said
     )
     assert re.search(r"malformed 1 \S+rated.jsonl:8", said)
+
+
+def test_a_messy_log_is_told_in_one_round_and_then_clean(
+    tiny_model: str, tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps(row) for row in rows]
+    bad = {3: '{"prompt": "cut', 8: json.dumps({**rows[8], "label": "yes"}), 15: '{"prompt": "cut', 20: "[]"}
+    log = Path("messy.jsonl")
+    log.write_text("".join(f"{bad.get(number, line)}\n" for number, line in enumerate(lines)))
+    # The error of a run says how to see all.
+    data = tiny_data(str(log), tokenizer=load_tokenizer(tiny_model))
+    with pytest.raises(FeedbackRowError, match=r"messy\.jsonl:4: .*inspect, which writes bad_rows\.jsonl"):
+        data.setup("fit")
+    capsys.readouterr()
+    assert inspect(tiny_model, str(log), "--report=page.html") == 2
+    printed = capsys.readouterr()
+    told = [json.loads(line) for line in Path("bad_rows.jsonl").read_text().splitlines()]
+    assert [row["place"] for row in told] == [f"messy.jsonl:{number + 1}" for number in bad]
+    assert all(row.keys() == {"place", "reason", "expected", "found", "remedy"} for row in told)
+    assert (told[0]["expected"], told[3]["found"]) == ("one JSON object per line", "a list of 0")
+    assert "data.columns.thumbs" in told[1]["remedy"]
+    said = " ".join(re.sub(r"[│┃]", " ", printed.out).split())
+    assert "one JSON object per line 2 messy.jsonl:4, messy.jsonl:16" in said
+    assert "messy.jsonl:4: expected one JSON object per line" in printed.err
+    log.write_text("".join(f"{line}\n" for number, line in enumerate(lines) if number not in bad))
+    assert inspect(tiny_model, str(log), "--report=page.html", "--overwrite") == 0
+    assert not Path("bad_rows.jsonl").exists()
+
+
+def test_a_log_of_malformed_rows_alone_is_told_whole(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.jsonl").write_text("[]\n{}\n")
+    assert inspect(tiny_model, "bad.jsonl") == 2
+    assert len(Path("bad_rows.jsonl").read_text().splitlines()) == 2
+    assert "bad.jsonl:1: expected a JSON object" in capsys.readouterr().err
+    Path("bad_rows.jsonl").write_text("mine\n")
+    assert inspect(tiny_model, "bad.jsonl", "--overwrite") == 2
+    assert "that this command did not write" in capsys.readouterr().err
+    assert Path("bad_rows.jsonl").read_text() == "mine\n"
 
 
 def test_a_log_with_one_class_is_reported_and_then_refused_as_by_fit(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bco_lightning import FeedbackDataModule
+from bco_lightning import Columns, FeedbackDataModule
 from bco_lightning.data.counts import Counted
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from tests.reliability.tiny_run import byte_tokenizer
@@ -107,13 +107,50 @@ def test_skip_stops_above_the_share(trials: Trials, tmp_path: Path) -> None:
             kinds = list(MALFORMED.values())
             write(log, {number * 3: kinds[number % len(kinds)] for number in range(count)})
             if not too_many:
-                assert start(log, bad_rows="skip", max_bad_rows=share).counts[0].malformed.count == count
+                assert (
+                    start(log, bad_rows="skip", max_bad_rows=share, few_bad_rows=0).counts[0].malformed.count == count
+                )
                 continue
             with pytest.raises(
                 FeedbackRowError, match=rf"found {count} of {ROWS + count}, the first of them at"
             ) as error:
-                start(log, bad_rows="skip", max_bad_rows=share)
+                start(log, bad_rows="skip", max_bad_rows=share, few_bad_rows=0)
             assert f"{log}:1" in str(error.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_handful_is_left_out_of_a_small_log_and_no_more(streaming: bool, tmp_path: Path) -> None:
+    log, kinds = tmp_path / "log.jsonl", [MALFORMED[kind] for kind in ("cut off", "a list", "label in words")]
+    for count in (10, 11):
+        write(log, {number * 3: kinds[number % 3] for number in range(count)})
+        if count == 10:
+            module = start(log, bad_rows="skip", streaming=streaming)
+            assert module.counts[0].malformed.count == 10
+            places = [row["place"] for row in module.bad_rows]
+            lines = [line for line, text in enumerate(log.read_bytes().splitlines(), 1) if text in kinds]
+            assert places == [f"{log}:{line}" for line in lines]
+            continue
+        with pytest.raises(
+            FeedbackRowError, match=r"0\.10% malformed rows .* or 10 \(data\.few_bad_rows\), found 11 of 110"
+        ):
+            start(log, bad_rows="skip", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["null", "missing", "empty text"])
+def test_a_half_rated_log_is_used_by_its_rated_half(form: str, streaming: bool, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    rows = [json.loads(row(prompt=f"q{number}", label=number % 4 > 1)) for number in range(8)]
+    for each in rows[::2]:
+        each["label"] = None if form == "null" else ""
+        if form == "missing":
+            del each["label"]
+    log.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    [counts] = start(log, streaming=streaming).counts
+    assert (counts.read, counts.up, counts.down, counts.malformed.count) == (8, 2, 2, 0)
+    assert counts.left_out["no feedback"].count == 4
+    with pytest.raises(FeedbackRowError, match=r"expected a column 'thumb', found 'prompt'.*by data\.columns\.label"):
+        start(log, streaming=streaming, columns=Columns(label="thumb"))
 
 
 def test_a_file_of_nothing_but_malformed_rows_is_refused_whatever_the_share(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import inspect
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ _TEMPLATE = "<template>"  # as Jinja calls its code in tracebacks
 # Stands for the last message while what the template writes after it is looked for.
 _STAND_IN = OPEN + CLOSE
 
+_DATE = "strftime_now"  # which transformers gives to templates
+_DIRECTIVES = (*"aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZf", "-d", "-m", "-H", "-I", "-j")
+
 _ENDING = {PLAIN_TEMPLATE}  # that were tried in this process
 
 
@@ -46,12 +50,13 @@ class ChatScript:
 class ChatTemplate:
     """Renders rows by a tokenizer's chat template, with user text kept apart from control tokens."""
 
-    def __init__(self, tokenizer: Any, text: str, control: ControlTokens, joints: Joints) -> None:
-        self._tokenizer, self._text, self._control, self._joints = tokenizer, text, control, joints
+    def __init__(self, tokenizer: Any, text: str, control: ControlTokens, joints: Joints, day: str | None) -> None:
+        self._tokenizer, self._control, self._joints = tokenizer, control, joints
         # Some tokenizers have a template of its own for rows with tools, beside their default.
         templates = tokenizer.chat_template
         own = isinstance(templates, dict) and templates.get("default") == text
-        self._text_with_tools = str(templates.get("tool_use", text)) if own else text
+        with_tools = str(templates.get("tool_use", text)) if own else text
+        self._text, self._text_with_tools = _dated(text, day), _dated(with_tools, day)
         arguments = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = {"messages", "self", *arguments, *tokenizer.special_tokens_map} - {"documents"}
 
@@ -187,6 +192,32 @@ def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
             "Set data.chat_template to a Jinja file, or to 'plain' for a base model without a chat format.",
         )
     return str(own)
+
+
+def asks_for_date(tokenizer: Any, chat_template: str | None) -> bool:
+    """Whether what a template writes hangs on the day; one of the tokenizer's own for tools counts, too."""
+    return _DATE in f"{chosen_template(tokenizer, chat_template)}{tokenizer.chat_template}"
+
+
+def today() -> str:
+    """Today's day where this machine is, as the library takes it, as ``YYYY-MM-DD``."""
+    return str(date.today())
+
+
+def _dated(text: str, day: str | None) -> str:
+    """A template to which it is that day, of today's if none is given: a macro stands before the library's function."""
+    if _DATE not in text:
+        return text
+    moment = datetime.fromisoformat(day or today())
+    values = {f"%{letter}": moment.strftime(f"%{letter}") for letter in _DIRECTIVES}
+    replaced = "".join(f".replace({directive!r}, {value!r})" for directive, value in values.items())
+    return (
+        f"{{%- macro {_DATE}(format) -%}}{{%- for part in format.split('%%') -%}}"
+        f"{{{{ '' if loop.first else '%' }}}}{{{{ part{replaced} }}}}{{%- endfor -%}}{{%- endmacro %}}"
+        # A line break after a tag is dropped, and white space at the front of a line before one is.
+        + ("\n" if text[:1].isspace() else "")
+        + text
+    )
 
 
 def _added(renderings: Sequence[str], place: str) -> list[str]:

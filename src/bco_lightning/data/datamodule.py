@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,13 +20,13 @@ from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.cache import FolderCache
-from bco_lightning.data.chat import chosen_template
+from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
-from bco_lightning.data.row_sets import ReadRows, RowReader, RowSet, row_format_of
+from bco_lightning.data.row_sets import BAD_ROWS, ReadRows, RowReader, RowSet, row_format_of
 from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.training import TrainingRows
@@ -57,8 +59,9 @@ class FeedbackDataModule(LightningDataModule):
         # What is wrong with an option is said before anything is read.
         for source in (*self.options.sources("train"), Source("any")):
             row_format_of(self.options, source)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._day_is_given = tokenizer, True
         self._rows: dict[str, ReadRows] = {}  # by what was asked for, in the order in which it was read
+        self._found: list[ReadRows] = []  # also where no row of it can be used
         self._stream: StreamDataset | None = None
         self._training: TrainingRows | None = None
         # A process may have no row of a small evaluation set.
@@ -108,12 +111,11 @@ class FeedbackDataModule(LightningDataModule):
             dataset = dataset.add_column(column, values, new_fingerprint=secrets.token_hex(8))
         row_sets[name].dataset = dataset
 
-    def telling_rows(self) -> list[dict[str, Any]]:
+    def telling_rows(self, *names: str) -> list[dict[str, Any]]:
         """Rows that a trial should see: of each data set the shortest, the longest, and the first of each source."""
         found = []
-        for name, row_set in self._row_sets.items():
-            is_table = isinstance(row_set.dataset, Dataset)
-            table = row_set.dataset if is_table or name != "train" else self.training.table(_DRAWN)
+        for name in names or self._row_sets:
+            table = self._dataset(name) or (self.training.table(_DRAWN) if name == "train" else None)
             if isinstance(table, Dataset) and len(table):
                 lengths = np.asarray(pc.list_value_length(table.data.column("input_ids")))
                 firsts = np.unique(np.asarray(table.data.column("source")), return_index=True)[1]
@@ -125,6 +127,12 @@ class FeedbackDataModule(LightningDataModule):
     def counts(self) -> list[RowCounts]:
         """What became of the rows of each data set, in the order in which they were read."""
         return [row_set.counts for row_set in self._row_sets.values()]
+
+    @property
+    def bad_rows(self) -> list[dict[str, str]]:
+        """Each malformed row that was left out: ``place``, ``reason``, ``expected``, ``found`` and ``remedy``."""
+        files = (read.folder / BAD_ROWS for read in self._found)
+        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
     @property
     def feedback_summary(self) -> FeedbackSummary | None:
@@ -193,6 +201,7 @@ class FeedbackDataModule(LightningDataModule):
             ConfigError: If there are no files for this stage.
         """
         trainer: Any = self.trainer
+        self._date_templates()
         if self._world_size == 1:
             return self._read(stage)
         if trainer._accelerator_connector.use_distributed_sampler:
@@ -202,6 +211,16 @@ class FeedbackDataModule(LightningDataModule):
                 "The data module gives each process its own rows; Lightning's sampler would repeat some.",
             )
         return read_once_per_node(lambda: self._read(stage), self._rows, trainer)
+
+    def takes_day_of(self, fingerprints: Mapping[str, Any]) -> bool:
+        """Reads the rows anew for the day of the run that goes on, if they were read for today; whether it had to."""
+        day = fingerprints.get("template_date")
+        if self._day_is_given or day in (None, self.options.template_date):
+            return False
+        self.options, self._rows, self._training = replace(self.options, template_date=day), {}, None
+        rank_zero_info(f"chat template: it asks for the date, and is told that on which the run began, {day}")
+        self.setup(self.trainer.state.fn)  # type: ignore[union-attr]
+        return True
 
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
@@ -276,8 +295,19 @@ class FeedbackDataModule(LightningDataModule):
             "rows_per_step": self.rows_per_step,
             "chat_template": chosen_template(self.tokenizer, options.chat_template),
             "source_weights": training.weights,
+            **({"template_date": options.template_date} if options.template_date and self._is_dated else {}),
             **{name: getattr(options, name) for name in sorted(names)},
         }
+
+    @property
+    def _is_dated(self) -> bool:
+        return asks_for_date(self.tokenizer, self.options.chat_template)
+
+    def _date_templates(self) -> None:
+        """Settles for all processes which day it is to templates that ask: today, unless it is given."""
+        if self.options.template_date is None and self._is_dated:
+            day = self.trainer.strategy.broadcast(today()) if self.trainer is not None else today()
+            self.options, self._day_is_given = replace(self.options, template_date=day), False
 
     def _read(self, stage: str | None) -> None:
         options = self.options
@@ -315,6 +345,7 @@ class FeedbackDataModule(LightningDataModule):
             self._keep(name, self._reader.read(name, sources, self._cache, labelled=name != "predict"))
 
     def _keep(self, name: str, found: ReadRows) -> None:
+        self._found.append(found)
         for row_set in found.row_sets.values():
             rank_zero_info(str(row_set.counts))
             row_set.counts.require_used()

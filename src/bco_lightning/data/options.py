@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError
-from bco_lightning.options import SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
+from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
 
 FormatName = Literal[
     "auto", "unpaired", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit", "chitchat"
@@ -225,6 +225,13 @@ class DataOptions(Options):
     chat_template: str | None = option(
         "``None`` for the tokenizer's own, ``plain`` for a base model, or a Jinja file.", default=None
     )
+    template_date: str | None = option(
+        "What day it is to a chat template that asks (``strftime_now``); if left out, the one on which the run began, "
+        "also where it goes on. To others it makes no difference.",
+        default=None,
+        fits=DAY,
+        on_resume="free",  # where a template asks, fingerprints have it
+    )
     validation_fraction: float = option(
         "Share of the distinct training prompts to hold out when there are no validation files; a prompt is never on "
         "both sides.",
@@ -255,7 +262,15 @@ class DataOptions(Options):
         default="strict",
     )
     max_bad_rows: float = option(
-        "Share of the rows read, of each data set, above which ``skip`` stops too.", default=0.001, fits=SHARE
+        "Share of the rows read, of each data set, above which ``skip`` stops too, if these are more than "
+        "``few_bad_rows``.",
+        default=0.001,
+        fits=SHARE,
+    )
+    few_bad_rows: int = option(
+        "So many malformed rows of each data set ``skip`` leaves out, however small it is.",
+        default=10,
+        fits=at_least(0, "rows"),
     )
     streaming: bool = option(
         "Leave training rows in their files and read them as steps need them: for JSON lines, Parquet and Arrow "

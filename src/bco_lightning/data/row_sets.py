@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from datasets import Dataset
 
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.cache import FolderCache
-from bco_lightning.data.chat import chosen_template
+from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.files import content_key, expand
 from bco_lightning.data.options import DataOptions, Source, chosen_rating
@@ -30,12 +31,15 @@ from bco_lightning.data.values import keys_of
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.identity import digest_of_code, digest_of_tokenizer, digest_of_values
 
+BAD_ROWS = "bad_rows.jsonl"  # of what is read together: each malformed row, by FeedbackRowError.as_fields
+_SEE_ALL = f"To see all such rows at once: python -m bco_lightning inspect, which writes {BAD_ROWS}."
 _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 # Rows are many small objects without cycles; looking for some after every 700 of them took a fifth of the time.
 _COLLECT_AFTER = (50_000, 20, 50)
 _OF_ROWS = (
     "format", "columns", "rating", "loss_on", "conflicts", "max_length", "max_prompt_length", "long_prompts",
-    "long_completions", "seed", "bad_rows", "max_bad_rows", "streaming",
+    "long_completions", "seed", "bad_rows", "max_bad_rows", "few_bad_rows",
+    "streaming",
 )  # fmt: skip
 
 
@@ -99,7 +103,7 @@ class RowReader:
 
         def make(folder: Path) -> dict[str, Any]:
             log = (PlaceTable if options.streaming else RowTable)(folder, [source.label for source in sources["train"]])
-            others = self._fill(log, sources["train"])
+            others = self._fill(log, sources["train"], folder)
             summary = log.summary()
             log.leave_out_conflicts(options.conflicts)
             row_sets: dict[str, Any] = {}
@@ -135,22 +139,25 @@ class RowReader:
     ) -> tuple[dict[str, Any], Array]:
         """All rows of sources as one data set, and the keys of their prompts."""
         log = RowTable(folder, [source.label for source in sources])
-        others = self._fill(log, sources, labelled=labelled)
+        others = self._fill(log, sources, folder, labelled=labelled)
         return _divided(log, {name: np.ones(len(log), bool)}, others), log.rows["prompt"]
 
-    def _fill(self, log: RowTable | PlaceTable, sources: Sequence[Source], *, labelled: bool = True) -> RowCounts:
-        """Appends the rows of all sources, and returns what else there was."""
+    def _fill(
+        self, log: RowTable | PlaceTable, sources: Sequence[Source], folder: Path, *, labelled: bool = True
+    ) -> RowCounts:
+        """Appends the rows of all sources, and returns what else there was; malformed ones go into a file."""
         others, malformed = RowCounts("others"), list[FeedbackRowError]()
         for number, source in enumerate(sources):
             before = len(log) + others.read
             maker = RowMaker(row_format_of(self._options, source), labelled)
-            with _rare_collections():
+            with _rare_collections(), (folder / BAD_ROWS).open("a", encoding="utf-8") as bad_rows:
                 for row in self._append(log, source, number, maker):
                     others.take(row)
                     if isinstance(row, FeedbackRowError):
                         if self._options.bad_rows == "strict":
-                            raise row
+                            raise FeedbackRowError(row.where, row.problem, f"{row.remedy} {_SEE_ALL}".lstrip())
                         malformed = malformed or [row]
+                        bad_rows.write(json.dumps(row.as_fields(), ensure_ascii=False) + "\n")
             maker.check_rated()
             if len(log) + others.read == before:
                 raise FeedbackRowError(public_name(source.path), "expected at least one row, found none.")
@@ -160,12 +167,12 @@ class RowReader:
                 said = (f"{what}: {keys_of(names)}" for what, names in known.items() if names)
                 others.columns[source.label] = "; ".join(said)
         bad, read, share = others.malformed, len(log) + others.read, self._options.max_bad_rows
-        if bad.count > share * read:
+        if bad.count > max(share * read, few := self._options.few_bad_rows):
             raise FeedbackRowError(
                 ", ".join(public_name(source.path) for source in sources),
-                f"expected at most {share:.2%} malformed rows (data.max_bad_rows), found {bad.count} of {read}, the "
-                f"first of them at {', '.join(bad.places)}.",
-                f"The first reads: {malformed[0]}",
+                f"expected at most {share:.2%} malformed rows (data.max_bad_rows) or {few} (data.few_bad_rows), found "
+                f"{bad.count} of {read}, the first of them at {', '.join(bad.places)}.",
+                f"The first reads: {malformed[0]} {_SEE_ALL}",
             ) from malformed[0]
         return others
 
@@ -211,6 +218,8 @@ class RowReader:
             contents |= {path: content_key(path) for path in expand(source.path)}
         if not all(contents.values()):
             return None
+        if asks_for_date(self._tokenizer, self._options.chat_template):
+            others["template_date"] = self._options.template_date or today()
         return digest_of_values(
             {
                 "code": digest_of_code("batch.py", "data"),

@@ -52,7 +52,7 @@ class RowTokenizer:
         self.chat_template = chosen_template(tokenizer, options.chat_template)
         self._control, self._joints = ControlTokens(tokenizer), Joints(tokenizer, self._encode)
         self._to_read_again = _READ_AGAIN
-        self._template = ChatTemplate(tokenizer, self.chat_template, self._control, self._joints)
+        self._template = ChatTemplate(tokenizer, self.chat_template, self._control, self._joints, options.template_date)
         unknown = tokenizer.unk_token_id  # which is special, too; with some tokenizers a line break is
         self._is_blank = lru_cache(maxsize=64)(
             lambda token_ids: not tokenizer.decode([token for token in token_ids if token != unknown]).strip()

@@ -27,6 +27,7 @@ class TrainingRows:
         self.row_set, self._options, self._reader = row_set, options, reader
         self.weights = [source.weight for source in options.sources("train")]
         self.order = lru_cache(maxsize=1)(self._order)
+        self._drawn = lru_cache(maxsize=1)(self._draw)  # several trials ask for the same
         pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=True, **self._by_source())
         self.class_counts = len(pools[0]), len(pools[1])  # of an epoch, weights of sources included
 
@@ -66,9 +67,11 @@ class TrainingRows:
 
     def table(self, most: int) -> Dataset:
         """The rows as a table; of a stream the usable ones of about ``most``, drawn evenly from all over."""
-        rows, dataset = self.row_set.dataset, self.dataset()
-        if not isinstance(rows, StreamRows) or not isinstance(dataset, StreamDataset):
-            return dataset
+        dataset = self.dataset()
+        return self._drawn(most) if isinstance(dataset, StreamDataset) else dataset
+
+    def _draw(self, most: int) -> Dataset:
+        rows, dataset = cast(StreamRows, self.row_set.dataset), cast(StreamDataset, self.dataset())
         drawn = rows.drawn_evenly(most)
         sources = rows.column("source")[drawn].tolist()
         return self._reader.tokenized(map(dataset.row, drawn), sources, self._options.sources("train"))

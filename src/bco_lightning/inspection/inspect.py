@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from bco_lightning.data import FeedbackDataModule
+from bco_lightning.data.counts import Counted
+from bco_lightning.data.row_sets import BAD_ROWS
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError, printable
 from bco_lightning.importance.report import TrustReport, text_table
 from bco_lightning.importance.weights import MOST_PROMPTS
@@ -55,15 +58,25 @@ def inspect_command(
         raise ConfigError("--examples", f"expected a number from 0 on, found {examples}.")
     page = Path(report)
     require_free("--report", page, _BEGINNING if overwrite else "")
+    require_free("--report", bad_rows := page.with_name(BAD_ROWS), '{"place": "' if overwrite else "")
     tokenizer = load_tokenizer(config.model.name_or_path, cache_folder=config.model.cache_folder)
-    data = FeedbackDataModule(**data_options, tokenizer=tokenizer)
-    problem: UserError | None = None
-    try:
-        data.setup("fit")
-    except FeedbackRowError as error:  # one that comes after the rows are there can wait
-        if data.train_dataset is None:
-            raise
-        problem = error
+    problem: UserError | None
+    data, problem = _read(FeedbackDataModule(**data_options, tokenizer=tokenizer))
+    if not data.counts:  # of a log that would stop a run, all that is malformed is to be told
+        skipping = {**data_options, "bad_rows": "skip", "max_bad_rows": 1.0}
+        data, other = _read(FeedbackDataModule(**skipping, tokenizer=tokenizer))
+        problem = problem if data.counts or data.bad_rows else other
+    kinds: dict[tuple[str, str], Counted] = {}
+    for row in data.bad_rows:
+        kinds.setdefault((row["expected"], row["remedy"]), Counted()).take(1, [row["place"]])
+    if kinds:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.bad_rows)
+        write_text(lines, bad_rows, "--report", replaces=overwrite)
+        print(printable(f"Malformed rows, all of them: {bad_rows}"))
+    elif overwrite:
+        bad_rows.unlink(missing_ok=True)  # that of an earlier log
+    if problem is not None and not data.counts:
+        raise problem
     dataset = data.training.table(MOST_PROMPTS)
     trust: TrustReport | None = None
     if (wanted := config.model.importance_weights) != "off":
@@ -93,12 +106,22 @@ def inspect_command(
         examples=examples_of(dataset, tokenizer, up, 0 if hide_examples else examples, seed),
         notes=tuple(notes),
         trust=trust,
+        malformed=kinds,
     )
     print_report(data_report, Console())
     write_text(page_of(data_report), page, "--report", replaces=overwrite)
     print(printable(f"\nPage   {report}"))
     if problem is not None:
         raise problem
+
+
+def _read(data: FeedbackDataModule) -> tuple[FeedbackDataModule, FeedbackRowError | None]:
+    """The rows to train on, and what would stop a run; if that comes after they are there, they have counts."""
+    try:
+        data.setup("fit")
+    except FeedbackRowError as error:
+        return data, error
+    return data, None
 
 
 def print_report(report: DataReport, console: Console) -> None:

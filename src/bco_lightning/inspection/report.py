@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bco_lightning import figures
-from bco_lightning.data.counts import FeedbackSummary, RowCounts
+from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
 from bco_lightning.errors import printable
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
@@ -68,6 +68,7 @@ class DataReport:
     examples: tuple[RowText, ...] = ()
     notes: tuple[Finding, ...] = ()
     trust: TrustReport | None = None
+    malformed: Mapping[tuple[str, str], Counted] = field(default_factory=dict)  # by what is expected, and the remedy
 
     @property
     def trained_on(self) -> RowCounts:
@@ -183,6 +184,11 @@ def sections(report: DataReport) -> list[Section]:
             "What was lost, and why", ("", "rows", "first places"),
             [(f"{c.name}, {what}", f"{count:,}", places) for c, what, count, places in lost],
             pictures=[partial(figures.rows_lost, of_training)] if of_training else (), left=(0, 2),
+        ),
+        Section(
+            "Malformed rows, all of which are in bad_rows.jsonl", ("expected", "rows", "first places", "remedy"),
+            [(expected, f"{kind.count:,}", ", ".join(map(short_place, kind.places)), remedy)
+             for (expected, remedy), kind in report.malformed.items()], left=(0, 2, 3),
         ),
         Section(
             "Thumbs by source", ("", "up", "down", "share up"),

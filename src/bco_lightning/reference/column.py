@@ -47,7 +47,6 @@ _NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype")  # the 
 # What the bits of a log-prob depend on.
 _CODE = ("batch.py", "data/collate.py", "models", "reference")
 _PACKAGES = ("bco-lightning", "torch", "transformers", "peft")
-_DRAWN = 64  # rows of a stream, among which the shortest and the longest are looked for
 # What rounding explains of the difference of a token's log-probs, in nats, absolute and relative to them: in bfloat16
 # thrice of what was seen where other rows were beside it.
 _EXACT, _ROUNDED = (2e-3, 2e-4), (0.2, 0.04)
@@ -67,6 +66,9 @@ def fill_in_log_probs(
     """
     wanted = options.reference_log_probs
     tables = data.datasets_of(stage) if data is not None else {}
+    for table in tables.values():
+        largest = pc.max(pc.list_flatten(table.data.column("input_ids"))).as_py()
+        refuse_unknown_token(causal_lm_of(reference.policy), largest or 0)
     if data is None or not tables or (stage == "fit" and "train" not in tables):
         if wanted == "before":
             raise ConfigError(
@@ -87,19 +89,16 @@ def fill_in_log_probs(
 def refuse_other_start(
     data: FeedbackDataModule | None, reference: Reference, score: Callable[[FeedbackBatch], ScoredRows], trainer: Any
 ) -> None:
-    """Stops a run whose reference is another model than its policy, by the shortest, the longest and one more row.
+    """Stops a run whose reference is another model than its policy, by the rows to train on that tell most.
 
     They are scored as in a step, by known reference log-probs where there are some: a reference that is loaded as
     another model shows here, and so do values of another one. Rounding of a sum grows as the root of its terms.
     """
     if data is None or not reference.is_policy_that_came_in:
         return
-    table = data.training.table(_DRAWN)
-    lengths = np.asarray(pc.list_value_length(table.data.column("input_ids")))
-    rows = [table[number] for number in {int(lengths.argmin()), int(lengths.argmax()), len(table) // 2}]
+    rows = data.telling_rows("train")
     with torch.no_grad(), reference.where_it_is_used(trainer) as device:
         batch = collate([{name: row[name] for name in COLUMNS if name in row} for row in rows])
-        refuse_unknown_token(causal_lm_of(reference.policy), int(batch.input_ids_S.max()))
         scored = score(batch.to(device))
     is_known = batch.reference_log_probs_B is not None
     exact = dtype_of_matrices(reference.policy) == torch.float32 and "32" in str(trainer.precision)
@@ -114,7 +113,7 @@ def refuse_other_start(
         if off_B[worst] > 0:
             found = f"{policy_B[worst]:.3f} and {scored.reference_log_probs_B[worst]:.3f} nats"
             raise LanguageModelError(
-                data.training.place_of(rows[worst]["row_id"]),
+                rows[worst]["place"],
                 f"expected a policy that is its own reference before step 1, found log-probs of {found}.",
                 "Remove reference_log_probs from the cache." if is_known else "Merge the adapter first.",
             )
