@@ -53,12 +53,15 @@ class ImplicitRewardMetrics(Metric):
 
     Args:
         sources: Names of the sources, in the order of their numbers.
+        one_class_will_do: Where all rows are of one class, ``loss`` is the mean of that one, which can be compared as
+            long as the rows stay the same.
     """
 
     full_state_update = False
 
-    def __init__(self, sources: Sequence[str] = ()) -> None:
+    def __init__(self, sources: Sequence[str] = (), one_class_will_do: bool = False) -> None:
         super().__init__()
+        self._one_class_will_do = one_class_will_do
         self._sources = _keys_of(sources) if len(sources) > 1 else []
         self.sums_GKC: Tensor  # G sources, K quantities, C classes. Sums over rows, so over processes too.
         shape = (max(1, len(self._sources)), len(_QUANTITIES), 2)
@@ -136,7 +139,9 @@ class ImplicitRewardMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The metrics of all rows since the last reset, over all processes; float64 scalars on the CPU."""
         sums_GKC, scores = self.sums_GKC.cpu(), dim_zero_cat(self.scores).cpu().numpy()
-        values = _metrics_of(sums_GKC.sum(0), scores)
+        values, sums_KC = _metrics_of(sums_GKC.sum(0), scores), sums_GKC.sum(0)
+        if self._one_class_will_do and (rows_C := sums_KC[_QUANTITIES.index("rows")]).count_nonzero() == 1:
+            values["loss"] = (sums_KC[_QUANTITIES.index("loss")] / rows_C)[rows_C > 0].sum()
         for number, (name, sums_KC) in enumerate(zip(self._sources, sums_GKC, strict=False)):
             own = _metrics_of(sums_KC, scores[scores[:, 2] == number])
             values |= {f"by_source/{name}/{key}": value for key, value in own.items()}

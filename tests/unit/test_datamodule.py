@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from bco_lightning import FeedbackDataModule
 from bco_lightning.data.counts import Counted
@@ -325,3 +326,17 @@ def test_rows_that_tell_most_are_the_shortest_the_longest_and_the_first_of_each_
     assert {row["source"] for row in found} == {0, 1}
     assert min(completions) < 10
     assert max(completions) > 200
+
+
+def test_held_out_rows_of_one_class_are_warned_of_and_do_not_end_a_run(
+    tiny_model: str, log: str, rows: list, tmp_path: Path
+) -> None:
+    ups = write_jsonl(tmp_path / "ups.jsonl", [row for row in rows if row["label"]][:4])
+    trainer = tiny_trainer(max_steps=4, val_check_interval=1, check_val_every_n_epoch=None)
+    trainer.callbacks.append(EarlyStopping("val/loss", patience=9))
+    data = tiny_data(log, validation_files=ups)
+    with pytest.warns(UserWarning, match=r"validation: all 4 rows are thumbs-up.* such as val/auroc .* not known"):
+        trainer.fit(tiny_module(tiny_model), data)
+    assert trainer.global_step == 4
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(0.69, abs=0.2)
+    assert np.isnan(float(trainer.callback_metrics["val/auroc"]))

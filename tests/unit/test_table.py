@@ -114,3 +114,32 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows_but_on_the_seed() ->
     assert len(chosen) == 12
     assert held_out(rows[::-1], seed=0) == chosen
     assert held_out(rows, seed=1) != chosen
+
+
+def test_some_of_both_thumbs_are_held_out_and_some_stay_wherever_there_are_enough_prompts() -> None:
+    random, repaired = np.random.default_rng(0), 0
+    for trial in range(200):
+        keys = random.integers(0, 40, 60)
+        up = random.random(60) < (0.1 if trial % 2 else 0.9)
+        up[:4], up[4:8] = True, False
+        keys[:8] = np.arange(100, 108)  # four prompts of each
+        plain, found = held_out_prompts(keys, 0.1, trial), held_out_prompts(keys, 0.1, trial, [up, ~up])
+        assert not set(keys[found]) & set(keys[~found])
+        for rows in (up, ~up):
+            assert found[rows].any()
+            assert not found[rows].all()
+        if all(plain[rows].any() and not plain[rows].all() for rows in (up, ~up)):
+            assert (found == plain).all()
+        else:
+            repaired += 1
+            assert len(set(keys[found]) ^ set(keys[plain])) <= 2
+    assert 20 < repaired < 180
+
+
+@pytest.mark.parametrize("downs", [0, 1])
+def test_a_class_with_no_prompt_to_spare_stays_to_train_on(downs: int) -> None:
+    keys, up = np.arange(30), np.arange(30) >= downs
+    for seed in range(30):
+        found = held_out_prompts(keys, 0.1, seed, [up, ~up])
+        assert found.any()
+        assert not found[~up].any()

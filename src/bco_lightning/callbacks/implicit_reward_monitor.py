@@ -54,7 +54,7 @@ class ImplicitRewardMonitor(StepCallback):
         data, device = getattr(trainer, "datamodule", None), trainer.strategy.root_device
         for name in self._metrics:
             sources = data.source_names(name) if isinstance(data, FeedbackDataModule) else ()
-            metrics = ImplicitRewardMetrics(sources)
+            metrics = ImplicitRewardMetrics(sources, one_class_will_do=name != "train")
             self._metrics[name] = metrics.to(device if device.type != "mps" else "cpu")  # MPS has no float64
 
     @override

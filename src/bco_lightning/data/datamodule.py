@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
@@ -349,6 +349,11 @@ class FeedbackDataModule(LightningDataModule):
         for row_set in found.row_sets.values():
             rank_zero_info(str(row_set.counts))
             row_set.counts.require_used()
+        if (held_out := found.row_sets.get("validation")) and (kind := held_out.counts.only_class):
+            rank_zero_warn(
+                f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
+                "the two, such as val/auroc and val/margin, is not known (nan). Give data.validation_files with both."
+            )
         self._rows[name] = found
 
     @property

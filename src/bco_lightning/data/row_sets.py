@@ -112,7 +112,8 @@ class RowReader:
                 row_sets, prompt_keys = self._whole(folder, "validation", sources["validation"])
                 summary.validation_prompts_in_training = int(np.isin(prompt_keys, log.rows["prompt"]).sum())
             elif options.validation_fraction and not options.streaming:
-                held_out = held_out_prompts(log.rows["prompt"], options.validation_fraction, options.row_seed)
+                fraction, keys = options.validation_fraction, log.rows["prompt"]
+                held_out = held_out_prompts(keys, fraction, options.row_seed, log.classes())
                 chosen = {"train": ~held_out, **({"validation": held_out} if held_out.any() else {})}
             return {"row_sets": {**_divided(log, chosen, others), **row_sets}, "summary": asdict(summary)}
 

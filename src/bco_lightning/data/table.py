@@ -86,6 +86,11 @@ class RowLog:
             rows["reason"][losing] = self._reason_number(CONFLICTING)
             self._kept = bytearray(rows.tobytes())
 
+    def classes(self) -> list[Array]:
+        """Which rows can be used and are thumbs-up, and which thumbs-down."""
+        rows = self.rows
+        return [(rows["reason"] == 0) & (rows["flags"] & flag > 0) for flag in (_UP, _DOWN)]
+
     def summary(self) -> FeedbackSummary:
         """What the rows look like as a whole."""
         rows = self.rows
@@ -198,10 +203,11 @@ def prompt_key(row: FeedbackRow) -> int:
     return _first_bytes(_prompt_digest(row))
 
 
-def held_out_prompts(prompt_keys: Array, fraction: float, seed: int = 0) -> Array:
+def held_out_prompts(prompt_keys: Array, fraction: float, seed: int = 0, classes: Sequence[Array] = ()) -> Array:
     """Which rows have one of the prompts to hold out: a share of the distinct ones, rounded up, but never all.
 
-    Whether a prompt is held out hangs on its key and the seed, and hardly on what other prompts there are.
+    Whether a prompt is held out hangs on its key and the seed, and hardly on what other prompts there are. Of each of
+    ``classes``, masks of rows, some stay to train on and some are held out, where they have more than one prompt.
 
     Example:
         >>> held_out_prompts(np.array([7, 3, 7, 9]), 0.3).tolist()
@@ -210,7 +216,14 @@ def held_out_prompts(prompt_keys: Array, fraction: float, seed: int = 0) -> Arra
     scattered: Array = _scattered(prompt_keys, seed)
     ranked = np.unique(scattered)
     number = min(int(np.ceil(fraction * len(ranked) - 1e-9)), len(ranked) - 1)
-    return scattered < ranked[number] if number > 0 else np.zeros(len(prompt_keys), dtype=bool)
+    held_out: Array = scattered < ranked[number] if number > 0 else np.zeros(len(prompt_keys), dtype=bool)
+    balanced, prompts = held_out, [np.unique(scattered[rows]) for rows in classes if number > 0]
+    for which, side in ((-1, False), (0, True)):  # the last comes back if all are held out, the first goes if none is
+        for rows, own in zip(classes, prompts, strict=False):
+            if len(own) > side and (balanced[rows] != side).all():
+                balanced = np.where(scattered == own[which], side, balanced)
+    is_trained_on = all((~balanced[rows]).any() for rows in classes)
+    return balanced if is_trained_on else held_out
 
 
 def _scattered(keys: Array, seed: int) -> Array:
