@@ -337,6 +337,11 @@ class FeedbackDataModule(LightningDataModule):
         rank_zero_info(str(found.summary))
         self._keep("training", found)
         self.training.check_classes()
+        if (held_out := found.row_sets.get("validation")) and (kind := held_out.counts.only_class):
+            rank_zero_warn(
+                f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
+                "the two, such as val/auroc and val/margin, is not known (nan). Give data.validation_files with both."
+            )
         if options.streaming and not options.sources("validation") and options.validation_fraction:
             rank_zero_info("validation: nothing is held out of a stream; give data.validation_files to measure it")
 
@@ -349,11 +354,6 @@ class FeedbackDataModule(LightningDataModule):
         for row_set in found.row_sets.values():
             rank_zero_info(str(row_set.counts))
             row_set.counts.require_used()
-        if (held_out := found.row_sets.get("validation")) and (kind := held_out.counts.only_class):
-            rank_zero_warn(
-                f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
-                "the two, such as val/auroc and val/margin, is not known (nan). Give data.validation_files with both."
-            )
         self._rows[name] = found
 
     @property
