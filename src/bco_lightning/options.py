@@ -319,3 +319,9 @@ class ModelOptions(Options):
     def __post_init__(self) -> None:
         self._set("seed", chosen_seed(self.seed))
         super().__post_init__()
+
+    def check(self) -> None:
+        """Also refuses to compile what is computed again, of which PyTorch would compile nothing and not say so."""
+        super().check()
+        if self.compile and self.gradient_checkpointing:
+            raise ConfigError("model.compile", "expected false with gradient_checkpointing, found true.")

@@ -227,6 +227,10 @@ def test_gradient_checkpointing_changes_no_number(tiny_model: str, log: str) -> 
     ("options", "message"),
     [
         ({"beta": 0.0}, r"model\.beta: expected a number above 0, found 0\.0"),
+        (
+            {"compile": True, "gradient_checkpointing": True},
+            r"model\.compile: expected false with gradient_checkpointing",
+        ),
         ({"learning_rate": -1.0}, r"model\.learning_rate"),
         ({"warmup_ratio": 2.0}, r"model\.warmup_ratio"),
         ({"objective": "dpo"}, r"model\.objective: expected bco or bce, found 'dpo'"),
