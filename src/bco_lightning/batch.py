@@ -76,7 +76,7 @@ class Span:
 
 @dataclass
 class FeedbackBatch:
-    """A micro-batch of unpaired rated completions, packed: one row after the other, a shared prompt once."""
+    """A micro-batch of rated completions, packed: one row after the other, a shared prompt once."""
 
     input_ids_S: Tensor
     position_ids_S: Tensor  # place of each token in its row, from 0
@@ -92,6 +92,9 @@ class FeedbackBatch:
     reference_log_probs_B: Tensor | None = None  # in nats, where they are known
     prompt_keys_B: Tensor | None = None  # the same for the same messages and tools; where they are known
     prompts: tuple[str, ...] | None = None  # their words, where they are wanted
+    scores_B: Tensor | None = None  # from 0 to 1, of rows that were rated by a rule
+    paired: bool = False  # rows 2n and 2n + 1 are the two answers of a pair
+    unrelated: FeedbackBatch | None = None  # the prompts of some rows, each with the answer of another row
 
     def __len__(self) -> int:
         return len(self.row_spans)
@@ -134,6 +137,8 @@ class FeedbackBatch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.unrelated is not None:
+            changed["unrelated"] = self.unrelated._with_each(change)
         return replace(self, **changed)
 
 

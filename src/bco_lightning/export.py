@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,8 @@ from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.adapters import merge_adapter
 from bco_lightning.models.load import ModelSource, load_language_model, locate_model
 from bco_lightning.models.refusals import in_words
-from bco_lightning.module import ALIGNMENT_FILE, BCOModule
+from bco_lightning.module import BCOModule
+from bco_lightning.objectives.exported import ALIGNMENT_FILE, write_alignment
 from bco_lightning.places import require_free
 
 IMPORTANCE_FILE = "importance.safetensors"
@@ -45,14 +45,14 @@ tags: [alignment, bco, binary-feedback]
 |---|---|
 | objective | {options.objective} |
 | beta | {options.beta} |
-| reward shift (delta), nats | {delta:.6f} |
+| threshold, nats | {threshold:.6f} |
 | learning rate | {options.learning_rate} |
 | trained | {trained} |
 | optimizer steps | {steps} |
 
-`{alignment_file}` holds the reward shift. Implicit reward of an answer: beta times the difference of its summed
+`{alignment_file}` holds what the objective keeps. Implicit reward of an answer: beta times the difference of its summed
 log-probability under this model and under {reference}; probability of thumbs-up: the logistic function of the implicit
-reward less the reward shift. To score rows with it:
+reward less the threshold, which under `bco` is the reward shift. To score rows with it:
 
 ```
 python -m bco_lightning predict --model.name_or_path FOLDER --model.reference_name_or_path {reference} \\
@@ -117,14 +117,9 @@ def export_checkpoint(
         if chat_template is not None:
             module.tokenizer.chat_template = chat_template
         module.tokenizer.save_pretrained(folder)
-        alignment = {
-            "reward_shift": module.reward_shift.state_dict(),
-            "beta": module.beta,
-            "objective": module.options.objective,
-            "reference": _reference_name(module),
-            **{name: day for name, day in told.get("fingerprints", {}).items() if name == "template_date"},
-        }
-        (folder / ALIGNMENT_FILE).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
+        day = {name: day for name, day in told.get("fingerprints", {}).items() if name == "template_date"}
+        named = {"objective": module.hparams["objective"], "reference": _reference_name(module), **day}
+        write_alignment(folder, module.objective, beta=module.beta, **named)
         if module.importance is not None:
             module.importance.save(folder / IMPORTANCE_FILE, prompt_features=module.hparams["prompt_features"])
         card = _card(module, output_dir.name, told["step"], base)
@@ -186,7 +181,7 @@ def _card(module: BCOModule, name: str, steps: int, base: str | None) -> str:
         name=name,
         usage=_ADAPTER_USAGE if base else _MERGED_USAGE,
         options=module.options,
-        delta=module.objective.threshold,
+        threshold=module.objective.threshold,
         trained=f"LoRA, rank {module.policy.peft_config['default'].r}" if module.lora else "all weights",
         steps=steps,
         alignment_file=ALIGNMENT_FILE,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -19,9 +19,9 @@ from bco_lightning.callbacks.refusals import refuse_unfit, refuse_unknown_monito
 from bco_lightning.callbacks.step_callback import summarize_step
 from bco_lightning.checkpoints import read_checkpoint, use_verified_io
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
-from bco_lightning.checkpoints.tensors import refuse_not_finite
+from bco_lightning.checkpoints.tensors import leave_out_frozen, miss_trained_only, refuse_not_finite
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.errors import CheckpointError, ConfigError, check_choice
+from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.identity import (
     changes_to_accept,
     digest_of_tokenizer,
@@ -36,14 +36,13 @@ from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.refusals import refuse_unknown_token
-from bco_lightning.objectives import OBJECTIVES, RatedAnswers, RewardShift, class_weights_of, mean_over_rows
+from bco_lightning.objectives import RatedAnswers, RewardShift, chosen_class_weights, mean_over_rows, objective_of
+from bco_lightning.objectives.exported import exported_objective
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.parallel.strategy import refuse_unknown
 from bco_lightning.reference.column import fill_in_log_probs, refuse_other_start
 from bco_lightning.reference.model import Reference
-
-ALIGNMENT_FILE = "bco.json"
 
 
 class BCOModule(LightningModule):
@@ -68,15 +67,15 @@ class BCOModule(LightningModule):
         # Checkpoints are read with weights_only=True, which takes plain values only.
         self.save_hyperparameters(self.options.plain())
         self.lora, self.beta = self.options.lora, self.options.beta
-        self.objective = OBJECTIVES[self.options.objective](self.options.reward_shift_decay)
+        self.objective = objective_of(self.options)
         self.class_weights: tuple[float, float] | None = None
         self.weighing = PromptWeighing(self.options)
         self.step_rows: list[ScoredRows] = []
         self.step_summary: StepSummary | None = None
         self.steps_before = 0  # of the checkpoint that was loaded
         # Checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks.
-        self.register_state_dict_post_hook(_leave_out_frozen)
-        self.register_load_state_dict_post_hook(_miss_trained_only)
+        self.register_state_dict_post_hook(leave_out_frozen)
+        self.register_load_state_dict_post_hook(miss_trained_only)
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._trunk: FrozenTrunk | None = None
@@ -140,20 +139,16 @@ class BCOModule(LightningModule):
         reference.watch_policy()
         self._policy, self._reference = policy, reference
         if self.options.reference_name_or_path is not None:
-            self._load_exported_reward_shift(self.options.reference_name_or_path)
+            self._take_over_exported(self.options.reference_name_or_path)
 
-    def _load_exported_reward_shift(self, reference: str) -> None:
-        file = Path(locate_model(self.options.name_or_path).location) / ALIGNMENT_FILE
-        if not file.exists():
+    def _take_over_exported(self, reference: str) -> None:
+        """An exported model is scored as it was trained; one that is trained on brings its reward shift alone."""
+        folder, decay = Path(locate_model(self.options.name_or_path).location), self.options.reward_shift_decay
+        if (found := exported_objective(folder, decay, reference=reference, beta=self.beta)) is None:
             return
-        alignment = json.loads(file.read_text(encoding="utf-8"))
-        for key, ours in (("reference", reference), ("beta", self.beta)):
-            if alignment[key] != ours:
-                rank_zero_info(f"{file}: aligned with {key} {alignment[key]}, evaluated with {ours}.")
-        if self._trainer is None or self._trainer.state.fn != "fit":  # it is scored as it was trained
-            check_choice(str(file), alignment["objective"], list(OBJECTIVES))
-            self.objective = OBJECTIVES[alignment["objective"]](self.options.reward_shift_decay)
-        self.reward_shift.load_state_dict(alignment["reward_shift"])
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            self.objective = found
+        self.reward_shift.load_state_dict(found.reward_shift.state_dict())
 
     # --- before the first step
 
@@ -180,15 +175,8 @@ class BCOModule(LightningModule):
         return data if isinstance(data, FeedbackDataModule) else None
 
     def _chosen_class_weights(self) -> tuple[float, float]:
-        chosen = self.options.class_weights
-        if not isinstance(chosen, str):
-            return chosen
-        if chosen == "none":
-            return 1.0, 1.0
-        if self._data is None:
-            problem = "expected two numbers or 'none' where no FeedbackDataModule is used, found 'auto'."
-            raise ConfigError("model.class_weights", problem)
-        return class_weights_of(*self._data.class_frequencies)
+        data = self._data
+        return chosen_class_weights(self.options, self.objective, lambda: data.class_frequencies if data else None)
 
     def _say_what_is_trained(self) -> None:
         up, down = self.class_weights or (1.0, 1.0)
@@ -237,15 +225,16 @@ class BCOModule(LightningModule):
 
     def forward(self, batch: FeedbackBatch) -> tuple[Tensor, ScoredRows]:
         """The loss of each row before class weights, shape ``(B,)``, with gradient; and everything else, detached."""
-        policy, trunk = self.policy, self._trunk
         weigher = self.weighing if self.weighing.in_step and self.trainer.training else None
-        with weigher.watching(self.reference.own_model or policy) if weigher else nullcontext():
-            trunk_states_SH = trunk.states(batch) if trunk else None
-            with trunk.left_out() if trunk else nullcontext():
-                policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
-                reference_log_probs_B = batch.reference_log_probs_B
-                if reference_log_probs_B is None:
-                    reference_log_probs_B = self.reference.log_probs(batch, trunk_states_SH)
+        unrelated_log_ratios_U = None
+        if batch.unrelated is not None:
+            with torch.no_grad():
+                policy_log_probs_U, reference_log_probs_U = self._log_probs(batch.unrelated)
+                unrelated_log_ratios_U = (policy_log_probs_U - reference_log_probs_U)[
+                    batch.unrelated.importance_weights_B > 0
+                ]
+        with weigher.watching(self.reference.own_model or self.policy) if weigher else nullcontext():
+            policy_log_probs_B, reference_log_probs_B = self._log_probs(batch)
         answers = RatedAnswers(
             policy_log_probs_B,
             reference_log_probs_B,
@@ -253,7 +242,10 @@ class BCOModule(LightningModule):
             self.beta,
             lengths_B=batch.completion_lengths,
             importance_weights_B=weigher.weights_in_step(batch) if weigher else batch.importance_weights_B,
+            others_B=torch.arange(len(batch), device=policy_log_probs_B.device) ^ 1 if batch.paired else None,
+            scores_B=batch.scores_B,
             prompt_keys_B=batch.prompt_keys_B,
+            unrelated_log_ratios_U=unrelated_log_ratios_U,
         )
         losses_B = self.objective.losses(answers)
         return losses_B, ScoredRows(
@@ -268,6 +260,16 @@ class BCOModule(LightningModule):
             reward_shift=self.objective.threshold,
             baseline_sums=self.objective.sums(answers),
         )
+
+    def _log_probs(self, batch: FeedbackBatch) -> tuple[Tensor, Tensor]:
+        """Those of policy and reference, shape ``(B,)``."""
+        trunk = self._trunk
+        trunk_states_SH = trunk.states(batch) if trunk else None
+        with trunk.left_out() if trunk else nullcontext():
+            policy_log_probs_B = completion_log_probs(self.policy, batch, trunk_states_SH=trunk_states_SH)
+            if (known_B := batch.reference_log_probs_B) is not None:
+                return policy_log_probs_B, known_B
+            return policy_log_probs_B, self.reference.log_probs(batch, trunk_states_SH)
 
     def on_before_batch_transfer(self, batch: FeedbackBatch, dataloader_idx: int) -> FeedbackBatch:
         """Looks at the tokens while they are on the CPU; those of a stream are not known before."""
@@ -321,6 +323,7 @@ class BCOModule(LightningModule):
         decisive = {name: value for name, value in self.hparams.items() if name not in free}
         checkpoint |= {
             "reward_shift": self.reward_shift.state_dict(),
+            "baselines": self.objective.state_dict(),
             "fingerprints": fingerprints,
             "config_digest": digest_of_values({**decisive, **fingerprints}),
             "accepted_changes": list(self._accepted_changes),
@@ -343,6 +346,7 @@ class BCOModule(LightningModule):
         # Kept from Lightning, which would give them to an optimizer as they are.
         self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
+        self.objective.load_state_dict(checkpoint.get("baselines", {}))
         self.steps_before = checkpoint["global_step"]
         self.reference.policy_moves()
         self.weighing.load_state_dict(checkpoint.get("importance"), self._data)
@@ -391,15 +395,3 @@ class BCOModule(LightningModule):
             "reference": self.reference.digest,
             "tokenizer": digest_of_tokenizer(self.tokenizer),
         }
-
-
-def _leave_out_frozen(module: BCOModule, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """A hook, not a method that is called on the outermost module alone: Lightning's weight averaging wraps modules."""
-    for name in state.keys() - {prefix + name for name in module.trained_shapes()}:
-        if name.startswith(prefix):
-            del state[name]
-
-
-def _miss_trained_only(module: BCOModule, found: Any) -> None:
-    trained = module.trained_shapes()
-    found.missing_keys[:] = [name for name in found.missing_keys if name.removeprefix("module.") in trained]

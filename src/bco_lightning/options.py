@@ -21,6 +21,7 @@ from bco_lightning.errors import ConfigError, check_choice
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["none", "nf4"]
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+ObjectiveName = Literal["bco", "bce", "kto", "apo_zero", "kldo", "una", "dpo", "ipo", "nca", "sft"]
 OnResume = Literal["refused", "told", "free"]
 
 REFERENCE = "reference"
@@ -224,8 +225,12 @@ class ModelOptions(Options):
         "then also brings its reward shift.",
         default=None,
     )
-    objective: Literal["bco", "bce"] = option(
-        "``bco``, or ``bce`` for the same without a reward shift.", default="bco", on_resume="refused"
+    objective: ObjectiveName | dict[str, float] = option(
+        "What is trained on. Of thumbs: ``bco``; ``bce``, the same without a reward shift; ``kto``, ``apo_zero``, "
+        "``kldo``; ``sft``, of thumbs-up alone. Of pairs: ``dpo``, ``ipo``, ``nca``. Of scores: ``una``. Or a weighted "
+        "sum, such as ``{bco: 1, sft: 0.1}``.",
+        default="bco",
+        on_resume="refused",
     )
     beta: float = option(
         "Scale of the implicit reward; small allows a larger distance from the reference.",
@@ -321,7 +326,13 @@ class ModelOptions(Options):
         super().__post_init__()
 
     def check(self) -> None:
-        """Also refuses to compile what is computed again, of which PyTorch would compile nothing and not say so."""
+        """Also refuses parts of a mixed objective, and to compile what is computed again: PyTorch would do nothing then."""
         super().check()
         if self.compile and self.gradient_checkpointing:
             raise ConfigError("model.compile", "expected false with gradient_checkpointing, found true.")
+        if isinstance(self.objective, Mapping):
+            if not self.objective:
+                raise ConfigError("model.objective", "expected objectives with their weights, found none.")
+            for name, weight in self.objective.items():
+                check_choice("model.objective", name, list(get_args(ObjectiveName)))
+                POSITIVE.check(f"model.objective.{name}", weight)

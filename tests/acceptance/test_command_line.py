@@ -255,7 +255,7 @@ def test_a_model_that_is_not_there_gives_one_message_and_leaves_nothing(
         ("--model.betaa=1", ["error: --model.betaa: expected an option", "nearest are model.beta, "]),
         ("--config=c.yaml", ["error: model.betaa: expected an option", "nearest are model.beta, "]),
         ("--data.batchsize=1", ["data.batchsize", "nearest are data.batch_size, "]),
-        ("--model.objective=dpo", ["model.objective: expected bco or bce, found dpo."]),
+        ("--model.objective=dop", ["model.objective: expected bco or bce or ", ", found dop."]),
         ("--data.batch_size=many", ["data.batch_size: expected a whole number, found many."]),
     ],
 )

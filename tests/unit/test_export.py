@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,14 @@ def test_an_adapter_that_cannot_be_merged_is_exported_as_it_is_alone(tiny_model:
     export_checkpoint(tmp_path / "run", tmp_path / "out")
 
 
+@pytest.mark.parametrize("objective", ["bce", {"kldo": 1.0, "sft": 0.1}])
 def test_an_export_is_scored_by_the_objective_that_it_was_trained_with(
-    tiny_model: str, log: str, tmp_path: Path
+    objective: str | dict[str, float], tiny_model: str, log: str, tmp_path: Path
 ) -> None:
-    trained(tiny_model, log, tmp_path / "run", objective="bce")
+    trained(tiny_model, log, tmp_path / "run", objective=objective)
     export_checkpoint(tmp_path / "run", tmp_path / "out", merge=True)
     module = tiny_module(str(tmp_path / "out"), lora=None, reference_name_or_path=tiny_model)
     (scores,) = tiny_trainer(limit_predict_batches=1).predict(module, tiny_data(log, predict_files=[log]))
     assert module.reward_shift.value != 0
-    assert scores.reward_shift == 0
+    partition = module.objective.baselines.get("kldo_partition")
+    assert scores.reward_shift == (math.log(partition.value) if partition else 0)

@@ -57,7 +57,7 @@ class HeldOutRows(Callback):
             return
         order = np.argsort(rows)
         rows, rewards, lengths = rows[order].astype(int), rewards[order], lengths[order].astype(int)
-        thumbs_up, shift = thumbs[order].astype(bool), pl_module.reward_shift.value
+        thumbs_up, shift = thumbs[order].astype(bool), pl_module.objective.threshold
         if folder is not None:
             keys = np.asarray(data.validation_dataset["prompt_key"])[rows]  # type: ignore[index]
             columns = {"rewards": rewards, "thumbs_up": thumbs_up, "lengths": lengths}

@@ -143,3 +143,16 @@ def refuse_not_finite(weights: Mapping[str, Any], step: int, trainer: Any) -> No
             f"expected finite weights to save, found {names[0]} ({len(names)} parameters) not finite.",
             "The checkpoints before are finite. A lower model.learning_rate often helps.",
         )
+
+
+def leave_out_frozen(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A hook, for a method is called on the outermost module alone, and Lightning's weight averaging wraps modules."""
+    for name in state.keys() - {prefix + name for name in module.trained_shapes()}:
+        if name.startswith(prefix):
+            del state[name]
+
+
+def miss_trained_only(module: Any, found: Any) -> None:
+    """A hook on loading: weights that are not trained lack in no checkpoint."""
+    trained = module.trained_shapes()
+    found.missing_keys[:] = [name for name in found.missing_keys if name.removeprefix("module.") in trained]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +16,25 @@ COLUMNS = (
     "row_id", "input_ids", "completion_mask", "thumbs_up", "source", "prompt_key",
     "reference_log_prob", "importance_weight",
 )  # fmt: skip
+_TOKENS = ("input_ids", "completion_mask")
 
 
-def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True) -> FeedbackBatch:
+def collate(
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    share_prompts: bool = True,
+    paired: bool = False,
+    with_unrelated: bool = False,
+) -> FeedbackBatch:
     """Lays rows out one after the other, without padding; a prompt that several of them share is there once.
 
     Args:
         samples: Rows with ``input_ids``, ``completion_mask``, ``thumbs_up`` and ``row_id``; ``source`` where there are
             several; what else is known of them. The first token of a row is never scored, whatever its mask says.
         share_prompts: Whether to lay out a prompt once for all its rows.
+        paired: Whether each two rows, one after the other, are the better and the worse answer of a pair.
+        with_unrelated: Whether the second half of ``samples`` is there for its completions alone: each follows the
+            prompt of the sample in its place in the first half, in ``unrelated``.
 
     Example:
         >>> row = {"input_ids": [5, 6, 7], "completion_mask": [False, False, True], "thumbs_up": True, "row_id": 0}
@@ -31,6 +42,11 @@ def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True)
         >>> batch.input_ids_S.tolist(), batch.position_ids_S.tolist(), batch.predictors_N.tolist()
         ([5, 6, 7, 8], [0, 1, 2, 2], [1, 1])
     """
+    if with_unrelated:
+        half = len(samples) // 2
+        unrelated = [_exchanged(*both) for both in zip(samples[:half], samples[half:], strict=True)]
+        own = collate(samples[:half], share_prompts=share_prompts, paired=paired)
+        return replace(own, unrelated=collate(unrelated, share_prompts=False))
     sharing: dict[tuple[int, ...], list[int]] = {}
     for number, sample in enumerate(samples):
         sharing.setdefault(_prompt(sample), []).append(number)
@@ -73,7 +89,17 @@ def collate(samples: Sequence[Mapping[str, Any]], *, share_prompts: bool = True)
         reference_log_probs_B=_known(samples, "reference_log_prob", torch.float32),
         prompt_keys_B=_known(samples, "prompt_key", torch.int64),
         prompts=tuple(sample["prompt"] for sample in samples) if samples and "prompt" in samples[0] else None,
+        paired=paired,
     )
+
+
+def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The prompt of one sample with the completion of another, as long as the longer; of weight 0 if prompts agree."""
+    prompt, others = _prompt(sample), _prompt(other)
+    tokens = {name: list(sample[name][: len(prompt)]) + list(other[name][len(others) :]) for name in _TOKENS}
+    is_other, longest = prompt != others, max(len(sample["input_ids"]), len(other["input_ids"]))
+    chosen = {name: ids[:longest] for name, ids in tokens.items()} if is_other else {n: sample[n] for n in _TOKENS}
+    return {**chosen, "row_id": sample["row_id"], "thumbs_up": False, "importance_weight": float(is_other)}
 
 
 def _known(samples: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype) -> Tensor | None:

@@ -26,6 +26,7 @@ from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
+from bco_lightning.data.pairs import pairs_of, refuse_unpairable, require_pairs
 from bco_lightning.data.row_sets import BAD_ROWS, ReadRows, RowReader, RowSet, row_format_of
 from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
@@ -168,7 +169,8 @@ class FeedbackDataModule(LightningDataModule):
         if "training" not in self._rows:
             raise _no_training_files()
         if self._training is None:
-            self._training = TrainingRows(self._rows["training"].row_sets["train"], self.options, self._reader)
+            rows, paired = self._rows["training"].row_sets["train"], self._objective("takes_pairs")
+            self._training = TrainingRows(rows, self.options, self._reader, paired=paired)
         return self._training
 
     @property
@@ -234,8 +236,9 @@ class FeedbackDataModule(LightningDataModule):
             )
         training = self.training
         padded = trainer is not None and getattr(trainer.lightning_module, "layout", "packed") == "padded"
+        paired, with_next = self._objective("takes_pairs"), self._objective("takes_unrelated")
         # Sorted rows of balanced steps would leave some micro-batches with one class alone.
-        sorts = padded and not self.options.balanced_sampling
+        sorts = padded and not (self.options.balanced_sampling or paired)
         sampler = StepBatchSampler(
             training.order(self.rows_per_step),
             batch_size=self.options.batch_size,
@@ -244,10 +247,11 @@ class FeedbackDataModule(LightningDataModule):
             world_size=self._world_size,
             current_step=lambda: trainer.global_step if trainer else 0,
             lengths=training.lengths if sorts else None,
+            with_next=with_next,
         )
         dataset = training.dataset()
         self._stream = dataset if isinstance(dataset, StreamDataset) else None
-        return self._loader(dataset, batch_sampler=sampler)
+        return self._loader(dataset, {"paired": paired, "with_unrelated": with_next}, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
@@ -260,7 +264,7 @@ class FeedbackDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The rows to score."""
         sharded = self.trainer is not None and sharding_of(self.trainer) is not None
-        return self._evaluation_loader(self.predict_dataset, "data.predict_files" if sharded else "")
+        return self._evaluation_loader(self.predict_dataset, "data.predict_files" if sharded else "", paired=False)
 
     def datasets_of(self, stage: str) -> dict[str, Dataset]:
         """What a stage (``fit``, ``validate``, ``test`` or ``predict``) runs on, by Lightning's name of each run."""
@@ -311,6 +315,8 @@ class FeedbackDataModule(LightningDataModule):
 
     def _read(self, stage: str | None) -> None:
         options = self.options
+        if self._objective("takes_pairs"):
+            refuse_unpairable(options)
         if stage in ("fit", None):
             self._read_training()
         elif stage == "test" and options.sources("test"):
@@ -336,7 +342,7 @@ class FeedbackDataModule(LightningDataModule):
         found = self._reader.read_training(self._cache)
         rank_zero_info(str(found.summary))
         self._keep("training", found)
-        self.training.check_classes()
+        self.training.check_classes(both=not self._objective("takes_one_class"))
         if (held_out := found.row_sets.get("validation")) and (kind := held_out.counts.only_class):
             rank_zero_warn(
                 f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
@@ -354,6 +360,8 @@ class FeedbackDataModule(LightningDataModule):
         for row_set in found.row_sets.values():
             rank_zero_info(str(row_set.counts))
             row_set.counts.require_used()
+            if self._objective("takes_pairs") and name != "predict":
+                require_pairs(row_set.dataset, row_set.counts.name)
         self._rows[name] = found
 
     @property
@@ -386,27 +394,38 @@ class FeedbackDataModule(LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
+    def _objective(self, what: str) -> bool:
+        """What the objective of the module in training says of itself."""
+        return bool(getattr(getattr(getattr(self.trainer, "lightning_module", None), "objective", None), what, False))
+
     def _evaluation_loader(
-        self, dataset: Dataset | None, needed_by_all: str = "data.validation_files"
+        self, dataset: Dataset | None, needed_by_all: str = "data.validation_files", *, paired: bool | None = None
     ) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:
             return []
-        if needed_by_all and len(dataset) < self._world_size:
+        paired = self._objective("takes_pairs") if paired is None else paired
+        pairs = pairs_of(dataset) if paired else None
+        number, size = len(dataset), self.options.batch_size
+        if pairs is not None:
+            number, size = len(pairs), max(1, size // 2)
+        if needed_by_all and number < self._world_size:
             # Lightning passes over an evaluation in the processes that have no row of it, and the others wait for them.
             raise ConfigError(
                 needed_by_all,
-                f"expected a row for each of {self._world_size} processes, found {len(dataset)}.",
+                f"expected a row for each of {self._world_size} processes, found {number}.",
                 "Give more rows, use fewer processes, or hold out none (data.validation_fraction: 0).",
             )
-        sampler = EvenBatchSampler(len(dataset), self.options.batch_size, self._rank, self._world_size)
-        return self._loader(dataset, batch_sampler=sampler)
+        sampler = EvenBatchSampler(number, size, self._rank, self._world_size, pairs)
+        return self._loader(dataset, {"paired": paired}, batch_sampler=sampler)
 
-    def _loader(self, dataset: Dataset | StreamDataset, **arguments: Any) -> DataLoader[FeedbackBatch]:
+    def _loader(
+        self, dataset: Dataset | StreamDataset, collated: dict[str, Any], **arguments: Any
+    ) -> DataLoader[FeedbackBatch]:
         if isinstance(dataset, Dataset):
             dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
         return DataLoader(
             dataset,  # type: ignore[arg-type]
-            collate_fn=partial(collate, share_prompts=self.options.group_by_prompt),
+            collate_fn=partial(collate, share_prompts=self.options.group_by_prompt, **collated),
             num_workers=self.options.num_workers,
             # Without its own, a loader draws from the global generator whenever it is iterated.
             generator=torch.Generator().manual_seed(self.options.row_seed),

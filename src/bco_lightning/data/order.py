@@ -86,11 +86,12 @@ class RowOrder:
     """Which rows each optimizer step trains on.
 
     Every pool is passed through again and again; a step that reaches the end of one pass goes on with the next, so no
-    step is short and no row is left out or repeated within a pass.
+    step is short and no row is left out or repeated within a pass. With ``pairs``, row numbers ``(P, 2)``, pools hold
+    places in it, and the two rows of each follow each other.
     """
 
-    def __init__(self, pools: Sequence[Pool], rows_per_step: Sequence[int]) -> None:
-        self._pools, self._rows_per_step = list(pools), list(rows_per_step)
+    def __init__(self, pools: Sequence[Pool], rows_per_step: Sequence[int], pairs: Array | None = None) -> None:
+        self._pools, self._rows_per_step, self._pairs = list(pools), list(rows_per_step), pairs
 
     @property
     def steps_per_epoch(self) -> int:
@@ -104,7 +105,8 @@ class RowOrder:
             passes, places = np.divmod(np.arange(step * count, (step + 1) * count), len(pool))
             rows = [int(pool.rows_of_pass(int(p))[place]) for p, place in zip(passes, places, strict=True)]
             drawn += [((position + 0.5) / count, number, row) for position, row in enumerate(rows)]
-        return [row for _, _, row in sorted(drawn)]
+        rows = [row for _, _, row in sorted(drawn)]
+        return rows if self._pairs is None else self._pairs[rows].ravel().tolist()
 
 
 class StepBatchSampler(Sampler[list[int]]):
@@ -112,7 +114,8 @@ class StepBatchSampler(Sampler[list[int]]):
 
     The position is asked for, never stored: after a resume the loader begins where the restored step says.
     With ``lengths`` in tokens, a step's rows are cut into micro-batches of like lengths: padded ones have less
-    padding so, and the gradient does not depend on how a step is cut.
+    padding so, and the gradient does not depend on how a step is cut. With ``with_next``, behind the rows of a
+    micro-batch come as many others: for each the next one of the step, however it is cut.
     """
 
     def __init__(
@@ -125,8 +128,9 @@ class StepBatchSampler(Sampler[list[int]]):
         world_size: int,
         current_step: Callable[[], int],
         lengths: Array | None = None,
+        with_next: bool = False,
     ) -> None:
-        self._lengths = lengths
+        self._lengths, self._with_next = lengths, with_next
         self._order, self._batch_size, self._accumulation = order, batch_size, accumulation
         self._rank, self._world_size = rank, world_size
         self._steps_per_epoch, self._current_step = order.steps_per_epoch, current_step
@@ -143,20 +147,24 @@ class StepBatchSampler(Sampler[list[int]]):
                 rows = sorted(rows, key=self._lengths.__getitem__)
             for micro_batch in range(self._accumulation):
                 start = (micro_batch * self._world_size + self._rank) * self._batch_size
-                yield rows[start : start + self._batch_size]
+                mine = range(start, min(start + self._batch_size, len(rows)))
+                following = [rows[(place + 1) % len(rows)] for place in mine] if self._with_next else []
+                yield [*(rows[place] for place in mine), *following]
 
 
 class EvenBatchSampler(Sampler[list[int]]):
     """Micro-batches of one rank, every row of a data set on one rank and once, in order.
 
     Where models are sharded, all ranks have to run as many passes: a micro-batch has one row more than ``batch_size``
-    where nothing else comes out even. A rank without rows has none.
+    where nothing else comes out even. A rank without rows has none. With ``pairs``, row numbers ``(P, 2)``, it is pairs
+    instead of rows that are counted and dealt out.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, num_rows: int, batch_size: int, rank: int, world_size: int, pairs: Array | None = None) -> None:
         rows = range(rank, num_rows, world_size)
         passes = min(math.ceil(math.ceil(num_rows / world_size) / batch_size), max(1, num_rows // world_size))
-        self._parts = [part.tolist() for part in np.array_split(rows, passes)] if rows else []
+        parts = np.array_split(rows, passes) if rows else []
+        self._parts = [(part if pairs is None else pairs[part].ravel()).tolist() for part in parts]
 
     def __len__(self) -> int:
         return len(self._parts)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bco_lightning.data.options import DataOptions, FormatName
 from bco_lightning.data.order import RowOrder, pools_of
+from bco_lightning.data.pairs import pairs_of
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_sets import RowReader, RowSet, row_format_of
 from bco_lightning.data.rows import RowMaker
@@ -23,13 +24,14 @@ from bco_lightning.errors import FeedbackRowError
 class TrainingRows:
     """Rows to train on, by how they were read and are drawn."""
 
-    def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader) -> None:
+    def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader, *, paired: bool = False) -> None:
         self.row_set, self._options, self._reader = row_set, options, reader
+        self._pairs = pairs_of(cast(Dataset, row_set.dataset)) if paired else None
         self.weights = [source.weight for source in options.sources("train")]
         self.order = lru_cache(maxsize=1)(self._order)
         self._drawn = lru_cache(maxsize=1)(self._draw)  # several trials ask for the same
         pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=True, **self._by_source())
-        self.class_counts = len(pools[0]), len(pools[1])  # of an epoch, weights of sources included
+        self.class_counts = len(pools[0]), len(pools[0 if paired else 1])  # of an epoch, weights of sources included
 
     @property
     def class_frequencies(self) -> tuple[float, float]:
@@ -50,9 +52,9 @@ class TrainingRows:
             near = {"regions": rows.regions(), "window": options.shuffle_buffer}
         elif options.group_by_prompt:
             near = {"groups": self._column("prompt_key")}
-        thumbs_up, by_class = self._column("thumbs_up"), options.balanced_sampling
-        pools = pools_of(thumbs_up, options.row_seed, by_class=by_class, **self._by_source(), **near)
-        return RowOrder(pools, [rows_per_step // len(pools)] * len(pools))
+        by_class, at_once = options.balanced_sampling, 1 if self._pairs is None else 2
+        pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=by_class, **self._by_source(), **near)
+        return RowOrder(pools, [rows_per_step // len(pools) // at_once] * len(pools), self._pairs)
 
     def dataset(self) -> Dataset | StreamDataset:
         """The rows by number."""
@@ -86,15 +88,17 @@ class TrainingRows:
         rows: Any = self.row_set.dataset
         return rows.place_of(row_id) if isinstance(rows, StreamRows) else str(rows[row_id]["place"])
 
-    def check_classes(self) -> None:
-        """Says what is unusual about the classes; a FeedbackRowError if there is only one."""
+    def check_classes(self, *, both: bool = True) -> None:
+        """Says what is unusual about the classes; a FeedbackRowError if there is only one where both are needed."""
         num_up, num_down = self.class_counts
+        if not both:
+            return
         if not (num_up and num_down):
             raise FeedbackRowError(
                 ", ".join(public_name(source.path) for source in self._options.sources("train")),
                 f"expected thumbs of both kinds to train on, found {num_up + num_down:.0f} rows that are all "
                 f"{'thumbs-up' if num_up else 'thumbs-down'}.",
-                "A classifier needs both classes; for good examples alone use supervised fine-tuning.",
+                "A classifier needs both classes; for good examples alone set model.objective: sft.",
             )
         if (share := min(num_up, num_down) / (num_up + num_down)) < 0.2:
             rank_zero_info(
@@ -105,8 +109,10 @@ class TrainingRows:
             rank_zero_info(_balance_in_words(num_up, num_down))
 
     def _column(self, name: str) -> Array:
+        """What is known of each row that is drawn; of pairs, which are drawn as one, of the better row."""
         rows: Any = self.row_set.dataset
-        return rows.column(name) if isinstance(rows, StreamRows) else np.asarray(rows.data.column(name))
+        values = rows.column(name) if isinstance(rows, StreamRows) else np.asarray(rows.data.column(name))
+        return values if self._pairs is None else values[self._pairs[:, 0]]
 
     def _by_source(self) -> dict[str, Any]:
         return {"sources": self._column("source"), "weights": self.weights}

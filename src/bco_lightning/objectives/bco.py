@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bco_lightning.objectives.objective import Objective, RatedAnswers, weights_of_thumbs_down
+from bco_lightning.objectives.objective import Objective, RatedAnswers, weighed
 
 
 def bco_loss(
@@ -73,14 +73,14 @@ def class_weights_of(share_up: float, share_down: float) -> tuple[float, float]:
     r"""Weights :math:`n / n_c` of thumbs-up and thumbs-down rows, constants of the data.
 
     With them the mean over rows is Eq. 8, :math:`E_+[\ell] + E_-[\ell]`, whatever the shares: its gradient depends
-    neither on how a step is cut into micro-batches nor on which rows fall into one. The shares, above 0, are those
-    among the rows that are drawn.
+    neither on how a step is cut into micro-batches nor on which rows fall into one. The shares are those among the
+    rows that are drawn; a class without rows has no weight.
 
     Example:
         >>> class_weights_of(0.25, 0.75)
         (4.0, 1.3333333333333333)
     """
-    return 1 / share_up, 1 / share_down
+    return (1 / share_up if share_up else 0.0), (1 / share_down if share_down else 0.0)
 
 
 def mean_over_rows(losses_B: Tensor, thumbs_up_B: Tensor, class_weights: tuple[float, float]) -> Tensor:
@@ -98,11 +98,8 @@ def mean_over_rows(losses_B: Tensor, thumbs_up_B: Tensor, class_weights: tuple[f
 class BCO(Objective):
     """A logistic classifier of rewards less the shift (:func:`bco_loss`)."""
 
-    def losses(self, rows: RatedAnswers) -> Tensor:
-        """:func:`bco_loss` with thumbs-down rows weighted by how much likelier their prompt is among thumbs-up rows.
+    takes_importance = True
 
-        Source:
-            arXiv:2404.04656v1, "Underlying distribution matching"; later versions of the paper leave it out.
-        """
-        weights_B = weights_of_thumbs_down(rows)
-        return bco_loss(rows.rewards_B, rows.thumbs_up_B, reward_shift=self.threshold, importance_weights=weights_B)
+    def losses(self, rows: RatedAnswers) -> Tensor:
+        """:func:`bco_loss`, with importance weights, in nats."""
+        return weighed(bco_loss(rows.rewards_B, rows.thumbs_up_B, reward_shift=self.threshold), rows)

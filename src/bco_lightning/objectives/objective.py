@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,16 @@ class RatedAnswers:
         self.log_ratios_B = self.policy_log_probs_B - self.reference_log_probs_B
         self.rewards_B = self.beta * self.log_ratios_B
 
+    def tokens(self) -> Tensor:
+        """Completion tokens of each row, at least 1.
+
+        Raises:
+            ValueError: If lengths were not given.
+        """
+        if self.lengths_B is None:
+            raise ValueError("expected lengths_B, for an objective that divides by them; found None.")
+        return self.lengths_B.clamp(min=1)
+
 
 class Objective:
     """What a run trains on: a loss for each row, and baselines that stand still within an optimizer step.
@@ -63,10 +73,12 @@ class Objective:
         decay: How much of what baselines have summed up is left after an optimizer step.
     """
 
-    takes_pairs: ClassVar[bool] = False  # and nothing else; both answers of one are in a micro-batch
-    takes_scores: ClassVar[bool] = False  # instead of thumbs
-    takes_unrelated: ClassVar[bool] = False  # log-ratios of answers to other prompts
-    takes_both_thumbs: ClassVar[bool] = True  # or one class is enough
+    takes_pairs: bool = False  # and nothing else; both answers of one are in a micro-batch
+    takes_scores: bool = False  # instead of thumbs
+    takes_unrelated: bool = False  # log-ratios of answers to other prompts
+    takes_one_class: bool = False  # is content with one
+    takes_importance: bool = False  # weights of thumbs-down rows
+    sum_names: tuple[str, ...] = ()  # of what ``sums`` gives
 
     def __init__(self, decay: float = 0.9) -> None:
         self.reward_shift = RewardShift(decay)
@@ -80,11 +92,6 @@ class Objective:
     def losses(self, rows: RatedAnswers) -> Tensor:
         """The loss of each row, shape ``(B,)``, before class weights; of a row that lacks its pair it is NaN."""
         raise NotImplementedError
-
-    @property
-    def sum_names(self) -> tuple[str, ...]:
-        """Names of what :meth:`sums` gives."""
-        return ()
 
     def sums(self, rows: RatedAnswers) -> dict[str, Tensor]:
         """What the baselines learn of a micro-batch, beyond the reward shift: float64 scalars without gradient.
@@ -112,15 +119,20 @@ class Objective:
             baseline.load_state_dict(state[name])
 
 
-def weights_of_thumbs_down(rows: RatedAnswers) -> Tensor | None:
-    """Importance weights, which are for thumbs-down rows; 1 of others."""
+def weighed(losses_B: Tensor, rows: RatedAnswers) -> Tensor:
+    """Losses times importance weights, which are for thumbs-down rows: how much likelier their prompt is among others.
+
+    Source:
+        arXiv:2404.04656v1, "Underlying distribution matching"; later versions of the paper leave it out.
+    """
     weights_B = rows.importance_weights_B
-    return None if weights_B is None else torch.where(rows.thumbs_up_B, 1.0, weights_B)
+    return losses_B if weights_B is None else losses_B * torch.where(rows.thumbs_up_B, 1.0, weights_B)
 
 
 def sums_of_rewards(rewards_B: Tensor, thumbs_up_B: Tensor) -> dict[str, Tensor]:
     """Sum, in nats and float64, and number of the rewards of thumbs-up, then of thumbs-down rows."""
-    rewards_B, told = rewards_B.detach().double(), {}
+    rewards_B = rewards_B.detach().double()
+    told: dict[str, Tensor] = {}
     for name, chosen_B in (("up", thumbs_up_B), ("down", ~thumbs_up_B)):
         told |= {f"sum_{name}": torch.where(chosen_B, rewards_B, 0).sum(), f"num_{name}": chosen_B.sum()}
     return told

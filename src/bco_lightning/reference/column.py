@@ -64,7 +64,8 @@ def fill_in_log_probs(
     The weights of a checkpoint are restored after ``setup``: until then the policy is the reference. Gives whether they
     are known; else the reference has a model of its own, if it needs one.
     """
-    wanted = options.reference_log_probs
+    # Answers to other prompts are known in a step only.
+    wanted = "online" if trainer.lightning_module.objective.takes_unrelated else options.reference_log_probs
     tables = data.datasets_of(stage) if data is not None else {}
     for table in tables.values():
         largest = pc.max(pc.list_flatten(table.data.column("input_ids"))).as_py()

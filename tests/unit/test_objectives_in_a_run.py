@@ -1,0 +1,152 @@
+"""Objectives in a run: what they need of the data, what they keep, what they refuse before a model loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.data.collate import collate
+from bco_lightning.errors import UserError
+from bco_lightning.models.log_probs import completion_log_probs
+from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    rows = [{"prompt": f"Question {n}?", "chosen": f"yes {n}", "rejected": "no " * (n % 3 + 1)} for n in range(12)]
+    return write_jsonl(tmp_path / "pairs.jsonl", rows)
+
+
+class Watch(Callback):
+    """Keeps the batches and rows of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.rows: list[Any] = []
+        self.gradients: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        self.rows.append(module.step_rows[-1])
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]).clone())
+
+
+def run(model: str, log: str, size: int = 4, cut: int = 1, steps: int = 3, **options: Any) -> tuple[Any, Watch]:
+    module, watch = tiny_module(model, **options), Watch()
+    data = tiny_data(log, batch_size=size, validation_fraction=0.25)
+    tiny_trainer(max_steps=steps, accumulate_grad_batches=cut, callbacks=[watch]).fit(module, data)
+    return module, watch
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "nca"])
+def test_both_answers_of_a_pair_are_in_a_micro_batch_and_give_its_loss(
+    tiny_model: str, pairs: str, objective: str
+) -> None:
+    module, watch = run(tiny_model, pairs, steps=5, objective=objective)  # an epoch, and its validation
+    for batch, rows in zip(watch.batches, watch.rows, strict=True):
+        assert batch.thumbs_up_B.tolist() == [True, False] * 2
+        assert batch.prompt_keys_B[::2].tolist() == batch.prompt_keys_B[1::2].tolist()
+        if objective == "dpo":
+            margins = rows.rewards_B[::2] - rows.rewards_B[1::2]
+            expected = -torch.nn.functional.logsigmoid(margins.double())
+            assert (rows.losses_B[::2] + rows.losses_B[1::2]).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert module.trainer.callback_metrics["val/loss"].isfinite()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", {"kldo": 1.0, "sft": 0.1}])
+def test_the_cut_of_a_step_changes_neither_gradients_nor_baselines(tiny_model: str, pairs: str, objective: Any) -> None:
+    whole, cut = (run(tiny_model, pairs, size, cut, objective=objective) for size, cut in ((8, 1), (2, 4)))
+    for one, other in zip(whole[1].gradients, cut[1].gradients, strict=True):
+        assert float((one - other).norm() / one.norm()) < 1e-3
+    values = [[each.value for each in module.objective.baselines.values()] for module, _ in (whole, cut)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert all(value not in (0, 1) for value in values[0])
+
+
+def test_kto_compares_with_what_answers_to_other_prompts_gain(tiny_model: str, log: str) -> None:
+    gains: list[float] = []
+
+    class Gains(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            with torch.no_grad():
+                policy, reference = (
+                    score(batch.unrelated) for score in (module.policy_scores, module.reference.log_probs)
+                )
+            gains.append(module.beta * float((policy - reference).mean()))
+
+    module = tiny_module(tiny_model, objective="kto", reward_shift_decay=0.0)
+    module.policy_scores = lambda batch: completion_log_probs(module.policy, batch)
+    tiny_trainer(max_steps=2, callbacks=[Gains()]).fit(module, tiny_data(log, validation_fraction=0.0))
+    assert gains[0] == 0
+    assert module.objective.baselines["kl"].value == pytest.approx(gains[1], rel=1e-4)
+
+
+def test_an_answer_follows_another_prompt_and_takes_no_more_room_than_the_two_rows() -> None:
+    mine = {"input_ids": [1, 2, 3, 4], "completion_mask": [False] * 2 + [True] * 2, "thumbs_up": True, "row_id": 0}
+    other = {**mine, "input_ids": [5, 6, 7, 8, 9], "completion_mask": [False] + [True] * 4, "row_id": 1}
+    batch = collate([mine, other, other, {**other, "row_id": 2}], with_unrelated=True)
+    assert len(batch) == 2
+    assert batch.unrelated is not None
+    assert batch.unrelated.input_ids_S.tolist() == [1, 2, 6, 7, 8, 5, 6, 7, 8, 9]  # 9 is beyond the longer of the two
+    assert batch.unrelated.targets_N.tolist() == [6, 7, 8, 6, 7, 8, 9]
+    assert batch.unrelated.importance_weights_B.tolist() == [1, 0]  # the second has the same prompt
+
+
+def test_thumbs_up_alone_are_enough_for_sft_and_for_nothing_else(tiny_model: str, tmp_path: Path) -> None:
+    log = write_jsonl(
+        tmp_path / "up.jsonl", [{"prompt": f"{n}?", "completion": f"yes {n}", "label": True} for n in range(8)]
+    )
+    _, watch = run(tiny_model, log, objective="sft", steps=2)
+    lengths = watch.rows[0].completion_lengths_B
+    assert torch.allclose(watch.rows[0].losses_B, -watch.rows[0].policy_log_probs_B / lengths)
+    with pytest.raises(UserError, match="expected thumbs of both kinds"):
+        run(tiny_model, log, objective={"sft": 1.0, "bco": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        ({"objective": "dpo"}, {}, r"log\.jsonl:\d+: expected pairs, .* found 21 of 21 train rows that"),
+        (
+            {"objective": {"bco": 1, "nca": 1}},
+            {"batch_size": 3},
+            r"data\.batch_size: expected an even number",
+        ),
+        ({"objective": "ipo"}, {"balanced_sampling": True}, r"data\.balanced_sampling: expected false with pairs"),
+        ({"objective": "dpo"}, {"streaming": True}, r"data\.streaming: expected false with pairs"),
+        ({"objective": "dpo", "importance_weights": "on"}, {}, r"model\.importance_weights: expected off"),
+        ({"objective": "kto", "reference_log_probs": "before"}, {}, r"model\.reference_log_probs: expected online"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_model_loads(
+    tiny_model: str, log: str, options: dict[str, Any], data: dict[str, Any], message: str
+) -> None:
+    def run_with_them() -> None:
+        module = tiny_module(tiny_model, **options)
+        module.configure_model = lambda: pytest.fail("the model is loaded")
+        tiny_trainer(max_steps=1).fit(module, tiny_data(log, **data))
+
+    with pytest.raises(UserError, match=message):
+        run_with_them()
+
+
+def test_baselines_are_in_checkpoints_and_another_objective_does_not_go_on(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    module, checkpoint, other = tiny_module(tiny_model, objective="kldo"), RunCheckpoint(), {"objective": {"kldo": 1.0}}
+    checkpoint.run_folder = tmp_path
+    tiny_trainer(max_steps=8, enable_checkpointing=True, callbacks=[checkpoint]).fit(module, tiny_data(log))
+    step = max((tmp_path / "checkpoints").iterdir())
+    restored = type(module).load_from_checkpoint(step)
+    assert restored.objective.state_dict() == module.objective.state_dict()
+    assert restored.objective.threshold == module.objective.threshold != 0
+    trainer, data = tiny_trainer(max_steps=9), tiny_data(log)
+    with pytest.raises(UserError, match="objective"):
+        trainer.fit(tiny_module(tiny_model, **other), data, ckpt_path=step)
