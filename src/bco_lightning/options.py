@@ -326,7 +326,7 @@ class ModelOptions(Options):
         super().__post_init__()
 
     def check(self) -> None:
-        """Also refuses parts of a mixed objective, and to compile what is computed again: PyTorch would do nothing then."""
+        """Also refuses parts of no objective, and to compile what is computed again, which PyTorch would pass over."""
         super().check()
         if self.compile and self.gradient_checkpointing:
             raise ConfigError("model.compile", "expected false with gradient_checkpointing, found true.")
