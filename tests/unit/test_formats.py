@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from importlib.util import find_spec
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 
 from bco_lightning.batch import FeedbackRow, LeftOut
+from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.formats import FORMATS, format_of
-from bco_lightning.data.formats.open_webui import WITH_TOOLS
+from bco_lightning.data.formats.exports import DIFY_KEEPS, FAILED, TEMPLATED
 from bco_lightning.data.formats.record_format import UNFINISHED
+from bco_lightning.data.formats.turns import WITH_TOOLS
 from bco_lightning.data.options import Columns, Rating, chosen_rating
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError
@@ -54,9 +57,9 @@ FORMAT_OF_FILE = {
     "pairs.jsonl": "paired",
     "pairs_of_conversations.jsonl": "paired",
     "open_webui.json": "open_webui",
-    "open_webui_0.8.json": "open_webui",
-    "open_webui_0.10.json": "open_webui",
-    "open_webui_0.12.json": "open_webui",
+    "open_webui_0_8.json": "open_webui",
+    "open_webui_0_10.json": "open_webui",
+    "open_webui_0_12.json": "open_webui",
     "langfuse_observations.jsonl": "langfuse",
     "langfuse_table.jsonl": "langfuse",
     "langfuse_traces.json": "langfuse",
@@ -65,11 +68,31 @@ FORMAT_OF_FILE = {
     "argilla_flat.jsonl": "argilla",
     "chainlit.json": "chainlit",
     "chitchat.json": "chitchat",
+    "librechat.json": "librechat",
+    "label_studio.json": "label_studio",
+    "mlflow_traces.jsonl": "mlflow",
+    "mlflow_table.jsonl": "mlflow",
+    "opik.jsonl": "opik",
+    "opik_trace.json": "opik",
+    "phoenix_spans.json": "phoenix",
+    "weave.jsonl": "weave",
+    "helicone.jsonl": "helicone",
+    "tensorzero_inferences.jsonl": "tensorzero",
+    "anythingllm.json": "anythingllm",
+    "dify.json": "dify",
+    "dify_table.csv": "dify",
 }
+# The feedback of these stands in a file of its own.
+BESIDE = {
+    "phoenix_spans.json": "phoenix_annotations.json",
+    "tensorzero_inferences.jsonl": "tensorzero_feedback.jsonl",
+}
+# Which also have columns of plain rows.
+ROWS_TOO = {"argilla_flat.jsonl", "librechat.json", "mlflow_table.jsonl", "anythingllm.json"}
 
 
 def test_every_file_here_and_every_format_is_tested() -> None:
-    assert set(FORMAT_OF_FILE) == {path.name for path in LOGS.iterdir()}
+    assert {*FORMAT_OF_FILE, *BESIDE.values()} == {path.name for path in LOGS.iterdir()}
     assert set(FORMAT_OF_FILE.values()) == set(FORMATS)
 
 
@@ -83,8 +106,7 @@ def test_every_record_is_known_for_what_it_is(file: str, name: str) -> None:
 def test_no_other_export_claims_a_record(file: str, name: str) -> None:
     _, first = records(file)[0]
     claims = {known for known, layout in FORMATS.items() if layout.matches(first, Columns())}
-    # Flat records of Argilla have the columns of plain rows beside those of the responses.
-    assert claims - {name} <= ({"unpaired"} if file == "argilla_flat.jsonl" else set())
+    assert claims - {name} <= ({"unpaired"} if file in ROWS_TOO else set())
 
 
 # A record of each format in which nothing yet tells what it is, or which looks like one of another.
@@ -154,9 +176,9 @@ ACCOUNTS: dict[str, tuple[int, int, dict[str, int], int]] = {
         },
         0,
     ),
-    "open_webui_0.8.json": (2, 1, {WITH_TOOLS: 1}, 0),
-    "open_webui_0.10.json": (3, 2, {WITH_TOOLS: 1}, 0),
-    "open_webui_0.12.json": (
+    "open_webui_0_8.json": (2, 1, {WITH_TOOLS: 1}, 0),
+    "open_webui_0_10.json": (3, 2, {WITH_TOOLS: 1}, 0),
+    "open_webui_0_12.json": (
         2,
         1,
         {"conversation with an image": 1, UNFINISHED: 1, "no answer that holds text": 1, "no feedback": 1},
@@ -185,8 +207,25 @@ ACCOUNTS: dict[str, tuple[int, int, dict[str, int], int]] = {
         },
         0,
     ),
+    "librechat.json": (3, 1, {UNFINISHED: 1, "answer is an error message": 1, "no feedback": 1}, 0),
+    "label_studio.json": (3, 1, {"no feedback": 2}, 0),
+    "mlflow_traces.jsonl": (2, 1, {"no feedback": 1, FAILED: 1}, 0),
+    "mlflow_table.jsonl": (2, 1, {"no feedback": 1, FAILED: 1}, 0),
+    "opik.jsonl": (3, 2, {"no feedback": 1, FAILED: 1}, 0),
+    "opik_trace.json": (1, 1, {}, 0),
+    "phoenix_spans.json": (2, 1, {"no feedback": 1, FAILED: 1}, 0),
+    "weave.jsonl": (2, 1, {"no feedback": 2, FAILED: 1}, 0),
+    "helicone.jsonl": (3, 1, {"no feedback": 1, FAILED: 1}, 0),
+    "tensorzero_inferences.jsonl": (3, 2, {"no feedback": 1, TEMPLATED: 1}, 0),
+    "anythingllm.json": (2, 1, {"no feedback": 1, "conversation with an image": 1}, 0),
+    "dify.json": (3, 1, {UNFINISHED: 1}, 0),
+    "dify_table.csv": (3, 1, {UNFINISHED: 1}, 0),
 }
-OPTIONS = {"chitchat.json": CHITCHAT, "helpsteer2.jsonl": RowFormat(rating=chosen_rating("helpsteer2"))}
+OPTIONS = {
+    **{file: RowFormat(feedback=FeedbackBeside(str(LOGS / beside))) for file, beside in BESIDE.items()},
+    "chitchat.json": CHITCHAT,
+    "helpsteer2.jsonl": RowFormat(rating=chosen_rating("helpsteer2")),
+}
 
 
 @pytest.mark.parametrize("file", FORMAT_OF_FILE)
@@ -200,6 +239,17 @@ def test_every_record_is_accounted_for(file: str) -> None:
     assert len({outcome.where if isinstance(outcome, FeedbackRowError) else outcome.place for outcome in outcomes}) == (
         len(records(file))
     )
+
+
+def test_the_documentation_says_what_becomes_of_each_file() -> None:
+    text = (LOGS.parents[2] / "docs" / "feedback_logs.md").read_text(encoding="utf-8")
+    for file, (used, up, left_out, malformed) in ACCOUNTS.items():
+        why = "; ".join(
+            f"{number} {reason}" for reason, number in {**left_out, "malformed": malformed}.items() if number
+        )
+        read = used + sum(left_out.values()) + malformed
+        told = f"| {' + '.join(filter(None, (file, BESIDE.get(file))))} | {read} | {up} up, {used - up} down | {why} |"
+        assert told in text
 
 
 @pytest.mark.parametrize("file", ["unpaired.jsonl", "argilla.json", "chainlit.json", "open_webui.json"])
@@ -266,22 +316,22 @@ def test_open_webui_tool_calls_and_their_results_are_read_from_every_version() -
     rain = called("get_weather", "call_1", "rain", city="Bremen")
     rain[0]["reasoning_content"] = "I need the weather."
     rain.append({"role": "assistant", "content": "It rains in Bremen."})
-    for file in ("open_webui_0.8.json", "open_webui_0.10.json"):
+    for file in ("open_webui_0_8.json", "open_webui_0_10.json"):
         row = rows(file)[0]
         assert (row.prompt, row.completion) == (told, rain)
-    assert rows("open_webui_0.8.json")[1].prompt == [told[1], *rain, {"role": "user", "content": "And your source?"}]
+    assert rows("open_webui_0_8.json")[1].prompt == [told[1], *rain, {"role": "user", "content": "And your source?"}]
     assert rows("open_webui.json")[2].completion == [
         *called("get_time", "call_1", "12:00"),
         {"role": "assistant", "content": "It is noon."},
     ]
-    [row, _] = rows("open_webui_0.12.json")  # which shows another call than the model's
+    [row, _] = rows("open_webui_0_12.json")  # which shows another call than the model's
     made_by_model = called("call_tool", "call_5", "rain", tool="weather", city="Bremen")
     made_by_model[0]["reasoning_content"] = "Bremen, then."
     assert row.completion == [*made_by_model, {"role": "assistant", "content": "It rains."}]
 
 
 def test_open_webui_calls_of_one_round_are_one_message_of_the_prompt() -> None:
-    row = rows("open_webui_0.10.json")[1]
+    row = rows("open_webui_0_10.json")[1]
     first, second = (
         called("get_weather", f"call_{n}", w, city=c) for n, w, c in ((2, "rain", "Bremen"), (3, "sun", "Rome"))
     )
@@ -292,7 +342,7 @@ def test_open_webui_calls_of_one_round_are_one_message_of_the_prompt() -> None:
 
 
 def test_open_webui_html_of_the_interface_says_what_its_items_say() -> None:
-    for _, record in records("open_webui_0.8.json"):
+    for _, record in records("open_webui_0_8.json"):
         by_items = made(record)
         for message in record["snapshot"]["chat"]["chat"]["history"]["messages"].values():
             message.pop("output", None)
@@ -301,7 +351,7 @@ def test_open_webui_html_of_the_interface_says_what_its_items_say() -> None:
 
 
 def test_open_webui_text_that_a_filter_put_in_place_of_the_answer_is_what_was_rated() -> None:
-    assert rows("open_webui_0.12.json")[1].completion == [{"role": "assistant", "content": "An elm."}]
+    assert rows("open_webui_0_12.json")[1].completion == [{"role": "assistant", "content": "An elm."}]
 
 
 @pytest.mark.parametrize(("output", "found"), [
@@ -313,7 +363,7 @@ def test_open_webui_text_that_a_filter_put_in_place_of_the_answer_is_what_was_ra
       {"type": "message", "content": "a"}], "message 1 of 'snapshot' must have a list of function calls"),
 ])  # fmt: skip
 def test_open_webui_output_of_another_shape_is_refused_by_its_place(output: Any, found: str) -> None:
-    _, record = records("open_webui_0.12.json")[0]
+    _, record = records("open_webui_0_12.json")[0]
     record["snapshot"]["chat"]["chat"]["history"]["messages"][record["meta"]["message_id"]]["output"] = output
     [error] = made(record)
     assert isinstance(error, FeedbackRowError)
@@ -613,6 +663,149 @@ def test_chainlit_thumbs_that_contradict_each_other_are_rows_of_their_own() -> N
 def test_chainlit_thumbs_of_its_own_tables_are_floating_point_numbers() -> None:
     thread = chainlit_thread(first={"value": 0.0}, second={"value": 1.0})
     assert chainlit_outcomes(thread) == [False, True]
+
+
+# --- Traces with named scores, and columns with a thumb
+
+
+def outcome(record: dict[str, Any], **options: Any) -> bool | str | None:
+    """The thumb of a record's only row, or why there is none."""
+    [row] = made(record, RowFormat(**options))
+    if isinstance(row, FeedbackRowError):
+        return str(row)
+    return row.reason if isinstance(row, LeftOut) else row.thumbs_up
+
+
+def test_a_table_of_mlflow_says_what_its_traces_say() -> None:
+    by_trace, by_row = (rows(f"mlflow_{kind}.jsonl") for kind in ("traces", "table"))
+    assert [(row.prompt, row.completion) for row in by_trace] == [(row.prompt, row.completion) for row in by_row]
+    assert said(by_trace[0]) == [("system", "Be brief."), ("user", "Name a tree."), ("assistant", "An oak.")]
+    assert said(by_trace[1]) == [("user", "Name a bird."), ("assistant", "A trout.")]
+
+
+def test_assessments_of_mlflow_that_were_overridden_or_are_of_a_span_are_none() -> None:
+    _, trace = records("mlflow_traces.jsonl")[0]
+    thumb = trace["info"]["assessments"][0]
+    for change in ({"valid": False}, {"span_id": "00"}, {"feedback": None}):
+        trace["info"]["assessments"] = [{**thumb, **change}]
+        assert outcome(trace) == "no feedback"
+    trace["info"]["assessments"] = [thumb, {**thumb, "assessment_name": "tone", "feedback": {"value": 2}}]
+    assert outcome(trace, rating=Rating("tone", up=4, down=3)) is False
+
+
+def test_a_mean_of_several_users_of_opik_is_a_row_of_each() -> None:
+    assert [(said(row)[-1][1], row.thumbs_up) for row in rows("opik.jsonl")] == [
+        ("An oak.", True), ("A trout.", False), ("A trout.", True),
+    ]  # fmt: skip
+
+
+def test_reactions_of_weave_are_thumbs_of_any_skin_and_others_none_unless_options_say() -> None:
+    assert [row.thumbs_up for row in rows("weave.jsonl")] == [True, False]
+    words = Columns(thumbs={"🎉": "up", "👍": "up", "👎": "down"})
+    assert [row.thumbs_up for row in rows("weave.jsonl", RowFormat(columns=words))] == [True, False, True]
+
+
+def test_feedback_of_weave_can_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
+    call = records("weave.jsonl")[1][1]
+    feedback = call["summary"]["weave"].pop("feedback")
+    (tmp_path / "feedback.json").write_text(json.dumps(feedback), encoding="utf-8")
+    assert outcome(call) == "no feedback"
+    assert outcome(call, feedback=FeedbackBeside(str(tmp_path / "*.json"))) is False
+
+
+def test_thumbs_of_helicone_and_tools_of_its_requests_are_read() -> None:
+    up, scored, other_api = rows("helicone.jsonl")
+    assert (up.tools or [{}])[0]["function"]["name"] == "get_tree"
+    assert said(other_api) == [("system", "Be brief."), ("user", "Name a fish."), ("assistant", "A carp.")]
+    assert [row.thumbs_up for row in (up, scored, other_api)] == [True, False, False]
+    assert [row.thumbs_up for row in rows("helicone.jsonl", RowFormat(rating=Rating("tone", up=4, down=2)))] == [True]
+
+
+def test_tool_calls_of_tensorzero_and_their_results_are_messages() -> None:
+    _, answered, asked = rows("tensorzero_inferences.jsonl", OPTIONS["tensorzero_inferences.jsonl"])
+    assert answered.prompt[1:] == called("get_weather", "c1", "rain", city="Bremen")
+    assert answered.completion == [{"role": "assistant", "content": "Sun.", "reasoning_content": "Rain, then."}]
+    assert asked.completion == called("get_weather", "c2", "", "I look it up.", city="Rome")[:1]
+
+
+def test_feedback_that_is_about_no_answer_is_counted() -> None:
+    for file, options in OPTIONS.items():
+        if file in BESIDE:
+            parsed(file, options)
+            assert options.feedback.lost == 1
+
+
+def test_feedback_without_what_it_is_about_is_refused_by_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    path.write_text('{"span_id": "1"}\n{"span_id": null, "score": 1}\n', encoding="utf-8")
+    with pytest.raises(
+        FeedbackRowError, match=r"feedback\.jsonl:2: .* 'span_id', 'weave_ref', found 'span_id', 'score'"
+    ):
+        FeedbackBeside(str(path))
+
+
+def test_stars_and_choices_of_label_studio_are_ratings_by_the_names_of_their_controls() -> None:
+    assert [row.thumbs_up for row in rows("label_studio.json", RowFormat(rating=Rating("stars", up=5, down=1)))] == [
+        True, False,
+    ]  # fmt: skip
+    assert [row.thumbs_up for row in rows("label_studio.json")] == [True, False, False]
+
+
+@pytest.mark.parametrize(("length", "found"), [
+    (DIFY_KEEPS - 1, True), (DIFY_KEEPS, True), (DIFY_KEEPS + 1, UNFINISHED), (9 * DIFY_KEEPS, UNFINISHED),
+])  # fmt: skip
+def test_answers_that_dify_has_cut_are_never_trained_on(length: int, found: bool | str) -> None:
+    _, record = records("dify.json")[0]
+    whole = "x" * (length - 3) + "..."
+    # What its feedback_service writes.
+    record["ai_response"] = whole[:DIFY_KEEPS] + "..." if len(whole) > DIFY_KEEPS else whole
+    assert outcome(record) == found
+
+
+def test_words_for_thumbs_of_a_tool_can_be_others() -> None:
+    words = Columns(thumbs={"GOOD": "up", "BAD": "down", "--": "down"})
+    assert [row.thumbs_up for row in rows("anythingllm.json", RowFormat(columns=words))] == [True, False, False]
+
+
+# --- LibreChat
+
+
+def test_librechat_gives_the_branch_that_leads_to_each_rated_answer() -> None:
+    first, other, later = rows("librechat.json")
+    rain = called("get_weather", "call_1", "rain", city="Bremen")
+    rain[0]["reasoning_content"] = "I look it up."
+    assert first.prompt == other.prompt == [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in Bremen?"}
+    ]  # fmt: skip
+    assert first.completion == [*rain, {"role": "assistant", "content": "It rains in Bremen."}]
+    assert later.prompt == [*first.prompt, *first.completion, {"role": "user", "content": "And in Rome?"}]
+    assert [row.completion[-1]["content"] for row in (other, later)] == ["Sun.", "It snows."]
+    assert [row.thumbs_up for row in (first, other, later)] == [True, False, False]
+
+
+def test_librechat_branches_can_be_nested() -> None:
+    _, record = records("librechat.json")[0]
+    flat = made(record)
+    by_parent: dict[str, list[dict[str, Any]]] = {}
+    for message in record.pop("messages"):
+        by_parent.setdefault(message["parentMessageId"], []).append(message)
+        message["children"] = by_parent.setdefault(message["messageId"], [])
+    record["messagesTree"] = next(iter(by_parent.values()))
+    assert sorted(map(str, made(record))) == sorted(map(str, flat))
+
+
+@pytest.mark.parametrize(("change", "found"), [
+    ({"files": [{"type": "image/png"}]}, "conversation with an image"),
+    ({"content": [{"type": "image_file"}]}, "conversation with an image"),
+    ({"content": [{"type": "tool_call", "tool_call": {"id": "1", "name": "a"}}]}, WITH_TOOLS),
+    ({"parentMessageId": "gone"}, "rated message does not lead to a first one"),
+    ({"finish_reason": "length"}, UNFINISHED),
+    ({"feedback": {"rating": "fine"}}, "x:1: label must be one of"),
+])  # fmt: skip
+def test_librechat_answers_that_cannot_be_read_are_left_out(change: dict[str, Any], found: str) -> None:
+    _, record = records("librechat.json")[0]
+    record["messages"] = [record["messages"][0], {**record["messages"][2], **change}]
+    assert str(outcome(record)).startswith(found)
 
 
 # --- chitchat

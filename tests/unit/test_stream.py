@@ -22,7 +22,7 @@ from bco_lightning.errors import FeedbackRowError
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.unit.made_rows import records_of
-from tests.unit.test_formats import ACCOUNTS, LOGS, OPTIONS
+from tests.unit.test_formats import ACCOUNTS, BESIDE, LOGS, OPTIONS
 
 DROP = {"long_completions": "drop"}
 
@@ -77,7 +77,8 @@ def test_a_stream_of_every_format_gives_what_a_table_gives_whatever_comes_first(
     for name in ACCOUNTS:
         log = [{}, *(record for _, record in records_of(str(LOGS / name)))]
         path, rating = written(log, (tmp_path / name).with_suffix(suffix)), OPTIONS.get(name)
-        sources.append(Source(path, name=name, rating=rating and rating.rating))
+        beside = str(LOGS / BESIDE[name]) if name in BESIDE else None
+        sources.append(Source(path, name=name, rating=rating and rating.rating, feedback=beside))
     options: dict[str, Any] = {"bad_rows": "skip", "max_bad_rows": 1.0, "max_length": 2000}
     table, stream = (read(*sources, streaming=streaming, **options) for streaming in (False, True))
     known, [counts], [streamed] = table.train_dataset, table.counts, stream.counts

@@ -12,7 +12,25 @@ from bco_lightning.errors import ConfigError
 from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
 
 FormatName = Literal[
-    "auto", "unpaired", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit", "chitchat"
+    "auto",
+    "unpaired",
+    "paired",
+    "open_webui",
+    "langfuse",
+    "langsmith",
+    "argilla",
+    "chainlit",
+    "chitchat",
+    "librechat",
+    "mlflow",
+    "opik",
+    "phoenix",
+    "weave",
+    "helicone",
+    "tensorzero",
+    "label_studio",
+    "anythingllm",
+    "dify",
 ]
 LossOn = Literal["rated_turn", "all_turns"]
 Conflicts = Literal["keep", "drop", "majority", "last"]
@@ -147,6 +165,10 @@ class Source(Options):
     )
     format: FormatName | None = option("What its records are; that of ``data.format`` if left out.", default=None)
     columns: Columns | None = option("Names of its columns; those of ``data.columns`` if left out.", default=None)
+    feedback: str | None = option(
+        "A file with the feedback on its answers, where the tool keeps that apart: of Phoenix, TensorZero and Weave.",
+        default=None,
+    )
     rating: Rating | str | None = option(
         "The rule for its ratings, or a preset's name; that of ``data.rating`` if left out.", default=None
     )

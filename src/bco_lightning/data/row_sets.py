@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
+from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.files import content_key, expand
 from bco_lightning.data.options import DataOptions, Source, chosen_rating
 from bco_lightning.data.records import record_file, seekable_files
@@ -150,7 +151,7 @@ class RowReader:
         others, malformed = RowCounts("others"), list[FeedbackRowError]()
         for number, source in enumerate(sources):
             before = len(log) + others.read
-            maker = RowMaker(row_format_of(self._options, source), labelled)
+            maker = maker_of(self._options, source, labelled)
             with _rare_collections(), (folder / BAD_ROWS).open("a", encoding="utf-8") as bad_rows:
                 for row in self._append(log, source, number, maker):
                     others.take(row)
@@ -164,8 +165,10 @@ class RowReader:
                 raise FeedbackRowError(public_name(source.path), "expected at least one row, found none.")
             others.formats[source.label] = maker.format or "auto"
             known = {"system prompt": maker.systems, "not used": maker.unused}
-            if any(known.values()):
-                said = (f"{what}: {keys_of(names)}" for what, names in known.items() if names)
+            said = [f"{what}: {keys_of(names)}" for what, names in known.items() if names]
+            if lost := maker.options.feedback.lost:
+                said.append(f"feedback on no answer that was read: {lost}")
+            if said:
                 others.columns[source.label] = "; ".join(said)
         bad, read, share = others.malformed, len(log) + others.read, self._options.max_bad_rows
         if bad.count > max(share * read, few := self._options.few_bad_rows):
@@ -214,9 +217,10 @@ class RowReader:
         """A digest of all that rows depend on; nothing where that cannot be known without reading."""
         contents: dict[str, str] = {}
         for source in (source for named in sources.values() for source in named):
-            if source.path.startswith("hub:"):
+            if "hub:" in (source.path[:4], (source.feedback or "")[:4]):
                 return None
-            contents |= {path: content_key(path) for path in expand(source.path)}
+            for known in filter(None, (source.path, source.feedback)):
+                contents |= {path: content_key(path) for path in expand(known)}
         if not all(contents.values()):
             return None
         if asks_for_date(self._tokenizer, self._options.chat_template):
@@ -252,6 +256,11 @@ def row_format_of(options: DataOptions, source: Source) -> RowFormat:
         chosen_rating(source.rating) or options.rule,
         options.loss_on,
     )
+
+
+def maker_of(options: DataOptions, source: Source, labelled: bool = True) -> RowMaker:
+    """What makes rows of the records of one source, with the feedback that stands beside them read."""
+    return RowMaker(replace(row_format_of(options, source), feedback=FeedbackBeside(source.feedback)), labelled)
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from bco_lightning.data.options import DataOptions, FormatName
 from bco_lightning.data.order import RowOrder, pools_of
 from bco_lightning.data.pairs import pairs_of
 from bco_lightning.data.remote import public_name
-from bco_lightning.data.row_sets import RowReader, RowSet, row_format_of
-from bco_lightning.data.rows import RowMaker
+from bco_lightning.data.row_sets import RowReader, RowSet, maker_of
 from bco_lightning.data.stream import StreamDataset, StreamRows
 from bco_lightning.data.table import Array
 from bco_lightning.errors import FeedbackRowError
@@ -63,7 +62,7 @@ class TrainingRows:
             return rows
         makers = []
         for source in self._options.sources("train"):
-            makers.append(RowMaker(row_format_of(self._options, source)))
+            makers.append(maker_of(self._options, source))
             makers[-1].format = cast(FormatName, formats[source.label])
         return StreamDataset(rows, makers, self._reader.row_tokenizer, self._options)
 

@@ -1,4 +1,4 @@
-"""The layouts of feedback logs, one module for each.
+"""The layouts of feedback logs, a module or a description for each.
 
 ``matches(record, columns)`` says whether a record looks like one of the format; ``candidates(record, origin)`` gives
 its rows, each as a :class:`~.record_format.Candidate` or left out, or raises a FeedbackRowError.
@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from bco_lightning.data.formats import argilla, chainlit, chitchat, langfuse, langsmith, open_webui, paired, unpaired
+from bco_lightning.data.formats import (
+    argilla,
+    chainlit,
+    chitchat,
+    label_studio,
+    langfuse,
+    langsmith,
+    librechat,
+    open_webui,
+    paired,
+    unpaired,
+)
+from bco_lightning.data.formats.exports import EXPORTS, RatedColumns, TracedCalls
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError
@@ -16,8 +28,11 @@ from bco_lightning.errors import ConfigError
 __all__ = ["FORMATS", "format_of"]
 
 # Exports are told by keys that rows do not have, while a row may have keys beside those of its format: they come last.
-_MODULES = (unpaired, paired, open_webui, langfuse, langsmith, argilla, chainlit, chitchat)
-FORMATS: dict[str, ModuleType] = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+_MODULES = (unpaired, paired, open_webui, langfuse, langsmith, argilla, chainlit, chitchat, librechat, label_studio)
+FORMATS: dict[str, ModuleType | TracedCalls | RatedColumns] = {
+    **{module.__name__.rpartition(".")[2]: module for module in _MODULES},
+    **EXPORTS,
+}
 
 
 def format_of(record: Record, columns: Columns) -> str | None:

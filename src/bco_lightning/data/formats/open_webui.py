@@ -18,19 +18,17 @@ import html
 import json
 import re
 from contextlib import suppress
-from itertools import groupby
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE, Candidate, Origin, Rows
-from bco_lightning.data.formats.traces import IMAGES
+from bco_lightning.data.formats.turns import CALL, RESULT, SAID, THOUGHT, branch_to, messages_of
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, objects_in, plain_number, shown, value_at
 
 NO_SNAPSHOT = "no snapshot of the chat"
 NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
-WITH_TOOLS = "tool calls whose results the export does not keep as messages"
 
 # Openings and closings are looked for one after the other: a pattern of both takes time that grows with the square.
 _DETAILS = re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE)
@@ -39,7 +37,6 @@ _DETAILS_END = re.compile(r"</details>\s*", re.IGNORECASE)
 _SUMMARY, _SUMMARY_END = re.compile("<summary>", re.IGNORECASE), re.compile("</summary>", re.IGNORECASE)
 _QUOTE = re.compile(r"^> ?", re.MULTILINE)
 _THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
-_CALL, _RESULT, _SAID, _THOUGHT = "function_call", "function_call_output", "message", "reasoning"
 
 
 def matches(record: Record, columns: Columns) -> bool:
@@ -75,7 +72,7 @@ def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
     messages = value_at(record, "snapshot.chat.chat.history.messages")
     if not isinstance(messages, dict):
         return origin.left_out(NO_SNAPSHOT)
-    branch = _branch(messages, value_at(record, "meta.message_id"))
+    branch = branch_to(value_at(record, "meta.message_id"), messages, "parentId")
     if not branch or branch[-1].get("role") != "assistant":
         return origin.left_out(NOT_IN_SNAPSHOT)
     if any(file.get("type") == "image" for message in branch for file in objects_in(message.get("files"))):
@@ -94,18 +91,6 @@ def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
     return origin.answered([*told, *(message for turn in said[:-1] for message in turn)], said[-1], "snapshot")
 
 
-def _branch(messages: Record, message_id: Any) -> list[Record]:
-    """The messages from the root of the tree to the rated one; none if the way is broken."""
-    branch: list[Record] = []
-    while message_id is not None:
-        message = messages.get(message_id) if isinstance(message_id, str) else None
-        if not isinstance(message, dict) or len(branch) > len(messages):
-            return []
-        branch.append(message)
-        message_id = message.get("parentId")
-    return branch[::-1]
-
-
 def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:
     """A turn as the model saw or said it."""
     content, output = node.get("content"), node.get("output")
@@ -117,65 +102,15 @@ def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:
             raise origin.error(f"expected a list of items as 'output' of a message, found {shown(output)}.")
         # A filter or the user has put another text in the place of the model's.
         shown_text = _unwrapped(content)[-1:] if "originalContent" in node and isinstance(content, str) else []
-        return _of_items(_with_text(output, shown_text[0]) if shown_text else output, origin)
+        return messages_of(_with_text(output, shown_text[0]) if shown_text else output, origin)
     items = _unwrapped(content) if isinstance(content, str) else []
-    return _of_items(items, origin) if len(items) > 1 else [{"role": "assistant", "content": content}]
-
-
-def _of_items(items: list[Record], origin: Origin) -> list[Message] | LeftOut:
-    """The messages that items of the Responses API stand for: what the assistant says and calls, and the results."""
-    if any(part.get("type") in IMAGES for item in items for part in objects_in(item.get("output"))):
-        return origin.left_out(WITH_IMAGE)
-    called, given = (
-        [str(item.get("call_id")) for item in items if item.get("type") == kind] for kind in (_CALL, _RESULT)
-    )
-    if sorted(called) != sorted(given) or any(
-        item.get("type") not in (_CALL, _RESULT, _SAID, _THOUGHT) for item in items
-    ):
-        return origin.left_out(WITH_TOOLS)
-    messages: list[Message] = []
-    for is_result, group in groupby(items, lambda item: item.get("type") == _RESULT):
-        if is_result:
-            messages += [
-                {"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item, "output", origin)}
-                for item in group
-            ]
-            continue
-        part = list(group)
-        texts = (_text(item, "content", origin) for item in part if item["type"] == _SAID)
-        message: Message = {"role": "assistant", "content": "\n".join(filter(str.strip, texts))}
-        thoughts = (
-            _text(item, "summary" if item.get("summary") else "content", origin)
-            for item in part
-            if item["type"] == _THOUGHT
-        )
-        if said := "\n\n".join(filter(str.strip, thoughts)):
-            message["reasoning_content"] = said
-        if calls := [_call(item) for item in part if item["type"] == _CALL]:
-            message["tool_calls"] = calls
-        messages.append(message)
-    return messages
-
-
-def _call(item: Record) -> Message:
-    """A call in OpenAI's form, as the model made it, where the interface shows another one."""
-    made = item["provider_function"] if isinstance(item.get("provider_function"), dict) else item
-    function = {"name": made.get("name"), "arguments": made.get("arguments") or "{}"}
-    return {"type": "function", "id": item.get("call_id"), "function": function}
-
-
-def _text(item: Record, key: str, origin: Origin) -> str:
-    parts = item.get(key) or []
-    texts = [part.get("text", "") for part in objects_in(parts)] if isinstance(parts, list) else [parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise origin.error(f"expected a list of texts as {key!r} of an item of 'output', found {shown(parts)}.")
-    return "".join(texts)
+    return messages_of(items, origin) if len(items) > 1 else [{"role": "assistant", "content": content}]
 
 
 def _with_text(items: list[Record], text: Record) -> list[Record]:
     """The items with a text in the place of all that was said."""
-    last = max((at for at, item in enumerate(items) if item.get("type") == _SAID), default=len(items))
-    return [*(item for item in items[:last] if item.get("type") != _SAID), text, *items[last + 1 :]]
+    last = max((at for at, item in enumerate(items) if item.get("type") == SAID), default=len(items))
+    return [*(item for item in items[:last] if item.get("type") != SAID), text, *items[last + 1 :]]
 
 
 def _unwrapped(text: str) -> list[Record]:
@@ -187,22 +122,22 @@ def _unwrapped(text: str) -> list[Record]:
         and (start := text.find(">", opening.end()) + 1)
         and (closing := _DETAILS_END.search(text, start))
     ):
-        items.append({"type": _SAID, "content": text[end : opening.start()].strip()})
+        items.append({"type": SAID, "content": text[end : opening.start()].strip()})
         attributes = dict(_ATTRIBUTE.findall(text[opening.end() : start]))
         items += _of_details(opening[1].lower(), attributes, text[start : closing.start()])
         end = closing.end()
-    return [*items, {"type": _SAID, "content": text[end:].strip()}]
+    return [*items, {"type": SAID, "content": text[end:].strip()}]
 
 
 def _of_details(kind: str, attributes: dict[str, str], inside: str) -> list[Record]:
-    if kind == _THOUGHT:
+    if kind == THOUGHT:
         return [{"type": kind, "content": _plain(inside)}]
     if kind != "tool_calls":
         return [{"type": kind}]
     known = {name: _json_text(attributes[name]) for name in ("arguments", "result") if name in attributes}
     call_id = attributes.get("id")
-    call = {"type": _CALL, "call_id": call_id, "name": attributes.get("name"), "arguments": known.get("arguments")}
-    return [call, {"type": _RESULT, "call_id": call_id, "output": known["result"]}] if "result" in known else [call]
+    call = {"type": CALL, "call_id": call_id, "name": attributes.get("name"), "arguments": known.get("arguments")}
+    return [call, {"type": RESULT, "call_id": call_id, "output": known["result"]}] if "result" in known else [call]
 
 
 def _plain(thought: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
+from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.messages import check_size, messages_in, out_of_text
 from bco_lightning.data.options import Columns, FormatName, LossOn, Rating
 from bco_lightning.data.values import MISSING, Record, from_json_text, keys_of, shown, unpacked, value_at, without_nulls
@@ -33,6 +34,7 @@ class RowFormat:
     columns: Columns = field(default_factory=Columns)
     rating: Rating | None = None
     loss_on: LossOn = "rated_turn"
+    feedback: FeedbackBeside = field(default_factory=FeedbackBeside)
 
     def __post_init__(self) -> None:
         if self.rating is not None and self.columns.thumbs:

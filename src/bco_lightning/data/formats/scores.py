@@ -21,14 +21,16 @@ def rated_by(
     make_row: Callable[[], FeedbackRow | LeftOut],
     origin: Origin,
     users: Mapping[str, Sequence[Any]] | None = None,
+    usual: tuple[str, ...] = (),
 ) -> Rows:
     """The rows of one answer: one for each time that the chosen score was given.
 
     The row is only made if there is feedback, as traces hold much that is no conversation. Where it is known which of
     the ``users`` gave each score, the other ratings of a row are of the same user.
+    ``usual`` are the names that the tool itself gives a user's thumb.
     """
     try:
-        chosen = _chosen(scores, origin)
+        chosen = _chosen(scores, origin, usual)
     except FeedbackRowError:
         if origin.labelled:
             raise
@@ -64,7 +66,7 @@ def by_name(entries: list[Any], name: str, value: Callable[[Record], Any]) -> di
     return scores
 
 
-def _chosen(names: Iterable[str], origin: Origin) -> str:
+def _chosen(names: Iterable[str], origin: Origin, usual_names: tuple[str, ...]) -> str:
     """The score of the rule of ratings, else that of ``columns.label``, else the first of the usual names."""
     label, rating = origin.columns.label, origin.options.rating
     if rating is not None and rating.column is not None:
@@ -72,8 +74,8 @@ def _chosen(names: Iterable[str], origin: Origin) -> str:
     known = list(names)
     if label != Columns().label or not known:
         return label
-    usual = next((name for name in USUAL_NAMES if name in known), None)
+    usual = next((name for name in (*USUAL_NAMES, *usual_names) if name in known), None)
     if usual is None:
-        expected = f"expected a score {USUAL_NAMES[1]!r}, found {keys_of(sorted(known))}."
+        expected = f"expected a score {(*usual_names, USUAL_NAMES[1])[0]!r}, found {keys_of(sorted(known))}."
         raise origin.error(expected, "Name the score by data.columns.label.")
     return usual

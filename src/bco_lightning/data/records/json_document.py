@@ -15,6 +15,8 @@ from bco_lightning.errors import FeedbackRowError
 # The text of one emoji makes Python hold four bytes per character: 1 GiB for this.
 MAX_DOCUMENT_BYTES = 256 * 2**20
 _MORE = "more than one value"
+# Under which Dify, MLflow and APIs (Phoenix, Langfuse, TensorZero) have the array of what was asked for.
+_ENVELOPES = ("feedback_data", "traces", "data", "inferences")
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Where a value ends is all that is asked of this one; the values are parsed by the strict parser, one at a time.
 _LENIENT = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
@@ -23,8 +25,8 @@ _LENIENT = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
 def document_records(file: RecordFile) -> Read:
     """The records of a ``.json`` file, which is held in memory whole; places are their numbers.
 
-    They are each object of an array; of an object whose values are all objects these, with their key as ``id`` unless
-    they have one; else the object itself.
+    They are each object of an array, which may stand in an object as the answers of many an API do; of an object whose
+    values are all objects these, with their key as ``id`` unless they have one; else the object itself.
     """
     with open_unpacked(file.path) as opened:
         content = opened.read(MAX_DOCUMENT_BYTES + 1)
@@ -59,6 +61,10 @@ def _records_in(text: str, name: str) -> Iterator[tuple[str | None, int, int]]:
         found = "an empty file" if start == len(text) else "neither"
         raise FeedbackRowError(name, f"expected a JSON array or object, found {found}.")
     parts = list(_parts(text, start, name))
+    array = next((first for key, first, _ in parts if key in _ENVELOPES and text[first] == "["), None)
+    if array is not None:
+        yield from _parts(text, array, name, whole=False)
+        return
     if not all(text[first] == "{" for _, first, _ in parts):
         yield None, start, len(text.rstrip(" \t\r\n"))
         return
@@ -67,8 +73,8 @@ def _records_in(text: str, name: str) -> Iterator[tuple[str | None, int, int]]:
     yield from parts
 
 
-def _parts(text: str, start: int, name: str) -> Iterator[tuple[str | None, int, int]]:
-    """Key (of an object), first and last index of each value of an array or object, which must be all of the text."""
+def _parts(text: str, start: int, name: str, whole: bool = True) -> Iterator[tuple[str | None, int, int]]:
+    """Key (of an object), first and last index of each value of an array or object; if ``whole``, nothing follows."""
     key, closing = None, {"[": "]", "{": "}"}[text[start]]
     try:
         at = _next(text, start + 1)
@@ -84,7 +90,7 @@ def _parts(text: str, start: int, name: str) -> Iterator[tuple[str | None, int, 
                 if text[at : at + 1] == closing:
                     raise json.JSONDecodeError("a comma before the end", text, at)
         rest = _next(text, at + 1)
-        if rest < len(text):
+        if whole and rest < len(text):
             raise json.JSONDecodeError(_MORE, text, rest)
     except json.JSONDecodeError as error:
         remedy = "If it has one object per line, name it .jsonl." if error.msg == _MORE else ""

@@ -1,0 +1,100 @@
+"""Conversations of LibreChat, one to a file, as its interface exports them as JSON, with all branches or nested.
+
+Source: danny-avila/LibreChat, ``packages/data-schemas/src/schema/message.ts``,
+``client/src/hooks/Conversations/useExportConversation.ts`` and ``hooks/Messages/useBuildMessageTree.ts``, as of 2026.
+"""
+
+from __future__ import annotations
+
+from bco_lightning.batch import FeedbackRow, LeftOut, Message
+from bco_lightning.data.formats.chainlit import ERROR_ANSWER
+from bco_lightning.data.formats.record_format import NO_ANSWER, UNFINISHED, WITH_IMAGE, Candidate, Origin, Rows
+from bco_lightning.data.formats.turns import CALL, RESULT, SAID, THOUGHT, branch_to, messages_of
+from bco_lightning.data.labels import NO_FEEDBACK
+from bco_lightning.data.options import Columns
+from bco_lightning.data.values import Record, objects_in, value_at
+
+BROKEN = "rated message does not lead to a first one"
+_THUMBS = {"thumbsUp": True, "thumbsDown": False}
+_ROOT = "00000000-0000-0000-0000-000000000000"  # the parent of a first message
+
+
+def matches(record: Record, columns: Columns) -> bool:
+    """Whether there are a conversation's id and its messages."""
+    return "conversationId" in record and ("messages" in record or "messagesTree" in record)
+
+
+def candidates(record: Record, origin: Origin) -> Rows:
+    """A row for each answer that was rated."""
+    said = _flat(objects_in(record.get("messages", record.get("messagesTree"))))
+    known = {str(message.get("messageId")): message for message in said}
+    answers = [message for message in said if not message.get("isCreatedByUser")]
+    if not answers:
+        yield origin.left_out(NO_ANSWER)
+    for answer in answers:
+        label = value_at(answer, "feedback.rating")
+        if isinstance(label, str) and not origin.columns.thumbs:
+            label = _THUMBS.get(label, label)
+        if origin.labelled and label is None:
+            yield origin.left_out(NO_FEEDBACK)
+            continue
+        row = _row(branch_to(answer.get("messageId"), known, "parentMessageId"), record, origin)
+        yield row if isinstance(row, LeftOut) else Candidate(row, label, {origin.columns.label: label})
+
+
+def _row(branch: list[Record], record: Record, origin: Origin) -> FeedbackRow | LeftOut:
+    if not branch:
+        return origin.left_out(BROKEN)
+    if branch[-1].get("error"):
+        return origin.left_out(ERROR_ANSWER)
+    if branch[-1].get("unfinished") or branch[-1].get("finish_reason") == "length":
+        return origin.left_out(UNFINISHED)
+    told = value_at(record, "options.promptPrefix")
+    before: list[Message] = [{"role": "system", "content": told}] if isinstance(told, str) and told.strip() else []
+    turn: list[Message] = []
+    for message in branch:
+        before += turn
+        files = objects_in(message.get("files"))
+        if any(str(file.get("type")).startswith("image") for file in files):
+            return origin.left_out(WITH_IMAGE)
+        found = _turn(message, origin)
+        if isinstance(found, LeftOut):
+            return found
+        turn = found
+    return origin.answered(before, turn, "messages")
+
+
+def _turn(message: Record, origin: Origin) -> list[Message] | LeftOut:
+    if message.get("isCreatedByUser"):
+        return [{"role": "user", "content": message.get("text")}]
+    parts = objects_in(message.get("content"))
+    if not parts:
+        return [{"role": "assistant", "content": message.get("text")}]
+    if any(str(part.get("type")).startswith("image") for part in parts):
+        return origin.left_out(WITH_IMAGE)
+    return messages_of([item for part in parts for item in _items(part)], origin)
+
+
+def _items(part: Record) -> list[Record]:
+    """The items that a part of an answer stands for; one of its type alone if it is not read."""
+    text, call = part.get("text"), part.get("tool_call")
+    if part.get("type") == "text":
+        return [{"type": SAID, "content": value_at(text, "value") if isinstance(text, dict) else text}]
+    if part.get("type") == "think":
+        return [{"type": THOUGHT, "content": part.get("think")}]
+    if not isinstance(call, dict) or not isinstance(call.get("output"), str):
+        return [{"type": part.get("type")}]
+    made = {"type": CALL, "call_id": call.get("id"), "name": call.get("name"), "arguments": call.get("args")}
+    return [made, {"type": RESULT, "call_id": call.get("id"), "output": call["output"]}]
+
+
+def _flat(messages: list[Record]) -> list[Record]:
+    """All messages of a list or a tree, each after its parent; a first one has no parent."""
+    flat: list[Record] = []
+    waiting = messages[::-1]
+    while waiting:
+        message = waiting.pop()
+        waiting += objects_in(message.get("children"))[::-1]
+        parent = message.get("parentMessageId")
+        flat.append({**message, "parentMessageId": None if parent == _ROOT else parent})
+    return flat
