@@ -64,6 +64,7 @@ shows the traceback of an error."""
 _INSPECT = """Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left out and
 cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. No weight is loaded,
 except for model.importance_weights. It takes every option of `fit`."""
+_FROM_PYTHON = ("train", "validation", "test", "predict")  # options of the data module that hold objects
 
 
 class BCOArgumentParser(LightningArgumentParser):
@@ -75,7 +76,7 @@ class BCOArgumentParser(LightningArgumentParser):
     @override
     def add_class_arguments(self, theclass: type, *args: Any, **kwargs: Any) -> list[str]:
         if theclass is FeedbackDataModule:
-            kwargs["skip"] = {*(kwargs.get("skip") or ()), "tokenizer"}
+            kwargs["skip"] = {*(kwargs.get("skip") or ()), "tokenizer", *_FROM_PYTHON}
             kwargs["sub_configs"] = False  # a log's lines would be taken for a list of logs
         added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
         return added

@@ -90,7 +90,7 @@ def _temporary(make: _Make, open_: Callable[[Path, Any], _Opened]) -> _Opened:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    weakref.finalize(opened, _remove, folder, os.getpid())
+    weakref.finalize(opened, remove_own, folder, os.getpid())
     return opened
 
 
@@ -128,6 +128,7 @@ def _opened(entry: Path, open_: Callable[[Path, Any], _Opened]) -> _Opened | Non
         return None
 
 
-def _remove(folder: Path, process: int) -> None:
+def remove_own(folder: Path, process: int) -> None:
+    """Removes a folder in the process that made it."""
     if os.getpid() == process:  # a forked loader worker has the same files, and must not take them from the others
         shutil.rmtree(folder, ignore_errors=True)

@@ -23,6 +23,7 @@ from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
+from bco_lightning.data.given import with_given
 from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
@@ -48,15 +49,29 @@ class FeedbackDataModule(LightningDataModule):
     Args:
         positional: ``train_files`` and ``validation_files``.
         tokenizer: A tokenizer, for use without a :class:`BCOModule`; else the module's own is taken.
+        train, validation, test, predict: Rows that Python holds, beside those of files: a list or another iterable of
+            dictionaries, a ``Dataset`` or ``IterableDataset`` of ``datasets``, a frame of pandas. They are written into
+            a temporary file and read like one; their places are ``row 17 of train``.
         options: Those of :class:`~bco_lightning.data.options.DataOptions`, by keyword.
 
     Raises:
+        FeedbackRowError: If such rows cannot be written as JSON.
         ConfigError: If an option is out of range, or two do not go together.
     """
 
-    def __init__(self, *positional: Any, tokenizer: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *positional: Any,
+        train: Any = None,
+        validation: Any = None,
+        test: Any = None,
+        predict: Any = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.options = DataOptions(*positional, **options)
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.options = with_given(DataOptions(*positional, **options), given, self)
         # What is wrong with an option is said before anything is read.
         for source in (*self.options.sources("train"), Source("any")):
             row_format_of(self.options, source)

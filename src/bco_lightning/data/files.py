@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from bco_lightning.data.remote import HTTP, errors_named, file_system, is_remote, protocol_of, public_name
+from bco_lightning.data.remote import GIVEN, HTTP, errors_named, file_system, is_remote, protocol_of, public_name
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.identity import digest_of_file, digest_of_values
 from bco_lightning.places import resolve_packaged
@@ -53,7 +53,8 @@ def expand(source: str) -> list[str]:
 
 def suffixes_of(path: str) -> tuple[str, str]:
     """The suffix in lower case, without the query of a URL, and that of the compression if there is one."""
-    *before, last = ["", *Path(public_name(path).rsplit("/", 1)[-1].lower()).suffixes]
+    name = path if GIVEN in path else public_name(path)
+    *before, last = ["", *Path(name.rsplit("/", 1)[-1].lower()).suffixes]
     return (before[-1], last) if last in COMPRESSIONS else (last, "")
 
 

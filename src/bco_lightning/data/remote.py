@@ -18,6 +18,7 @@ _PACKAGES = {
     "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec", "file": "fsspec",
 }  # fmt: skip
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::.*://)")
+GIVEN, _ROWS_OF = "bco_lightning-given-", "rows of "  # folder and name of rows that came from Python
 HTTP = ("http", "https")
 _WITH_CONTAINER = ("abfs", "abfss", "az")
 
@@ -33,6 +34,11 @@ def is_remote(path: str) -> bool:
     return protocol_of(path) not in ("", "file") or (protocol_of(path) == "file" and "::" in path)
 
 
+def place_in(name: str, line: int) -> str:
+    """Where a record stands in the file of a name, as :func:`public_name` gives it."""
+    return f"row {line} of {name.removeprefix(_ROWS_OF)}" if name.startswith(_ROWS_OF) else f"{name}:{line}"
+
+
 def public_name(path: str) -> str:
     """How a path may be shown and stored: a URL without its query and password, which may grant access.
 
@@ -40,6 +46,8 @@ def public_name(path: str) -> str:
         >>> public_name("https://me:word@host/a.jsonl?signature=x"), public_name("logs/a?.jsonl")
         ('https://host/a.jsonl', 'logs/a?.jsonl')
     """
+    if GIVEN in path:
+        return f"{_ROWS_OF}{Path(path).stem}"
     protocol = protocol_of(path)
     if not protocol:
         return path

@@ -23,7 +23,7 @@ from bco_lightning.data.files import content_key, expand
 from bco_lightning.data.options import DataOptions, Source, chosen_rating
 from bco_lightning.data.records import record_file, seekable_files
 from bco_lightning.data.records.record_file import RecordFile
-from bco_lightning.data.remote import public_name
+from bco_lightning.data.remote import GIVEN, place_in, public_name
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
 from bco_lightning.data.stream import PlaceTable, RowPlace, StreamRows
 from bco_lightning.data.table import Array, RowTable, held_out_prompts
@@ -206,7 +206,7 @@ class RowReader:
         """The rows of one source with their places, to the first malformed one where that is not to be skipped."""
         records = (((number, place), record) for number, file in enumerate(files) for place, record in file)
         for (number, place), record in maker.learn(records):
-            where = f"{files[number].name}:{place.line}"
+            where = place_in(files[number].name, place.line)
             rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where)
             for part, row in enumerate(rows):
                 yield row, RowPlace(number, place, part)
@@ -215,13 +215,14 @@ class RowReader:
 
     def _key(self, sources: Mapping[str, Sequence[Source]], **others: Any) -> str | None:
         """A digest of all that rows depend on; nothing where that cannot be known without reading."""
-        contents: dict[str, str] = {}
+        contents: list[tuple[str, str]] = []
         for source in (source for named in sources.values() for source in named):
-            if "hub:" in (source.path[:4], (source.feedback or "")[:4]):
+            hub = "hub:" in (source.path[:4], (source.feedback or "")[:4])
+            if hub or (GIVEN in source.path and self._options.streaming):
                 return None
             for known in filter(None, (source.path, source.feedback)):
-                contents |= {path: content_key(path) for path in expand(known)}
-        if not all(contents.values()):
+                contents += [(public_name(path), content_key(path)) for path in expand(known)]
+        if not all(key for _, key in contents):
             return None
         if asks_for_date(self._tokenizer, self._options.chat_template):
             others["template_date"] = self._options.template_date or today()
@@ -230,7 +231,10 @@ class RowReader:
                 "code": digest_of_code("batch.py", "data"),
                 "versions": {name: version(name) for name in _VERSIONS},
                 "contents": contents,
-                "sources": {name: [asdict(source) for source in named] for name, named in sources.items()},
+                "sources": {
+                    name: [{**asdict(source), "path": public_name(source.path)} for source in named]
+                    for name, named in sources.items()
+                },
                 "options": {name: value for name, value in self._options.plain().items() if name in _OF_ROWS},
                 "chat_template": chosen_template(self._tokenizer, self._options.chat_template),
                 "tokenizer": digest_of_tokenizer(self._tokenizer),

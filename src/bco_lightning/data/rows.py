@@ -79,9 +79,9 @@ class RowMaker:
             kind, ratings = "rating" if self.options.rating else "column", self._unrated.ratings
             found = f"expected a {kind} {self._rating!r}, found {keys_of(ratings)}."
             remedy = "Name the column by data.rating.column, or by data.columns.label where there is no rule."
-            given = {name: number_in(value) if isinstance(value, str) else value for name, value in ratings.items()}
-            for name, number in () if self.options.rating else given.items():
-                if type(number) in (int, float) and abs(number) <= _LARGEST_RATING:
+            for name, value in () if self.options.rating else ratings.items():
+                number = number_in(value) if isinstance(value, str) else value
+                if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= _LARGEST_RATING:
                     remedy += f" If {name!r} is a rating, set data.rating, {rule_for(number, name)}."
                     break
             raise FeedbackRowError(self._unrated.row.place, found, remedy)

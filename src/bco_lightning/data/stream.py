@@ -21,7 +21,7 @@ from bco_lightning.data.messages import words_of
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.records import RecordStore, seekable_file
 from bco_lightning.data.records.record_file import Place, SeekableFile, changed
-from bco_lightning.data.remote import public_name
+from bco_lightning.data.remote import place_in, public_name
 from bco_lightning.data.rows import RowMaker
 from bco_lightning.data.table import Array, RowLog, prompt_key
 from bco_lightning.data.tokenize import RowTokenizer
@@ -229,7 +229,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
 
 
 def _place_of(known: Any, files: Sequence[Mapping[str, Any]]) -> str:
-    return f"{public_name(files[known['file']]['path'])}:{known['line']}"
+    return place_in(public_name(files[known["file"]]["path"]), known["line"])
 
 
 class WorkerRowError(FeedbackRowError):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bco_lightning.data.files import open_unpacked, size_of
 from bco_lightning.data.records.record_file import Block, Place, Read, RecordFile, SeekableFile, changed
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, numbered_lines, parse_line, refuse_binary
-from bco_lightning.data.remote import read_range
+from bco_lightning.data.remote import place_in, read_range
 from bco_lightning.data.values import Record
 from bco_lightning.errors import FeedbackRowError
 
@@ -24,8 +24,8 @@ def line_records(file: RecordFile) -> Read:
     with open_unpacked(file.path) as opened:
         for number, line, size in numbered_lines(opened, file.name):
             if number == 1:
-                refuse_binary(line, f"{file.name}:1")
-            if (record := parse_line(line, f"{file.name}:{number}")) is not None:
+                refuse_binary(line, place_in(file.name, 1))
+            if (record := parse_line(line, place_in(file.name, number))) is not None:
                 yield Place(offset, number, zlib.crc32(line)), record
             offset += size
 
@@ -61,7 +61,7 @@ class JsonLines(SeekableFile):
             line = data[begin : min(end, begin + MAX_LINE_BYTES + 1)]
             if zlib.crc32(line) != place.check:
                 raise changed(self.name)
-            record = parse_line(line, f"{self.name}:{place.line}")
+            record = parse_line(line, place_in(self.name, place.line))
             return changed(self.name) if record is None else record
 
         return Block(len(data), at)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
 from bco_lightning.data.files import damage
+from bco_lightning.data.remote import place_in
 from bco_lightning.data.values import Record, shown
 from bco_lightning.errors import FeedbackRowError
 
@@ -79,9 +80,9 @@ def numbered_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]
                 raise FeedbackRowError("", f"expected records, found {_MOST_EMPTY:,} empty lines one after the other.")
             yield number, line, size
     except FeedbackRowError as error:
-        raise FeedbackRowError(f"{name}:{number + 1}", error.problem, error.remedy) from None
+        raise FeedbackRowError(place_in(name, number + 1), error.problem, error.remedy) from None
     except (EOFError, OSError, zlib.error) as error:
-        raise damage(name, f"{name}:{number + 1}", error) from None
+        raise damage(name, place_in(name, number + 1), error) from None
 
 
 def decode(content: bytes, place: str) -> str:

@@ -19,6 +19,7 @@ from bco_lightning.data.files import HUB, arrow_folder, files_of, open_file, siz
 from bco_lightning.data.records.record_file import Block, Place, Read, RecordFile, SeekableFile
 from bco_lightning.data.records.strict_json import MAX_LINE_BYTES, TOO_LONG, not_utf8, parse_value
 from bco_lightning.data.records.swelling import check_arrow, size_of_rows
+from bco_lightning.data.remote import place_in
 from bco_lightning.data.values import Record, unpacked, value_at
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.places import resolve_packaged
@@ -119,7 +120,7 @@ def block_of(table: Any, first: int, name: str, rest: Callable[[int], Any] | Non
         row = table.slice(place.offset - first, 1)
         if not len(row) and rest is not None:
             row = rest(place.offset)
-        return _record_of(row, f"{name}:{place.line}")
+        return _record_of(row, place_in(name, place.line))
 
     return Block(int(table.nbytes) + 4096, at)
 
@@ -130,7 +131,7 @@ def rows_of(batches: Iterable[Any], name: str, kind: str) -> Read:
     The error for damaged ones names the row reached and the ``kind`` of file expected.
     """
     number = 0
-    with whole(lambda: f"{name}:{number + 1}" if number else name, kind):
+    with whole(lambda: place_in(name, number + 1) if number else name, kind):
         for batch in batches:
             if len(set(batch.schema.names)) < len(batch.schema.names):
                 found = "expected each column name once, found one twice."
@@ -159,7 +160,7 @@ def _records_of(batch: Any, name: str, before: int) -> Iterable[Record | Feedbac
     with suppress(ValueError, ArithmeticError, RecursionError):  # which are told of single rows
         if size_of_rows(batch) <= MAX_LINE_BYTES:
             return _values_of(batch)
-    return [_record_of(batch.slice(at, 1), f"{name}:{before + at + 1}") for at in range(len(batch))]
+    return [_record_of(batch.slice(at, 1), place_in(name, before + at + 1)) for at in range(len(batch))]
 
 
 def _record_of(row: Any, place: str) -> Record | FeedbackRowError:
