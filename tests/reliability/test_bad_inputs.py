@@ -915,7 +915,7 @@ COUNTED: dict[str, Counts] = {
         {"conflicting thumbs on one answer (data.conflicts)": ["log.jsonl:1", "log.jsonl:3"]},
         options={"conflicts": "drop"},
     ),
-    "a pair of equal answers": aside(pair(rejected=f"{SAID}!"), "chosen and rejected are the same", pair, 4),
+    "a pair of equal answers": aside(pair(rejected=f"{SAID}!"), "both answers are the same", pair, 4),
     "Open WebUI: a draw in the arena": aside(open_webui(data={"rating": 0}), NO_FEEDBACK, open_webui),
     "Open WebUI: a thumb of a column of floats": whole(
         lines(open_webui(data={"rating": 1.0}), open_webui(data={"rating": -1.0})), "log.jsonl"

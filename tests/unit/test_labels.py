@@ -9,7 +9,8 @@ import pytest
 
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.labels import LabelVocabulary, thumb_by_rule
-from bco_lightning.data.options import RATING_PRESETS, Columns, Rating, Source, chosen_rating
+from bco_lightning.data.options import Columns, Rating, Source
+from bco_lightning.data.presets import PRESETS
 from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
@@ -138,11 +139,16 @@ def test_a_rule_and_a_map_of_labels_are_not_both_taken() -> None:
 
 
 def test_helpsteer2_takes_full_helpfulness_alone_for_a_thumb_up() -> None:
-    rule = chosen_rating("helpsteer2")
-    assert rule is RATING_PRESETS["helpsteer2"]
+    rule = Rating(**PRESETS["helpsteer2"]["rating"])
     assert [thumb(rule, helpfulness=value) for value in (0, 3, 4)] == [False, False, True]
-    with pytest.raises(ConfigError, match=r"^data\.rating: expected a rule or one of helpsteer2, found 'helpsteer3'"):
-        chosen_rating("helpsteer3")
+
+
+def test_of_ranks_1_is_the_best() -> None:
+    rule = Rating("rank", up=2, down=5)
+    assert [thumb(rule, rank=value) for value in (1, 2, 5, 6)] == [True, True, False, False]
+    assert thumb(rule, rank=3) == BETWEEN
+    with pytest.raises(ConfigError, match="expected up below down, as 1 is the best rank, found 2 as down and 5 as up"):
+        Rating("answer.rank", up=5, down=2)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])

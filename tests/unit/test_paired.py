@@ -72,7 +72,7 @@ def test_all_turns_begin_with_the_first_answer() -> None:
     "record", [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"chosen": BETTER, "rejected": BETTER}]
 )
 def test_two_answers_that_are_the_same_are_both_left_out(record: dict[str, Any]) -> None:
-    assert made(record) == [LeftOut("x:1", "chosen and rejected are the same")] * 2
+    assert made(record) == [LeftOut("x:1", "both answers are the same")] * 2
 
 
 def test_columns_can_be_renamed_and_nested() -> None:
@@ -105,7 +105,7 @@ def test_a_rule_of_ratings_is_refused() -> None:
         ({"chosen": BETTER, "rejected": BETTER[1:]}, "part at an answer of the assistant, found them part at another"),
         ({"chosen": BETTER, "rejected": ASKED[:3]}, "part at an answer of the assistant, found one that goes on where"),
         ({"chosen": BETTER, "rejected": [*ASKED[:3], turn("user", "x"), turn("assistant")]}, "part at another message"),
-        ({"prompt": "x", "chosen": BETTER, "rejected": WORSE}, "'prompt' to be a message of both conversations, found"),
+        ({"prompt": "x", "chosen": BETTER, "rejected": WORSE}, "'prompt' to be a message of the conversations, found"),
         ({"chosen": [*BETTER, turn("user")], "rejected": WORSE}, "must begin and end with an assistant message"),
         ({"chosen": BETTER[-1:], "rejected": WORSE}, "part at another message"),
         ({"chosen": [*BETTER, BETTER[-1]], "rejected": [*BETTER, WORSE[-1]]}, "assistant messages, found two in a row"),

@@ -146,6 +146,8 @@ near_objects = st.dictionaries(
 )
 COLUMNS = {
     "unpaired": ["prompt", "completion", "messages", "label", "tools", "chat_template_kwargs", "response"],
+    "ranked": ["prompt", "answers", "conversation_history", "message_tree_id"],
+    "compared": ["prompt", "response_a", "response_b", "winner", "overall_preference", "response1", "response2"],
     "paired": ["prompt", "chosen", "rejected", "tools"],
     "open_webui": ["data", "meta", "snapshot", "type"],
     "langfuse": ["input", "output", "scores", "user-feedback", "traceId"],
@@ -195,7 +197,9 @@ def test_any_record_gives_a_row_a_reason_or_a_clear_error(name: str, data: st.Da
 
 
 FILES = {
-    "unpaired": "conversations.jsonl", "paired": "pairs_of_conversations.jsonl", "open_webui": "open_webui.json",
+    "unpaired": "conversations.jsonl", "ranked": "public/oasst2.trees.jsonl",
+    "compared": "public/arena-human-preference-140k.jsonl", "paired": "pairs_of_conversations.jsonl",
+    "open_webui": "open_webui.json",
     "langfuse": "langfuse_traces.json", "langsmith": "langsmith_runs.jsonl", "argilla": "argilla.json",
     "chainlit": "chainlit.json", "chitchat": "chitchat.json", "librechat": "librechat.json",
     "label_studio": "label_studio.json", "mlflow": "mlflow_traces.jsonl", "opik": "opik.jsonl",

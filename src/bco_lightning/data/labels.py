@@ -116,4 +116,6 @@ def thumb_by_rule(rule: Rating, ratings: Record, column: str, place: str) -> boo
         remedy = _POINT if _has_decimal_comma(value) else ""
         raise FeedbackRowError(place, f"expected a number as rating {name!r}, found {shown(value)}.", remedy)
     up, down = rule.limits
-    return LeftOut(place, BETWEEN) if down < value < up else value >= up
+    if min(up, down) < value < max(up, down):
+        return LeftOut(place, BETWEEN)
+    return value <= up if up < down else value >= up  # of ranks, 1 is best

@@ -30,6 +30,9 @@ _TEXT_PARTS = ("text", "input_text", "output_text", None)
 _LIKE_MESSAGES = re.compile(
     rf"""\s*\[\s*\{{(?=.*['"](?:role|from)['"]\s*:\s*['"](?:{"|".join(_ROLE_OF)})['"])""", re.DOTALL
 )
+# Transcripts as Anthropic wrote them, and as NVIDIA does, where what comes before the first mark is the user's.
+_SPEAKERS = re.compile(r"\n\n(Human|Assistant): ?")
+_STEERED, _STEERED_SPEAKERS = "\n<extra_id_1>Assistant\n", re.compile(r"\n<extra_id_1>(User|Assistant)\n")
 _MAY_BE_EMPTY = ("system", "tool")
 
 
@@ -52,8 +55,12 @@ def messages_in(value: Any, name: str, place: str, role: str = "") -> list[Messa
 
 
 def out_of_text(value: Any, name: str, place: str) -> Any:
-    """The messages of a text that holds them as JSON, as a CSV has them; any other text, or what is none, as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+    """The messages of a text that holds them as JSON, as a CSV has them, or a transcript; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("\n\nHuman:") or _STEERED in value:
+        return _turns_of(value)
+    if not value.lstrip().startswith(("[", "{")):
         return value
     found = unpacked(value.strip())
     messages = [unpacked(part) for part in found] if isinstance(found, list) else [found]
@@ -63,6 +70,13 @@ def out_of_text(value: Any, name: str, place: str) -> Any:
         problem = f"{name!r} must hold messages as JSON, found them cut off or written in another way."
         raise FeedbackRowError(place, problem, "Write them by json.dumps, and whole.")
     return value
+
+
+def _turns_of(text: str) -> list[Message]:
+    """The turns of a transcript of HH-RLHF or HelpSteer2; the last is none if it only asks for an answer."""
+    parts = _SPEAKERS.split(text) if text.startswith("\n\nHuman:") else ["", "User", *_STEERED_SPEAKERS.split(text)]
+    turns = [{"role": who.lower(), "content": said} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
+    return turns if turns[-1]["role"] != "assistant" or turns[-1]["content"].strip() else turns[:-1]
 
 
 def at_rated_turn(messages: list[Message], name: str, place: str) -> tuple[list[Message], list[Message], int]:

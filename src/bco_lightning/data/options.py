@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from bco_lightning.data.presets import PRESETS
 from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError
 from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
@@ -14,6 +15,8 @@ from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, at_least, 
 FormatName = Literal[
     "auto",
     "unpaired",
+    "ranked",
+    "compared",
     "paired",
     "open_webui",
     "langfuse",
@@ -60,6 +63,24 @@ class Columns(Options):
         "The better answer of a pair: text, a list of chat messages, or a whole conversation.", default="chosen"
     )
     rejected: str = option("The worse answer of a pair, in the same form.", default="rejected")
+    first: str | None = option(
+        "The first of two answers, beside ``winner``; if left out, the usual names are looked for: ``response_a``, "
+        "``conversation_a``, ``response1``, ``response_1``, ``response_0``.",
+        default=None,
+    )
+    second: str | None = option("The second one, in the same form.", default=None)
+    winner: str | list[str] | None = option(
+        "Which of the two is better (usually ``winner``, ``overall_preference``, ``preference_strength`` or "
+        "``better_response_id``), or two columns, each with the label or rating of its answer.",
+        default=None,
+    )
+    winners: dict[str, Literal["first", "second", "both", "neither", "drop"]] | None = option(
+        "What a value of ``winner`` means, where it is none of the usual ones or to be taken in another way: "
+        '``{"tie": both}`` gives two thumbs-up; ``neither`` two thumbs-down, ``drop`` leaves both rows out.',
+        default=None,
+    )
+    answers: str = option("Several answers to the prompt, objects with a text and a rank or rating.", default="answers")
+    history: str | None = option("Messages that came before those of the row, if they stand apart.", default=None)
     system: str = option(
         "The system prompt, where it stands beside the messages; under its usual name, ``system_prompt`` is taken as "
         "well; optional.",
@@ -111,8 +132,10 @@ class Rating(Options):
         """Also refuses a rule without its two limits, or with limits that do not divide."""
         super().check()
         up, down = self.limits
-        if not down < up:
-            raise ConfigError("data.rating", f"expected down below up, found {down:g} and {up:g}.")
+        ranks = (self.column or "").rpartition(".")[2] == "rank"
+        if not (up < down if ranks else down < up):
+            expected = "up below down, as 1 is the best rank" if ranks else "down below up"
+            raise ConfigError("data.rating", f"expected {expected}, found {down:g} as down and {up:g} as up.")
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -131,21 +154,25 @@ class Rating(Options):
         return self.up, self.down
 
 
-# HelpSteer2 as the paper uses it: of 0 to 4, only a helpfulness of 4 is thumbs-up (arXiv 2404.04656, section 4).
-RATING_PRESETS = {"helpsteer2": Rating("helpfulness", up=4, down=3)}
+def with_preset(
+    preset: str | None,
+    format: FormatName | None,  # noqa: A002
+    columns: Columns | None,
+    rating: Rating | None,
+) -> tuple[FormatName, Columns, Rating | None]:
+    """Format, columns and rule of ratings; where one is left at its default, it is that of the preset."""
+    known, usual = PRESETS[preset] if preset else {}, Columns().plain()
+    given = {name: value for name, value in (columns or Columns()).plain().items() if value != usual[name]}
+    return (
+        known.get("format", "auto") if format in (None, "auto") else format,
+        Columns(**{**known.get("columns", {}), **given}),
+        rating or (Rating(**known["rating"]) if "rating" in known else None),
+    )
 
 
-def chosen_rating(rating: Rating | str | None) -> Rating | None:
-    """The rule itself, or the preset of that name.
-
-    Raises:
-        ConfigError: If there is no such preset.
-    """
-    if not isinstance(rating, str):
-        return rating
-    if rating not in RATING_PRESETS:
-        raise ConfigError("data.rating", f"expected a rule or one of {', '.join(RATING_PRESETS)}, found {rating!r}.")
-    return RATING_PRESETS[rating]
+def _check_preset(preset: str | None) -> None:
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError("data.preset", f"expected one of {', '.join(PRESETS)}, found {preset!r}.")
 
 
 @options("data")
@@ -169,13 +196,15 @@ class Source(Options):
         "A file with the feedback on its answers, where the tool keeps that apart: of Phoenix, TensorZero and Weave.",
         default=None,
     )
-    rating: Rating | str | None = option(
-        "The rule for its ratings, or a preset's name; that of ``data.rating`` if left out.", default=None
+    rating: Rating | None = option("The rule for its ratings; that of ``data.rating`` if left out.", default=None)
+    preset: str | None = option(
+        "The data set that it is, as in ``data.preset``; then none of these three is left to ``data``.", default=None
     )
 
     def check(self) -> None:
-        """Also refuses a source without a path, or with a weight that is not above 0."""
+        """Also refuses a source without a path, with a weight that is not above 0, or of an unknown data set."""
         super().check()
+        _check_preset(self.preset)
         if not self.path:
             raise ConfigError("data", "expected a path or URL of each feedback log, found an empty one.")
         if not 0 < self.weight < math.inf:
@@ -209,8 +238,11 @@ class DataOptions(Options):
     batch_size: int = option("Rows of a micro-batch on each device.", default=8, fits=at_least(1, "row"))
     format: FormatName = option("What the records are; ``auto`` goes by the first one of each source.", default="auto")
     columns: Columns = option("Names of the columns.", default=Columns())
-    rating: Rating | str | None = option(
-        "The rule that makes thumbs of numbers, or ``helpsteer2``; without one, labels are thumbs.", default=None
+    rating: Rating | None = option("The rule that makes thumbs of numbers; without, labels are thumbs.", default=None)
+    preset: str | None = option(
+        "A public data set, for whatever of format, columns and rating is not set: "
+        f"{', '.join(f'``{name}``' for name in PRESETS)}.",
+        default=None,
     )
     loss_on: LossOn = option(
         "``rated_turn`` trains on the last assistant turn, ``all_turns`` on each of the conversation.",
@@ -323,7 +355,6 @@ class DataOptions(Options):
         for name in ("train_files", "validation_files", "test_files", "predict_files"):
             self._set(name, _sources(getattr(self, name), name))
         super().__post_init__()
-        chosen_rating(self.rating)
 
     def sources(self, name: str) -> list[Source]:
         """The logs of ``train``, ``validation``, ``test`` or ``predict``; files given by name alone are sources too."""
@@ -334,14 +365,10 @@ class DataOptions(Options):
         """The seed given, or the one that stands for none."""
         return self.seed or 0
 
-    @property
-    def rule(self) -> Rating | None:
-        """The rule of ratings, if there is one."""
-        return chosen_rating(self.rating)
-
     def check(self) -> None:
         """Also refuses options that do not go together."""
         super().check()
+        _check_preset(self.preset)
         for name, fits, expected in (
             (
                 "group_by_prompt", not (self.group_by_prompt and (self.balanced_sampling or self.streaming)),

@@ -20,7 +20,7 @@ from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.files import content_key, expand
-from bco_lightning.data.options import DataOptions, Source, chosen_rating
+from bco_lightning.data.options import DataOptions, Source, with_preset
 from bco_lightning.data.records import record_file, seekable_files
 from bco_lightning.data.records.record_file import RecordFile
 from bco_lightning.data.remote import GIVEN, place_in, public_name
@@ -38,9 +38,8 @@ _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 # Rows are many small objects without cycles; looking for some after every 700 of them took a fifth of the time.
 _COLLECT_AFTER = (50_000, 20, 50)
 _OF_ROWS = (
-    "format", "columns", "rating", "loss_on", "conflicts", "max_length", "max_prompt_length", "long_prompts",
-    "long_completions", "seed", "bad_rows", "max_bad_rows", "few_bad_rows",
-    "streaming",
+    "format", "columns", "rating", "preset", "loss_on", "conflicts", "max_length", "max_prompt_length", "long_prompts",
+    "long_completions", "seed", "bad_rows", "max_bad_rows", "few_bad_rows", "streaming",
 )  # fmt: skip
 
 
@@ -254,12 +253,12 @@ def _divided(log: RowTable | PlaceTable, chosen: Mapping[str, Array], others: Ro
 
 def row_format_of(options: DataOptions, source: Source) -> RowFormat:
     """How the records of one source become rows."""
-    return RowFormat(
-        source.format or options.format,
-        source.columns or options.columns,
-        chosen_rating(source.rating) or options.rule,
-        options.loss_on,
-    )
+    if source.preset:
+        read_as = with_preset(source.preset, source.format, source.columns, source.rating)
+    else:
+        columns, rating = source.columns or options.columns, source.rating or options.rating
+        read_as = with_preset(options.preset, source.format or options.format, columns, rating)
+    return RowFormat(*read_as, options.loss_on)
 
 
 def maker_of(options: DataOptions, source: Source, labelled: bool = True) -> RowMaker:

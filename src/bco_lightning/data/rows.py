@@ -9,10 +9,9 @@ from typing import TypeVar
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
 from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat, system_column
-from bco_lightning.data.formats.unpaired import columns_of
 from bco_lightning.data.labels import NO_FEEDBACK, LabelVocabulary, rule_for, thumb_by_rule
 from bco_lightning.data.records.csv_rows import Cells, number_in, thumb_in
-from bco_lightning.data.values import MISSING, Record, keys_of, value_at
+from bco_lightning.data.values import MISSING, Record, column_of, keys_of, value_at
 from bco_lightning.errors import FeedbackRowError
 
 __all__ = ["RatedRow", "RowFormat", "RowMaker"]
@@ -103,17 +102,14 @@ class RowMaker:
         """Finds out which columns of a record no row is made of, in the formats that are not of one tool's export."""
         new = [name for name in record if name not in self._settled and record[name] not in (None, "", [], {})]
         self._settled.update(new)
-        if new and self.format in ("unpaired", "paired"):
+        layout = FORMATS[self.format or "unpaired"]
+        if new and hasattr(layout, "used"):
             columns, rule = self.options.columns, self.options.rating
-            completion, conversation = columns_of(record, columns)
-            used = [conversation] if conversation else [columns.prompt, completion]
-            used = (
-                [columns.prompt, columns.chosen, columns.rejected] if self.format == "paired" else [*used, self._rating]
-            )
+            used = [*layout.used(record, columns), *([self._rating] if self.format == "unpaired" else [])]
             used += [columns.tools, columns.template_options, system := system_column(record, columns)]
             self.systems += [system] if system in new else []
-            used += rule.untouched if rule else ()
-            known = {name if name in record else name.partition(".")[0] for name in used}
+            used += [*(rule.untouched if rule else ()), *([columns.history] if columns.history else [])]
+            known = {column_of(record, name) for name in used}
             self.unused += [name for name in new if name not in known]
 
     def _rated(self, candidate: Candidate) -> FeedbackRow | LeftOut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -13,6 +14,7 @@ Record = dict[str, Any]
 
 MAX_DEPTH = 32
 MISSING = object()
+_STEP = re.compile(r"\[(-?\d{1,9})\]|[^.\[]+")  # in a name: the place in a list, or the name in an object
 
 
 def shown(value: Any) -> str:
@@ -43,19 +45,38 @@ def keys_of(record: Iterable[str]) -> str:
 
 
 def value_at(record: Record, name: str, default: Any = None) -> Any:
-    """What a record holds under a name, which may reach into nested objects.
+    """What a record holds under a name, which may reach into objects, lists, and JSON text of these.
 
     Example:
         >>> value_at({"feedback": {"score": 1}}, "feedback.score"), value_at({"a.b": 2}, "a.b"), value_at({}, "a.b")
         (1, 2, None)
+        >>> value_at({"out": '{"choices": [{"text": "Hi"}]}'}, "out.choices[0].text")
+        'Hi'
     """
     if name in record:
         return record[name]
-    if "." not in name:
+    return _inside(record, name, default) if "." in name or "[" in name else default
+
+
+def _inside(value: Any, name: str, default: Any) -> Any:
+    value = unpacked(value)
+    if isinstance(value, dict) and name in value:
+        return value[name]
+    step = _STEP.match(name)
+    if step is None:
         return default
-    first, _, rest = name.partition(".")
-    inner = record.get(first)
-    return value_at(inner, rest, default) if isinstance(inner, dict) else default
+    try:
+        inner = value[step[0] if step[1] is None else int(step[1])]
+    except (LookupError, TypeError):
+        return default
+    rest = name[step.end() :].removeprefix(".")
+    return _inside(inner, rest, default) if rest else inner
+
+
+def column_of(record: Record, name: str) -> str:
+    """The column of a record in which a name begins."""
+    step = None if name in record else _STEP.match(name)
+    return step[0] if step else name
 
 
 def objects_in(value: Any) -> list[Record]:

@@ -1,7 +1,8 @@
 """The layouts of feedback logs, a module or a description for each.
 
 ``matches(record, columns)`` says whether a record looks like one of the format; ``candidates(record, origin)`` gives
-its rows, each as a :class:`~.record_format.Candidate` or left out, or raises a FeedbackRowError.
+its rows, each as a :class:`~.record_format.Candidate` or left out, or raises a FeedbackRowError. Where records are rows
+and no tool's export, ``used(record, columns)`` names the columns that rows are made of.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from bco_lightning.data.formats import (
     argilla,
     chainlit,
     chitchat,
+    compared,
     label_studio,
     langfuse,
     langsmith,
     librechat,
     open_webui,
     paired,
+    ranked,
     unpaired,
 )
 from bco_lightning.data.formats.exports import EXPORTS, RatedColumns, TracedCalls
@@ -28,7 +31,8 @@ from bco_lightning.errors import ConfigError
 __all__ = ["FORMATS", "format_of"]
 
 # Exports are told by keys that rows do not have, while a row may have keys beside those of its format: they come last.
-_MODULES = (unpaired, paired, open_webui, langfuse, langsmith, argilla, chainlit, chitchat, librechat, label_studio)
+_ROWS = (unpaired, ranked, compared, paired)
+_MODULES = (*_ROWS, open_webui, langfuse, langsmith, argilla, chainlit, chitchat, librechat, label_studio)
 FORMATS: dict[str, ModuleType | TracedCalls | RatedColumns] = {
     **{module.__name__.rpartition(".")[2]: module for module in _MODULES},
     **EXPORTS,
@@ -38,10 +42,11 @@ FORMATS: dict[str, ModuleType | TracedCalls | RatedColumns] = {
 def format_of(record: Record, columns: Columns) -> str | None:
     """Name of the format that a record looks to be of; ``None`` if it looks like none."""
     found = [name for name, known in FORMATS.items() if known.matches(record, columns)]
-    if found == ["unpaired", "paired"] and value_at(record, columns.label) is not None:
+    others = found[1:] if found[:1] == ["unpaired"] and value_at(record, columns.label) is not None else []
+    if others and set(others) <= {module.__name__.rpartition(".")[2] for module in _ROWS}:
         raise ConfigError(
             "data.format",
             "expected rated rows or pairs, found records that have the columns of both.",
-            "Set data.format, or the source's own format, to unpaired or to paired.",
+            f"Set data.format, or the source's own format, to unpaired or to {others[-1]}.",
         )
     return found[-1] if found else None

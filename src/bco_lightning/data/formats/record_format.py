@@ -80,7 +80,8 @@ class Origin:
         value = value_at(record, column, MISSING)
         if value is MISSING:
             found = f"expected a column {column!r}, found {keys_of(record)}."
-            raise self.error(found, "Rename the column, or set data.columns.")
+            option = next((f".{name}" for name, known in vars(self.columns).items() if known == column), "")
+            raise self.error(found, f"Rename the column, or set data.columns{option}.")
         return value
 
     def messages(self, value: Any, name: str, role: str = "") -> list[Message]:
@@ -98,6 +99,8 @@ class Origin:
         System prompt, tools and options of the template stand in ``record``, if there are any.
         """
         system = value_at(record, name := system_column(record, self.columns)) if record else None
+        before = value_at(record, self.columns.history) if record and self.columns.history else None
+        prompt = (self.messages(before, str(self.columns.history)) if before else []) + prompt
         prompt = self._with_system(prompt, system, name) if system and str(system).strip() else prompt
         if self.options.loss_on == "all_turns":
             # One at the end is no answer yet: the completion goes on with it.

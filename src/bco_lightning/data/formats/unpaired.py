@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bco_lightning.batch import FeedbackRow
+from bco_lightning.data.formats.paired import said_before
 from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
-from bco_lightning.data.messages import at_rated_turn
+from bco_lightning.data.messages import at_rated_turn, out_of_text
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import MISSING, Record, from_json_text, value_at
 
@@ -28,15 +29,27 @@ def candidates(record: Record, origin: Origin) -> Rows:
     yield Candidate(unrated_row(record, origin), value_at(record, origin.columns.label, MISSING), record)
 
 
+def used(record: Record, columns: Columns) -> list[str]:
+    """The columns that its row is made of, beside the label."""
+    completion, conversation = columns_of(record, columns)
+    return [conversation] if conversation else [columns.prompt, completion]
+
+
 def unrated_row(record: Record, origin: Origin) -> FeedbackRow:
     """The row of a record in columns, whatever holds its conversation."""
     name, conversation = columns_of(record, origin.columns)
     if conversation is None:
         column = origin.columns.prompt
-        prompt = origin.messages(origin.required(record, column), column, "user")
+        given = origin.required(record, column)
         completion = origin.messages(origin.required(record, name), name, "assistant")
-        return origin.row(prompt, completion, record)
-    given = from_json_text(value_at(record, conversation), conversation, origin.place)
+        roles = [message["role"] for message in completion]
+        if roles[0] != "assistant" and roles[-1] == "assistant":  # the whole conversation, as KTO-mix-15k has it
+            before = said_before(record, completion, origin)
+            prompt, completion, num_trailing = at_rated_turn(completion, name, origin.place)
+            return origin.row(before + prompt, completion, record, num_trailing)
+        return origin.row(origin.messages(given, column, "user"), completion, record)
+    given = out_of_text(value_at(record, conversation), conversation, origin.place)
+    given = from_json_text(given, conversation, origin.place)
     prompt, completion, num_trailing = at_rated_turn(origin.messages(given, conversation), conversation, origin.place)
     return origin.row(prompt, completion, record, num_trailing)
 
