@@ -31,7 +31,7 @@ from bco_lightning.identity import (
     versions,
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
-from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded, said_of_weights
+from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded
 from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_trunk, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
@@ -65,7 +65,7 @@ class BCOModule(LightningModule):
         super().__init__()
         self.options = ModelOptions(*positional, **options)
         # Checkpoints are read with weights_only=True, which takes plain values only.
-        self.save_hyperparameters(self.options.plain())
+        self.save_hyperparameters(self.options.plain(), logger=False)  # RunHeader tells loggers what compares
         self.lora, self.beta = self.options.lora, self.options.beta
         self.objective = objective_of(self.options)
         self.class_weights: tuple[float, float] | None = None
@@ -108,6 +108,12 @@ class BCOModule(LightningModule):
     def layout(self) -> Layout:
         """How rows of a micro-batch go through the policy: ``packed``, ``padded``, or each ``alone``."""
         return layout_of(self.policy)
+
+    @property
+    def said_of_rows(self) -> str:
+        """How rows of a micro-batch go through the policy, for people."""
+        once = f"; its first {self._trunk.depth} layers run once for both models" if self._trunk else ""
+        return f"rows of a micro-batch are {self._layout_reason}{once}"
 
     @property
     def reward_shift(self) -> RewardShift:
@@ -160,7 +166,6 @@ class BCOModule(LightningModule):
         self.configure_model()
         if stage == "fit":
             self.class_weights = self._chosen_class_weights()
-            self._say_what_is_trained()
         is_known = fill_in_log_probs(self._data, stage, self.reference, self.options, trainer)
         if stage == "fit":
             refuse_other_start(self._data, self.reference, lambda batch: self(batch)[1], trainer)
@@ -177,18 +182,6 @@ class BCOModule(LightningModule):
     def _chosen_class_weights(self) -> tuple[float, float]:
         data = self._data
         return chosen_class_weights(self.options, self.objective, lambda: data.class_frequencies if data else None)
-
-    def _say_what_is_trained(self) -> None:
-        up, down = self.class_weights or (1.0, 1.0)
-        rank_zero_info(
-            f"policy: {self.options.name_or_path}, {said_of_weights(self.policy)}; {self.num_steps()} optimizer steps "
-            f"of {self._data.rows_per_step if self._data else '?'} rows; class weights: up {up:.3f}, down {down:.3f}"
-        )
-        if self.trainer.max_steps > self.num_steps():
-            rank_zero_info(f"trainer.max_epochs: {self.trainer.max_epochs} ends the run before trainer.max_steps does")
-        rank_zero_info(f"rows of a micro-batch are {self._layout_reason}")
-        if self._trunk is not None:
-            rank_zero_info(f"the first {self._trunk.depth} layers, which nothing trains, run once for both models")
 
     def num_steps(self) -> int:
         """Optimizer steps of the whole run, from the configuration.

@@ -17,11 +17,11 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.cli.app import main
-from bco_lightning.cli.plan import PlanOptions, memory_of
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models import fused_layers, log_probs
 from bco_lightning.models.load import unloaded_model
 from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.models.memory import PlanOptions, memory_of
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.parallel.strategy import named_strategy
 from tests.conftest import REAL_MODEL

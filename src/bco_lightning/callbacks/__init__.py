@@ -7,12 +7,14 @@ from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
 from bco_lightning.callbacks.metrics_file import MetricsFile
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
+from bco_lightning.callbacks.run_header import RunHeader
 from bco_lightning.callbacks.sample_writer import SampleWriter
 from bco_lightning.callbacks.speed_monitor import SpeedMonitor
 from bco_lightning.callbacks.step_callback import RewardShiftUpdate, StepCallback
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 
-OF_THE_METHOD = (FiniteGuard, ImplicitRewardMonitor, HeldOutRows, RewardShiftUpdate)  # every run has one of each
+# Every run has one of each.
+OF_THE_METHOD = (RunHeader, FiniteGuard, ImplicitRewardMonitor, HeldOutRows, RewardShiftUpdate)
 
 __all__ = [
     "OF_THE_METHOD",
@@ -24,6 +26,7 @@ __all__ = [
     "PredictionWriter",
     "RewardShiftUpdate",
     "RunCheckpoint",
+    "RunHeader",
     "SampleWriter",
     "SpeedMonitor",
     "StepCallback",

@@ -173,8 +173,8 @@ class ImplicitRewardMonitor(StepCallback):
         self.stopping_reason_message = f"{far}, beyond model.kl_budget of {budget:g}; {before}."
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        asked = trainer.callbacks if trainer.should_stop else [self]  # type: ignore[attr-defined]
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        asked = trainer.callbacks if trainer.should_stop else [self]
         told = [getattr(callback, "stopping_reason_message", None) for callback in asked]
         reasons = [message.removesuffix(" Signaling Trainer to stop.") for message in told if message]
         step, num_steps = trainer.global_step, pl_module.num_steps()
@@ -188,4 +188,4 @@ class ImplicitRewardMonitor(StepCallback):
 
 
 def _stage(trainer: Trainer) -> str:
-    return "test" if trainer.testing else "val"
+    return "test" if trainer.state.fn == TrainerFn.TESTING else "val"

@@ -65,17 +65,18 @@ def refuse_unfit(trainer: Any, single: Iterable[type[Callback]]) -> None:
             raise ConfigError("trainer.callbacks", f"expected one {kind.__name__}, found {number}.", remedy)
 
 
+def names_logged(trainer: Any) -> list[str]:
+    """Names that this package's callbacks will log, and others can monitor."""
+    ours = [callback for callback in trainer.callbacks if isinstance(callback, StepCallback)]
+    return [name for callback in ours for name in callback.names_logged(trainer)]
+
+
 def refuse_unknown_monitors(trainer: Any, module: Any) -> None:
     """Refuses names to monitor that nobody logs, before the first step, and the wrong direction of known ones.
 
     What callbacks or a module of others log is not known, and where there are some, any name may be right.
     """
-    known = [
-        name
-        for callback in trainer.callbacks
-        if isinstance(callback, StepCallback)
-        for name in callback.names_logged(trainer)
-    ]
+    known = names_logged(trainer)
     held_out = [name for name in known if name.startswith("val/")]
     is_open = any(type(each).__module__.partition(".")[0] not in _KNOWING for each in (*trainer.callbacks, module))
     for callback in trainer.callbacks:

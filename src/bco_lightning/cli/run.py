@@ -34,6 +34,7 @@ from bco_lightning.callbacks import (
     StepProgressBar,
 )  # fmt: skip
 from bco_lightning.callbacks.metrics_file import METRICS_FILE, telling
+from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
 from bco_lightning.checkpoints.best import BestSteps
 from bco_lightning.checkpoints.folders import written_whole
@@ -50,7 +51,7 @@ from bco_lightning.errors import CheckpointError, ConfigError, causes_of, printa
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.inspection.run_record import RunRecord
-from bco_lightning.inspection.run_report import REPORT_FILE, page_of_runs, print_outcome
+from bco_lightning.inspection.run_report import REPORT_FILE, page_of_runs, print_metrics, print_outcome
 from bco_lightning.module import BCOModule
 from bco_lightning.options import POSITIVE, ModelOptions, Options
 from bco_lightning.parallel.strategy import named_strategy
@@ -263,6 +264,9 @@ class BCOCLI(LightningCLI):
             options.trainer.max_epochs = 1 if options.trainer.max_steps == -1 else -1
         options.run_folder = os.path.expanduser(os.path.expandvars(options.run_folder))  # noqa: PTH111
         options.weights_only = True  # Lightning's own default would unpickle whatever a checkpoint holds
+        self._shows_metrics = bool(options.get("verbose"))
+        if self._shows_metrics:
+            options.verbose = False
         if options.ckpt_path is not None and self.config.get("subcommand"):
             options.ckpt_path = self._chosen_checkpoint(options.ckpt_path, Path(options.run_folder))
 
@@ -360,6 +364,13 @@ class BCOCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, PredictionWriter):
                 callback.setup(self.trainer, self.model, "predict")
+
+    def after_validate(self) -> None:
+        """Prints what Lightning would, in the README's order and with four digits."""
+        if self._shows_metrics and self.trainer.is_global_zero:
+            print_metrics(self.trainer.callback_metrics, names_logged(self.trainer), Console())
+
+    after_test = after_validate
 
     def after_fit(self) -> None:
         """Says where everything is and what to type next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,19 @@ def print_outcome(record: RunRecord, console: Console) -> None:
     if rows := _outcome_rows(record):
         console.print(text_table(f"Held-out rows, {record.folder}", "", "before", "after", rows=rows), highlight=False)
     console.print(Text(printable(record.outcome.text), style=_STYLES[record.outcome.level]))
+
+
+def print_metrics(values: Mapping[str, Any], names: Sequence[str], console: Console) -> None:
+    """Prints what an evaluation has logged, in the order of ``names``, the numbers of each source beside all."""
+    known = [name for name in names if name in values]
+    sources = list(dict.fromkeys(name.split("/")[2] for name in known if "/by_source/" in name))
+    rows = []
+    for name in [*known, *sorted(values.keys() - {*known, "step"})]:
+        stage, _, metric = name.partition("/")
+        if not metric.startswith("by_source/"):
+            beside = [f"{stage}/by_source/{source}/{metric}" for source in sources]
+            rows.append((name, *(_digits(float(values.get(each, math.nan)), 4) for each in (name, *beside))))
+    console.print(text_table("", "", "all rows", *sources, rows=rows), highlight=False)
 
 
 def page_of_runs(records: Sequence[RunRecord]) -> str:

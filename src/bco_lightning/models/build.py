@@ -95,14 +95,6 @@ def require_sharded(model: nn.Module, sharding: Sharding | None) -> None:
         )
 
 
-def said_of_weights(model: nn.Module) -> str:
-    """How many parameters there are, how many of them are trained, and their data type, in words."""
-    parameters = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in parameters)
-    return f"{trained:,} of {total:,} parameters trained, weights in {parameters[0].dtype}"
-
-
 def dtype_of_matrices(model: nn.Module) -> torch.dtype:
     """The data type in which a model multiplies: that of its matrices, of quantized ones bfloat16."""
     found = next(final_dtype(parameter) for parameter in model.parameters() if parameter.ndim >= 2)

@@ -1,0 +1,135 @@
+"""What a fit is about to do, in a few lines before its first step, and as hyper-parameters that compare across runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoModelForCausalLM
+from typing_extensions import override
+
+from bco_lightning.callbacks.refusals import names_logged
+from bco_lightning.callbacks.run_checkpoint import run_folder_of
+from bco_lightning.data.datamodule import FeedbackDataModule
+from bco_lightning.errors import LanguageModelError
+from bco_lightning.models.build import dtype_of_matrices
+from bco_lightning.models.layout import causal_lm_of
+from bco_lightning.models.log_probs import tile_for
+from bco_lightning.models.memory import PlanOptions, memory_of
+from bco_lightning.options import LoraSettings
+from bco_lightning.parallel.sharding import copies_of_parameters, sharding_of
+
+if TYPE_CHECKING:
+    from bco_lightning.module import BCOModule
+
+_COMPARED = (
+    "name_or_path", "objective", "beta", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "optimizer",
+    "dtype", "class_weights", "importance_weights", "reward_shift_decay", "kl_budget", "seed",
+)  # fmt: skip
+_GIB, _ROWS = 2**30, {"train": "to train on", "validation": "held out"}
+
+
+class RunHeader(Callback):
+    """Before the first step: says what is trained on what and where; tells loggers :func:`hyper_parameters`.
+
+    TensorBoard compares runs by them under HPARAMS, beside the newest ``val/auroc`` and ``val/loss``.
+    """
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        values = hyper_parameters(trainer, pl_module)
+        known = names_logged(trainer)
+        results = {name: 0.0 for name in ("val/auroc", "val/loss", "train/loss") if name in known}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):  # which would log made-up results with them
+                from torch.utils.tensorboard.summary import hparams
+
+                logger.log_hyperparams(values, {})
+                for told in hparams(values, results)[:2]:
+                    logger.experiment.file_writer.add_summary(told)
+            else:
+                logger.log_hyperparams(values)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = run_folder_of(trainer)  # a broadcast: every process has to ask
+        options, data, policy = pl_module.options, getattr(trainer, "datamodule", None), pl_module.policy
+        sizes = [(each.numel(), each.requires_grad) for each in policy.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+        up, down = pl_module.class_weights or (1.0, 1.0)
+        steps, num_processes = pl_module.num_steps(), trainer.world_size
+        said = {
+            "policy": f"{options.name_or_path}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
+            f"weights in {next(policy.parameters()).dtype}",
+            "rows": f"class weights: up {up:.3f}, down {down:.3f}",
+            "steps": f"{steps:,}; {pl_module.said_of_rows}",
+            "device": f"{num_processes} × {trainer.strategy.root_device.type}, precision {trainer.precision}",
+        }
+        if isinstance(data, FeedbackDataModule):
+            rows = [
+                f"{each.up:,} up and {each.down:,} down {_ROWS[each.name]}"
+                for each in data.counts
+                if each.name in _ROWS
+            ]
+            said["rows"] = f"{', '.join(rows)}; {said['rows']}"
+            epochs = f"{steps / data.steps_per_epoch:.3g} epochs"
+            said["steps"] = (
+                f"{steps:,} optimizer steps of {data.rows_per_step:,} rows, {epochs}; {pl_module.said_of_rows}"
+            )
+            said["memory"] = expected_memory(trainer, pl_module, data)
+        said["run"] = str(folder or "nothing is written")
+        rank_zero_info("\n".join(f"{name}: {text}" for name, text in said.items()))
+        if trainer.max_steps > steps:
+            rank_zero_info(f"trainer.max_epochs: {trainer.max_epochs} ends the run before trainer.max_steps does")
+
+
+def hyper_parameters(trainer: Trainer, module: BCOModule) -> dict[str, Any]:
+    """What of a run's options decides its numbers, flat, the same names for every run; 0 stands for none."""
+    options, data = module.options, getattr(trainer, "datamodule", None)
+    plain = options.plain()
+    values = {f"model.{name}": plain[name] for name in _COMPARED}
+    if (path := Path(options.name_or_path)).exists():  # where it lies is nobody's business
+        values["model.name_or_path"] = path.resolve().name
+    lora = options.lora.plain() if options.lora else dict.fromkeys(LoraSettings().plain(), 0)
+    values |= {f"model.lora.{name}": value for name, value in lora.items()}
+    values |= {"trainer.precision": str(trainer.precision), "trainer.gradient_clip_val": trainer.gradient_clip_val}
+    values["steps"] = module.num_steps()
+    if isinstance(data, FeedbackDataModule):
+        values |= {"rows": data.training.row_set.counts.used, "rows_per_step": data.rows_per_step}
+        values |= {f"data.{name}": getattr(data.options, name) for name in ("max_length", "balanced_sampling")}
+    return {name: 0 if v is None else str(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def expected_memory(trainer: Trainer, module: BCOModule, data: FeedbackDataModule) -> str:
+    """What a step takes by the formula of ``plan``, in words, were all rows as long as the longest."""
+    options, lengths = module.options, data.training.lengths
+    longest = int(lengths.max()) if lengths is not None else data.options.max_length
+    cut = trainer.world_size // copies_of_parameters(trainer)
+    is_bfloat16, is_mixed = dtype_of_matrices(module.policy) == torch.bfloat16, "mixed" in str(trainer.precision)
+    asked = PlanOptions(
+        options.name_or_path,
+        cut,
+        "ddp" if sharding_of(trainer) is None else "fsdp2",
+        options.lora.r if options.lora else 0,
+        "bfloat16" if is_bfloat16 else "float32",
+        "bf16-mixed" if is_mixed else "32-true",
+        "adamw" if options.optimizer == "adamw" else "adamw_8bit",
+        "none" if module.reference.own_model is None else "model",
+        data.options.batch_size,
+        max(2, longest),
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(causal_lm_of(module.policy).config)
+        parts = memory_of(asked, tile_for(trainer.strategy.root_device), model)
+    except LanguageModelError:
+        return "not known for this kind of model"
+    told = f"at the peak of a step of {data.options.batch_size} rows of {longest:,} tokens"
+    return f"about {sum(parts.values()) / _GIB:.2g} GiB on each device {told}"
