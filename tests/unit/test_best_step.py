@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.checkpoints import read_checkpoint, resolve_checkpoint, saved_steps, step_folder, step_of
 from bco_lightning.checkpoints.best import BestSteps
 from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.parallel.strategy import named_strategy
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
+from tests.reliability.tiny_run import finish, make_log, make_model, start, tiny_fit
 from tests.unit.test_checkpoints import refuse, write
 
 
@@ -213,3 +216,34 @@ def test_a_run_that_leaves_its_kl_budget_stops_in_words_and_its_best_step_lies_w
     assert said in caplog.text
     assert steps_in(tmp_path)[-2:] == [2, 3]
     assert resolve_checkpoint(tmp_path / "best", refuse).name == "step-00000002"
+
+
+def fit_in_a_group(model: str, log: str, folder: str) -> tuple[list[int], dict[int, float]]:
+    """Processes that see other values, as by rounding, and must decide alike."""
+    other = float(os.environ["RANK"]) / 4
+    says = Says(auroc=[0.5, 0.6 - other, 0.7, 0.55 + other], kl=[0.0, 0.0, 9.0 - other, 0.0])
+    keeper = RunCheckpoint(every_n_steps=99)
+    options = {"strategy": named_strategy("fsdp2"), "max_steps": 4, "val_check_interval": 1, "devices": 2}
+    options |= {"default_root_dir": folder}
+    tiny_fit(
+        model, log, callbacks=[says, keeper], trainer_options=options, module_options={"kl_budget": 5.0},
+        data_options={"validation_fraction": 0.2, "batch_size": 4},
+    )  # fmt: skip
+    return steps_in(Path(folder)), keeper.best.values
+
+
+def test_processes_that_hold_parts_of_the_model_agree_on_the_best_step(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    folder = str(tmp_path / "run")
+    group = start(
+        fit_in_a_group,
+        str(tmp_path / "model"),
+        make_log(tmp_path / "log.jsonl"),
+        folder,
+        ranks=2,
+        folder=tmp_path / "out",
+    )
+    for steps, values in finish(group, tmp_path / "out"):
+        assert steps == [2, 3]
+        assert values == {1: 0.5, 2: pytest.approx(0.6)}
+    assert resolve_checkpoint(Path(folder) / "best", refuse).name == "step-00000002"
