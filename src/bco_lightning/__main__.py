@@ -1,17 +1,23 @@
 """``python -m bco_lightning``, and the command ``bco-lightning``."""
 
 import gc
-import platform
+import signal
 import sys
-from importlib.metadata import version
 
-from bco_lightning.cli.help import kept_help
-from bco_lightning.parallel.signals import early
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Quiet from now to the last moment of the interpreter; in between ``early`` hears it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main() -> int:
     """Prints versions, or help that is kept, and leaves the rest to the command line proper."""
+    from bco_lightning.cli.help import kept_help
+    from bco_lightning.parallel.signals import early
+
     if sys.argv[1:] == ["--version"]:
+        import platform
+        from importlib.metadata import version
+
         others = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers", "peft"))
         print(f"bco-lightning {version('bco-lightning')} (Python {platform.python_version()}, {others})")
         return 0

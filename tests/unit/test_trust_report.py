@@ -280,8 +280,8 @@ def test_a_run_starts_with_the_report_in_the_terminal_in_every_logger_and_in_a_f
     assert (histogram.min, histogram.max, histogram.num, histogram.sum) == (0.5, 2.0, 4, 4.0)
     (text,) = events.Tensors("importance/verdict/text_summary")[0].tensor_proto.string_val
     lines = text.decode().splitlines()
-    assert lines[0] == report.verdict
-    assert f"Warning: {report.warnings[0]}" in lines
+    assert lines[2] == f"| verdict | {report.verdict} |"
+    assert f"| warning | {report.warnings[0]} |" in lines
     assert {line.count("|") for line in lines if line.startswith("|")} == {3}
     assert "importance/effective_share" in next(tmp_path.rglob("metrics.csv")).read_text(encoding="utf-8")
     values = json.loads(next(tmp_path.rglob("importance.json")).read_text(encoding="utf-8"))

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from bco_lightning import figures
 from bco_lightning.batch import ScoredRows
+from bco_lightning.callbacks.loggers import show_figure, shows_figures
 from bco_lightning.callbacks.metrics_file import telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.checkpoints.folders import written_whole
@@ -24,7 +24,7 @@ _COLUMNS = ("row_ids_B", "rewards_B", "thumbs_up_B", "completion_lengths_B")
 
 
 class HeldOutRows(Callback):
-    """At each validation of a fit: ``held_out.json`` in the run's folder, and figures in TensorBoard.
+    """At each validation of a fit: ``held_out.json`` in the run's folder, and figures in loggers that show some.
 
     The file holds ``step``, ``reward_shift``, and of each held-out row, in file order, ``rewards`` in nats,
     ``thumbs_up``, ``lengths`` in tokens, and ``prompts``, the same number for the same prompt; no text. Figures are
@@ -66,14 +66,12 @@ class HeldOutRows(Callback):
             with telling(file := folder / HELD_OUT_FILE), written_whole(file, replaces=True) as partial:
                 told = {"step": trainer.global_step, "reward_shift": shift, **values}
                 partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
-        events = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not (events and np.isfinite(rewards).all()):
+        if not (shows_figures(trainer.loggers) and np.isfinite(rewards).all()):
             return
         drawn = {"rewards": figures.reward_histogram(rewards, thumbs_up, shift)}
         drawn["reward_by_length"] = figures.reward_by_length(rewards, thumbs_up, lengths)
         if 0 < thumbs_up.sum() < len(thumbs_up):
             drawn["roc"] = figures.roc_of_rewards(rewards, thumbs_up)
             drawn["reliability"] = figures.reliability(rewards, thumbs_up, shift)
-        for logger in events:
-            for name, figure in drawn.items():
-                logger.experiment.add_figure(f"held_out/{name}", figure, trainer.global_step)
+        for name, figure in drawn.items():
+            show_figure(trainer.loggers, f"held_out/{name}", figure, trainer.global_step)

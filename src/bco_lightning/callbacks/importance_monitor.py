@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, Trainer
@@ -11,6 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from typing_extensions import override
 
+from bco_lightning.callbacks.loggers import show_table
+from bco_lightning.callbacks.metrics_file import telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.importance.report import print_trust, trust_rows
 
@@ -23,9 +26,9 @@ _NUMBERS = ("log_loss", "constant_log_loss", "effective_share", "mass", "at_low"
 class ImportanceMonitor(Callback):
     """Before the first step: prints the trust report, logs it as ``importance/...``, writes ``importance.json``.
 
-    Numbers go to every logger, the histogram of weights and the verdict to TensorBoard; what they mean is said at
-    :class:`~bco_lightning.importance.report.TrustReport`. No text of a prompt is shown or written. Nothing
-    happens where importance weights are off.
+    Numbers go to every logger, the verdict to those that show text, the histogram of weights to TensorBoard; what they
+    mean is said at :class:`~bco_lightning.importance.report.TrustReport`. No text of a prompt is shown or written.
+    Nothing happens where importance weights are off.
     """
 
     @override
@@ -40,14 +43,12 @@ class ImportanceMonitor(Callback):
         numbers = {f"importance/{name}": getattr(n, "value", n) for name, n in known.items() if n is not None}
         for logger in trainer.loggers:
             logger.log_metrics(dict(numbers), step=step)
-            if isinstance(logger, TensorBoardLogger):
-                if len(importance.down_weights):
-                    weights = importance.down_weights.detach().cpu()
+            if isinstance(logger, TensorBoardLogger) and len(importance.down_weights):
+                weights = importance.down_weights.detach().cpu()
+                with telling(Path(logger.log_dir) / "importance/weights", makes_folder=False):
                     logger.experiment.add_histogram("importance/weights", weights, step)
-                said = "\n\n".join([report.verdict, *(f"Warning: {warning}" for warning in report.warnings)])
-                table = [("", ""), ("---", "---"), *trust_rows(report)]
-                rows = "\n".join(f"| {name} | {value} |" for name, value in table)
-                logger.experiment.add_text("importance/verdict", f"{said}\n\n{rows}", step)
+        rows = [("verdict", report.verdict), *(("warning", text) for text in report.warnings), *trust_rows(report)]
+        show_table(trainer.loggers, "importance/verdict", ("what", "value"), rows, step)
         if run_folder is not None:
             run_folder.mkdir(parents=True, exist_ok=True)
             written = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"

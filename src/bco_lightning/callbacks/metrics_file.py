@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from bco_lightning.errors import causes_of
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -60,10 +62,14 @@ class MetricsFile(Logger):
 
 
 @contextmanager
-def telling(file: Path) -> Iterator[None]:
-    """Goes on with a word where a file of the run's folder cannot be written: training is worth more than that."""
+def telling(file: Path, makes_folder: bool = True) -> Iterator[None]:
+    """Goes on with a word where a file, or what a logger has, cannot be written: training is worth more than that."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if makes_folder:
+            file.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        rank_zero_warn(f"{file}: could not be written ({error.strerror}); going on without it.")
+    except (OSError, ValueError) as error:  # Lightning makes a ValueError of whatever TensorBoard meets
+        fault = next((cause for cause in causes_of(error) if isinstance(cause, OSError)), None)
+        if fault is None:
+            raise
+        rank_zero_warn(f"{file}: could not be written ({fault.strerror}); going on without it.")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from bco_lightning.callbacks.loggers import show_table
 from bco_lightning.callbacks.metrics_file import telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.errors import ConfigError, printable
@@ -28,8 +28,9 @@ class SampleWriter(Callback):
 
     They show texts of users, so there are none unless they are asked for. A line holds ``step``, ``prompt``,
     ``policy``, ``reference``, and of either answer its number of tokens and whether it ended by itself. The first of
-    them are shown in TensorBoard too. Policy and reference draw from the same random numbers, the same at each
-    validation, so that what differs is what was learned. Draws leave those of training as they are.
+    them are shown in the run's loggers too, wherever these send what they get. Policy and reference draw from the same
+    random numbers, the same at each validation, so that what differs is what was learned. Draws leave those of
+    training as they are.
 
     Args:
         prompts: How many of the held-out prompts, the first of them; 0 for none.
@@ -113,12 +114,6 @@ class SampleWriter(Callback):
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             if self._validations == 1:
                 rank_zero_info(f"samples of policy and reference, with texts of users: {folder / SAMPLES_FILE}")
-        cells = [[_cell(str(row[name])) for name in ("prompt", "policy", "reference")] for row in rows[:_SHOWN]]
-        lines = ["| prompt | policy | reference |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in cells)]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
-
-
-def _cell(text: str) -> str:
-    return printable(text).replace("|", "\\|").replace("\n", "<br>")
+        columns = ("prompt", "policy", "reference")
+        cells = [[printable(str(row[name])) for name in columns] for row in rows[:_SHOWN]]
+        show_table(trainer.loggers, "samples", columns, cells, trainer.global_step)

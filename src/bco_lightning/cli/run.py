@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from shlex import quote
@@ -20,7 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from typing_extensions import override
 
@@ -33,6 +32,7 @@ from bco_lightning.callbacks import (
     SpeedMonitor,
     StepProgressBar,
 )  # fmt: skip
+from bco_lightning.callbacks.loggers import goes_on_when_full, where_to_look
 from bco_lightning.callbacks.metrics_file import METRICS_FILE, telling
 from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
@@ -47,7 +47,7 @@ from bco_lightning.cli.wording import in_one_line
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.options import Source
 from bco_lightning.demo.trial import KnownRewardTrial
-from bco_lightning.errors import CheckpointError, ConfigError, causes_of, printable
+from bco_lightning.errors import CheckpointError, ConfigError, printable
 from bco_lightning.identity import git_revision, versions
 from bco_lightning.inspection.inspect import inspect_command
 from bco_lightning.inspection.run_record import RunRecord
@@ -134,10 +134,10 @@ def _made(kind: type, **values: Any) -> Any:
         raise Refusal(error.where, error.problem, error.remedy) from None
 
 
-def _refuse_taken_logs(trainer: Trainer) -> None:
+def _refuse_taken_logs(trainer: Trainer, claimed: list[Path]) -> None:
     """Lightning's CSVLogger removes what is there, wherever a config has it write."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, CSVLogger):
+        if isinstance(logger, CSVLogger) and Path(logger.log_dir) not in claimed:
             for name in (ExperimentWriter.NAME_METRICS_FILE, ExperimentWriter.NAME_HPARAMS_FILE):
                 require_free("trainer.logger", Path(logger.log_dir) / name)
 
@@ -185,40 +185,15 @@ class RunConfig(SaveConfigCallback):
                 partial.write_text(text + "\n", encoding="utf-8")
 
 
-class EventLogger(TensorBoardLogger):
-    """Where the disk is full and a run may go on without what is not saved, it goes on without events too."""
-
-    goes_on = False
-
-    @override
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        self._unless_full(super().log_metrics, *args, **kwargs)
-
-    @override
-    def save(self) -> None:
-        self._unless_full(super().save)
-
-    @override
-    def finalize(self, status: str) -> None:
-        self._unless_full(super().finalize, status)
-
-    def _unless_full(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        try:
-            write(*args, **kwargs)
-        except (OSError, ValueError) as error:  # Lightning makes a ValueError of whatever TensorBoard meets
-            fault = next((cause for cause in causes_of(error) if isinstance(cause, OSError)), None)
-            if fault is None or not self.goes_on:
-                raise fault or error from None
-            rank_zero_warn(f"{self.log_dir}: no more events are written ({fault.strerror}).")
-
-
 class BCOCLI(LightningCLI):
     """LightningCLI with this package's module, data and callbacks, and one folder of runs."""
 
+    _claimed: list[Path]  # folders of loggers
     _step_was_chosen = False  # not named by the user
     run: Path | None = None  # its folder; in the first process alone
 
     def __init__(self, arguments: list[str], **options: Any) -> None:
+        self._claimed = []
         with refusals_as_errors():
             super().__init__(
                 BCOModule,
@@ -314,7 +289,8 @@ class BCOCLI(LightningCLI):
         use_verified_io(trainer.strategy, may_fall_back=self._step_was_chosen)
         if hasattr(trainer.strategy, "_timeout"):  # of the process group; half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
-        _refuse_taken_logs(trainer)
+        self._claim_csv_folders(trainer, self.config[self.subcommand].trainer.logger)
+        _refuse_taken_logs(trainer, self._claimed)
         # Known is only now which process is the first of all; the others are told when they need it.
         if trainer.is_global_zero and not asked.fast_dev_run and (self.subcommand == "fit" or logs):
             self._take_run_folder(trainer, options)
@@ -322,12 +298,23 @@ class BCOCLI(LightningCLI):
             self._take_loggers(trainer, options, logs)
         return trainer
 
+    def _claim_csv_folders(self, trainer: Trainer, asked: Any) -> None:
+        """Numbers the folders of CSVLoggers like those of runs; two that start at once would take the same."""
+        configs = asked if isinstance(asked, list) else [asked]
+        for place, (config, logger) in enumerate(zip(configs, trainer.loggers, strict=False)):
+            is_free = type(logger) is CSVLogger and config.init_args.version is None
+            if is_free and trainer.is_global_zero:
+                self._claimed.append(claim_run(Path(str(logger.save_dir), str(logger.name))))
+                options = {**vars(config.init_args), "version": self._claimed[-1].name}
+                trainer.loggers = [*trainer.loggers[:place], CSVLogger(**options), *trainer.loggers[place + 1 :]]
+
     def _take_loggers(self, trainer: Trainer, options: Any, by_default: bool) -> None:
         """In every process, or they would wait for each other."""
         if by_default:
-            logger = EventLogger(options.run_folder, name="", version=self.run.name if self.run else "")
-            logger.goes_on = options.checkpoint.if_saving_fails == "warn"
-            trainer.logger = logger
+            version = self.run.name if self.run else ""
+            trainer.logger = TensorBoardLogger(options.run_folder, name="", version=version)
+        for logger in trainer.loggers:
+            goes_on_when_full(logger)
         if self.subcommand == "fit":
             trainer.loggers = [*trainer.loggers, MetricsFile(self.run or options.run_folder)]
 
@@ -358,6 +345,9 @@ class BCOCLI(LightningCLI):
                 path.unlink()
             if self.run is not None:
                 os.removedirs(self.run)
+        for folder in self._claimed:
+            with contextlib.suppress(OSError):
+                os.removedirs(folder)
 
     def before_predict(self) -> None:
         """Refuses a place for scores that is taken before any row is read."""
@@ -395,9 +385,7 @@ class BCOCLI(LightningCLI):
             _print(f"Alignment    {run / 'alignment.json'}")
         if (run / REPORT_FILE).exists():
             _print(f"Report       {run / REPORT_FILE}")
-        commands = []
-        if isinstance(self.trainer.logger, TensorBoardLogger):
-            commands.append(f"tensorboard --logdir {quote(self.trainer.logger.save_dir)}")
+        commands = where_to_look(self.trainer.loggers)
         if saved is not None:
             folder, command = quote(str(at_best)), "python -m bco_lightning"
             commands += [

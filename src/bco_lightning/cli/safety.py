@@ -162,6 +162,8 @@ def _chosen_by_user(arguments: Sequence[str]) -> Chosen:
 
 def _leads_out(text: str, root: Path) -> bool:
     """Whether a path would leave ``root``: absolute, by ``..``, by a link, a URL, or a variable that loggers expand."""
+    if database := re.fullmatch(r"sqlite:///([\w./-]+)", text):  # of MLflow, by default
+        text = database[1]
     if "://" in text or "$" in text or text.startswith("~"):
         return True
     try:

@@ -13,6 +13,8 @@ _UNKNOWN = re.compile(
     r"(?:Group '([\w.]+)' does not )?(?:accept option|nested key|[Uu]nrecognized arguments:|Option|Key) '?([^\s'=]+)"
 )
 _IN_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':\s*(.+?)(?=\n\s*- |\n\s*Given value|\Z)", re.DOTALL)
+_GIVEN_CLASS = re.compile(r"Given value: Namespace\(class_path='([\w.]+)'")
+_IN_UNION = re.compile(r"\n\s*- (?!Expected a|Not a valid|Does not validate)(.+?)(?=\n\s*- |\n\s*Given|\Z)", re.DOTALL)
 _NO_CLASS = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _EXPECTED = re.compile(r"Expected an? (?!path but )(.+?)(?:\. Got value|\n|$)")
 _FOUND = re.compile(r"(?:Given value: |(?<!\n)Got value: (?!.*Given value: ))(.*)\Z", re.DOTALL)
@@ -24,7 +26,7 @@ _KINDS = {
 }  # fmt: skip
 _NO_OPTION = re.compile(r"[hc]|(.+\.)?help|.+\+|print_.+|config")
 _ANY = "command line"
-_MOST, _LONGEST = 6, 300
+_MOST, _LONGEST = 6, 1000
 
 
 def in_one_line(message: str, options: Iterable[str] = (), commands: Iterable[str] = ()) -> tuple[str, str]:
@@ -37,6 +39,9 @@ def in_one_line(message: str, options: Iterable[str] = (), commands: Iterable[st
         return "config", "expected a mapping of options, found YAML that is none."
     if problem := _IN_CLASS.search(message):
         return _of_class(where, problem[1], problem[2])
+    given, told = _GIVEN_CLASS.search(message), _IN_UNION.findall(message)
+    if given and told:  # a class was made, and has raised something
+        return _of_class(where, given[1], told[0])
     if required := _REQUIRED.search(message):
         return required[1].rstrip(","), "expected a value, found none."
     if unknown := None if key else _UNKNOWN.search(message):

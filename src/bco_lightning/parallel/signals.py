@@ -49,11 +49,11 @@ class StopSignals:
         self._before, self._at_once = {}, False
 
     def _note(self, number: int, _: Any) -> None:
-        if not self.received:
+        if not self.received and os.getpid() == self._process:  # which says it for its workers, too
             # os.write, since a signal may come while the same stream is being written to
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{signal.Signals(number).name}: {self._then}.\n".encode())
-            self.received = number
+        self.received = self.received or number
         if self._at_once and os.getpid() == self._process:  # forked workers are ended by the process that has them
             raise PreemptedError(self.received)
 
