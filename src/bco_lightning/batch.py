@@ -28,6 +28,7 @@ class FeedbackRow:
     tools: list[dict[str, Any]] | None = None  # JSON schemas of functions that the assistant could call
     template_options: Mapping[str, Any] = field(default_factory=dict)  # such as {"enable_thinking": False}
     num_trailing: int = 0  # messages after the rated turn, which are left out
+    score: float | None = None  # from 0 to 1, of a row that a rule rates
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,12 @@ class ModelOptions(Options):
         default=None,
         fits=POSITIVE,
     )
+    reward_shift: Literal["global", "per_prompt"] = option(
+        "``per_prompt`` lets every prompt have an offset of its own, of a spread that is estimated, where prompts have "
+        "several answers; of ``bco``, and with ``data.group_by_prompt``.",
+        default="global",
+        on_resume="refused",
+    )
     reward_shift_decay: float = option(
         "Decay of the reward shift's sums per optimizer step.", default=0.9, fits=DECAY, on_resume="refused"
     )

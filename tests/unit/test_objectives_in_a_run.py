@@ -110,9 +110,36 @@ def test_thumbs_up_alone_are_enough_for_sft_and_for_nothing_else(tiny_model: str
         run(tiny_model, log, objective={"sft": 1.0, "bco": 1.0})
 
 
+def test_una_trains_on_ratings_where_they_lie_in_their_scale(tiny_model: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n}?", "completion": f"yes {n}", "stars": 1 + n % 5} for n in range(16)]
+    log, watch = write_jsonl(tmp_path / "stars.jsonl", rows), Watch()
+    rating = {"column": "stars", "up": 4, "down": 3, "scale": [1, 5]}
+    data = tiny_data(log, rating=rating, validation_fraction=0.0)
+    tiny_trainer(max_steps=1, callbacks=[watch]).fit(tiny_module(tiny_model, objective="una"), data)
+    expected = [(0.5 - (row["stars"] - 1) / 4) ** 2 for row in rows]  # rewards are 0 at first
+    found = watch.rows[0]
+    assert found.losses_B.tolist() == pytest.approx([expected[row] for row in found.row_ids_B.tolist()])
+
+
+def test_a_shift_per_prompt_sees_all_answers_to_a_prompt(tiny_model: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n % 4}?", "completion": f"yes {n}", "label": n % 4 < 2} for n in range(16)]
+    module = tiny_module(tiny_model, reward_shift="per_prompt")
+    data = tiny_data(write_jsonl(tmp_path / "log.jsonl", rows), group_by_prompt=True, validation_fraction=0.0)
+    tiny_trainer(max_steps=2).fit(module, data)
+    assert module.objective.baselines["prompt_spread"].value > 0  # all of a prompt's answers have one thumb
+    assert module.trainer.callback_metrics["train/prompt_spread"] >= 0
+
+
 @pytest.mark.parametrize(
     ("options", "data", "message"),
     [
+        ({"objective": "una"}, {}, r"log\.jsonl:\d+: expected a score from 0 to 1, .* none \(\d+ of \d+ train rows\)"),
+        (
+            {"reward_shift": "per_prompt"},
+            {},
+            r"data\.group_by_prompt: expected true with model\.reward_shift",
+        ),
+        ({"reward_shift": "per_prompt", "objective": "kto"}, {}, r"model\.objective: expected bco, found 'kto'"),
         ({"objective": "dpo"}, {}, r"log\.jsonl:\d+: expected pairs, .* found 21 of 21 train rows that"),
         (
             {"objective": {"bco": 1, "nca": 1}},

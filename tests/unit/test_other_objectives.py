@@ -17,6 +17,7 @@ from bco_lightning.objectives import (
     make_objective,
     mean_over_rows,
 )
+from bco_lightning.objectives.per_prompt import BCOPerPrompt
 from bco_lightning.options import ModelOptions
 
 POLICY = [-12.5, -30.25, -8.0, -21.0, -15.5, -40.0]
@@ -142,6 +143,44 @@ def test_a_mix_is_the_weighted_sum_of_its_parts_and_decides_as_the_heaviest() ->
     expected = sum(weight * part.losses(rows) for weight, part in zip((0.1, 2.0, 1.0), parts, strict=True))
     assert mix.losses(rows).tolist() == pytest.approx(expected.tolist(), rel=1e-12)
     assert mix.threshold == parts[1].threshold > 0
+
+
+def marginal(rewards: torch.Tensor, up: list[bool], shift: float, spread: float) -> torch.Tensor:
+    """Minus the log-likelihood of the thumbs of one prompt, its offset integrated out by a fine sum."""
+    offsets = torch.linspace(-10, 10, 4001, dtype=torch.float64)
+    signs = torch.tensor([1.0 if each else -1.0 for each in up], dtype=torch.float64)
+    log_likelihoods = torch.nn.functional.logsigmoid(signs * (rewards - shift + spread * offsets[:, None])).sum(1)
+    return -torch.logsumexp(log_likelihoods - offsets**2 / 2, 0)
+
+
+def test_a_shift_per_prompt_has_the_gradient_of_the_marginal_likelihood() -> None:
+    objective, rows = BCOPerPrompt(decay=0.0), answers(prompt_keys_B=torch.tensor([7, 7, 7, 3, 9, 9]))
+    rows.thumbs_up_B = torch.tensor([True, True, False, False, True, True])
+    objective.baselines["prompt_spread"].take_in([0, 0, 1, 0, 0, 0], [2] * 6)  # a spread of 1 nat is likeliest
+    (found,) = torch.autograd.grad(objective.losses(rows).sum(), rows.policy_log_probs_B, retain_graph=True)
+    parts = [marginal(rows.rewards_B[at], rows.thumbs_up_B[at].tolist(), 0, 1.0) for at in (slice(0, 3), slice(4, 6))]
+    alone = torch.nn.functional.softplus(rows.rewards_B[3])  # a prompt with one answer, as in bco
+    (expected,) = torch.autograd.grad(sum(parts) + alone, rows.policy_log_probs_B)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("offsets", "spread"), [([6.0, -6.0, 6.0, -6.0], (4.0, 8.0)), ([0.0] * 4, (0.0,))])
+def test_the_spread_of_offsets_is_the_one_that_makes_the_thumbs_likeliest(
+    offsets: list[float], spread: tuple[float, ...]
+) -> None:
+    """Prompts whose answers are all praised or all blamed, whatever the rewards; and thumbs that follow rewards."""
+    objective, keys = BCOPerPrompt(decay=0.0), torch.arange(4).repeat_interleave(6)
+    rewards = torch.tensor([-1.5, -0.9, -0.3, 0.3, 0.9, 1.5] * 4, dtype=torch.float64)
+    up = rewards + torch.tensor(offsets).repeat_interleave(6) > 0
+    objective.learn(RatedAnswers(rewards, torch.zeros_like(rewards), up, 1.0, prompt_keys_B=keys))
+    assert objective.baselines["prompt_spread"].value in spread
+
+
+def test_a_shift_per_prompt_is_bco_to_the_bit_where_prompts_have_one_answer() -> None:
+    objective, bco, rows = BCOPerPrompt(), make_objective("bco"), answers(prompt_keys_B=torch.arange(6))
+    for each in (objective, bco):
+        each.learn(rows)
+    assert torch.equal(objective.losses(rows), bco.losses(rows))
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "nca", "una"])

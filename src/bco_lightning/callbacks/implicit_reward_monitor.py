@@ -104,6 +104,7 @@ class ImplicitRewardMonitor(StepCallback):
             return
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}
         values["train/reward_shift"] = summary.reward_shift
+        values |= {f"train/{name}": each.value for name, each in module.objective.baselines.items()}
         values["train/learning_rate"] = self._learning_rate
         if (square := summary.totals.get("gradient_square")) is not None:
             values["train/gradient_norm"] = math.sqrt(square)

@@ -14,7 +14,7 @@ from bco_lightning.batch import FeedbackBatch, Span
 # Columns that batches are made of; those at the end are there once they are known.
 COLUMNS = (
     "row_id", "input_ids", "completion_mask", "thumbs_up", "source", "prompt_key",
-    "reference_log_prob", "importance_weight",
+    "score", "reference_log_prob", "importance_weight",
 )  # fmt: skip
 _TOKENS = ("input_ids", "completion_mask")
 
@@ -90,6 +90,7 @@ def collate(
         prompt_keys_B=_known(samples, "prompt_key", torch.int64),
         prompts=tuple(sample["prompt"] for sample in samples) if samples and "prompt" in samples[0] else None,
         paired=paired,
+        scores_B=_known(samples, "score", torch.float32),
     )
 
 
@@ -103,7 +104,8 @@ def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[s
 
 
 def _known(samples: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype) -> Tensor | None:
-    return torch.tensor([sample[name] for sample in samples], dtype=dtype) if name in samples[0] else None
+    values = [sample.get(name) for sample in samples]
+    return None if None in values else torch.tensor(values, dtype=dtype)
 
 
 def _prompt(sample: Mapping[str, Any]) -> tuple[int, ...]:

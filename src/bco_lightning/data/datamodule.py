@@ -23,11 +23,11 @@ from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
+from bco_lightning.data.demands import pairs_of, refuse_options, require
 from bco_lightning.data.given import with_given
 from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
-from bco_lightning.data.pairs import pairs_of, refuse_unpairable, require_pairs
 from bco_lightning.data.row_sets import BAD_ROWS, ReadRows, RowReader, RowSet, row_format_of
 from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
@@ -184,7 +184,7 @@ class FeedbackDataModule(LightningDataModule):
         if "training" not in self._rows:
             raise _no_training_files()
         if self._training is None:
-            rows, paired = self._rows["training"].row_sets["train"], self._objective("takes_pairs")
+            rows, paired = self._rows["training"].row_sets["train"], getattr(self._objective, "takes_pairs", False)
             self._training = TrainingRows(rows, self.options, self._reader, paired=paired)
         return self._training
 
@@ -251,7 +251,10 @@ class FeedbackDataModule(LightningDataModule):
             )
         training = self.training
         padded = trainer is not None and getattr(trainer.lightning_module, "layout", "packed") == "padded"
-        paired, with_next = self._objective("takes_pairs"), self._objective("takes_unrelated")
+        paired, with_next = (
+            getattr(self._objective, "takes_pairs", False),
+            getattr(self._objective, "takes_unrelated", False),
+        )
         # Sorted rows of balanced steps would leave some micro-batches with one class alone.
         sorts = padded and not (self.options.balanced_sampling or paired)
         sampler = StepBatchSampler(
@@ -330,8 +333,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def _read(self, stage: str | None) -> None:
         options = self.options
-        if self._objective("takes_pairs"):
-            refuse_unpairable(options)
+        refuse_options(self._objective, options)
         if stage in ("fit", None):
             self._read_training()
         elif stage == "test" and options.sources("test"):
@@ -357,7 +359,7 @@ class FeedbackDataModule(LightningDataModule):
         found = self._reader.read_training(self._cache)
         rank_zero_info(str(found.summary))
         self._keep("training", found)
-        self.training.check_classes(both=not self._objective("takes_one_class"))
+        self.training.check_classes(both=not getattr(self._objective, "takes_one_class", False))
         if (held_out := found.row_sets.get("validation")) and (kind := held_out.counts.only_class):
             rank_zero_warn(
                 f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
@@ -375,8 +377,8 @@ class FeedbackDataModule(LightningDataModule):
         for row_set in found.row_sets.values():
             rank_zero_info(str(row_set.counts))
             row_set.counts.require_used()
-            if self._objective("takes_pairs") and name != "predict":
-                require_pairs(row_set.dataset, row_set.counts.name)
+            if name != "predict":
+                require(self._objective, row_set.dataset, row_set.counts.name)
         self._rows[name] = found
 
     @property
@@ -409,19 +411,20 @@ class FeedbackDataModule(LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
-    def _objective(self, what: str) -> bool:
-        """What the objective of the module in training says of itself."""
-        return bool(getattr(getattr(getattr(self.trainer, "lightning_module", None), "objective", None), what, False))
+    @property
+    def _objective(self) -> Any:
+        """The objective of the trainer's module, if there is one."""
+        return getattr(getattr(self.trainer, "lightning_module", None), "objective", None)
 
     def _evaluation_loader(
         self, dataset: Dataset | None, needed_by_all: str = "data.validation_files", *, paired: bool | None = None
     ) -> DataLoader[FeedbackBatch] | list[Any]:
         if dataset is None:
             return []
-        paired = self._objective("takes_pairs") if paired is None else paired
-        pairs = pairs_of(dataset) if paired else None
-        number, size = len(dataset), self.options.batch_size
-        if pairs is not None:
+        paired = getattr(self._objective, "takes_pairs", False) if paired is None else paired
+        pairs, number, size = None, len(dataset), self.options.batch_size
+        if paired:
+            pairs = pairs_of(dataset)
             number, size = len(pairs), max(1, size // 2)
         if needed_by_all and number < self._world_size:
             # Lightning passes over an evaluation in the processes that have no row of it, and the others wait for them.
@@ -433,9 +436,7 @@ class FeedbackDataModule(LightningDataModule):
         sampler = EvenBatchSampler(number, size, self._rank, self._world_size, pairs)
         return self._loader(dataset, {"paired": paired}, batch_sampler=sampler)
 
-    def _loader(
-        self, dataset: Dataset | StreamDataset, collated: dict[str, Any], **arguments: Any
-    ) -> DataLoader[FeedbackBatch]:
+    def _loader(self, dataset: Dataset | StreamDataset, collated: Any, **arguments: Any) -> DataLoader[FeedbackBatch]:
         if isinstance(dataset, Dataset):
             dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
         return DataLoader(

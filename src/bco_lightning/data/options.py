@@ -122,6 +122,9 @@ class Rating(Options):
         "given.",
         default=None,
     )
+    scale: tuple[float, float] = option(
+        "The least and the largest rating, for objectives of scores, which go from 0 to 1.", default=(0.0, 1.0)
+    )
     untouched: dict[str, float] = option(
         "Ratings as they are before anyone has touched them; a row in which all of these stand is left out and "
         "counted.",
@@ -136,6 +139,13 @@ class Rating(Options):
         if not (up < down if ranks else down < up):
             expected = "up below down, as 1 is the best rank" if ranks else "down below up"
             raise ConfigError("data.rating", f"expected {expected}, found {down:g} as down and {up:g} as up.")
+        if not self.scale[0] < self.scale[1]:
+            raise ConfigError("data.rating.scale", f"expected the least and the largest rating, found {self.scale}.")
+
+    def score(self, rating: float) -> float | None:
+        """Where a rating lies in the scale, from 0 to 1; none outside."""
+        least, largest = self.scale
+        return (rating - least) / (largest - least) if least <= rating <= largest else None
 
     @property
     def limits(self) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
     # As the paper uses it: of 0 to 4, only a helpfulness of 4 is thumbs-up (arXiv 2404.04656, section 4).
-    "helpsteer2": {"rating": {"column": "helpfulness", "up": 4, "down": 3}},
+    "helpsteer2": {"rating": {"column": "helpfulness", "up": 4, "down": 3, "scale": [0, 4]}},
     "openai_preference": {
         "format": "paired",
         "columns": {

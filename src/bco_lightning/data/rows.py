@@ -126,9 +126,11 @@ class RowMaker:
         if isinstance(thumb, LeftOut) and self.labelled:
             return thumb
         thumb = None if isinstance(thumb, LeftOut) else thumb
+        rule = self.options.rating
+        score = None if rule is None or thumb is None else rule.score(value_at(candidate.ratings, self._rating))
         # Four times as fast as dataclasses.replace, and this is done for every row.
         return FeedbackRow(
-            row.prompt, row.completion, thumb, row.place, row.tools, row.template_options, row.num_trailing
+            row.prompt, row.completion, thumb, row.place, row.tools, row.template_options, row.num_trailing, score
         )
 
     def _thumb(self, candidate: Candidate) -> bool | LeftOut:

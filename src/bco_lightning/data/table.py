@@ -43,6 +43,7 @@ _SCHEMA = pa.schema(
         "prompt_key": pa.int64(),
         "prompt_length": pa.int32(),
         "completion_length": pa.int32(),
+        "score": pa.float64(),
     }
 )
 _NO_TOKENS = TokenizedSample([], [])
@@ -155,7 +156,7 @@ class RowTable(RowLog):
         ids, mask = np.array(sample.input_ids, np.int32), np.frombuffer(bytes(sample.completion_mask), bool)
         values = (
             number, ids, mask, row.thumbs_up, prompt, row.place, source, key, sample.prompt_length,
-            sample.completion_length,
+            sample.completion_length, row.score,
         )  # fmt: skip
         for pending, value in zip(self._pending.values(), values, strict=True):
             pending.append(value)

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 
+from bco_lightning.data.demands import pairs_of
 from bco_lightning.data.options import DataOptions, FormatName
 from bco_lightning.data.order import RowOrder, pools_of
-from bco_lightning.data.pairs import pairs_of
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_sets import RowReader, RowSet, maker_of
 from bco_lightning.data.stream import StreamDataset, StreamRows

@@ -12,6 +12,7 @@ from bco_lightning.objectives.kto import KTO, APOZero
 from bco_lightning.objectives.mix import Mix
 from bco_lightning.objectives.objective import Objective
 from bco_lightning.objectives.pairs import DPO, IPO, NCA
+from bco_lightning.objectives.per_prompt import BCOPerPrompt
 from bco_lightning.objectives.sft import SFT
 from bco_lightning.objectives.una import UNA
 from bco_lightning.options import ModelOptions
@@ -37,6 +38,9 @@ def objective_of(options: ModelOptions) -> Objective:
         ConfigError: If other options do not go with it.
     """
     objective = make_objective(options.objective, options.reward_shift_decay, place="model.objective")
+    if options.reward_shift == "per_prompt":
+        check_choice("model.objective", str(options.objective), ["bco"])  # with a shift per prompt
+        objective = BCOPerPrompt(options.reward_shift_decay)
     if options.importance_weights != "off" and not objective.takes_importance:
         able = [name for name, kind in OBJECTIVES.items() if kind.takes_importance]
         raise ConfigError(
