@@ -763,8 +763,8 @@ def test_answers_that_dify_has_cut_are_never_trained_on(length: int, found: bool
 
 
 def test_words_for_thumbs_of_a_tool_can_be_others() -> None:
-    words = Columns(thumbs={"GOOD": "up", "BAD": "down", "--": "down"})
-    assert [row.thumbs_up for row in rows("anythingllm.json", RowFormat(columns=words))] == [True, False, False]
+    words = Columns(thumbs={"GOOD": "down", "BAD": "up"})
+    assert [row.thumbs_up for row in rows("anythingllm.json", RowFormat(columns=words))] == [False, True]
 
 
 # --- LibreChat

@@ -24,7 +24,8 @@ def _word(label: Any) -> Any:
 
 
 _PAIRS = ((True, False), (1, 0), (1, -1), ("up", "down"), ("true", "false"),  # thumbs-up, thumbs-down
-          ("True", "False"), ("TRUE", "FALSE"), ("👍", "👎"))  # fmt: skip
+          ("True", "False"), ("TRUE", "FALSE"), ("👍", "👎"),
+          ("GOOD", "BAD"), ("thumbsUp", "thumbsDown"))  # of AnythingLLM, of LibreChat  # fmt: skip
 _VOCABULARIES = [{_word(up): True, _word(down): False} for up, down in _PAIRS]
 _POINT = "Write numbers with a decimal point: 4.5, not 4,5."
 _CHOICES = 'true/false, 1/0, 1/-1, "up"/"down", "true"/"false", "True"/"False" or "👍"/"👎"'

@@ -14,7 +14,6 @@ from bco_lightning.data.formats import (
     chainlit,
     chitchat,
     compared,
-    label_studio,
     langfuse,
     langsmith,
     librechat,
@@ -23,7 +22,7 @@ from bco_lightning.data.formats import (
     ranked,
     unpaired,
 )
-from bco_lightning.data.formats.exports import EXPORTS, RatedColumns, TracedCalls
+from bco_lightning.data.formats.exports import EXPORTS, RatedCalls
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError
@@ -32,8 +31,8 @@ __all__ = ["FORMATS", "format_of"]
 
 # Exports are told by keys that rows do not have, while a row may have keys beside those of its format: they come last.
 _ROWS = (unpaired, ranked, compared, paired)
-_MODULES = (*_ROWS, open_webui, langfuse, langsmith, argilla, chainlit, chitchat, librechat, label_studio)
-FORMATS: dict[str, ModuleType | TracedCalls | RatedColumns] = {
+_MODULES = (*_ROWS, open_webui, langfuse, langsmith, argilla, chainlit, chitchat, librechat)
+FORMATS: dict[str, ModuleType | RatedCalls] = {
     **{module.__name__.rpartition(".")[2]: module for module in _MODULES},
     **EXPORTS,
 }

@@ -1,7 +1,6 @@
 """Exports of tools that keep a call, what came of it and how it was rated: for each tool, where its export keeps what.
 
-Of traces, in the layouts that :mod:`~.traces` understands, with named scores; scores may also stand in a file of their
-own. Of rows in columns, with one thumb each.
+What was said is understood in the layouts of :mod:`~.traces`; scores may also stand in a file of their own.
 
 Source: the Python packages mlflow-skinny 3.17.2 (``entities/trace.py``, ``entities/assessment.py``), opik 2.2.122
 (``rest_api/types/trace_public.py``, ``cli/exports``), arize-phoenix-client 3.5.0 (``__generated__/v1``), weave 0.54.0
@@ -14,15 +13,16 @@ Format; the repositories Helicone/helicone (``packages/llm-mapper/types.ts``, ``
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE, Candidate, Origin, Rows
+from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE, Origin, Rows
 from bco_lightning.data.formats.scores import rated_by
 from bco_lightning.data.formats.traces import traced_row
+from bco_lightning.data.formats.unpaired import unrated_row
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import MISSING, Record, objects_in, unpacked, value_at
 
@@ -39,30 +39,21 @@ class Score(NamedTuple):
     user: Any = None
 
 
-Call = tuple[Any, Any]  # what went in, what came out
+Call = tuple[Any, Any] | Record | None  # what went in and what came out, or both in columns
 
 
 @dataclass(frozen=True)
-class TracedCalls:
-    """Records of one tool; a name with dots reaches into objects.
+class RatedCalls:
+    """Records of one tool, where a name with dots reaches into objects."""
 
-    Args:
-        marks: Names of which a record has all of one group.
-        call: What went in and out; a text instead is the reason for which there is none.
-        scores: The ratings in the record.
-        beside: Where a record has the key by which ratings in another file name it, and what one of these says.
-        failed: Whether the call ended in an error.
-        usual: Names of the score that is a user's thumb, unless options say another.
-        only: What such a score says, unless options say what its words mean; of others it is none.
-    """
-
-    marks: tuple[tuple[str, ...], ...]
-    call: Callable[[Record], Call | str]
+    marks: tuple[tuple[str, ...], ...]  # a record has all names of one group
+    call: Callable[[Record], Call | str]  # a text is the reason for which there is none
     scores: Callable[[Record], Iterable[Score]] = lambda _: ()
+    # The key by which scores in another file name a record, and what one of these says.
     beside: tuple[str, Callable[[Record], Iterable[Score]]] | None = None
     failed: Callable[[Record], Any] = lambda _: False
-    usual: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ()  # names of the score that is a user's thumb
+    only: tuple[str, ...] = ()  # what such a score says, unless options say what its words mean; any other is no thumb
 
     def matches(self, record: Record, columns: Columns) -> bool:
         """Whether a record has all names of one group."""
@@ -73,8 +64,7 @@ class TracedCalls:
         scores: dict[str, list[Any]] = {}
         users: dict[str, list[Any]] = {}
         given = [*self.scores(record)]
-        if self.beside is not None:
-            key, read = self.beside
+        for key, read in [self.beside] if self.beside else ():
             given += [score for entry in origin.options.feedback.on(value_at(record, key)) for score in read(entry)]
         for name, value, user in given:
             no_thumb = self.only and name in self.usual and value not in self.only and not origin.columns.thumbs
@@ -89,35 +79,9 @@ class TracedCalls:
         call = self.call(record)
         if isinstance(call, str):
             return origin.left_out(call)
+        if not isinstance(call, tuple):
+            return unrated_row(call if isinstance(call, dict) else {}, origin)
         return traced_row({"input": call[0], "output": call[1]}, ("input", "output"), origin)
-
-
-@dataclass(frozen=True)
-class RatedColumns:
-    """Rows of one tool: names of its columns, what its thumbs are called, and for which reason a row is of no use."""
-
-    prompt: str
-    completion: str
-    label: str
-    marks: tuple[str, ...]
-    thumbs: Mapping[str, Any]
-    unusable: Callable[[Record], str | None]
-
-    def matches(self, record: Record, columns: Columns) -> bool:
-        """Whether a record has the columns and a thumb as the tool writes it."""
-        known = all(name in record for name in (self.prompt, *self.marks))
-        return known and isinstance(record.get(self.label), str) and record[self.label] in self.thumbs
-
-    def candidates(self, record: Record, origin: Origin) -> Rows:
-        """The row."""
-        asked, said = origin.required(record, self.prompt), record.get(self.completion)
-        turns = ([{"role": "user", "content": asked}], [{"role": "assistant", "content": said}])
-        reason = self.unusable(record)
-        row = origin.left_out(reason) if reason else origin.answered(*turns, self.prompt)
-        label = record.get(self.label)
-        if isinstance(label, str) and not origin.columns.thumbs:
-            label = self.thumbs.get(label, label)
-        yield row if isinstance(row, LeftOut) else Candidate(row, label, {**record, origin.columns.label: label})
 
 
 def _of_json(value: Any) -> Any:
@@ -225,40 +189,54 @@ def _of_blocks(role: str, blocks: Any) -> list[Message]:
     return messages
 
 
-def _anythingllm_unusable(record: Record) -> str | None:
-    return WITH_IMAGE if objects_in(unpacked(record.get("attachments"))) else None
+def _said(asked: Any, answer: Any) -> Call:
+    """Texts that are what they are, also if they look like JSON."""
+    return [{"role": "user", "content": asked}], [{"role": "assistant", "content": answer}]
 
 
-def _dify_unusable(record: Record) -> str | None:
+def _anythingllm_call(record: Record) -> Call | str:
+    with_image = objects_in(unpacked(record.get("attachments")))
+    return WITH_IMAGE if with_image else _said(record.get("prompt"), record.get("response"))
+
+
+def _dify_call(record: Record) -> Call | str:
     answer = record.get("ai_response")
     cut = isinstance(answer, str) and len(answer) == DIFY_KEEPS + 3 and answer.endswith("...")
-    return UNFINISHED if cut else None
+    return UNFINISHED if cut else _said(record.get("user_query"), answer)
 
 
-_DIFY = ("conversation_id", "feedback_rating_raw")
-EXPORTS: dict[str, TracedCalls | RatedColumns] = {
-    "mlflow": TracedCalls(
+def _label_studio_scores(record: Record) -> Iterable[Score]:
+    for number, annotation in enumerate(objects_in(record.get("annotations"))):
+        for result in objects_in(annotation.get("result")) if not annotation.get("was_cancelled") else ():
+            given = result["value"] if isinstance(result.get("value"), dict) else {}
+            value = given.get("choices", given.get("rating", given.get("number")))
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            yield Score(result.get("from_name"), value, number)
+
+
+EXPORTS: dict[str, RatedCalls] = {
+    "mlflow": RatedCalls(
         (("info.trace_id", "data.spans"), ("trace_id", "request", "assessments")),
         _mlflow_call,
         _mlflow_scores,
         failed=lambda record: value_at(record, "info.state", record.get("state")) == "ERROR",
         usual=("feedback",),
     ),
-    "opik": TracedCalls(
+    "opik": RatedCalls(
         (("feedback_scores", "input", "output"), ("trace.feedback_scores",)),
         lambda record: _at("input", "output")(_opik_trace(record)),
         _opik_scores,
         failed=lambda record: _opik_trace(record).get("error_info"),
         usual=("User feedback",),
     ),
-    "phoenix": TracedCalls(
+    "phoenix": RatedCalls(
         (("context.span_id", "attributes"), ("context.span_id", "attributes.input.value")),
         _at("attributes.input.value", "attributes.output.value"),
         beside=("context.span_id", _phoenix_scores),
         failed=lambda record: record.get("status_code") == "ERROR",
         usual=("user feedback", "feedback"),
     ),
-    "weave": TracedCalls(
+    "weave": RatedCalls(
         (("op_name", "inputs"),),
         _at("inputs", "output"),
         _weave_scores,
@@ -267,23 +245,29 @@ EXPORTS: dict[str, TracedCalls | RatedColumns] = {
         usual=("reaction", "agent_user_feedback"),
         only=("👍", "👎"),
     ),
-    "helicone": TracedCalls(
+    "helicone": RatedCalls(
         (("request_id", "request_body"),),
         _at("request_body", "response_body"),
         _helicone_scores,
         failed=lambda record: value_at(record, "response_status") not in (None, 200),
         usual=("feedback",),
     ),
-    "tensorzero": TracedCalls(
+    "tensorzero": RatedCalls(
         (("function_name", "variant_name", "input"),),
         _tensorzero_call,
         beside=("id", lambda entry: [Score(entry.get("metric_name"), entry.get("value"))]),
     ),
-    "anythingllm": RatedColumns(
-        "prompt", "response", "rating", ("workspace", "sent_at"), {"GOOD": True, "BAD": False, "--": None},
-        _anythingllm_unusable,
+    "label_studio": RatedCalls((("data", "annotations"),), lambda record: record.get("data"), _label_studio_scores),
+    "anythingllm": RatedCalls(
+        (("prompt", "rating", "workspace", "sent_at"),),
+        _anythingllm_call,
+        lambda record: [Score("rating", None if record.get("rating") == "--" else record.get("rating"))],
+        usual=("rating",),
     ),
-    "dify": RatedColumns(
-        "user_query", "ai_response", "feedback_rating", _DIFY, {"👍": "👍", "👎": "👎"}, _dify_unusable
+    "dify": RatedCalls(
+        (("user_query", "feedback_rating", "feedback_rating_raw"),),
+        _dify_call,
+        lambda record: [Score("feedback_rating", record.get("feedback_rating"))],
+        usual=("feedback_rating",),
     ),
-}  # fmt: skip
+}

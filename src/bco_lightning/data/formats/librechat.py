@@ -15,7 +15,6 @@ from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, objects_in, value_at
 
 BROKEN = "rated message does not lead to a first one"
-_THUMBS = {"thumbsUp": True, "thumbsDown": False}
 _ROOT = "00000000-0000-0000-0000-000000000000"  # the parent of a first message
 
 
@@ -33,8 +32,6 @@ def candidates(record: Record, origin: Origin) -> Rows:
         yield origin.left_out(NO_ANSWER)
     for answer in answers:
         label = value_at(answer, "feedback.rating")
-        if isinstance(label, str) and not origin.columns.thumbs:
-            label = _THUMBS.get(label, label)
         if origin.labelled and label is None:
             yield origin.left_out(NO_FEEDBACK)
             continue
