@@ -332,8 +332,8 @@ class BCOModule(LightningModule):
             raise CheckpointError("checkpoint", "expected a checkpoint of BCOModule, found another.")
         self.configure_model()
         refuse_other_weights(self.trained_shapes(), checkpoint["state_dict"])
-        if self._data is not None and self._data.takes_day_of(checkpoint.get("fingerprints", {})):
-            self.setup(self.trainer.state.fn)  # type: ignore[arg-type]
+        if self._data is not None and (stage := self._data.takes_day_of(checkpoint.get("fingerprints", {}))):
+            self.setup(stage)
         self._accepted_changes = [*checkpoint.get("accepted_changes", []), *self._changes_since(checkpoint)]
         # Kept from Lightning, which would give them to an optimizer as they are.
         self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []

@@ -38,7 +38,7 @@ from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
 from bco_lightning.checkpoints.best import BestSteps
 from bco_lightning.checkpoints.folders import written_whole
-from bco_lightning.checkpoints.manifest import BEST, WORDS
+from bco_lightning.checkpoints.manifest import BEST, WORDS, verify_checkpoint
 from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run
 from bco_lightning.cli import safety
 from bco_lightning.cli.help import COMMANDS
@@ -244,6 +244,9 @@ class BCOCLI(LightningCLI):
             options.verbose = False
         if options.ckpt_path is not None and self.config.get("subcommand"):
             options.ckpt_path = self._chosen_checkpoint(options.ckpt_path, Path(options.run_folder))
+            if options.ckpt_path and options.data.template_date is None:  # or rows would be read twice
+                told = verify_checkpoint(Path(options.ckpt_path), share=None).get("fingerprints", {})
+                options.data.template_date = told.get("template_date")
 
     def _chosen_checkpoint(self, asked: str, run_folder: Path) -> str | None:
         """The folder that ``last``, ``best``, ``auto`` or a path means."""

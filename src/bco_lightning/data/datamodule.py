@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -28,7 +27,7 @@ from bco_lightning.data.given import with_given
 from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
-from bco_lightning.data.row_sets import BAD_ROWS, ReadRows, RowReader, RowSet, row_format_of
+from bco_lightning.data.row_sets import ReadRows, RowReader, RowSet, row_format_of
 from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.training import TrainingRows
@@ -60,15 +59,9 @@ class FeedbackDataModule(LightningDataModule):
     """
 
     def __init__(
-        self,
-        *positional: Any,
-        train: Any = None,
-        validation: Any = None,
-        test: Any = None,
-        predict: Any = None,
-        tokenizer: Any = None,
-        **options: Any,
-    ) -> None:
+        self, *positional: Any, tokenizer: Any = None, train: Any = None, validation: Any = None, test: Any = None,
+        predict: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.options = with_given(DataOptions(*positional, **options), given, self)
@@ -147,8 +140,7 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def bad_rows(self) -> list[dict[str, str]]:
         """Each malformed row that was left out: ``place``, ``reason``, ``expected``, ``found`` and ``remedy``."""
-        files = (read.folder / BAD_ROWS for read in self._found)
-        return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        return [row for read in self._found for row in read.bad_rows()]
 
     @property
     def feedback_summary(self) -> FeedbackSummary | None:
@@ -229,15 +221,18 @@ class FeedbackDataModule(LightningDataModule):
             )
         return read_once_per_node(lambda: self._read(stage), self._rows, trainer)
 
-    def takes_day_of(self, fingerprints: Mapping[str, Any]) -> bool:
-        """Reads the rows anew for the day of the run that goes on, if they were read for today; whether it had to."""
-        day = fingerprints.get("template_date")
+    def takes_day_of(self, fingerprints: Mapping[str, Any]) -> str:
+        """Reads the rows of a stage anew for the day of the run that goes on, if they were read for today.
+
+        Gives the stage, whose rows are others then; else an empty text.
+        """
+        day, trainer = fingerprints.get("template_date"), cast(Any, self.trainer)
         if self._day_is_given or day in (None, self.options.template_date):
-            return False
+            return ""
         self.options, self._rows, self._training = replace(self.options, template_date=day), {}, None
-        rank_zero_info(f"chat template: it asks for the date, and is told that on which the run began, {day}")
-        self.setup(self.trainer.state.fn)  # type: ignore[union-attr]
-        return True
+        rank_zero_info(f"chat template: it is told {day}, when the run began; all rows are read again")
+        self.setup(trainer.state.fn)
+        return str(trainer.state.fn.value)
 
     def train_dataloader(self) -> DataLoader[FeedbackBatch]:
         """Micro-batches of this rank, from the trainer's current optimizer step on."""
@@ -330,6 +325,7 @@ class FeedbackDataModule(LightningDataModule):
         if self.options.template_date is None and self._is_dated:
             day = self.trainer.strategy.broadcast(today()) if self.trainer is not None else today()
             self.options, self._day_is_given = replace(self.options, template_date=day), False
+            rank_zero_info(f"chat template: it asks for the date, and is told {day} (data.template_date)")
 
     def _read(self, stage: str | None) -> None:
         options = self.options

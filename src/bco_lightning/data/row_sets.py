@@ -75,6 +75,10 @@ class ReadRows:
                 row_sets[name].dataset = Dataset.from_file(str(folder / f"{name}.arrow"))
         return cls(folder, row_sets, FeedbackSummary(**values["summary"]) if values["summary"] else None)
 
+    def bad_rows(self) -> list[dict[str, str]]:
+        """Each malformed row that was left out."""
+        return [json.loads(line) for line in (self.folder / BAD_ROWS).read_text(encoding="utf-8").splitlines()]
+
     def contents(self) -> dict[str, Any]:
         """Digest and numbers of each data set, which are the same on every node; places may differ."""
         told = ((name, known.digest, known.counts) for name, known in self.row_sets.items())
