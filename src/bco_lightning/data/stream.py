@@ -123,7 +123,8 @@ class StreamRows:
         """Numbers of about ``count`` rows, in a thousand runs of neighbours from all over."""
         length = min(-(-count // 1000), len(self))
         starts = np.linspace(0, len(self) - length, -(-count // length)).astype(np.int64)
-        return np.unique(starts[:, None] + np.arange(length)).tolist()  # type: ignore[no-any-return]
+        numbers: list[int] = np.unique(starts[:, None] + np.arange(length)).tolist()
+        return numbers
 
 
 class StreamDataset(Dataset[dict[str, Any]]):
