@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bco_lightning.data.messages import check_size, messages_in
-from bco_lightning.data.values import without_nulls
+from bco_lightning.data.messages import check_size, messages_in, out_of_text
+from bco_lightning.data.values import value_at, without_nulls
 from bco_lightning.errors import FeedbackRowError
 from tests.unit.made_rows import made, row_of
 
@@ -172,3 +172,73 @@ def test_messages_that_are_no_json_are_not_trained_on_as_text(text: str) -> None
     with pytest.raises(FeedbackRowError, match="'prompt' must hold messages as JSON, found them cut off or") as caught:
         row_of({"prompt": text, "completion": "b", "label": 1})
     assert "secret" not in str(caught.value)
+
+
+HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c "
+TRANSCRIPTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+    "of people": (
+        f"{HH}\n\nAssistant: d\ne",
+        [("user", "a"), ("assistant", "b"), ("user", "c "), ("assistant", "d\ne")],
+    ),
+    "that asks for an answer": (f"{HH}\n\nAssistant: ", [("user", "a"), ("assistant", "b"), ("user", "c ")]),
+    "without a space": ("\n\nHuman:a\n\nAssistant:b", [("user", "a"), ("assistant", "b")]),
+    "of steered answers": (
+        "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc\n<extra_id_1>Assistant\n",
+        [("user", "a"), ("assistant", "b"), ("user", "c")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "turns"), TRANSCRIPTS.values(), ids=TRANSCRIPTS)
+def test_a_transcript_is_read_as_its_turns(text: str, turns: list[tuple[str, str]]) -> None:
+    said = messages_in(out_of_text(text, "prompt", "x:1"), "prompt", "x:1", "user")
+    assert [(message["role"], message["content"]) for message in said] == turns
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Human: a\n\nAssistant: b", "See:\n\nHuman: a", "\n\nAssistant: a", "a <extra_id_1>Assistant b", "\n\nHuman"],
+)
+def test_a_text_that_only_mentions_turns_is_text(text: str) -> None:
+    assert out_of_text(text, "prompt", "x:1") == text
+
+
+def test_a_whole_transcript_of_which_the_last_turn_is_rated_is_a_row() -> None:
+    row = row_of({"messages": f"{HH}\n\nAssistant: d", "label": True})
+    assert [message["content"] for message in row.prompt + row.completion] == ["a", "b", "c ", "d"]
+
+
+REACHED: list[tuple[Any, str, Any]] = [
+    ({"a": [{"b": 1}, {"b": 2}]}, "a[0].b", 1), ({"a": [{"b": 1}, {"b": 2}]}, "a[-1].b", 2),
+    ({"a": '{"choices": [{"message": {"content": "x"}}]}'}, "a.choices[0].message.content", "x"),
+    ({"a": {"b": '["x", "y"]'}}, "a.b[1]", "y"), ({"a[0]": 3}, "a[0]", 3), ({"a": {"b.c": 4}}, "a.b.c", 4),
+    ({"a": [[5]]}, "a[0][0]", 5),
+    *((record, name, None) for record, name in [
+        ({"a": [1]}, "a[1]"), ({"a": [1]}, "a[-2]"), ({"a": "x"}, "a.b"), ({"a": "[1"}, "a[0]"),
+        ({"a": {"b": 1}}, "a[0]"),
+        ({"a": [1]}, "a.0"), ({"a": [1]}, "a["), ({"a": [1]}, "[0]"), ({"a": 1}, "."), ({"a": None}, "a.b"),
+        ({"a": [1]}, "a[99999999999]"),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "name", "value"), REACHED, ids=[name for _, name, _ in REACHED])
+def test_a_name_reaches_into_objects_lists_and_json_text(record: Any, name: str, value: Any) -> None:
+    assert value_at(record, name) == value
+
+
+def test_a_completion_that_is_the_whole_conversation_is_one() -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]
+    row = row_of({"prompt": "q", "completion": talk, "label": True})
+    assert (row.prompt, row.completion) == (talk[:1], talk[1:])
+    [error] = made({"prompt": "r", "completion": talk, "label": True})
+    assert "expected 'prompt' to be a message of the conversations, found another text" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("role", "known"),
+    [("human", "user"), ("prompter", "user"), ("gpt", "assistant"), ("model", "assistant"), ("bot", "assistant")],
+)
+def test_a_single_message_of_sharegpt_is_one_whatever_its_role_is_called(role: str, known: str) -> None:
+    [message] = messages_in({"from": role, "value": "x"}, "prompt", "x:1", "user")
+    assert message == {"role": known, "content": "x"}

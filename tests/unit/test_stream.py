@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import byte_tokenizer
 from tests.unit.made_rows import records_of
 from tests.unit.test_formats import ACCOUNTS, BESIDE, LOGS, OPTIONS
+from tests.unit.test_public_sets import SETS, source_of
 
 DROP = {"long_completions": "drop"}
 
@@ -79,10 +82,16 @@ def test_a_stream_of_every_format_gives_what_a_table_gives_whatever_comes_first(
         path, rating = written(log, (tmp_path / name).with_suffix(suffix)), OPTIONS.get(name)
         beside = str(LOGS / BESIDE[name]) if name in BESIDE else None
         sources.append(Source(path, name=name, rating=rating and rating.rating, feedback=beside))
-    options: dict[str, Any] = {"bad_rows": "skip", "max_bad_rows": 1.0, "max_length": 2000}
-    table, stream = (read(*sources, streaming=streaming, **options) for streaming in (False, True))
-    known, [counts], [streamed] = table.train_dataset, table.counts, stream.counts
     thumbs = {name: (up, used - up) for name, (used, up, *_) in ACCOUNTS.items()}
+    for number, (name, options, told) in enumerate(SETS):
+        source = source_of(name, options)
+        log = [{}, *(record for _, record in records_of(source.path))]
+        path = written(log, (tmp_path / f"{number}").with_suffix(suffix))
+        sources.append(replace(source, path=path, name=f"{number}"))
+        thumbs[f"{number}"] = tuple(map(int, re.findall(r"(\d+) (?:up|down)", told)))
+    skipping: dict[str, Any] = {"bad_rows": "skip", "max_bad_rows": 1.0, "max_length": 2000}
+    table, stream = (read(*sources, streaming=streaming, **skipping) for streaming in (False, True))
+    known, [counts], [streamed] = table.train_dataset, table.counts, stream.counts
     assert counts.by_source == streamed.by_source == {"both": (4, 2), **thumbs}
     assert [streamed.read, streamed.left_out, streamed.malformed, streamed.formats, streamed.columns] == [
         counts.read, counts.left_out, counts.malformed, counts.formats, counts.columns

@@ -63,7 +63,7 @@ def _inside(value: Any, name: str, default: Any) -> Any:
     if isinstance(value, dict) and name in value:
         return value[name]
     step = _STEP.match(name)
-    if step is None:
+    if step is None or isinstance(value, str):
         return default
     try:
         inner = value[step[0] if step[1] is None else int(step[1])]

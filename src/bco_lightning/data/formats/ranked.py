@@ -30,7 +30,7 @@ def matches(record: Record, columns: Columns) -> bool:
     return (
         any(any(name in answer for name in _TEXTS) for answer in objects_in(value_at(record, columns.answers)))
         or isinstance(value_at(record, f"{_TREE}.replies"), list)
-        or "message_tree_id" in record
+        or record.get("message_tree_id") is not None
         or any("if_chosen" in turn for turn in objects_in(record.get(_HISTORY)))
     )
 
@@ -102,7 +102,7 @@ def _rated(prompt: list[Message], answers: list[Record], record: Record, origin:
         if origin.labelled and not by_label and not known:
             yield origin.left_out(NO_FEEDBACK if best == worst or ranks[number] not in numbers else BETWEEN)
             continue
-        name = next((name for name in _TEXTS if name in answer), _TEXTS[0])
+        name = next((name for name in _TEXTS if answer.get(name) is not None), _TEXTS[0])
         row = origin.row(asked, origin.messages(origin.required(answer, name), name, "assistant"), record)
         row = replace(row, thumbs_up=ranks[number] == best) if known else row
         yield Candidate(row, value_at(answer, label, MISSING), answer)
