@@ -14,7 +14,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bco_lightning.checkpoints import read_checkpoint, saved_steps
+from bco_lightning.checkpoints import read_checkpoint, resolve_checkpoint, saved_steps
 from bco_lightning.cli import app
 from bco_lightning.cli.app import main
 from bco_lightning.data.chat import PLAIN_TEMPLATE
@@ -69,10 +69,13 @@ def test_fit_then_resume_validate_test_predict_and_export(
     assert checkpoint["global_step"] == 6
 
     capsys.readouterr()
-    for name in ("validate", "test"):
-        assert command(name, tiny_model, log, "--ckpt_path=last") == 0
-        assert "margin" in capsys.readouterr().out
+    best = resolve_checkpoint(run / "best", pytest.fail)
+    caplog.clear()
+    for name, stage, word in (("validate", "val", "last"), ("test", "test", "best")):
+        assert command(name, tiny_model, log, f"--ckpt_path={word}") == 0
+        assert re.search(rf"{stage}/margin +│ +-?\d+\.\d{{4}} │", capsys.readouterr().out)
         assert not Path("runs/bco/version_1").exists()
+    assert f"checkpoint: {best}\n" in caplog.text
 
     assert command("predict", tiny_model, log, f"--data.predict_files={log}", "--ckpt_path=last") == 0
     scores = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
@@ -93,8 +96,8 @@ def test_fit_then_resume_validate_test_predict_and_export(
 
 def exported_scores(tiny_model: str, log: str, run: Path, scores: list[dict[str, Any]]) -> None:
     """An exported model, merged or as adapter, gives the checkpoint's scores: same rewards, same shift."""
-    for form, flags in (("merged", ["--merge"]), ("adapter", [])):
-        export = ["export", f"--ckpt_path={run}", f"--output_dir=exports/{form}", *flags]
+    for form, flags, which in (("merged", ["--merge"], str(run)), ("adapter", [], "last")):
+        export = ["export", f"--ckpt_path={which}", f"--output_dir=exports/{form}", *flags]
         assert main(export) == 0
         assert command(
             "predict", f"exports/{form}", log, f"--data.predict_files={log}", f"--predictions.path={form}.jsonl",

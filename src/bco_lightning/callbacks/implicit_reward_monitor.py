@@ -59,19 +59,16 @@ class ImplicitRewardMonitor(StepCallback):
 
     @override
     def names_logged(self, trainer: Trainer) -> list[str]:
-        """Names in the order in which they are told; those of ``val`` if there is a validation, of ``test`` if not."""
-        data, stages = getattr(trainer, "datamodule", None), ["train"]
-        if trainer.state.fn != TrainerFn.FITTING:
-            stages = [_stage(trainer)]
-        elif trainer.enable_validation and not (
-            isinstance(data, FeedbackDataModule) and data.validation_dataset is None
-        ):
-            stages.append("val")
+        data, is_fit = getattr(trainer, "datamodule", None), trainer.state.fn == TrainerFn.FITTING
+        has_rows = not isinstance(data, FeedbackDataModule) or data.validation_dataset is not None
+        stages = (
+            ("train", *(("val",) if trainer.enable_validation and has_rows else ())) if is_fit else (_stage(trainer),)
+        )
         names = []
         for stage in stages:
             first, *others = self._metrics[stage].names
             names += [f"{stage}/{name}" for name in (first, "reward_shift", *others)]
-        return [*names, *(("train/learning_rate", "train/gradient_norm") if "train" in stages else ())]
+        return [*names, "train/learning_rate", "train/gradient_norm"] if is_fit else names
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -167,11 +164,13 @@ class ImplicitRewardMonitor(StepCallback):
         if module.options.allows(kl):
             self._within = step, kl
             return
-        before = "no step before was looked at"
-        if self._within is not None:
-            before = f"the last step within it was {self._within[0]:,}, at {self._within[1]:.4g}"
+        last = (
+            "the last step within it was {:,}, at {:.4g}".format(*self._within)
+            if self._within
+            else "no step was within"
+        )
         trainer.should_stop, far = True, f"val/kl is {kl:.4g} nats per answer at step {step:,}"
-        self.stopping_reason_message = f"{far}, beyond model.kl_budget of {budget:g}; {before}."
+        self.stopping_reason_message = f"{far}, beyond model.kl_budget of {budget:g}; {last}."
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

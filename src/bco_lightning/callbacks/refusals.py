@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.callbacks import Checkpoint
@@ -22,6 +22,7 @@ _NUMBERS = {  # at which Lightning does not look
     "gradient_clip_val": NOT_NEGATIVE,
 }
 _KNOWING = ("bco_lightning", "lightning", "pytorch_lightning")  # whose callbacks log what is known
+_Kind = TypeVar("_Kind", bound=Callback)
 _TUNERS = "what it finds would reach neither optimizer nor data", "Compare short runs (trainer.max_steps: 20)."
 _UNFIT = {
     "GradientAccumulationScheduler": (
@@ -67,8 +68,7 @@ def refuse_unfit(trainer: Any, single: Iterable[type[Callback]]) -> None:
 
 def names_logged(trainer: Any) -> list[str]:
     """Names that this package's callbacks will log, and others can monitor."""
-    ours = [callback for callback in trainer.callbacks if isinstance(callback, StepCallback)]
-    return [name for callback in ours for name in callback.names_logged(trainer)]
+    return [name for callback in _given(trainer, StepCallback) for name in callback.names_logged(trainer)]
 
 
 def refuse_unknown_monitors(trainer: Any, module: Any) -> None:
@@ -88,21 +88,19 @@ def refuse_unknown_monitors(trainer: Any, module: Any) -> None:
         if name not in fitting and not is_open:
             shown = ", ".join(each for each in fitting if "by_source" not in each) or "none"
             remedy = "" if held_out else " No rows are held out: see data.validation_files and validation_fraction."
-            close = difflib.get_close_matches(str(name), fitting, 1)
-            meant = f"Did you mean {close[0]}? " if close else ""
+            meant = "".join(f"Did you mean {each}? " for each in difflib.get_close_matches(str(name), fitting, 1))
+            problem = f"expected a name that is logged, found {name!r}."
+            raise ConfigError(where, problem, f"{meant}Logged are {shown}.{remedy}")
+        mode, right = getattr(callback, "mode", None), better(name)
+        if (mode == "auto" and right is None) or (mode in ("max", "min") and right not in (None, mode)):
+            expected = f"expected {right or 'max or min'} for {name}, found {mode}."
             raise ConfigError(
-                where, f"expected a name that is logged, found {name!r}.", f"{meant}Logged are {shown}.{remedy}"
+                where.replace("monitor", "mode"), expected, "" if own else "Lightning's own choice is min."
             )
-        where, mode, right = where.replace("monitor", "mode"), getattr(callback, "mode", None), better(name)
-        if mode in ("max", "min") and right not in (None, mode):
-            remedy = "" if own else "Lightning's own choice is min."
-            raise ConfigError(where, f"expected {right} for {name}, found {mode}.", remedy)
-        if mode == "auto" and right is None:
-            raise ConfigError(where, f"expected max or min for {name}, whose better values nobody knows, found auto.")
     if module.options.kl_budget is not None and not held_out:
         remedy = "Set data.validation_files or data.validation_fraction."
         raise ConfigError("model.kl_budget", "expected held-out rows to measure KL on, found none.", remedy)
 
 
-def _given(trainer: Any, kind: type[Callback]) -> list[Callback]:
+def _given(trainer: Any, kind: type[_Kind]) -> list[_Kind]:
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,32 +60,24 @@ class RunHeader(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         folder = run_folder_of(trainer)  # a broadcast: every process has to ask
-        options, data, policy = pl_module.options, getattr(trainer, "datamodule", None), pl_module.policy
-        sizes = [(each.numel(), each.requires_grad) for each in policy.parameters()]
-        total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-        up, down = pl_module.class_weights or (1.0, 1.0)
-        steps, num_processes = pl_module.num_steps(), trainer.world_size
-        said = {
-            "policy": f"{options.name_or_path}, {trained:,} of {total:,} parameters trained ({trained / total:.2%}), "
-            f"weights in {next(policy.parameters()).dtype}",
-            "rows": f"class weights: up {up:.3f}, down {down:.3f}",
-            "steps": f"{steps:,}; {pl_module.said_of_rows}",
-            "device": f"{num_processes} × {trainer.strategy.root_device.type}, precision {trainer.precision}",
-        }
+        data, steps, sizes = getattr(trainer, "datamodule", None), pl_module.num_steps(), Counter[bool]()
+        for each in pl_module.policy.parameters():
+            sizes[each.requires_grad] += each.numel()
+        share, (up, down) = f"({sizes[True] / sizes.total():.2%})", pl_module.class_weights
+        rows, of_rows, memory = "", "", "not known"
         if isinstance(data, FeedbackDataModule):
-            rows = [
-                f"{each.up:,} up and {each.down:,} down {_ROWS[each.name]}"
-                for each in data.counts
-                if each.name in _ROWS
-            ]
-            said["rows"] = f"{', '.join(rows)}; {said['rows']}"
-            epochs = f"{steps / data.steps_per_epoch:.3g} epochs"
-            said["steps"] = (
-                f"{steps:,} optimizer steps of {data.rows_per_step:,} rows, {epochs}; {pl_module.said_of_rows}"
-            )
-            said["memory"] = expected_memory(trainer, pl_module, data)
-        said["run"] = str(folder or "nothing is written")
-        rank_zero_info("\n".join(f"{name}: {text}" for name, text in said.items()))
+            counts = [each for each in data.counts if each.name in _ROWS]
+            rows = "".join(f"{each.up:,} up and {each.down:,} down {_ROWS[each.name]}; " for each in counts)
+            of_rows = f" of {data.rows_per_step:,} rows, {steps / data.steps_per_epoch:.3g} epochs"
+            memory = expected_memory(trainer, pl_module, data)
+        rank_zero_info(
+            f"policy: {pl_module.options.name_or_path}, {sizes[True]:,} of {sizes.total():,} parameters trained "
+            f"{share}, weights in {next(pl_module.policy.parameters()).dtype}\n"
+            f"rows: {rows}class weights: up {up:.3f}, down {down:.3f}\n"
+            f"steps: {steps:,} optimizer steps{of_rows}; {pl_module.said_of_rows}\n"
+            f"device: {trainer.world_size} × {trainer.strategy.root_device.type}, precision {trainer.precision}\n"
+            f"memory: {memory}\nrun: {folder or 'nothing is written'}"
+        )
         if trainer.max_steps > steps:
             rank_zero_info(f"trainer.max_epochs: {trainer.max_epochs} ends the run before trainer.max_steps does")
 
@@ -108,21 +101,19 @@ def hyper_parameters(trainer: Trainer, module: BCOModule) -> dict[str, Any]:
 
 def expected_memory(trainer: Trainer, module: BCOModule, data: FeedbackDataModule) -> str:
     """What a step takes by the formula of ``plan``, in words, were all rows as long as the longest."""
-    options, lengths = module.options, data.training.lengths
+    options, lengths, cut = module.options, data.training.lengths, trainer.world_size // copies_of_parameters(trainer)
     longest = int(lengths.max()) if lengths is not None else data.options.max_length
-    cut = trainer.world_size // copies_of_parameters(trainer)
-    is_bfloat16, is_mixed = dtype_of_matrices(module.policy) == torch.bfloat16, "mixed" in str(trainer.precision)
     asked = PlanOptions(
-        options.name_or_path,
-        cut,
-        "ddp" if sharding_of(trainer) is None else "fsdp2",
-        options.lora.r if options.lora else 0,
-        "bfloat16" if is_bfloat16 else "float32",
-        "bf16-mixed" if is_mixed else "32-true",
-        "adamw" if options.optimizer == "adamw" else "adamw_8bit",
-        "none" if module.reference.own_model is None else "model",
-        data.options.batch_size,
-        max(2, longest),
+        model=options.name_or_path,
+        gpus=cut,
+        strategy="ddp" if sharding_of(trainer) is None else "fsdp2",
+        lora_r=options.lora.r if options.lora else 0,
+        dtype="bfloat16" if dtype_of_matrices(module.policy) == torch.bfloat16 else "float32",
+        precision="bf16-mixed" if "mixed" in str(trainer.precision) else "32-true",
+        optimizer="adamw" if options.optimizer == "adamw" else "adamw_8bit",
+        reference="none" if module.reference.own_model is None else "model",
+        batch_size=data.options.batch_size,
+        max_length=max(2, longest),
         gradient_checkpointing=options.gradient_checkpointing,
     )
     try:

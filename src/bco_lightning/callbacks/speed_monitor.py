@@ -86,8 +86,9 @@ class SpeedMonitor(StepCallback):
 
     @override
     def names_logged(self, trainer: Trainer) -> list[str]:
-        names = ("tokens_per_second", "rows_per_second", "padding_share", "peak_memory_gib")
-        return [f"speed/{name}" for name in names]
+        return [
+            f"speed/{name}" for name in ("tokens_per_second", "rows_per_second", "padding_share", "peak_memory_gib")
+        ]
 
     @override
     def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:

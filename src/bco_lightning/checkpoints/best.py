@@ -49,8 +49,6 @@ class BestSteps:
         return max(self.values, default=None)
 
     def is_beaten_by(self, value: float) -> bool:
-        """Whether a value is better; one that is equal comes too late, and NaN is better than nothing else."""
-        if math.isnan(value) or self.step is None:
-            return not math.isnan(value)
-        best = self.values[self.step]
-        return value > best if self.mode == "max" else value < best
+        """Whether a value is better; one that is equal comes too late, and NaN never is."""
+        sign = 1 if self.mode == "max" else -1
+        return not math.isnan(value) and (self.step is None or sign * value > sign * self.values[self.step])
