@@ -6,9 +6,8 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def _written(rows: Any, stem: Path) -> Path:
     lines, name = stem.with_suffix(".jsonl"), public_name(f"{stem}.jsonl")
     if isinstance(rows, IterableDataset):
         own = stem.with_name(f".{stem.name}")
-        rows = Dataset.from_generator(partial(_each, rows), features=rows.features, cache_dir=str(own))
+        rows = Dataset.from_generator(rows.__iter__, features=rows.features, cache_dir=str(own))
     if isinstance(rows, Dataset):
         rows.to_parquet(table := stem.with_suffix(".parquet"))
         return table
@@ -49,18 +48,8 @@ def _written(rows: Any, stem: Path) -> Path:
         with lines.open("w", encoding="utf-8") as file:
             for number, row in enumerate(rows, 1):
                 name = place_in(public_name(str(lines)), number)
-                file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
-    except (TypeError, ValueError) as error:
+                file.write(json.dumps(row, ensure_ascii=False, default=lambda value: value.tolist()) + "\n")  # of NumPy
+    except (TypeError, ValueError, AttributeError) as error:
         expected = "expected dictionaries of plain values, a data set of datasets or a frame of pandas"
-        raise FeedbackRowError(name, f"{expected}, found what JSON cannot hold ({type(error).__name__}).") from error
+        raise FeedbackRowError(name, f"{expected}, found what JSON cannot hold.") from error
     return lines
-
-
-def _each(rows: IterableDataset) -> Iterator[Any]:
-    yield from rows
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # of NumPy
-        return value.tolist()
-    raise TypeError(type(value).__name__)

@@ -27,6 +27,10 @@ _PAIRS = ((True, False), (1, 0), (1, -1), ("up", "down"), ("true", "false"),  # 
           ("True", "False"), ("TRUE", "FALSE"), ("👍", "👎"),
           ("GOOD", "BAD"), ("thumbsUp", "thumbsDown"))  # of AnythingLLM, of LibreChat  # fmt: skip
 _VOCABULARIES = [{_word(up): True, _word(down): False} for up, down in _PAIRS]
+_VOCABULARY = (
+    "Use one vocabulary in the whole source, or say what its labels mean, for instance "
+    """data.columns.thumbs: {"good": up, "bad": down}."""
+)
 _POINT = "Write numbers with a decimal point: 4.5, not 4,5."
 _CHOICES = 'true/false, 1/0, 1/-1, "up"/"down", "true"/"false", "True"/"False" or "👍"/"👎"'
 
@@ -83,14 +87,7 @@ class LabelVocabulary:
         if any(word in vocabulary for vocabulary in _VOCABULARIES):
             problem = f"label {shown(label)} mixes two vocabularies; labels so far were {'/'.join(self.seen.values())}."
             return FeedbackRowError(place, problem, "Use one vocabulary in the whole source.")
-        remedy = (
-            _POINT
-            if _has_decimal_comma(label)
-            else (
-                "Use one vocabulary in the whole source, or say what its labels mean, for instance "
-                """data.columns.thumbs: {"good": up, "bad": down}."""
-            )
-        )
+        remedy = _POINT if _has_decimal_comma(label) else _VOCABULARY
         number = number_in(label) if isinstance(label, str) else label
         if isinstance(number, (int, float)) and number == number and number not in (1, 0, -1):
             remedy = (
