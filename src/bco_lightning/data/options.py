@@ -122,13 +122,13 @@ class Rating(Options):
         "given.",
         default=None,
     )
-    scale: tuple[float, float] = option(
-        "The least and the largest rating, for objectives of scores, which go from 0 to 1.", default=(0.0, 1.0)
-    )
     untouched: dict[str, float] = option(
         "Ratings as they are before anyone has touched them; a row in which all of these stand is left out and "
         "counted.",
         default_factory=dict,
+    )
+    scale: tuple[float, float] = option(
+        "The least and the largest rating, for objectives of scores, which go from 0 to 1.", default=(0.0, 1.0)
     )
 
     def check(self) -> None:
