@@ -693,6 +693,15 @@ def test_assessments_of_mlflow_that_were_overridden_or_are_of_a_span_are_none() 
     assert outcome(trace, rating=Rating("tone", up=4, down=3)) is False
 
 
+def test_a_trace_that_only_a_judge_has_scored_asks_for_the_name_of_the_score_or_has_no_feedback() -> None:
+    _, trace = records("mlflow_traces.jsonl")[0]
+    del trace["info"]["assessments"][0]
+    asks = "x:1: expected a score 'feedback', found 'relevance'. Name the score by data.columns.label."
+    assert outcome(trace) == asks
+    assert outcome(trace, columns=Columns(label="feedback")) == "no feedback"
+    assert outcome(trace, rating=Rating("relevance", up=0.8, down=0.2)) is True
+
+
 def test_a_mean_of_several_users_of_opik_is_a_row_of_each() -> None:
     assert [(said(row)[-1][1], row.thumbs_up) for row in rows("opik.jsonl")] == [
         ("An oak.", True), ("A trout.", False), ("A trout.", True),
@@ -711,6 +720,14 @@ def test_feedback_of_weave_can_stand_in_a_file_of_its_own(tmp_path: Path) -> Non
     (tmp_path / "feedback.json").write_text(json.dumps(feedback), encoding="utf-8")
     assert outcome(call) == "no feedback"
     assert outcome(call, feedback=FeedbackBeside(str(tmp_path / "*.json"))) is False
+
+
+@pytest.mark.parametrize(("at", "change"), [(0, {"finish_reason": "length"}), (2, {"stop_reason": "max_tokens"})])
+def test_answers_that_ran_into_a_limit_of_tokens_are_never_trained_on(at: int, change: dict[str, str]) -> None:
+    _, record = records("helicone.jsonl")[at]
+    body = record["response_body"]
+    body.get("choices", [body])[0].update(change)
+    assert outcome(record) == UNFINISHED
 
 
 def test_thumbs_of_helicone_and_tools_of_its_requests_are_read() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.formats.record_format import NO_ANSWER, NO_PROMPT, WITH_IMAGE, Origin
+from bco_lightning.data.formats.record_format import NO_ANSWER, NO_PROMPT, UNFINISHED, WITH_IMAGE, Origin
 from bco_lightning.data.messages import at_rated_turn
 from bco_lightning.data.values import Record, keys_of, objects_in, shown, unpacked, value_at
 
@@ -15,6 +15,7 @@ _ROLE_OF = {
     "human": "user", "ai": "assistant", "system": "system", "tool": "tool",
     "FunctionMessage": "tool", "function": "tool",
 }  # fmt: skip
+_ENDED = ("choices[0].finish_reason", "stop_reason")  # of OpenAI, of Anthropic
 _HISTORY = ("chat_history", "history")
 # Parts of a content, by OpenAI's two interfaces, Anthropic and LangChain.
 IMAGES = ("image", "image_url", "input_image", "image_file")
@@ -29,6 +30,9 @@ def traced_row(record: Record, columns: tuple[str, str], origin: Origin, tools: 
     said = _found(answer, "assistant", origin)
     if not any(map(_says_something, said)):
         return origin.left_out(NO_ANSWER)
+    ended = [value_at(answer, name) for name in _ENDED] if isinstance(answer, dict) else []
+    if "length" in ended or "max_tokens" in ended:  # as its model would not have ended it
+        return origin.left_out(UNFINISHED)
     asked = _found(given, "user", origin)
     contents = [message.get("content") for message in objects_in(asked + said)]
     if any(part.get("type") in IMAGES for content in contents for part in objects_in(content)):
