@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +12,39 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bco_lightning.checkpoints import read_checkpoint, saved_steps
 from bco_lightning.cli.app import main
+from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import finish, start
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+PAPER = {  # rows with the columns of the public sets
+    "helpsteer2": {
+        "prompt": "Question {n}?", "response": "Answer {n}.", "correctness": 3, "coherence": 4,
+        "complexity": 1, "verbosity": 1,
+    },
+    "ultrafeedback": {
+        "prompt": "Question {n}?", "prompt_id": "{n}", "messages": [{"role": "user", "content": "Question {n}?"}],
+        "chosen": [{"role": "user", "content": "Question {n}?"}, {"role": "assistant", "content": "Good {n}."}],
+        "rejected": [{"role": "user", "content": "Question {n}?"}, {"role": "assistant", "content": "Bad."}],
+        "score_chosen": 8.0, "score_rejected": 4.0,
+    },
+    "capybara": {
+        "source": "made", "original_response": "Bad.", "model": ["one", "two"], "rating_chosen": 5, "rating_rejected": 4,
+        "prompt": [
+            {"role": "user", "content": "First {n}?"}, {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "Question {n}?"},
+        ],
+        "chosen": [
+            {"role": "user", "content": "First {n}?"}, {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "Question {n}?"}, {"role": "assistant", "content": "Good {n}."},
+        ],
+        "rejected": [
+            {"role": "user", "content": "First {n}?"}, {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "Question {n}?"}, {"role": "assistant", "content": "Bad."},
+        ],
+    },
+}  # fmt: skip
 
 
 def train(name: str, model: str, log: str, **more: str) -> int:
@@ -48,3 +79,20 @@ def test_a_recipe_trains_from_zero_rewards(name: str, tiny_model: str, log: str,
     assert any(margins[1:])
     state = read_checkpoint(str(saved_steps(run / "checkpoints")[-1]))["state_dict"]
     assert all(value.dtype == torch.float32 for value in state.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["ultrafeedback", *(pytest.param(name, marks=pytest.mark.slow) for name in ("helpsteer2", "capybara"))]
+)
+@pytest.mark.parametrize("objective", ["bco", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_the_runs_of_the_paper_start(name: str, objective: str, tiny_model: str, tmp_path: Path) -> None:
+    if (name, objective) == ("helpsteer2", "dpo"):
+        pytest.skip("no pairs")
+    rows = [json.loads(json.dumps(PAPER[name]).replace("{n}", str(n % 5))) for n in range(20)]
+    for n, row in enumerate(rows):
+        row |= {"helpfulness": n % 5} if name == "helpsteer2" else {}
+    log = write_jsonl(tmp_path / "rows.jsonl", rows)
+    one = {"trainer.strategy": "auto", "trainer.devices": "1", "trainer.precision": "32-true", "trainer.max_steps": "2"}
+    more = {**one, "data.validation_files": log, "model.objective": objective}
+    assert train(f"paper/{name}", tiny_model, log, **more) == 0
+    assert (Path("runs") / f"paper_{name}" / "version_0" / "checkpoints").is_dir()

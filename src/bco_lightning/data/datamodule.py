@@ -176,8 +176,8 @@ class FeedbackDataModule(LightningDataModule):
         if "training" not in self._rows:
             raise _no_training_files()
         if self._training is None:
-            rows, paired = self._rows["training"].row_sets["train"], getattr(self._objective, "takes_pairs", False)
-            self._training = TrainingRows(rows, self.options, self._reader, paired=paired)
+            rows = self._rows["training"].row_sets["train"]
+            self._training = TrainingRows(rows, self.options, self._reader, self._objective)
         return self._training
 
     @property
@@ -246,12 +246,8 @@ class FeedbackDataModule(LightningDataModule):
             )
         training = self.training
         padded = trainer is not None and getattr(trainer.lightning_module, "layout", "packed") == "padded"
-        paired, with_next = (
-            getattr(self._objective, "takes_pairs", False),
-            getattr(self._objective, "takes_unrelated", False),
-        )
         # Sorted rows of balanced steps would leave some micro-batches with one class alone.
-        sorts = padded and not (self.options.balanced_sampling or paired)
+        sorts = padded and not (self.options.balanced_sampling or training.paired)
         sampler = StepBatchSampler(
             training.order(self.rows_per_step),
             batch_size=self.options.batch_size,
@@ -260,11 +256,12 @@ class FeedbackDataModule(LightningDataModule):
             world_size=self._world_size,
             current_step=lambda: trainer.global_step if trainer else 0,
             lengths=training.lengths if sorts else None,
-            with_next=with_next,
+            with_next=training.with_unrelated,
         )
         dataset = training.dataset()
         self._stream = dataset if isinstance(dataset, StreamDataset) else None
-        return self._loader(dataset, {"paired": paired, "with_unrelated": with_next}, batch_sampler=sampler)
+        collated = {"paired": training.paired, "with_unrelated": training.with_unrelated}
+        return self._loader(dataset, collated, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
@@ -418,10 +415,8 @@ class FeedbackDataModule(LightningDataModule):
         if dataset is None:
             return []
         paired = getattr(self._objective, "takes_pairs", False) if paired is None else paired
-        pairs, number, size = None, len(dataset), self.options.batch_size
-        if paired:
-            pairs = pairs_of(dataset)
-            number, size = len(pairs), max(1, size // 2)
+        pairs = pairs_of(dataset) if paired else None
+        number, size = len(dataset if pairs is None else pairs), max(1, self.options.batch_size // (2 if paired else 1))
         if needed_by_all and number < self._world_size:
             # Lightning passes over an evaluation in the processes that have no row of it, and the others wait for them.
             raise ConfigError(

@@ -23,14 +23,17 @@ from bco_lightning.errors import FeedbackRowError
 class TrainingRows:
     """Rows to train on, by how they were read and are drawn."""
 
-    def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader, *, paired: bool = False) -> None:
+    def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader, objective: Any = None) -> None:
         self.row_set, self._options, self._reader = row_set, options, reader
-        self._pairs = pairs_of(cast(Dataset, row_set.dataset)) if paired else None
+        self.paired = bool(getattr(objective, "takes_pairs", False))
+        self.with_unrelated = bool(getattr(objective, "takes_unrelated", False))
+        self._pairs = pairs_of(cast(Dataset, row_set.dataset)) if self.paired else None
         self.weights = [source.weight for source in options.sources("train")]
         self.order = lru_cache(maxsize=1)(self._order)
         self._drawn = lru_cache(maxsize=1)(self._draw)  # several trials ask for the same
         pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=True, **self._by_source())
-        self.class_counts = len(pools[0]), len(pools[0 if paired else 1])  # of an epoch, weights of sources included
+        # Of an epoch, weights of sources included.
+        self.class_counts = len(pools[0]), len(pools[0 if self.paired else 1])
 
     @property
     def class_frequencies(self) -> tuple[float, float]:
