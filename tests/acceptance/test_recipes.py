@@ -30,7 +30,7 @@ PAPER = {  # rows with the columns of the public sets
         "score_chosen": 8.0, "score_rejected": 4.0,
     },
     "capybara": {
-        "source": "made", "original_response": "Bad.", "model": ["one", "two"], "rating_chosen": 5, "rating_rejected": 4,
+        "source": "made", "original_response": "Bad.", "model": ["one"], "rating_chosen": 5, "rating_rejected": 4,
         "prompt": [
             {"role": "user", "content": "First {n}?"}, {"role": "assistant", "content": "Yes."},
             {"role": "user", "content": "Question {n}?"},
@@ -82,12 +82,19 @@ def test_a_recipe_trains_from_zero_rewards(name: str, tiny_model: str, log: str,
 
 
 @pytest.mark.parametrize(
-    "name", ["ultrafeedback", *(pytest.param(name, marks=pytest.mark.slow) for name in ("helpsteer2", "capybara"))]
-)
-@pytest.mark.parametrize("objective", ["bco", pytest.param("dpo", marks=pytest.mark.slow)])
+    ("name", "objective"),
+    [
+        ("ultrafeedback", "bco"),
+        *(
+            pytest.param(name, objective, marks=pytest.mark.slow)
+            for name, objective in (
+                ("ultrafeedback", "dpo"), ("capybara", "bco"), ("capybara", "nca"), ("helpsteer2", "bco"),
+                ("helpsteer2", "una"),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_the_runs_of_the_paper_start(name: str, objective: str, tiny_model: str, tmp_path: Path) -> None:
-    if (name, objective) == ("helpsteer2", "dpo"):
-        pytest.skip("no pairs")
     rows = [json.loads(json.dumps(PAPER[name]).replace("{n}", str(n % 5))) for n in range(20)]
     for n, row in enumerate(rows):
         row |= {"helpfulness": n % 5} if name == "helpsteer2" else {}
