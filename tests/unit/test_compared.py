@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.options import Columns, DataOptions, Rating, Source
+from bco_lightning.data.options import Columns, DataOptions, PresetName, Rating, Source
+from bco_lightning.data.presets import PRESETS
 from bco_lightning.data.row_sets import row_format_of
 from bco_lightning.data.rows import RowFormat, RowMaker
 from bco_lightning.errors import ConfigError, FeedbackRowError
@@ -165,7 +166,7 @@ def test_a_conversation_goes_on_with_the_answer_that_was_chosen() -> None:
         {"turn": 0, "role": "user", "content": "q"}, answer(0, "x", chosen=False), answer(0, "y", chosen=True),
         {"turn": 1, "role": "user", "content": "r"}, answer(1, "z", chosen=True),
     ]  # fmt: skip
-    rows = made({"conversation_history": turns}, row_format_of(DataOptions(preset="prism"), Source("x")))
+    rows = made({"conversation_history": turns})
     said = [[message["content"] for message in row.prompt + row.completion] for row in rows]  # type: ignore[union-attr]
     assert said == [["q", "x"], ["q", "y"], ["q", "y", "r", "z"]]
 
@@ -209,8 +210,9 @@ def test_what_is_set_counts_more_than_the_preset() -> None:
     ):
         known = row_format_of(options, source)
         assert (known.columns, known.rating) == (Columns(system="told", history="history"), Rating("label", 3, 2))
-    rule = Rating("score", up=80, down=20)
-    assert row_format_of(DataOptions(preset="prism"), Source("x", rating=rule)).rating == rule
+    rule = Rating("helpfulness", up=3, down=2)
+    assert row_format_of(DataOptions(preset="helpsteer2"), Source("x", rating=rule)).rating == rule
+    assert row_format_of(DataOptions(preset="toxic_chat", format="compared"), Source("x")).format == "compared"
 
 
 def test_a_source_of_another_data_set_is_not_read_by_the_preset_of_all() -> None:
@@ -219,6 +221,7 @@ def test_a_source_of_another_data_set_is_not_read_by_the_preset_of_all() -> None
 
 
 def test_an_unknown_preset_is_refused_by_the_names_there_are() -> None:
+    assert set(get_args(PresetName)) == set(PRESETS)
     for make in (lambda: DataOptions(preset="helpsteer"), lambda: Source("x", preset="helpsteer")):
-        with pytest.raises(ConfigError, match=r"^data\.preset: expected one of helpsteer2, openai_.*found 'helpsteer'"):
+        with pytest.raises(ConfigError, match=r"^data\.preset: expected helpsteer2 or openai_.*found 'helpsteer'"):
             make()

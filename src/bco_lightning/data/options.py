@@ -13,28 +13,11 @@ from bco_lightning.errors import ConfigError
 from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
 
 FormatName = Literal[
-    "auto",
-    "unpaired",
-    "ranked",
-    "compared",
-    "paired",
-    "open_webui",
-    "langfuse",
-    "langsmith",
-    "argilla",
-    "chainlit",
-    "chitchat",
-    "librechat",
-    "mlflow",
-    "opik",
-    "phoenix",
-    "weave",
-    "helicone",
-    "tensorzero",
-    "label_studio",
-    "anythingllm",
-    "dify",
-]
+    "auto", "unpaired", "ranked", "compared", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit",
+    "chitchat", "librechat", "mlflow", "opik", "phoenix", "weave", "helicone", "tensorzero", "label_studio",
+    "anythingllm", "dify",
+]  # fmt: skip
+PresetName = Literal["helpsteer2", "openai_preference", "sharelm", "toxic_chat", "wildfb"]
 LossOn = Literal["rated_turn", "all_turns"]
 Conflicts = Literal["keep", "drop", "majority", "last"]
 LongPrompts = Literal["keep_end", "keep_start", "drop"]
@@ -64,19 +47,18 @@ class Columns(Options):
     )
     rejected: str = option("The worse answer of a pair, in the same form.", default="rejected")
     first: str | None = option(
-        "The first of two answers, beside ``winner``; if left out, the usual names are looked for: ``response_a``, "
-        "``conversation_a``, ``response1``, ``response_1``, ``response_0``.",
+        "The first of two answers; if left out, ``response_a``, ``conversation_a``, ``response1`` and others.",
         default=None,
     )
     second: str | None = option("The second one, in the same form.", default=None)
     winner: str | list[str] | None = option(
-        "Which of the two is better (usually ``winner``, ``overall_preference``, ``preference_strength`` or "
-        "``better_response_id``), or two columns, each with the label or rating of its answer.",
+        "Which of the two is better, or two columns, each with the label or rating of its answer; if left out, "
+        "``winner``, ``overall_preference`` and others.",
         default=None,
     )
     winners: dict[str, Literal["first", "second", "both", "neither", "drop"]] | None = option(
-        "What a value of ``winner`` means, where it is none of the usual ones or to be taken in another way: "
-        '``{"tie": both}`` gives two thumbs-up; ``neither`` two thumbs-down, ``drop`` leaves both rows out.',
+        'What values of ``winner`` mean, if not the usual: ``{"tie": both}`` gives two thumbs-up, ``neither`` two '
+        "thumbs-down, ``drop`` leaves both rows out.",
         default=None,
     )
     answers: str = option("Several answers to the prompt, objects with a text and a rank or rating.", default="answers")
@@ -165,24 +147,14 @@ class Rating(Options):
 
 
 def with_preset(
-    preset: str | None,
-    format: FormatName | None,  # noqa: A002
-    columns: Columns | None,
-    rating: Rating | None,
+    preset: PresetName | None, layout: FormatName | None, columns: Columns | None, rating: Rating | None
 ) -> tuple[FormatName, Columns, Rating | None]:
     """Format, columns and rule of ratings; where one is left at its default, it is that of the preset."""
     known, usual = PRESETS[preset] if preset else {}, Columns().plain()
     given = {name: value for name, value in (columns or Columns()).plain().items() if value != usual[name]}
-    return (
-        known.get("format", "auto") if format in (None, "auto") else format,
-        Columns(**{**known.get("columns", {}), **given}),
-        rating or (Rating(**known["rating"]) if "rating" in known else None),
-    )
-
-
-def _check_preset(preset: str | None) -> None:
-    if preset is not None and preset not in PRESETS:
-        raise ConfigError("data.preset", f"expected one of {', '.join(PRESETS)}, found {preset!r}.")
+    layout = known.get("format", "auto") if layout in (None, "auto") else layout
+    rule = Rating(**known["rating"]) if "rating" in known else None
+    return layout or "auto", Columns(**{**known.get("columns", {}), **given}), rating or rule
 
 
 @options("data")
@@ -207,14 +179,13 @@ class Source(Options):
         default=None,
     )
     rating: Rating | None = option("The rule for its ratings; that of ``data.rating`` if left out.", default=None)
-    preset: str | None = option(
-        "The data set that it is, as in ``data.preset``; then none of these three is left to ``data``.", default=None
+    preset: PresetName | None = option(
+        "As ``data.preset``; then none of these three is left to ``data``.", default=None
     )
 
     def check(self) -> None:
-        """Also refuses a source without a path, with a weight that is not above 0, or of an unknown data set."""
+        """Also refuses a source without a path, or with a weight that is not above 0."""
         super().check()
-        _check_preset(self.preset)
         if not self.path:
             raise ConfigError("data", "expected a path or URL of each feedback log, found an empty one.")
         if not 0 < self.weight < math.inf:
@@ -249,10 +220,8 @@ class DataOptions(Options):
     format: FormatName = option("What the records are; ``auto`` goes by the first one of each source.", default="auto")
     columns: Columns = option("Names of the columns.", default=Columns())
     rating: Rating | None = option("The rule that makes thumbs of numbers; without, labels are thumbs.", default=None)
-    preset: str | None = option(
-        "A public data set, for whatever of format, columns and rating is not set: "
-        f"{', '.join(f'``{name}``' for name in PRESETS)}.",
-        default=None,
+    preset: PresetName | None = option(
+        "A public data set, by whose options of format, columns and rating are those that are not set.", default=None
     )
     loss_on: LossOn = option(
         "``rated_turn`` trains on the last assistant turn, ``all_turns`` on each of the conversation.",
@@ -378,7 +347,6 @@ class DataOptions(Options):
     def check(self) -> None:
         """Also refuses options that do not go together."""
         super().check()
-        _check_preset(self.preset)
         for name, fits, expected in (
             (
                 "group_by_prompt", not (self.group_by_prompt and (self.balanced_sampling or self.streaming)),

@@ -77,18 +77,13 @@ def _outcome(record: Record, name: str, origin: Origin) -> str:
     """Which of the two is better, or the reason why neither is used."""
     value, meanings = plain_number(value_at(record, name)), origin.columns.winners or {}
     written = value if isinstance(value, str) else json.dumps(value) if isinstance(value, (int, float)) else ""
-    if written in meanings:
-        said: str = meanings[written]
-    elif is_blank(value):
+    if is_blank(value) and written not in meanings:
         return NO_FEEDBACK
-    elif isinstance(value, str):
-        said = _WORDS.get(value.strip().lower(), "")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        said = ""
-    elif name in _SIGNED:
+    said: str = meanings.get(written) or _WORDS.get(written.strip().lower(), "")
+    if not said and name in _SIGNED and type(value) in (int, float) and value == value:
         said = "first" if value < 0 else "second" if value else "tie"
-    else:
-        said = {"0": "first", "1": "second"}.get(written, "") if name in _IDS else ""
+    elif not said and name in _IDS:
+        said = {"0": "first", "1": "second"}.get(written, "")
     if not said:
         remedy = f"""Say what each means: data.columns.winners: {{"{written or "A"}": first, "tie": both}}."""
         raise origin.error(f"{name!r} must be one of {', '.join(_WORDS)}, found {shown(value)}.", remedy)

@@ -21,7 +21,7 @@ from bco_lightning.data.values import MISSING, Record, objects_in, value_at
 
 BETWEEN = "answer between the best and the worst"
 _TEXTS = ("answer", "response", "completion", "text", "content")
-_TREE, _HISTORY = "prompt", "conversation_history"
+_TREE, _HISTORY, _CHOSEN = "prompt", "conversation_history", "if_chosen"
 _Questions = Iterator[tuple[list[Message], list[Record]]]
 
 
@@ -31,7 +31,7 @@ def matches(record: Record, columns: Columns) -> bool:
         any(any(name in answer for name in _TEXTS) for answer in objects_in(value_at(record, columns.answers)))
         or isinstance(value_at(record, f"{_TREE}.replies"), list)
         or record.get("message_tree_id") is not None
-        or any("if_chosen" in turn for turn in objects_in(record.get(_HISTORY)))
+        or any(_CHOSEN in turn for turn in objects_in(record.get(_HISTORY)))
     )
 
 
@@ -80,19 +80,15 @@ def _of_history(turns: list[Record]) -> _Questions:
     said: list[Message] = []
     for _, group in groupby(turns, key=lambda turn: str(turn.get("turn"))):
         exchange = list(group)
-        said = said + [_message(turn) for turn in exchange if turn.get("role") == "user"]
         answers = [turn for turn in exchange if turn.get("role") != "user"]
-        yield said, answers
-        said = said + [_message(answer) for answer in answers if answer.get("if_chosen") is True][:1]
-
-
-def _message(turn: Record) -> Message:
-    return {"role": turn.get("role"), "content": turn.get("content")}
+        said = said + [turn for turn in exchange if turn.get("role") == "user"]
+        yield [{"role": turn.get("role"), "content": turn.get("content")} for turn in said], answers
+        said = said + [answer for answer in answers if answer.get(_CHOSEN) is True][:1]
 
 
 def _rated(prompt: list[Message], answers: list[Record], record: Record, origin: Origin) -> Rows:
-    label = origin.columns.label
-    by_label = origin.options.rating is not None or any(value_at(answer, label) is not None for answer in answers)
+    labels = [value_at(answer, origin.columns.label, answer.get(_CHOSEN, MISSING)) for answer in answers]
+    by_label = origin.options.rating is not None or any(label not in (MISSING, None) for label in labels)
     ranks = [] if by_label else [answer.get("rank") for answer in answers]
     numbers = [rank for rank in ranks if isinstance(rank, (int, float))]
     best, worst = (min(numbers), max(numbers)) if numbers else (0, 0)
@@ -105,4 +101,4 @@ def _rated(prompt: list[Message], answers: list[Record], record: Record, origin:
         name = next((name for name in _TEXTS if answer.get(name) is not None), _TEXTS[0])
         row = origin.row(asked, origin.messages(origin.required(answer, name), name, "assistant"), record)
         row = replace(row, thumbs_up=ranks[number] == best) if known else row
-        yield Candidate(row, value_at(answer, label, MISSING), answer)
+        yield Candidate(row, labels[number], answer)
