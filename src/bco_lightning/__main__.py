@@ -1,16 +1,16 @@
 """``python -m bco_lightning``, and the command ``bco-lightning``."""
 
 import gc
+import os
 import signal
 import sys
-
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Quiet from now to the last moment of the interpreter; in between ``early`` hears it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main() -> int:
     """Prints versions, or help that is kept, and leaves the rest to the command line proper."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Quiet from now to the last moment of the interpreter; in between ``early`` hears it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from bco_lightning.cli.help import kept_help
     from bco_lightning.parallel.signals import early
 
@@ -26,6 +26,7 @@ def main() -> int:
         sys.stdout.write(known)
         return 0
     early.install()  # imports take seconds
+    heard = signal.signal(signal.SIGINT, _leave)
     # Imports make half a million objects that stay; looking through them for garbage again and again takes a fifth of
     # the time to start, and seconds more when the process ends.
     gc.disable()
@@ -33,7 +34,14 @@ def main() -> int:
 
     gc.freeze()
     gc.enable()
+    signal.signal(signal.SIGINT, heard)
     return app.main()
+
+
+def _leave(*_: object) -> None:
+    """Ends the process, in which nothing is begun yet."""
+    os.write(2, b"\nSIGINT: stopping.\n")
+    os._exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -289,7 +289,8 @@ def test_a_signal_before_the_first_step_ends_in_words_and_keeps_what_was_compute
             assert wait([process], timeout=20) == [128 + number], (folder / "output.0").read_text()[-2000:]
             said = (folder / "output.0").read_text()
             assert f"{number.name}: stopping." in said
-            assert f"Stopped by {number.name} outside of training." in said
+            at_once = (number, moment) == (signal.SIGINT, "import")  # a terminal does not wait for imports
+            assert (f"Stopped by {number.name} outside of training." in said) != at_once
             assert "Traceback" not in said
             assert (folder / "asked").exists() == (number == signal.SIGUSR1)
             assert not (folder / "runs").exists()
