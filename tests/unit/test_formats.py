@@ -352,6 +352,9 @@ def test_open_webui_html_of_the_interface_says_what_its_items_say() -> None:
 
 def test_open_webui_text_that_a_filter_put_in_place_of_the_answer_is_what_was_rated() -> None:
     assert rows("open_webui_0_12.json")[1].completion == [{"role": "assistant", "content": "An elm."}]
+    _, record = records("open_webui_0_12.json")[1]
+    record["snapshot"]["chat"]["chat"]["history"]["messages"][record["meta"]["message_id"]]["content"] = ""
+    assert row_of(record).completion == [{"role": "assistant", "content": "An oak."}]
 
 
 @pytest.mark.parametrize(("output", "found"), [

@@ -100,9 +100,9 @@ def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:
     if output:
         if not isinstance(output, list) or len(objects_in(output)) < len(output):
             raise origin.error(f"expected a list of items as 'output' of a message, found {shown(output)}.")
-        # A filter or the user has put another text in the place of the model's.
-        shown_text = _unwrapped(content)[-1:] if "originalContent" in node and isinstance(content, str) else []
-        return messages_of(_with_text(output, shown_text[0]) if shown_text else output, origin)
+        if "originalContent" in node and isinstance(content, str) and (text := _unwrapped(content)[-1])["content"]:
+            output = _with_text(output, text)  # which a filter or the user has put in the place of the model's
+        return messages_of(output, origin)
     items = _unwrapped(content) if isinstance(content, str) else []
     return messages_of(items, origin) if len(items) > 1 else [{"role": "assistant", "content": content}]
 
