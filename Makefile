@@ -1,4 +1,4 @@
-# make demo, test, test-slow, reliability, defects, check: each creates .venv and installs what it needs first.
+# make demo, test, test-slow, reliability, defects, alignment, check: each creates .venv and installs what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 
-.PHONY: demo test test-slow reliability defects check clean
+.PHONY: demo test test-slow reliability defects alignment check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bco_lightning fit --config configs/bco.yaml
@@ -27,6 +27,11 @@ reliability: $(VENV)/.dev
 defects: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.seeded_defects
 	$(BIN)/python -m tests.reliability_table
+
+# Minutes for the toy, hours for the model; both go on where they were.
+alignment: $(VENV)/.dev
+	$(BIN)/python benchmarks/alignment.py
+	$(BIN)/python benchmarks/alignment_model.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
