@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
@@ -42,12 +42,11 @@ class RunHeader(Callback):
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:
+        if stage != "fit" or trainer.fast_dev_run:
             return
-        values = hyper_parameters(trainer, pl_module)
-        known = names_logged(trainer)
+        values, known = hyper_parameters(trainer, pl_module), names_logged(trainer)
         results = {name: 0.0 for name in ("val/auroc", "val/loss", "train/loss") if name in known}
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):  # which would log made-up results with them
                 from torch.utils.tensorboard.summary import hparams
 
@@ -70,6 +69,10 @@ class RunHeader(Callback):
             rows = "".join(f"{each.up:,} up and {each.down:,} down {_ROWS[each.name]}; " for each in counts)
             of_rows = f" of {data.rows_per_step:,} rows, {steps / data.steps_per_epoch:.3g} epochs"
             memory = expected_memory(trainer, pl_module, data)
+            looks_once = str(trainer.val_check_interval) == "1.0" and steps <= data.steps_per_epoch  # 1 is every batch
+            if pl_module.options.kl_budget and looks_once:
+                told = "it is looked at once, when the run ends; trainer.val_check_interval: 0.1 looks ten times"
+                rank_zero_warn(f"model.kl_budget: {told}.")
         rank_zero_info(
             f"policy: {pl_module.options.name_or_path}, {sizes[True]:,} of {sizes.total():,} parameters trained "
             f"{share}, weights in {next(pl_module.policy.parameters()).dtype}\n"
