@@ -203,6 +203,21 @@ def test_a_missing_column_is_named_with_its_option() -> None:
 # --- presets
 
 
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"user_input": "q", "model_output": "x", "toxicity": 0}, "toxic_chat"),
+        (
+            {"input": {"messages": [], "tools": []}, "preferred_output": [], "non_preferred_output": []},
+            "openai_preference",
+        ),
+    ],
+)
+def test_a_data_set_that_is_recognized_is_named_where_a_column_is_missing(record: dict[str, Any], name: str) -> None:
+    assert thumbs(record).endswith(f"or set data.columns.prompt. It looks like data.preset: {name}.")
+    assert "preset" not in thumbs({"question": "q", "history": [], "label": 1})
+
+
 def test_what_is_set_counts_more_than_the_preset() -> None:
     for options, source in (
         (DataOptions(preset="wildfb", columns=Columns(system="told")), Source("x")),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bco_lightning.data.values import Record, value_at
+
 _OPENAI = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
 _SHARELM = {"label": "conversation_metadata.rate", "thumbs": {"thumbup": "up", "thumbdown": "down"}}
 _TOXIC_CHAT = {"prompt": "user_input", "completion": "model_output", "label": "toxicity"}
@@ -19,3 +21,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 1 and 2 reject or correct the answer, 3 and 4 go on with it or thank for it.
     "wildfb": {"columns": {"history": "history"}, "rating": {"column": "label", "up": 3, "down": 2}},
 }
+
+
+def presets_for(record: Record) -> list[str]:
+    """The data sets of which a record has all columns."""
+    of = {name: [*filter(_is_name, preset.get("columns", {}).values())] for name, preset in PRESETS.items()}
+    return [name for name in of if len(of[name]) > 1 and all(value_at(record, one) is not None for one in of[name])]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)

@@ -10,6 +10,7 @@ from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.messages import check_size, messages_in, out_of_text
 from bco_lightning.data.options import Columns, FormatName, LossOn, Rating
+from bco_lightning.data.presets import presets_for
 from bco_lightning.data.values import MISSING, Record, from_json_text, keys_of, shown, unpacked, value_at, without_nulls
 from bco_lightning.errors import ConfigError, FeedbackRowError
 
@@ -81,7 +82,8 @@ class Origin:
         if value is MISSING:
             found = f"expected a column {column!r}, found {keys_of(record)}."
             option = next((f".{name}" for name, known in vars(self.columns).items() if known == column), "")
-            raise self.error(found, f"Rename the column, or set data.columns{option}.")
+            like = "".join(f" It looks like data.preset: {name}." for name in presets_for(record))
+            raise self.error(found, f"Rename the column, or set data.columns{option}.{like}")
         return value
 
     def messages(self, value: Any, name: str, role: str = "") -> list[Message]:
