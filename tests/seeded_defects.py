@@ -74,7 +74,7 @@ DEFECTS = [
     ),
     Defect(
         "R3", "the order depends on the number of workers", "data/training.py",
-        "pools = pools_of(thumbs_up, options.row_seed,", "pools = pools_of(thumbs_up, options.num_workers,",
+        "options.row_seed, by_class=by_class,", "options.num_workers, by_class=by_class,",
         (f"{RESUME}::test_the_rows_of_a_step_do_not_depend_on_plumbing",),
     ),
     Defect(
