@@ -47,9 +47,9 @@ def neutral(text: str) -> float:
 REWARDS: dict[str, Callable[[str], float]] = {"tone": tone, "neutral": neutral}
 
 
-def draw_thumbs(setting: str, reward: str, seed: int) -> list[dict[str, Any]]:
+def draw_thumbs(setting: str, reward: str, seed: int, part: str) -> list[dict[str, Any]]:
     """Rows with thumbs drawn from a reward: pairs of a prompt's answers by Bradley and Terry, or answers one by one."""
-    text = Path(resolve_packaged("package:bco_lightning/demo/train.jsonl")).read_text(encoding="utf-8")
+    text = Path(resolve_packaged(f"package:bco_lightning/demo/{part}.jsonl")).read_text(encoding="utf-8")
     answers, generator = [json.loads(line) for line in text.splitlines()], random.Random(seed)  # noqa: S311
     scores = [SHARPNESS * REWARDS[reward](answer["completion"]) for answer in answers]
 
@@ -79,11 +79,17 @@ def draw_thumbs(setting: str, reward: str, seed: int) -> list[dict[str, Any]]:
 def run(setting: str, reward: str, objective: str, beta: float, seed: int, more: list[str]) -> dict[str, Any]:
     """Fits once; what the trial of the known reward found, and what the newest samples are worth by either reward."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.jsonl"
-        log.write_text("".join(json.dumps(row) + "\n" for row in draw_thumbs(setting, reward, seed)), encoding="utf-8")
+        logs = {part: Path(folder) / f"{part}.jsonl" for part in ("train", "heldout")}
+        for part, log in logs.items():
+            log.write_text("".join(json.dumps(row) + "\n" for row in draw_thumbs(setting, reward, seed, part)), "utf-8")
         command = [sys.executable, "-m", "bco_lightning", "fit", "--config", str(ROOT / "configs" / "bco.yaml")]
-        values = {"seed_everything": seed, "run_folder": f"{folder}/run", "data.train_files": log}
-        values |= {"model.objective": objective, "model.beta": beta, "samples.prompts": 64}
+        values = {"seed_everything": seed, "run_folder": f"{folder}/run", "data.train_files": logs["train"]}
+        values |= {
+            "data.validation_files": logs["heldout"],
+            "model.objective": objective,
+            "model.beta": beta,
+            "samples.prompts": 64,
+        }
         given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
         subprocess.run([*command, *given, *more], check=True, cwd=ROOT)
         record = RunRecord.read(Path(folder) / "run" / "version_0")

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from bco_lightning import figures
 from bco_lightning.objectives import OBJECTIVES, RatedAnswers, make_objective, mean_over_rows
+from bco_lightning.objectives.per_prompt import BCOPerPrompt
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -56,11 +57,15 @@ def rows_of(step: toy.Step, beta: float) -> RatedAnswers:
     )
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, "bco + 0.1 sft"])
+OF_PACKAGE = {"bco + 0.1 sft": lambda: make_objective({"bco": 1, "sft": 0.1}, 0.9), "per prompt": BCOPerPrompt}
+OF_TOY = EVERY | {"bco + 0.1 sft": Mix, "per prompt": PromptIntercept}
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, *OF_PACKAGE])
 def test_an_objective_of_the_toy_has_the_gradient_of_the_packages_step_after_step(name: str) -> None:
-    log, beta = toy.draw_log(World(each=2, pairs=True, rows=512), [0]), 0.7
-    own = Mix() if name == "bco + 0.1 sft" else EVERY[name]()
-    theirs = make_objective({"bco": 1, "sft": 0.1} if name == "bco + 0.1 sft" else name, 0.9)
+    pairs, beta = name != "per prompt", 0.7
+    log = toy.draw_log(World(each=2, pairs=pairs, offset=4.0, rows=512), [0])
+    own, theirs = OF_TOY[name](), OF_PACKAGE.get(name, lambda: make_objective(name, 0.9))()
     if name == "kto":  # its KL is that of the step before; the toy's is exact, and of the step itself
         theirs.baselines["kl"].decay = 0.0
     compared = []
@@ -80,8 +85,9 @@ def test_an_objective_of_the_toy_has_the_gradient_of_the_packages_step_after_ste
         compared.append(torch.allclose(found.flatten(), wanted, rtol=1e-8, atol=1e-12))
         theirs.learn(rows)
 
-    toy.train(log, own, [beta], 0.03, watch=compare)
+    toy.train(log, own, [beta], 0.03, class_weights=pairs, watch=compare)
     assert compared == [True] * 6
+    assert name != "per prompt" or theirs.baselines["prompt_spread"].value > 0
 
 
 @pytest.mark.parametrize("pairwise", [True, False])
