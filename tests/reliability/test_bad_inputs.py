@@ -511,7 +511,7 @@ ROWS_OF_TABLES: dict[str, Case] = {
     ),
     "CSV: no UTF-8": Case(
         {"log.csv": CSV + f"{SAID},".encode() + b"\xff,1\n"}, "log.csv:4",
-        "expected UTF-8, found byte 0xff.", 2, "log.csv",
+        "expected UTF-8, found byte 0xff, as Windows-1252 writes 'ÿ'.", 2, "log.csv",
     ),
     "CSV: NUL": Case(
         {"log.csv": CSV + f"{SAID},".encode() + b"\x00,1\n"}, "log.csv:4",
@@ -645,8 +645,12 @@ FILES: dict[str, Case] = {
         CSV.replace(b"completion", b"prompt"), "log.csv:1",
         "expected each column name once, found the same one in columns 1, 2.", "log.csv",
     ),
-    "a CSV with a byte order mark": bad_file(
-        b"\xef\xbb\xbf" + CSV, "log.csv:1", "expected UTF-8 without a byte order mark, found one.", "log.csv"
+    "a CSV in UTF-16": bad_file(
+        CSV.decode().encode("utf-16"), "log.csv:1", "expected UTF-8 text, found UTF-16.", "log.csv"
+    ),
+    "a CSV with two delimiters": bad_file(
+        b"note;" + CSV, "log.csv:1",
+        "expected one kind of delimiter in the header, found commas and semicolons.", "log.csv",
     ),
     "a CSV with a quotation that does not end": bad_file(
         CSV + f'"{SAID},{SAID},1\n'.encode(), "log.csv:4", "expected CSV, found unexpected end of data.", "log.csv"
