@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Rival = Literal["trl_bco", "trl_kto"]
+Rival = Literal["trl_bco", "trl_kto", "unwatched"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: ours and a rival on the same rows of SmolLM2-135M, turn by turn.
+    """One comparison: ours and a rival, or ours with nothing to see, on the same rows of SmolLM2-135M, turn by turn.
 
     Args:
         name: What ``--cases`` calls it.
@@ -21,7 +21,8 @@ class Case:
         reference: ``model.reference_log_probs`` of ours.
         compiled: ``model.compile`` of ours.
         bf16: ``full``: autocast on both sides. ``lora``: ours loads the frozen base in bfloat16, TRL autocasts.
-        rival: Environment and trainer of the other side.
+        rival: Environment and trainer of the other side. ``unwatched`` is ours without loggers, monitors and progress
+            bar; our own side has all of them then, and logs every step.
         rival_precompute: Whether TRL computes its reference log-probs before the first step too.
         dropped: First steps that do not count.
         min_speed: Demanded tokens/s, as a multiple of the rival's.
@@ -33,7 +34,7 @@ class Case:
     batch_size: int
     completions_per_prompt: int = 1
     lora: bool = False
-    reference: Literal["cached", "online"] = "cached"
+    reference: Literal["before", "online"] = "before"
     compiled: bool = False
     bf16: bool = False
     rival: Rival = "trl_bco"
@@ -49,6 +50,7 @@ FULL_B8 = Case("full-b8-cached", 8, min_speed=2.7, max_memory=0.52, min_share=0.
 TWO = Case("full-b8-two", 8, completions_per_prompt=2, min_speed=4.0)
 FOUR = Case("full-b8-four", 8, completions_per_prompt=4, min_speed=5.0, max_memory=0.42)
 LORA_B4 = Case("lora-b4-float32", 4, lora=True, min_speed=1.8)
+WATCHED = Case("watched", 4, lora=True, bf16=True, rival="unwatched", min_speed=1 / 1.02)
 LORA_PAIRS = Case("lora-b8-bf16-two", 8, completions_per_prompt=2, lora=True, bf16=True, min_speed=3.5, max_memory=0.35)
 
 CASES = {
@@ -69,6 +71,7 @@ CASES = {
         replace(FOUR, name="full-b8-four-compile", compiled=True, dropped=3),
         LORA_B4,
         replace(LORA_B4, name="lora-b4-bf16", bf16=True, min_speed=2.2),
+        WATCHED,
         LORA_PAIRS,
         replace(LORA_PAIRS, name="lora-b8-bf16-two-compile", compiled=True, dropped=3),
     )

@@ -19,6 +19,8 @@ def python_of(rival: str) -> str:
     Raises:
         SystemExit: If the environment was not made yet.
     """
+    if rival == "unwatched":
+        return sys.executable
     python = FOLDER / rival / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if not python.exists():
         raise SystemExit(f"There is no environment for {rival} yet. Run: python benchmarks/speed.py setup")

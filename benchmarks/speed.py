@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py setup                    # once: an environment for each rival
     python benchmarks/speed.py run --cases bars         # tokens/s and peak memory against TRL, turn by turn
+    python benchmarks/speed.py run --cases watched --pairs 60 --no-ceiling --name watched   # what seeing a run costs
     python benchmarks/speed.py growth                   # time and memory against vocabulary, length, batch
     python benchmarks/speed.py ceiling                  # matrix products per second of this machine
     python benchmarks/speed.py plot                     # pictures of what was written last
@@ -103,6 +104,9 @@ def _run(options: argparse.Namespace) -> int:
         write(options.name, report)  # what is done stays, whatever comes
     if report["cases"]:
         console.print(_result_table(report["cases"]))
+    for result in report["cases"]:
+        if result["case"]["rival"] == "unwatched":
+            console.print(_cost_of_watching(result), highlight=False)
     return 1 if failed else 0
 
 
@@ -203,6 +207,17 @@ def _result_table(results: list[dict[str, Any]]) -> Table:
             *(f"{summary['losses'][side][-1]:.4f}" for side in ("theirs", "ours")),
         )
     return table
+
+
+def _cost_of_watching(result: dict[str, Any]) -> str:
+    """A step with everything to see, in terms of one with nothing."""
+    ratio, case = result["summary"]["ratio"], result["case"]
+    middle, least, most = (1 / ratio[name] for name in ("median", "high_quartile", "low_quartile"))
+    return (
+        f"{case['name']}: a step that logs and shows everything takes {middle:.3f} ({least:.3f} to {most:.3f}) times "
+        f"as long as one that shows nothing, at most {1 / case['min_speed']:.2f} demanded; CPU seconds of all steps: "
+        f"{result['summary']['cpu_seconds_ratio']:.3f} times."
+    )
 
 
 def _demand(demand: float | None, sign: str) -> str:

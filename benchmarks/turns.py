@@ -118,16 +118,20 @@ def run_case(
         **LORA,
     }
     ours_task = task | {"rows": str(rows.write_rows(folder / "ours.jsonl", written))}
+    if case.rival == "unwatched":
+        ours_task["run_folder"] = str(folder / "run")
     with Worker("workers.ours", sys.executable, ours_task, folder / "ours.log") as ours:
         our_start = ours.answer()
         plan = our_start.pop("plan")
         lengths = our_start.pop("lengths")
         # TRL reads its rows in file order: it gets them in the order in which ours trains on them.
-        in_order = [row for step in plan for row in step]
+        is_ours = case.rival == "unwatched"
+        in_order = list(range(len(written))) if is_ours else [row for step in plan for row in step]
         theirs_task = task | {"rows": str(rows.write_rows(folder / "theirs.jsonl", [written[i] for i in in_order]))}
         python = environments.python_of(case.rival)
-        with Worker("workers.theirs", python, theirs_task, folder / "theirs.log") as theirs:
+        with Worker(f"workers.{'ours' if is_ours else 'theirs'}", python, theirs_task, folder / "theirs.log") as theirs:
             their_start = theirs.answer()
+            their_start.pop("plan", None)
             _require_same_tokens([lengths[row] for row in in_order], their_start.pop("lengths"))
             show(f"{case.name}: ready after {our_start['seconds']:.0f} and {their_start['seconds']:.0f} s")
             steps = [_step(ours, theirs, number, plan[number], lengths) for number in range(case.dropped + pairs)]
@@ -163,6 +167,7 @@ def _step(ours: Worker, theirs: Worker, number: int, planned: list[int], lengths
     order = list(sides) if number % 2 == 0 else list(sides)[::-1]
     answers = {side: sides[side].tell("step") for side in order}
     trained_on = answers["ours"].pop("rows")
+    answers["theirs"].pop("rows", None)
     if sorted(trained_on) != sorted(planned):
         raise WorkerError(f"expected ours to train on rows {planned} in step {number}, found {trained_on}.")
     tokens = sum(lengths[row][0] for row in planned)
@@ -199,6 +204,8 @@ def summarise(
             "least": ratios[0],
             "most": ratios[-1],
         },
+        "cpu_seconds_ratio": sum(step["ours"]["cpu_seconds"] for step in counted)
+        / sum(step["theirs"]["cpu_seconds"] for step in counted),
         "memory_ratio": result["ours"]["end"]["peak_mib"] / result["theirs"]["end"]["peak_mib"],
         "memory_ratio_above_start": result["ours"]["end"]["above_start_mib"]
         / result["theirs"]["end"]["above_start_mib"],

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
+from bco_lightning.callbacks import ImplicitRewardMonitor, MetricsFile, SpeedMonitor, StepProgressBar
 from bco_lightning.identity import versions
 from bco_lightning.models.layout import layout_of
 from workers.turn_taking import Turns
@@ -50,6 +52,26 @@ class TakeTurns(Callback):
         """The step is done."""
         more = self.turns.done(loss=float(outputs["loss"]), rows=batch.row_ids_B.tolist())
         trainer.should_stop = not more
+
+
+class Unwatched(ImplicitRewardMonitor):
+    """Stands in the place of the monitor that every run has, and looks at nothing."""
+
+    def on_step_end(self, trainer: Trainer, module: Any, summary: Any) -> None:
+        """Gathers and logs nothing."""
+
+
+def _shown(task: dict[str, Any], callbacks: list[Callback]) -> dict[str, Any]:
+    """What a run of the command line logs and shows, of every step, where the task has a folder for it; or nothing."""
+    folder = task.get("run_folder")
+    if folder is None:
+        silent = [Unwatched()] if task["case"]["rival"] == "unwatched" else []
+        return {"callbacks": [*silent, *callbacks], "logger": False, "enable_progress_bar": False}
+    return {
+        "callbacks": [SpeedMonitor(), StepProgressBar(), *callbacks],
+        "logger": [TensorBoardLogger(folder, name="", version=""), MetricsFile(folder)],
+        "log_every_n_steps": 1,
+    }
 
 
 def _sizes(policy: Any) -> dict[str, int]:
@@ -102,12 +124,10 @@ def main() -> None:
         devices=1,
         precision="bf16-mixed" if bf16 and not lora else "32-true",
         gradient_clip_val=1.0,
-        callbacks=[TakeTurns(turns, data)],
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        **_shown(task, [TakeTurns(turns, data)]),
     ).fit(module, data)
     turns.stopped()
 

@@ -33,6 +33,7 @@ class Turns:
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._born = self._began = time.perf_counter()
+        self._began_cpu = time.process_time()
         self._memory_before = 0.0
 
     def ready(self, **facts: Any) -> bool:
@@ -46,7 +47,8 @@ class Turns:
         Returns:
             Whether there is another step to do.
         """
-        return self._answer(seconds=time.perf_counter() - self._began, **facts)
+        cpu_seconds = time.process_time() - self._began_cpu  # of all threads
+        return self._answer(seconds=time.perf_counter() - self._began, cpu_seconds=cpu_seconds, **facts)
 
     def stopped(self) -> None:
         """Gives the peak of memory, the last answer."""
@@ -56,7 +58,7 @@ class Turns:
     def _answer(self, **facts: Any) -> bool:
         self._send(**facts)
         command = sys.stdin.readline().strip()
-        self._began = time.perf_counter()
+        self._began, self._began_cpu = time.perf_counter(), time.process_time()
         return command == "step"
 
     def _send(self, **facts: Any) -> None:

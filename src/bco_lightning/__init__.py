@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bco_lightning.data import Columns, FeedbackDataModule, Rating, Source
     from bco_lightning.export import export_checkpoint, load_aligned
+    from bco_lightning.inspection import RunRecord, inspect_log, report_runs
     from bco_lightning.metrics import ImplicitRewardMetrics
     from bco_lightning.module import BCOModule
     from bco_lightning.objectives import RewardShift, bce_loss, bco_loss
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "data": ("Columns", "FeedbackDataModule", "Rating", "Source"),
     "export": ("export_checkpoint", "load_aligned"),
+    "inspection": ("RunRecord", "inspect_log", "report_runs"),
     "metrics": ("ImplicitRewardMetrics",),
     "module": ("BCOModule",),
     "objectives": ("RewardShift", "bce_loss", "bco_loss"),
@@ -44,11 +46,14 @@ __all__ = [
     "PromptFeatures",
     "Rating",
     "RewardShift",
+    "RunRecord",
     "Source",
     "bce_loss",
     "bco_loss",
     "export_checkpoint",
+    "inspect_log",
     "load_aligned",
+    "report_runs",
 ]
 
 

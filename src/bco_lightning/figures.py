@@ -203,7 +203,7 @@ def weight_histogram(histogram: Sequence[tuple[float, float, float]]) -> Figure:
 @contextmanager
 def _picture(said: str, height: float = 2.2) -> Iterator[tuple[Figure, Axes]]:
     with mpl.rc_context(_STYLE):
-        figure = Figure((5.6, height))
+        figure = Figure((5.6, height), layout="constrained")  # loggers draw it as large as it is
         figure.set_label(said)
         yield figure, figure.subplots()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from bco_lightning.inspection.prompts import COIN, MOST_ROWS, drawn_rows, prompt
 from bco_lightning.inspection.report import _good_if_known, length_bias
 from bco_lightning.models.load import load_policy, unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
+from bco_lightning.options import ModelOptions
 
 WORDS = ["river", "stone", "cloud", "ember", "lantern", "meadow", "harbor", "violet", "copper", "willow"]
 
@@ -312,11 +312,8 @@ def test_operations_without_weights_are_those_counted_on_the_policy(lora: LoraSe
     )
 
 
-def config(model: str, **trainer: Any) -> Namespace:
-    options = {"accelerator": "cpu", "max_epochs": 3, "max_steps": -1, "num_nodes": 1, **trainer}
-    return Namespace(
-        trainer=Namespace(**options), model=Namespace(name_or_path=model, lora=None, dtype="auto", cache_folder=None)
-    )
+def config(model: str, **trainer: Any) -> tuple[ModelOptions, dict[str, Any]]:
+    return ModelOptions(model), {"accelerator": "cpu", "max_epochs": 3, "max_steps": -1, "num_nodes": 1, **trainer}
 
 
 def test_time_is_operations_over_the_speed_of_products_and_devices(
@@ -324,7 +321,7 @@ def test_time_is_operations_over_the_speed_of_products_and_devices(
 ) -> None:
     monkeypatch.setattr(cost_module, "_matmul_rate", lambda device, dtype: 1e6)
     arrays = arrays_of([9, 19, 29, 99], [True, True, True, False])
-    cost = cost_of(arrays, 0.75, config(tiny_model, devices=2), batch_size=1, micro_batches_per_epoch=4)
+    cost = cost_of(arrays, 0.75, *config(tiny_model, devices=2), batch_size=1, micro_batches_per_epoch=4)
     assert (cost.rows_per_step, cost.steps_per_epoch, cost.steps) == (2, 2, 6)
     useful = UsefulFlops.of(unloaded_model(tiny_model, None))
     flops = useful.per_token * 160 + useful.per_completion_token * 156 + useful.per_squared_length * 11_400
@@ -336,12 +333,12 @@ def test_time_is_operations_over_the_speed_of_products_and_devices(
 
 def test_balanced_sampling_draws_the_rarer_class_again(tiny_model: str) -> None:
     arrays = arrays_of([9, 19, 29, 99], [True, True, True, False])
-    cost = cost_of(arrays, 0.5, config(tiny_model, devices=1), batch_size=6, micro_batches_per_epoch=1)
+    cost = cost_of(arrays, 0.5, *config(tiny_model, devices=1), batch_size=6, micro_batches_per_epoch=1)
     assert cost.tokens == pytest.approx(3 * 20 + 3 * 100)
 
 
 def test_a_model_whose_operations_are_not_known_leaves_the_time_out_and_says_why() -> None:
-    cost = cost_of(arrays_of([1], [True]), 1.0, config("./gone"), 1, 1)
+    cost = cost_of(arrays_of([1], [True]), 1.0, *config("./gone"), 1, 1)
     assert cost.seconds is None
     assert "found nothing there" in cost.why_not
 

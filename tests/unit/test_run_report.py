@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from bco_lightning.errors import ConfigError
 from bco_lightning.inspection.drift import drift, repetition
 from bco_lightning.inspection.run_record import RunRecord
-from bco_lightning.inspection.run_report import page_of_runs, print_outcome, report_command
+from bco_lightning.inspection.run_report import page_of_runs, print_outcome, report_runs
 
 
 def run_of(folder: Path, rewards: Any = None, **files: Any) -> RunRecord:
@@ -50,7 +50,7 @@ def test_a_line_that_was_cut_off_by_a_kill_is_passed_over_and_the_newer_value_of
 
 def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected the folder of a run, with metrics\.jsonl in it, found none"):
-        report_command([str(tmp_path)])
+        report_runs([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

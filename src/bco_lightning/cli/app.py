@@ -27,7 +27,7 @@ from bco_lightning.cli.plan import plan_command
 from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
 from bco_lightning.errors import PreemptedError, printable
 from bco_lightning.export import export_checkpoint
-from bco_lightning.inspection.run_report import report_command
+from bco_lightning.inspection.run_report import report_runs
 from bco_lightning.models.memory import PlanOptions
 from bco_lightning.parallel.collectives import is_in_a_group
 from bco_lightning.parallel.signals import early, requeue_slurm_job
@@ -140,9 +140,9 @@ def _dispatch(given: list[str]) -> None:
     elif command == "report":
         parser = BCOArgumentParser(prog="python -m bco_lightning report", description=_REPORT)
         parser.add_argument("runs", nargs="+", type=str, help="Folders of runs, RUN_FOLDER/version_N.")
-        parser.add_function_arguments(report_command, skip={"runs", "overwrite"})
+        parser.add_function_arguments(report_runs, skip={"runs", "overwrite"})
         parser.add_flag("overwrite", "Replace the page, if it is one of this command.")
-        report_command(**parser.parsed(others))
+        report_runs(**parser.parsed(others))
     elif command == "plan":
         parser = BCOArgumentParser(prog="python -m bco_lightning plan", description=_PLAN)
         parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})

@@ -407,13 +407,13 @@ class InspectCLI(BCOCLI):
         told = {"prog": "python -m bco_lightning inspect", "description": _INSPECT}
         super().__init__(arguments, run=False, parser_kwargs=told)
         options = {name: self.config[name] for name in ("report", "examples", "hide_examples", "overwrite")}
-        inspect_command(self.config, self.data_options, self.model_options, **options)
+        inspect_command(self.data_options, self.model_options, vars(self.config.trainer), **options)
 
     @override
     def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])  # the config of a run has them
-        skip: set[str | int] = {"config", "data_options", "model_options", "hide_examples", "overwrite"}
+        skip: set[str | int] = {"data_options", "model_options", "trainer_options", "hide_examples", "overwrite"}
         parser.add_function_arguments(inspect_command, skip=skip)
         parser.add_flag("hide_examples", "Show no row's text, neither here nor on the page.")
         parser.add_flag("overwrite", "Replace the page, if it is one of this command.")

@@ -13,7 +13,7 @@ from bco_lightning.errors import UserError
 from bco_lightning.inspection.numbers import RowArrays
 from bco_lightning.models.load import locate_model, resolve_dtype, unloaded_model
 from bco_lightning.models.useful_flops import UsefulFlops
-from bco_lightning.options import LoraSettings
+from bco_lightning.options import ModelOptions
 
 # Shares of the speed of a large matrix product that training reaches: small models and short rows are near the lower
 # end. The reference's pass is not in the useful operations and is paid out of this share too.
@@ -36,13 +36,19 @@ class Cost:
     why_not: str = ""
 
 
-def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, micro_batches_per_epoch: int) -> Cost:
-    """What a run with such rows and the resolved options of ``fit`` takes, by the speed of matrix products here.
+def cost_of(
+    arrays: RowArrays,
+    share_up: float,
+    model: ModelOptions,
+    trainer: Mapping[str, Any],
+    batch_size: int,
+    micro_batches_per_epoch: int,
+) -> Cost:
+    """What a run with such rows and arguments of the trainer takes, by the speed of matrix products here.
 
     ``share_up`` is that of thumbs-up among the rows that are drawn; micro-batches of an epoch are as if there were one
     device and no accumulation.
     """
-    trainer = vars(config.trainer)
     device, devices = _devices(trainer)
     accumulation = trainer.get("accumulate_grad_batches")
     per_step = devices * (accumulation if isinstance(accumulation, int) else 1)
@@ -55,11 +61,10 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
     )
     steps = num_steps(trainer, steps_per_epoch)
     cost = Cost(tokens, completion_tokens, per_step * batch_size, steps_per_epoch, steps)
-    lora = LoraSettings(**dict(vars(config.model.lora))) if config.model.lora is not None else None
     try:
         # What the tokenizer was loaded from: transformers reads all of a GGUF file to find its shape.
-        folder = locate_model(config.model.name_or_path).folder(config.model.cache_folder)
-        useful = UsefulFlops.of(unloaded_model(folder, lora))
+        folder = locate_model(model.name_or_path).folder(model.cache_folder)
+        useful = UsefulFlops.of(unloaded_model(folder, model.lora))
     except UserError as error:
         return replace(cost, why_not=f"the model's operations cannot be counted ({error.problem.rstrip('.')})")
     flops = (
@@ -68,7 +73,7 @@ def cost_of(arrays: RowArrays, share_up: float, config: Any, batch_size: int, mi
         + useful.per_squared_length * squared_lengths
     )
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.get("precision")))
-    rate = devices * _matmul_rate(device, mixed or resolve_dtype(config.model.dtype, lora, device))
+    rate = devices * _matmul_rate(device, mixed or resolve_dtype(model.dtype, model.lora, device))
     epochs = steps / steps_per_epoch if steps is not None else 1.0
     seconds = (epochs * flops / rate / EFFICIENCY[1], epochs * flops / rate / EFFICIENCY[0])
     on_cuda = device.type == "cuda"

@@ -23,7 +23,6 @@ from bco_lightning.inspection.personal_data import count_personal_data
 from bco_lightning.inspection.prompts import drawn_rows, prompt_shift
 from bco_lightning.inspection.report import DataReport, Finding, durations, examples_of, length_bias, sections
 from bco_lightning.metrics import auc
-from bco_lightning.models.load import load_tokenizer
 from bco_lightning.module import BCOModule
 from bco_lightning.places import require_free
 
@@ -32,9 +31,9 @@ _STYLES = {"problem": "bold red", "warning": "yellow", "note": "", "good": "gree
 
 
 def inspect_command(
-    config: Any,
     data_options: Mapping[str, Any],
     model_options: Mapping[str, Any],
+    trainer_options: Mapping[str, Any],
     report: str = "inspect.html",
     examples: int = 3,
     hide_examples: bool = False,
@@ -43,9 +42,9 @@ def inspect_command(
     """What ``inspect`` takes beside the options of ``fit``.
 
     Args:
-        config: The resolved options of ``fit``.
         data_options: Arguments of the data module.
         model_options: Arguments of the module.
+        trainer_options: Arguments of the trainer.
         report: The page to write, which needs no other file.
         examples: Rows of either class to show.
         hide_examples: Show no row's text, neither in the terminal nor on the page.
@@ -59,60 +58,88 @@ def inspect_command(
     page = Path(report)
     require_free("--report", page, _BEGINNING if overwrite else "")
     require_free("--report", bad_rows := page.with_name(BAD_ROWS), '{"place": "' if overwrite else "")
-    tokenizer = load_tokenizer(config.model.name_or_path, cache_folder=config.model.cache_folder)
-    problem: UserError | None
-    data, problem = _read(FeedbackDataModule(**data_options, tokenizer=tokenizer))
+    module = BCOModule(**model_options)
+    data, problem = _read(FeedbackDataModule(**data_options, tokenizer=module.tokenizer))
     if not data.counts:  # of a log that would stop a run, all that is malformed is to be told
         skipping = {**data_options, "bad_rows": "skip", "max_bad_rows": 1.0}
-        data, other = _read(FeedbackDataModule(**skipping, tokenizer=tokenizer))
+        data, other = _read(FeedbackDataModule(**skipping, tokenizer=module.tokenizer))
         problem = problem if data.counts or data.bad_rows else other
-    kinds: dict[tuple[str, str], Counted] = {}
-    for row in data.bad_rows:
-        kinds.setdefault((row["expected"], row["remedy"]), Counted()).take(1, [row["place"]])
-    if kinds:
+    if data.bad_rows:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.bad_rows)
         write_text(lines, bad_rows, "--report", replaces=overwrite)
         print(printable(f"Malformed rows, all of them: {bad_rows}"))
     elif overwrite:
         bad_rows.unlink(missing_ok=True)  # that of an earlier log
+    found = _report(module, data, problem, trainer_options, 0 if hide_examples else examples)
+    print_report(found, Console())
+    write_text(page_of(found), page, "--report", replaces=overwrite)
+    print(printable(f"\nPage   {report}"))
+    if found.problem is not None:
+        raise found.problem
+
+
+def inspect_log(
+    module: BCOModule, data: FeedbackDataModule, trainer_options: Mapping[str, Any] | None = None, examples: int = 3
+) -> DataReport:
+    """What to know of a log before it is trained on: numbers, findings, and sections with tables and pictures.
+
+    Args:
+        module: Names the model; no weight is loaded but for ``importance_weights``.
+        data: The log, a data module that was given ``module.tokenizer``.
+        trainer_options: Arguments of the trainer that steps and time are worked out for, such as ``max_epochs``.
+        examples: Rows of either class to show.
+
+    Raises:
+        UserError: If the rows cannot be read. Where ``fit`` would not start for another reason, that is the report's
+            ``problem``.
+    """
+    return _report(module, *_read(data), trainer_options or {}, examples)
+
+
+def _report(
+    module: BCOModule,
+    data: FeedbackDataModule,
+    problem: UserError | None,
+    trainer_options: Mapping[str, Any],
+    examples: int,
+) -> DataReport:
     if problem is not None and not data.counts:
         raise problem
-    dataset = data.training.table(MOST_PROMPTS)
+    kinds: dict[tuple[str, str], Counted] = {}
+    for row in data.bad_rows:
+        kinds.setdefault((row["expected"], row["remedy"]), Counted()).take(1, [row["place"]])
+    dataset, options = data.training.table(MOST_PROMPTS), data.options
     trust: TrustReport | None = None
-    if (wanted := config.model.importance_weights) != "off":
-        module = BCOModule(**model_options)
+    if (wanted := module.options.importance_weights) != "off":
         weights = module.weighing.find(data, module.reference, None)
         trust, problem = weights.report, problem or weights.problem(wanted)
     notes = [] if problem is None else [Finding("problem", f"fit would not start: {problem.problem}")]
-    if data.options.streaming:
+    if options.streaming:
         text = f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it."
         notes.append(Finding("note", text))
-    arrays, seed = RowArrays.of(dataset), data.options.row_seed
-    limits = {f"data.{name}": config.data.get(name) for name in ("max_length", "max_prompt_length")}
+    arrays, seed = RowArrays.of(dataset), options.row_seed
+    limits = {"data.max_length": options.max_length, "data.max_prompt_length": options.max_prompt_length}
     up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), seed)
-    texts = list(texts_of(dataset, tokenizer, drawn.tolist()))
-    data_report = DataReport(
-        model=config.model.name_or_path,
+    texts = list(texts_of(dataset, data.tokenizer, drawn.tolist()))
+    # The data module knows of no trainer here: its steps are micro-batches of one device.
+    size, micro_batches = options.batch_size, data.steps_per_epoch
+    return DataReport(
+        model=module.options.name_or_path,
         counts=tuple(data.counts),
         feedback=data.feedback_summary,
         arrays=arrays,
         limits={name: limit for name, limit in limits.items() if limit is not None},
-        # The data module knows of no trainer here: its steps are micro-batches of one device.
-        cost=cost_of(arrays, data.class_frequencies[0], config, data.options.batch_size, data.steps_per_epoch),
+        cost=cost_of(arrays, data.class_frequencies[0], module.options, trainer_options, size, micro_batches),
         prompts=prompt_shift([row.prompt for row in texts], up[drawn], seed),
         prompt_bias=auc(arrays.prompt_lengths, up, arrays.prompts),
         bias=length_bias(arrays),
         personal_data=count_personal_data(row[:2] for row in texts),
-        examples=examples_of(dataset, tokenizer, up, 0 if hide_examples else examples, seed),
+        examples=examples_of(dataset, data.tokenizer, up, examples, seed),
         notes=tuple(notes),
         trust=trust,
         malformed=kinds,
+        problem=problem,
     )
-    print_report(data_report, Console())
-    write_text(page_of(data_report), page, "--report", replaces=overwrite)
-    print(printable(f"\nPage   {report}"))
-    if problem is not None:
-        raise problem
 
 
 def _read(data: FeedbackDataModule) -> tuple[FeedbackDataModule, FeedbackRowError | None]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from bco_lightning import figures
 from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
-from bco_lightning.errors import printable
+from bco_lightning.errors import UserError, printable
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
 from bco_lightning.inspection.numbers import LENGTH_HEADINGS, RowArrays, RowText, length_summary, texts_of
@@ -69,11 +69,17 @@ class DataReport:
     notes: tuple[Finding, ...] = ()
     trust: TrustReport | None = None
     malformed: Mapping[tuple[str, str], Counted] = field(default_factory=dict)  # by what is expected, and the remedy
+    problem: UserError | None = None  # why fit would not start
 
     @property
     def trained_on(self) -> RowCounts:
         """What became of the rows to train on."""
         return self.counts[0]
+
+    @property
+    def sections(self) -> list[Section]:
+        """Tables and pictures, in the order in which they are read."""
+        return sections(self)
 
     @property
     def findings(self) -> list[Finding]:

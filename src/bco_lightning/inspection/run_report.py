@@ -54,7 +54,7 @@ _COMPARED = (
 )
 
 
-def report_command(runs: list[str], output: str | None = None, overwrite: bool = False) -> None:
+def report_runs(runs: list[str], output: str | None = None, overwrite: bool = False) -> None:
     """Writes a page on what a run achieved, or on several side by side.
 
     Args:
@@ -168,7 +168,8 @@ def _sections(record: RunRecord) -> list[Section]:
         rows = [(name, _shown(value)) for name, value in record.alignment.items() if isinstance(value, (int, float))]
         parts.append(Section("Known reward", ("", ""), rows))
     versions = [(name, str(value)) for name, value in record.provenance.get("versions", {}).items()]
-    made_of = [(name, str(record.provenance.get(name))) for name in ("seed", "python", "git_revision")]
+    known = ((name, record.provenance.get(name)) for name in ("seed", "python", "git_revision"))
+    made_of = [(name, str(value)) for name, value in known if value is not None]
     parts.append(Section("Versions", ("", ""), [*made_of, *versions]))
     return [part for part in parts if part.rows]
 
