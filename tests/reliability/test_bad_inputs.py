@@ -403,7 +403,7 @@ ROWS_OF_TOKENS: dict[str, Case] = {
     ),
 }  # fmt: skip
 
-PARTING = "expected chosen and rejected conversations to part at an answer of the assistant, found "
+PARTING = "expected both conversations to part at an answer of the assistant, found "
 ROWS_OF_PAIRS: dict[str, Case] = {
     "no prompt": bad(without(pair(), "prompt"), "expected a column 'prompt', found 'chosen', 'rejected'.", pair, 4),
     "no rejected answer": bad(
@@ -426,7 +426,7 @@ ROWS_OF_PAIRS: dict[str, Case] = {
     ),
     "a prompt beside other conversations": bad(
         pair(chosen=[user("a"), assistant()], rejected=[user("a"), assistant("b")]),
-        "expected 'prompt' to be a message of both conversations, found another text.", pair, 4,
+        "expected 'prompt' to be a message of the conversations, found another text.", pair, 4,
     ),
 }  # fmt: skip
 
@@ -1088,7 +1088,7 @@ TYPED: dict[str, tuple[Case, list[str]]] = {
     "a damaged Parquet file": (FILES["Parquet with a damaged page"], []),
     "thumbs-up alone": (LOGS["thumbs-up alone"], []),
     "a source whose rule has swapped bounds": (
-        Case({"log.jsonl": LOG}, "data.rating", "expected down below up, found 4 and 2."),
+        Case({"log.jsonl": LOG}, "data.rating", "expected down below up, found 4 as down and 2 as up."),
         ["--data.train_files=[{path: log.jsonl, rating: {up: 2, down: 4}}]"],
     ),
 }
