@@ -154,7 +154,7 @@ DEFECTS = [
     ),
     Defect(
         "R16", "class weights off by 0.1 %", "objectives/bco.py",
-        "return 1 / share_up, 1 / share_down", "return 1.001 / share_up, 1 / share_down",
+        "return (1 / share_up if share_up else 0.0)", "return (1.001 / share_up if share_up else 0.0)",
         (f"{SAME}::test_the_golden_trajectory",),
     ),
     Defect(
