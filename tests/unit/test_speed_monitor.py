@@ -69,13 +69,13 @@ class Run:
             log_every_n_steps=interval,
             precision="32-true",
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            callback_metrics={},
             loggers=[SimpleNamespace(log_metrics=lambda values, step: self.logged.update({step: values}))],
         )
         self.bar: dict[str, float] = {}
         self.module: Any = SimpleNamespace(
             policy=layout,
             log=lambda name, value, **_: self.bar.update({name: value}),
-            log_dict=lambda values, **_: None,
         )
         self.step = 0
         self.monitor.on_train_start(self.trainer, self.module)
