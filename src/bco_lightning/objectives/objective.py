@@ -106,9 +106,9 @@ class Objective:
 
     def learn(self, rows: RatedAnswers) -> None:
         """Moves reward shift and baselines by one optimizer step, where all its rows are at hand, as in a toy."""
-        told = sums_of_rewards(rows.rewards_B, rows.thumbs_up_B)
-        self.reward_shift.update(**{name: float(value) for name, value in told.items()})
-        self.update({name: float(value) for name, value in self.sums(rows).items()})
+        rewards, learned = sums_of_rewards(rows.rewards_B, rows.thumbs_up_B), self.sums(rows)
+        self.reward_shift.update(**{name: float(value) for name, value in rewards.items()})
+        self.update({name: float(value) for name, value in learned.items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers of the baselines, by name; the reward shift is kept beside them."""
