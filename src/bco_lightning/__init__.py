@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bco_lightning.data import Columns, FeedbackDataModule, Rating, Source
     from bco_lightning.export import export_checkpoint, load_aligned
-    from bco_lightning.inspection import RunRecord, inspect_log, report_runs
+    from bco_lightning.inspection.inspect import inspect_log
+    from bco_lightning.inspection.run_record import RunRecord
+    from bco_lightning.inspection.run_report import report_runs
     from bco_lightning.metrics import ImplicitRewardMetrics
     from bco_lightning.module import BCOModule
     from bco_lightning.objectives import RewardShift, bce_loss, bco_loss
@@ -30,7 +32,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "data": ("Columns", "FeedbackDataModule", "Rating", "Source"),
     "export": ("export_checkpoint", "load_aligned"),
-    "inspection": ("RunRecord", "inspect_log", "report_runs"),
+    "inspection.inspect": ("inspect_log",),
+    "inspection.run_record": ("RunRecord",),
+    "inspection.run_report": ("report_runs",),
     "metrics": ("ImplicitRewardMetrics",),
     "module": ("BCOModule",),
     "objectives": ("RewardShift", "bce_loss", "bco_loss"),

@@ -136,7 +136,7 @@ def test_rows_are_those_of_a_data_set_in_memory(tmp_path: Path) -> None:
     for dataset in (module.train_dataset, module.validation_dataset):
         assert isinstance(dataset, Dataset)
         assert dataset.column_names[:6] == ["row_id", "input_ids", "completion_mask", "thumbs_up", "prompt", "place"]
-        assert dataset.column_names[6:] == ["source", "prompt_key", "prompt_length", "completion_length"]
+        assert dataset.column_names[6:] == ["source", "prompt_key", "prompt_length", "completion_length", "score"]
         assert list(dataset["row_id"]) == list(range(len(dataset)))
         lines = (tmp_path / "log.jsonl").read_text().splitlines()
         for row in dataset:

@@ -38,9 +38,11 @@ class Watch(Callback):
         self.gradients.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]).clone())
 
 
-def run(model: str, log: str, size: int = 4, cut: int = 1, steps: int = 3, **options: Any) -> tuple[Any, Watch]:
+def run(
+    model: str, log: str, size: int = 4, cut: int = 1, steps: int = 3, held_out: float = 0.25, **options: Any
+) -> tuple[Any, Watch]:
     module, watch = tiny_module(model, **options), Watch()
-    data = tiny_data(log, batch_size=size, validation_fraction=0.25)
+    data = tiny_data(log, batch_size=size, validation_fraction=held_out)
     tiny_trainer(max_steps=steps, accumulate_grad_batches=cut, callbacks=[watch]).fit(module, data)
     return module, watch
 
@@ -103,11 +105,11 @@ def test_thumbs_up_alone_are_enough_for_sft_and_for_nothing_else(tiny_model: str
     log = write_jsonl(
         tmp_path / "up.jsonl", [{"prompt": f"{n}?", "completion": f"yes {n}", "label": True} for n in range(8)]
     )
-    _, watch = run(tiny_model, log, objective="sft", steps=2)
+    _, watch = run(tiny_model, log, objective="sft", steps=2, held_out=0.0)
     lengths = watch.rows[0].completion_lengths_B
     assert torch.allclose(watch.rows[0].losses_B, -watch.rows[0].policy_log_probs_B / lengths)
     with pytest.raises(UserError, match="expected thumbs of both kinds"):
-        run(tiny_model, log, objective={"sft": 1.0, "bco": 1.0})
+        run(tiny_model, log, objective={"sft": 1.0, "bco": 1.0}, held_out=0.0)
 
 
 def test_una_trains_on_ratings_where_they_lie_in_their_scale(tiny_model: str, tmp_path: Path) -> None:

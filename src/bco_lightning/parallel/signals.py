@@ -32,7 +32,7 @@ class StopSignals:
 
     def install(self) -> None:
         """Has signals come here, if this is the main thread."""
-        self.received = 0
+        self.received, self._process = 0, os.getpid()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
