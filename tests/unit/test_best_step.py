@@ -103,6 +103,7 @@ def test_a_best_step_that_no_other_reason_would_have_saved_is_whole_and_goes_on_
         assert torch.equal(value, again["state_dict"][name]), name
 
 
+@pytest.mark.slow
 def test_what_is_best_is_remembered_as_of_the_step_from_which_a_run_goes_on(
     tiny_model: str, log: str, tmp_path: Path
 ) -> None:

@@ -47,7 +47,7 @@ def run(
     return module, watch
 
 
-@pytest.mark.parametrize("objective", ["dpo", "ipo", "nca"])
+@pytest.mark.parametrize("objective", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ipo", "nca"))])
 def test_both_answers_of_a_pair_are_in_a_micro_batch_and_give_its_loss(
     tiny_model: str, pairs: str, objective: str
 ) -> None:
@@ -62,7 +62,10 @@ def test_both_answers_of_a_pair_are_in_a_micro_batch_and_give_its_loss(
     assert module.trainer.callback_metrics["val/loss"].isfinite()
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", {"kldo": 1.0, "sft": 0.1}])
+_MIX = pytest.param({"kldo": 1.0, "sft": 0.1}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", _MIX])
 def test_the_cut_of_a_step_changes_neither_gradients_nor_baselines(tiny_model: str, pairs: str, objective: Any) -> None:
     whole, cut = (run(tiny_model, pairs, size, cut, objective=objective) for size, cut in ((8, 1), (2, 4)))
     for one, other in zip(whole[1].gradients, cut[1].gradients, strict=True):

@@ -152,8 +152,11 @@ def test_a_changed_row_is_computed_and_the_others_are_found(
 @pytest.mark.parametrize(
     "change",
     [
-        *("weight", "libraries", "code"),
-        *(pytest.param(option, marks=pytest.mark.slow) for option in ("dtype", "layout", "precision")),
+        "weight",
+        *(
+            pytest.param(option, marks=pytest.mark.slow)
+            for option in ("libraries", "code", "dtype", "layout", "precision")
+        ),
     ],
 )
 def test_values_of_another_reference_or_way_of_computing_are_not_used(

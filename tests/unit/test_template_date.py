@@ -69,7 +69,7 @@ def test_a_template_says_on_any_day_what_transformers_says_on_that_day(
     assert RowTokenizer(tokenizer, options).render_prompt(QUESTION) == expected
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_tomorrow_has_the_tokens_of_the_day_on_which_it_began(
     streaming: bool, tiny_model: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
