@@ -345,7 +345,7 @@ DEFECTS = [
     ),
     Defect(
         'R17', 'errors of rows are swallowed', 'data/row_sets.py',
-        '                            raise FeedbackRowError(row.where, row.problem, f"{row.remedy} {_SEE_ALL}".lstrip())\n',
+        '                            raise FeedbackRowError(row.where, row.problem, f"{row.remedy} {SEE_ALL}".lstrip())\n',
         '                            continue\n',
         ('tests/reliability/test_bad_rows.py::test_strict_names_the_malformed_row',),
     ),

@@ -23,23 +23,30 @@ def cache_root(given: str | None = None) -> Path:
 
 
 def recipe(name: str) -> str:
-    """The file of a config that comes with this package, such as ``bco``; what is no bare name comes back unchanged."""
-    if not re.fullmatch(r"[\w/-]+", name) or os.path.lexists(name):
+    """The file of a config that comes with this package, such as ``bco``; what names none comes back unchanged."""
+    bare = re.fullmatch(r"(?:configs/)?([\w/-]+)\.yaml|[\w/-]+", name)
+    if not bare or os.path.lexists(name):
         return name
     # Within an installed package, or beside the sources that it is installed from.
     folders = [folder for parent in (0, 2) if (folder := Path(__file__).parents[parent] / "configs").is_dir()]
     known = {
         str(file.relative_to(folder).with_suffix("")): file for folder in folders for file in folder.rglob("*.yaml")
     }
+    if bare[1]:
+        if bare[1] not in known:
+            return name
+        remedy = f"Type it where the repository is, or --config {bare[1]} anywhere."
+        raise ConfigError("--config", f"expected a file, found none at {name!r}.", remedy)
     if name not in known:
         raise ConfigError("--config", f"expected a file, or one of {', '.join(sorted(known))}; found {name!r}.")
     return str(known[name])
 
 
-def require_free(option: str, target: Path, ours: str = "") -> None:
+def require_free(option: str, target: Path, ours: str | None = None) -> None:
     """Refuses, before any work is done, to write where something is already, be it a link, or where nobody can.
 
-    ``ours`` is how files of the same kind begin: such a one may be replaced, as the user has said.
+    ``ours`` is how files of the same kind begin: such a one may be replaced, as the user has said; empty if they could
+    have said so.
     """
     target, found = target.absolute(), ""
     try:
@@ -57,7 +64,8 @@ def require_free(option: str, target: Path, ours: str = "") -> None:
         found = f"that it cannot be ({error.strerror})"
     if found:
         problem = f"expected a name to write under that is free ({target}), found {found}."
-        raise ConfigError(option, problem, "Nothing is replaced: remove it, or choose another.")
+        also = "" if ours is None else " With --overwrite, what this command wrote is replaced."
+        raise ConfigError(option, problem, f"Nothing is replaced: remove it, or choose another.{also}")
 
 
 def is_private(folder: Path) -> bool:

@@ -331,6 +331,14 @@ def test_a_recipe_that_there_is_not_is_refused_with_the_names_of_those_there_are
     assert "expected a file, or one of bco, chitchat, " in capsys.readouterr().err
 
 
+def test_the_path_of_a_recipe_typed_elsewhere_is_refused_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "configs/paper/helpsteer2.yaml"]) == 2
+    assert "or --config paper/helpsteer2 anywhere." in capsys.readouterr().err
+
+
 def test_features_of_prompts_are_options_and_come_back_from_the_config_of_a_run(
     tiny_model: str, log: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,7 +138,11 @@ def test_a_messy_log_is_told_in_one_round_and_then_clean(
     assert "data.columns.thumbs" in told[1]["remedy"]
     said = " ".join(re.sub(r"[│┃]", " ", printed.out).split())
     assert "one JSON object per line 2 messy.jsonl:4, messy.jsonl:16" in said
+    assert "fit would not start: messy.jsonl:4: expected one JSON object per line" in said
     assert "messy.jsonl:4: expected one JSON object per line" in printed.err
+    assert "To see all such rows" not in printed.err
+    assert inspect(tiny_model, str(log), "--report=page.html") == 2
+    assert "With --overwrite, what this command wrote is replaced." in capsys.readouterr().err
     log.write_text("".join(f"{line}\n" for number, line in enumerate(lines) if number not in bad))
     assert inspect(tiny_model, str(log), "--report=page.html", "--overwrite") == 0
     assert not Path("bad_rows.jsonl").exists()

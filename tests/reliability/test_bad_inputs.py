@@ -310,7 +310,7 @@ ROWS_OF_TEXT: dict[str, Case] = {
     ),
     "a row that is cut off within the file": bad(
         ROW[:30],
-        r"expected one JSON object per line, found malformed JSON \(Invalid control character at, column 31\).",
+        r"expected one JSON object per line, found malformed JSON \(Unterminated string starting at, column 12\).",
     ),
     "a row that is cut off at the end of the file": Case(
         {"log.jsonl": LOG + ROW[:30]}, "log.jsonl:3",

@@ -81,12 +81,13 @@ class LabelVocabulary:
         if is_blank(label):
             return LeftOut(place, NO_FEEDBACK)
         known = ", ".join(shown(word) for word in thumbs)
-        raise FeedbackRowError(place, f"label must be one of data.columns.thumbs ({known}), found {shown(label)}.")
+        problem = f"label must be one of data.columns.thumbs ({known}), found {shown(label)}."
+        raise FeedbackRowError(place, problem, "It takes the place of the usual words: name all that the log has.")
 
     def _unknown(self, label: Any, word: Any, place: str) -> FeedbackRowError:
         if any(word in vocabulary for vocabulary in _VOCABULARIES):
             problem = f"label {shown(label)} mixes two vocabularies; labels so far were {'/'.join(self.seen.values())}."
-            return FeedbackRowError(place, problem, "Use one vocabulary in the whole source.")
+            return FeedbackRowError(place, problem, _VOCABULARY)
         remedy = _POINT if _has_decimal_comma(label) else _VOCABULARY
         number = number_in(label) if isinstance(label, str) else label
         if isinstance(number, (int, float)) and number == number and number not in (1, 0, -1):

@@ -33,7 +33,7 @@ from bco_lightning.errors import FeedbackRowError
 from bco_lightning.identity import digest_of_code, digest_of_tokenizer, digest_of_values
 
 BAD_ROWS = "bad_rows.jsonl"  # of what is read together: each malformed row, by FeedbackRowError.as_fields
-_SEE_ALL = f"To see all such rows at once: python -m bco_lightning inspect, which writes {BAD_ROWS}."
+SEE_ALL = f"To see all such rows at once: python -m bco_lightning inspect, which writes {BAD_ROWS}."
 _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 # Rows are many small objects without cycles; looking for some after every 700 of them took a fifth of the time.
 _COLLECT_AFTER = (50_000, 20, 50)
@@ -160,7 +160,7 @@ class RowReader:
                     others.take(row)
                     if isinstance(row, FeedbackRowError):
                         if self._options.bad_rows == "strict":
-                            raise FeedbackRowError(row.where, row.problem, f"{row.remedy} {_SEE_ALL}".lstrip())
+                            raise FeedbackRowError(row.where, row.problem, f"{row.remedy} {SEE_ALL}".lstrip())
                         malformed = malformed or [row]
                         bad_rows.write(json.dumps(row.as_fields(), ensure_ascii=False) + "\n")
             maker.check_rated()
@@ -179,7 +179,7 @@ class RowReader:
                 ", ".join(public_name(source.path) for source in sources),
                 f"expected at most {share:.2%} malformed rows (data.max_bad_rows) or {few} (data.few_bad_rows), found "
                 f"{bad.count} of {read}, the first of them at {', '.join(bad.places)}.",
-                f"The first reads: {malformed[0]} {_SEE_ALL}",
+                f"The first reads: {malformed[0]} {SEE_ALL}",
             ) from malformed[0]
         return others
 

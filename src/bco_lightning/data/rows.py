@@ -79,7 +79,7 @@ class RowMaker:
             found = f"expected a {kind} {self._rating!r}, found {keys_of(ratings)}."
             remedy = "Name the column by data.rating.column, or by data.columns.label where there is no rule."
             for name, value in () if self.options.rating else ratings.items():
-                number = number_in(value) if isinstance(value, str) else value
+                number = number_in(value.replace(",", ".")) if isinstance(value, str) else value
                 if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) <= _LARGEST_RATING:
                     remedy += f" If {name!r} is a rating, set data.rating, {rule_for(number, name)}."
                     break

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.counts import Counted
-from bco_lightning.data.row_sets import BAD_ROWS
+from bco_lightning.data.row_sets import BAD_ROWS, SEE_ALL
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError, printable
 from bco_lightning.importance.report import TrustReport, text_table
 from bco_lightning.importance.weights import MOST_PROMPTS
@@ -60,6 +60,8 @@ def inspect_command(
     require_free("--report", bad_rows := page.with_name(BAD_ROWS), '{"place": "' if overwrite else "")
     module = BCOModule(**model_options)
     data, problem = _read(FeedbackDataModule(**data_options, tokenizer=module.tokenizer))
+    if problem is not None:  # whose advice is this very command
+        problem = FeedbackRowError(problem.where, problem.problem, problem.remedy.removesuffix(SEE_ALL).rstrip())
     if not data.counts:  # of a log that would stop a run, all that is malformed is to be told
         skipping = {**data_options, "bad_rows": "skip", "max_bad_rows": 1.0}
         data, other = _read(FeedbackDataModule(**skipping, tokenizer=module.tokenizer))
@@ -113,7 +115,7 @@ def _report(
     if (wanted := module.options.importance_weights) != "off":
         weights = module.weighing.find(data, module.reference, None)
         trust, problem = weights.report, problem or weights.problem(wanted)
-    notes = [] if problem is None else [Finding("problem", f"fit would not start: {problem.problem}")]
+    notes = [] if problem is None else [Finding("problem", f"fit would not start: {problem.where}: {problem.problem}")]
     if options.streaming:
         text = f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it."
         notes.append(Finding("note", text))

@@ -42,7 +42,7 @@ def parse_line(line: bytes, place: str) -> Record | FeedbackRowError | None:
         text = decode(line, place)
         if not text or text.isspace():
             return None
-        record = _STRICT.decode(text)
+        record = _STRICT.decode(text.rstrip("\r\n"))  # or a text cut off would be said to hold a line break
         if "\\" in text and ("\\ud" in text or "\\uD" in text):  # the first alone is found in no time
             json.dumps(record, ensure_ascii=False).encode()
     except FeedbackRowError as error:
