@@ -40,7 +40,7 @@ def test_a_fit_says_once_what_it_trains_on_what_and_where(
     for said in (
         f"policy: {tiny_model}, {share}, weights in torch.float32",
         "rows: 16 up and 8 down to train on; 16 up and 8 down held out; class weights: up 1.500, down 3.000",
-        "steps: 1 optimizer steps of 4 rows, 0.167 epochs; rows of a micro-batch are packed",
+        "steps: 1 optimizer steps of 4 rows, epochs: 0.167; rows of a micro-batch are packed",
         "device: 1 × cpu, precision 32-true",
         f"run: {tmp_path}",
     ):

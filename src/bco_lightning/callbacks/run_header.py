@@ -67,7 +67,7 @@ class RunHeader(Callback):
         if isinstance(data, FeedbackDataModule):
             counts = [each for each in data.counts if each.name in _ROWS]
             rows = "".join(f"{each.up:,} up and {each.down:,} down {_ROWS[each.name]}; " for each in counts)
-            of_rows = f" of {data.rows_per_step:,} rows, {steps / data.steps_per_epoch:.3g} epochs"
+            of_rows = f" of {data.rows_per_step:,} rows, epochs: {steps / data.steps_per_epoch:.3g}"
             memory = expected_memory(trainer, pl_module, data)
             looks_once = str(trainer.val_check_interval) == "1.0" and steps <= data.steps_per_epoch  # 1 is every batch
             if pl_module.options.kl_budget and looks_once:
