@@ -193,6 +193,14 @@ def plain_adapter(layer: Any) -> tuple[Tensor, Tensor, float] | None:
     return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
+def add_adapter(out_SO: Tensor, x_SI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> tuple[Tensor, ...]:
+    """Adds ``s (x A') B'``, computed in the data type of x; gives A, s B and x A' as the gradients need them."""
+    a_RI, b_OR = a_RI.to(x_SI.dtype), (b_OR * scaling).to(x_SI.dtype)
+    low_SR = x_SI @ a_RI.T
+    out_SO.addmm_(low_SR, b_OR.T)
+    return a_RI, b_OR, low_SR
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """``x W' + b + s (x A') B'``; the base layer is frozen."""
 
@@ -200,12 +208,11 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_SI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor, scaling: float
     ) -> Tensor:
-        a_RI, b_OR = a_RI.to(x_SI.dtype), (b_OR * scaling).to(x_SI.dtype)
-        low_SR = x_SI @ a_RI.T
-        ctx.save_for_backward(x_SI, weight_OI, a_RI, b_OR, low_SR)
-        ctx.scaling = scaling
         bias_O = None if bias_O is None else bias_O.to(x_SI.dtype)
-        return nn.functional.linear(x_SI, weight_OI.to(x_SI.dtype), bias_O).addmm_(low_SR, b_OR.T)
+        out_SO = nn.functional.linear(x_SI, weight_OI.to(x_SI.dtype), bias_O)
+        ctx.save_for_backward(x_SI, weight_OI, *add_adapter(out_SO, x_SI, a_RI, b_OR, scaling))
+        ctx.scaling = scaling
+        return out_SO
 
     @staticmethod
     @once_differentiable

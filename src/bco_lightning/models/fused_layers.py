@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from bco_lightning.models.adapters import plain_adapter
+from bco_lightning.models.adapters import add_adapter, plain_adapter
 
 _CPU_ROWS = 256  # what is computed on the way stays in a CPU's cache
 
@@ -134,9 +134,7 @@ class _GatedLinear(torch.autograd.Function):
             torch.mul(act(gate_SI[rows]), up_SI[rows], out=product_SI[rows])
         out_SH = linear(product_SI, weight_HI.to(gate_SI.dtype))
         if a_RI is not None and b_HR is not None:
-            a_RI, b_HR = a_RI.to(gate_SI.dtype), (b_HR * scaling).to(gate_SI.dtype)
-            low_SR = product_SI @ a_RI.T
-            out_SH.addmm_(low_SR, b_HR.T)
+            a_RI, b_HR, low_SR = add_adapter(out_SH, product_SI, a_RI, b_HR, scaling)
         ctx.save_for_backward(gate_SI, up_SI, weight_HI, a_RI, b_HR, low_SR)
         return out_SH
 
