@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bco_lightning.data import Columns, FeedbackDataModule, Rating, Source
-    from bco_lightning.export import export_checkpoint, load_aligned
     from bco_lightning.inspection.inspect import inspect_log
     from bco_lightning.inspection.run_record import RunRecord
     from bco_lightning.inspection.run_report import report_runs
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
     from bco_lightning.module import BCOModule
     from bco_lightning.objectives import RewardShift, bce_loss, bco_loss
     from bco_lightning.options import LoraSettings, PromptFeatures
+    from bco_lightning.serving.export import export_checkpoint, load_aligned
 
 __version__ = "0.1.0"
 
 # Imported when first used, since torch and Lightning take seconds.
 _HOMES = {
     "data": ("Columns", "FeedbackDataModule", "Rating", "Source"),
-    "export": ("export_checkpoint", "load_aligned"),
     "inspection.inspect": ("inspect_log",),
     "inspection.run_record": ("RunRecord",),
     "inspection.run_report": ("report_runs",),
@@ -39,6 +38,7 @@ _HOMES = {
     "module": ("BCOModule",),
     "objectives": ("RewardShift", "bce_loss", "bco_loss"),
     "options": ("LoraSettings", "PromptFeatures"),
+    "serving.export": ("export_checkpoint", "load_aligned"),
 }
 
 __all__ = [

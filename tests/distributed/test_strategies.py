@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bco_lightning.export import export_checkpoint
+from bco_lightning.serving.export import export_checkpoint
 from tests.distributed.runs import TORCHRUN, Case, go_on, run_all
 from tests.reliability.tiny_run import finish, make_log, make_model, start
 

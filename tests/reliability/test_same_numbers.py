@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.export import export_checkpoint
+from bco_lightning.serving.export import export_checkpoint
 from tests.reliability.tiny_run import (
     ROWS_PER_STEP,
     STEPS,

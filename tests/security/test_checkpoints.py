@@ -24,8 +24,8 @@ from bco_lightning.checkpoints.manifest import _sealed
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.cli.app import main
 from bco_lightning.errors import CheckpointError
-from bco_lightning.export import export_checkpoint, load_aligned
 from bco_lightning.identity import random_state, set_random_state
+from bco_lightning.serving.export import export_checkpoint, load_aligned
 from tests.reliability.tiny_run import make_log, make_model
 from tests.trials import Trials
 

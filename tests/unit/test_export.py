@@ -12,10 +12,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from bco_lightning import LoraSettings
-from bco_lightning import export as export_module
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.export import export_checkpoint
+from bco_lightning.serving import export as export_module
+from bco_lightning.serving.export import export_checkpoint
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 from tests.unit.test_adapters import IDS_BT, made
 

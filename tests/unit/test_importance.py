@@ -15,10 +15,10 @@ from safetensors import safe_open
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.errors import CheckpointError, ConfigError, UserError
-from bco_lightning.export import export_checkpoint
 from bco_lightning.importance import weights as importance_weights
 from bco_lightning.importance.features import ReferenceEncoder
 from bco_lightning.options import PromptFeatures
+from bco_lightning.serving.export import export_checkpoint
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 from tests.reliability.tiny_run import make_model
 

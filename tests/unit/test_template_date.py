@@ -14,8 +14,8 @@ from bco_lightning.data import chat
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import CheckpointError, ConfigError
-from bco_lightning.export import export_checkpoint
 from bco_lightning.objectives.exported import ALIGNMENT_FILE
+from bco_lightning.serving.export import export_checkpoint
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
 # As Llama 3.2 asks.

@@ -26,12 +26,12 @@ from bco_lightning.cli.plain_yaml import refuse_secrets
 from bco_lightning.cli.plan import plan_command
 from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
 from bco_lightning.errors import PreemptedError, printable
-from bco_lightning.export import export_checkpoint
 from bco_lightning.inspection.run_report import report_runs
 from bco_lightning.models.memory import PlanOptions
 from bco_lightning.parallel.collectives import is_in_a_group
 from bco_lightning.parallel.signals import early, requeue_slurm_job
 from bco_lightning.places import recipe
+from bco_lightning.serving.export import export_checkpoint
 
 DEBUG = "--debug"
 _format_warning = warnings.formatwarning

@@ -1,0 +1,1 @@
+"""What becomes of a trained policy: exported, served, and talked to."""
