@@ -195,7 +195,7 @@ def test_the_command_says_whether_a_model_fits(capsys: pytest.CaptureFixture[str
 
 def test_the_table_of_the_recipes_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--table"]) == 0
-    assert capsys.readouterr().out in (CONFIGS / "README.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out in (CONFIGS.parent / "docs" / "many_gpus.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from bco_lightning.metrics import ImplicitRewardMetrics
 from bco_lightning.models.memory import PlanOptions, memory_of
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
-README = Path(__file__).parents[2] / "README.md"
+METRICS = Path(__file__).parents[2] / "docs" / "reading_a_run.md"
 
 
 def test_a_fit_says_once_what_it_trains_on_what_and_where(
@@ -93,7 +93,7 @@ def test_hyper_parameters_of_two_runs_line_up_without_paths_beside_what_they_led
     assert not [value for value in first.values() if "/" in str(value)]
 
 
-def test_an_evaluation_prints_four_digits_in_the_order_of_the_readme_and_sources_beside() -> None:
+def test_an_evaluation_prints_four_digits_in_the_order_of_the_docs_and_sources_beside() -> None:
     names = [f"val/{name}" for name in ImplicitRewardMetrics(["a", "b"]).names]
     names.insert(1, "val/reward_shift")
     values: dict[str, Any] = {name: torch.tensor(number + 1 / 3) for number, name in enumerate(names)}
@@ -105,6 +105,6 @@ def test_an_evaluation_prints_four_digits_in_the_order_of_the_readme_and_sources
     assert rows[0] == ["val/loss", "0.3333", "–", "29.3333"]
     assert rows[1] == ["val/reward_shift", "1.3333", "–", "–"]
     assert rows[-1] == ["val/mine", "2.0000", "–", "–"]
-    table = README.read_text(encoding="utf-8").partition("| metric in TensorBoard")[2].partition("`train/")[2]
+    table = METRICS.read_text(encoding="utf-8").partition("| metric in TensorBoard")[2].partition("`train/")[2]
     named = re.findall(r"`([a-z_]+)`", table.partition("`train/learning_rate`")[0])
     assert [row[0] for row in rows[:-1]] == [f"val/{name}" for name in named]

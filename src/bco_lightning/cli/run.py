@@ -359,7 +359,7 @@ class BCOCLI(LightningCLI):
                 callback.setup(self.trainer, self.model, "predict")
 
     def after_validate(self) -> None:
-        """Prints what Lightning would, in the README's order and with four digits."""
+        """Prints what Lightning would, in the order of docs/reading_a_run.md and with four digits."""
         if self._shows_metrics and self.trainer.is_global_zero:
             print_metrics(self.trainer.callback_metrics, names_logged(self.trainer), Console())
 

@@ -23,6 +23,7 @@ ALLOWED_IMPORTS_VARIABLE = "BCO_ALLOWED_IMPORTS"
 ALLOWED_IMPORTS = (
     "bco_lightning.callbacks",
     # jsonargparse looks up optional dataclasses too, by their shortest path and by their own.
+    "bco_lightning.Columns",
     "bco_lightning.LoraSettings",
     "bco_lightning.PromptFeatures",
     "bco_lightning.Rating",
