@@ -31,10 +31,12 @@ from bco_lightning.models.memory import PlanOptions
 from bco_lightning.parallel.collectives import is_in_a_group
 from bco_lightning.parallel.signals import early, requeue_slurm_job
 from bco_lightning.places import recipe
+from bco_lightning.serving.chat import chat
 from bco_lightning.serving.export import export_checkpoint
 
 DEBUG = "--debug"
 _format_warning = warnings.formatwarning
+_CHAT = "Talk to a policy beside its reference in a browser; thumbs become rows to train on."
 _EXPORT = "Write a folder that transformers (merged) or peft (adapter) load."
 _REPORT = "Make a page on what a run achieved, or on several side by side."
 _PLAN = "Work out what a run would take of each GPU's memory. No weight is loaded."
@@ -143,6 +145,11 @@ def _dispatch(given: list[str]) -> None:
         parser.add_function_arguments(report_runs, skip={"runs", "overwrite"})
         parser.add_flag("overwrite", "Replace the page, if it is one of this command.")
         report_runs(**parser.parsed(others))
+    elif command == "chat":
+        parser = BCOArgumentParser(prog="python -m bco_lightning chat", description=_CHAT)
+        parser.add_function_arguments(chat, skip={"blind"})
+        parser.add_flag("blind", "Show answers as those of A and B, in random order, until you ask who is who.")
+        chat(**parser.parsed(others))
     elif command == "plan":
         parser = BCOArgumentParser(prog="python -m bco_lightning plan", description=_PLAN)
         parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})

@@ -59,9 +59,9 @@ from bco_lightning.places import require_free
 
 _DESCRIPTION = """Align language models from thumbs-up / thumbs-down feedback. Besides the commands below there are
 `inspect`, which reports on the data of a config before it is trained on, `report`, which makes a page on a run or
-compares several, `export`, which writes a checkpoint as a folder that transformers and peft load, and `plan`, which
-works out what a run would take of each GPU's memory: see `inspect --help` and so on. Any command takes --debug, which
-shows the traceback of an error."""
+compares several, `export`, which writes a checkpoint as a folder that transformers and peft load, `chat`, which lets
+you talk to it and rate what it says, and `plan`, which works out what a run would take of each GPU's memory: see
+`inspect --help` and so on. Any command takes --debug, which shows the traceback of an error."""
 _INSPECT = """Read the data as `fit` would and report on it, before GPU hours are spent: rows read, used, left out and
 cut, thumbs, lengths, tokens, steps and time, prompts of either class, length bias, personal data. No weight is loaded,
 except for model.importance_weights. It takes every option of `fit`."""

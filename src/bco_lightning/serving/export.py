@@ -96,7 +96,7 @@ def export_checkpoint(
         LanguageModelError: If the adapter cannot be merged, or if what was written is not the policy.
     """
     require_free("--output_dir", output_dir)
-    module, told = _opened(ckpt_path, dtype, run_folder)
+    module, told = opened(ckpt_path, dtype, run_folder)
     chat_template = told.get("fingerprints", {}).get("chat_template")
     adapted, whole = module.lora is not None, merge or module.lora is None
     policy: Any = module.policy
@@ -147,17 +147,17 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     Raises:
         CheckpointError: If it is missing, damaged or no such checkpoint.
     """
-    module, told = _opened(ckpt_path, dtype)
+    module, told = opened(ckpt_path, dtype)
     return module, int(told["step"])
 
 
-def _opened(ckpt_path: Path, dtype: str | None, runs: Path | None = None) -> tuple[BCOModule, dict[str, Any]]:
-    """The module of a checkpoint, and its manifest."""
+def opened(ckpt_path: Path, dtype: str | None, runs: Path | None = None) -> tuple[BCOModule, dict[str, Any]]:
+    """The module of a checkpoint, and its manifest, with its place."""
     told = "Taking an earlier step."
     step = resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} {told}"), run_folder=runs)
     # An export has whole weights; how they were trained is in the checkpoint's own settings.
     other = {"quantization": "none", "compile": False, **({"dtype": dtype} if dtype else {})}
-    return BCOModule.load_from_checkpoint(step, **other), verify_checkpoint(step, share=None)
+    return BCOModule.load_from_checkpoint(step, **other), {**verify_checkpoint(step, share=None), "place": str(step)}
 
 
 @torch.no_grad()

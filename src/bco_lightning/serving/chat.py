@@ -1,0 +1,176 @@
+"""What is said to a policy and its reference: answers as they are made, and the log of their thumbs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from transformers import TextIteratorStreamer
+
+from bco_lightning.batch import FeedbackRow, Message
+from bco_lightning.data.options import DataOptions
+from bco_lightning.data.tokenize import RowTokenizer
+from bco_lightning.errors import ConfigError
+from bco_lightning.models.generation import evaluating
+from bco_lightning.models.load import locate_model, resolve_dtype
+from bco_lightning.module import BCOModule
+from bco_lightning.options import LoraSettings
+from bco_lightning.serving.export import opened
+
+
+@dataclass
+class Answer:
+    """What one of the models says to a prompt; its thumb, and its line in the log once it had one."""
+
+    model: str
+    prompt: list[Message]
+    text: str = ""
+    finished: bool = False  # by its own end token
+    thumb: bool | None = None
+    line: bytes = b""
+    stopped: Event = field(default_factory=Event)  # by whoever asked, or at its end
+
+
+class Speakers:
+    """A policy and perhaps its reference, one model in memory where that is the policy with its adapter off.
+
+    One answer is made at a time, whoever asks: an adapter is off for everyone.
+    """
+
+    def __init__(self, ckpt_path: Path | None, name_or_path: str | None, reference: str | None, runs: Path) -> None:
+        if (ckpt_path is None) == (name_or_path is None) or (ckpt_path and reference):
+            expected = "expected either --ckpt_path, or --name_or_path and perhaps --reference_name_or_path"
+            raise ConfigError("chat", f"{expected}, found {'both' if ckpt_path else 'neither'}.")
+        device, told = torch.accelerator.current_accelerator() or torch.device("cpu"), dict[str, Any]()
+        if ckpt_path is not None:
+            module, told = opened(ckpt_path, None, runs)
+        else:
+            adapted = LoraSettings() if locate_model(str(name_or_path)).is_adapter else None
+            dtype = str(resolve_dtype("auto", LoraSettings(), device)).removeprefix("torch.")
+            module = BCOModule(name_or_path, reference, dtype=dtype, lora=adapted)
+        policy: Any = module.to(device).policy
+        self._policy = policy
+        self.models: dict[str, Any] = {"policy": nullcontext}  # what gives none has the policy speak in it
+        if told or reference:
+            module.reference.hold()
+            self.models["reference"] = module.reference.model
+        elif module.lora is not None:
+            self.models["reference"] = policy.disable_adapter
+        self.name, known = str(told.get("place", name_or_path)), told.get("fingerprints", {})
+        self.log = (Path(self.name).parents[2] if told else runs) / "chat.jsonl"
+        self.tokenizer, day = module.tokenizer, known.get("template_date")
+        self.tokenizer.chat_template = known.get("chat_template", self.tokenizer.chat_template)
+        self._longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**31
+        self._rows = RowTokenizer(self.tokenizer, DataOptions(max_length=2**31, template_date=day))
+        self._worker = ThreadPoolExecutor(max_workers=1)
+
+    def speak(self, answer: Answer, temperature: float, max_new_tokens: int) -> Iterator[Answer]:
+        """The answer as it grows, to a prompt as a row has it; at temperature 0 each token is the likeliest one."""
+        row = FeedbackRow(answer.prompt, [{"role": "assistant", "content": "."}], None, "conversation")
+        [(_, sample)] = self._rows.tokenize([row])
+        if isinstance(sample, Exception):
+            raise sample
+        prompt: list[int] = sample.input_ids[: sample.completion_mask.index(True)]  # type: ignore[union-attr]
+        if (room := min(max_new_tokens, self._longest - len(prompt))) < 1:
+            found = f"expected fewer than {self._longest} tokens, which the model can hold, found {len(prompt)}."
+            raise ConfigError("conversation", found, "Begin another one.")
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        made = self._worker.submit(self._make, answer, prompt, streamer, temperature, room)
+        for text in streamer:
+            answer.text += text
+            yield answer
+        answer.text, answer.finished = made.result()
+        answer.stopped.set()
+        yield answer
+
+    def _make(
+        self, answer: Answer, prompt: list[int], streamer: Any, temperature: float, room: int
+    ) -> tuple[str, bool]:
+        greedy: dict[str, Any] = dict.fromkeys(("temperature", "top_k", "top_p"))
+        try:
+            with self.models[answer.model]() as other, evaluating(model := other or self._policy):
+                own, ids = model.generation_config.eos_token_id, torch.tensor([prompt], device=model.device)
+                ends = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own else [])]
+                drawn = {"temperature": temperature} if temperature else greedy
+                drawn |= {"do_sample": temperature > 0, "eos_token_id": ends, "streamer": streamer}
+                drawn["stopping_criteria"] = [
+                    lambda ids, _: ids.new_full(ids.shape[:1], answer.stopped.is_set()).bool()
+                ]
+                drawn |= {"max_new_tokens": room, "pad_token_id": self.tokenizer.pad_token_id}
+                found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **drawn)
+                new = found[0, len(prompt) :].tolist()
+                return self.tokenizer.decode(new, skip_special_tokens=True), new[-1:] != [] and new[-1] in ends
+        finally:
+            streamer.end()
+
+
+def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
+    """Appends a rated answer to a log as one line that ``fit`` reads; another thumb is written in place of the first.
+
+    Labels take five characters each for that; ``None`` takes a thumb back, and is read as no feedback.
+
+    Raises:
+        ConfigError: If the answer was cut off.
+        OSError: If the file cannot be written; it is then as it was.
+    """
+    if not answer.finished:
+        found = "expected an answer that ended by itself, found one that was cut off, which would teach to end there."
+        raise ConfigError("thumb", found, "Raise the limit of tokens, and ask again.")
+    completion = [{"role": "assistant", "content": answer.text}]
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    row = {"prompt": answer.prompt, "completion": completion, "model": answer.model, "source": name, "time": now}
+    line = f'{{"label": {json.dumps(thumb):5}, {json.dumps(row, ensure_ascii=False)[1:]}\n'.encode()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(log, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        before = file.read()
+        at = before.find(answer.line) if answer.line else -1
+        if at < 0:  # also where somebody has edited the log meanwhile
+            at, gap = len(before), b"" if before[-1:] in (b"", b"\n") else b"\n"
+            line = gap + line
+        if os.pwrite(file.fileno(), line, at) < len(line):
+            os.ftruncate(file.fileno(), len(before))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log))
+        os.fsync(file.fileno())
+    answer.line, answer.thumb = line.lstrip(b"\n"), thumb
+
+
+def chat(
+    ckpt_path: Path | None = None, name_or_path: str | None = None, reference_name_or_path: str | None = None, *,
+    blind: bool = False, log: Path | None = None, host: str = "127.0.0.1", port: int | None = None,
+    run_folder: Path = Path("runs/bco"),
+) -> None:  # fmt: skip
+    """Serves a page on which a policy and its reference answer side by side, and thumbs become rows to train on.
+
+    Args:
+        ckpt_path: Checkpoint of a run, as for ``export``; ``last`` or ``best`` of the newest run.
+        name_or_path: Or a model, such as an export. The reference of an adapter is its base model.
+        reference_name_or_path: A model to stand beside that one.
+        blind: Show answers as those of A and B, in random order.
+        log: File to which rated answers are appended; ``chat.jsonl`` beside the run's folder if left out.
+        host: Address to listen on; other machines reach any but ``127.0.0.1``. Only who has the printed URL gets in.
+        port: Port to listen on; the first free one from 7860 if left out.
+        run_folder: Folder of the runs of which ``last`` or ``best`` alone takes the newest.
+
+    Raises:
+        ConfigError: If gradio is not installed, or neither or both of checkpoint and model are given.
+        CheckpointError: If the checkpoint is missing, damaged or no such checkpoint.
+    """
+    if find_spec("gradio") is None:
+        raise ConfigError("chat", "expected gradio, found none.", 'Install it: pip install "bco_lightning[ui]"')
+    from bco_lightning.serving.chat_page import page, serve
+
+    speakers = Speakers(ckpt_path, name_or_path, reference_name_or_path, run_folder)
+    serve(page(speakers, log or speakers.log, blind), host, port)

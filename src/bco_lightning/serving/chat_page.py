@@ -1,0 +1,148 @@
+"""The page of ``chat``: models side by side, thumbs under each answer, and nothing that is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from bco_lightning.errors import UserError
+from bco_lightning.serving.chat import Answer, Speakers, rate
+
+with suppress(ModuleNotFoundError):  # or ``chat`` says what to install
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.responses import PlainTextResponse
+
+_OWN_ALONE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+_CUT = "\n\n*(cut off, and not to be rated)*"
+_THUMBS = {True: "Like", False: "Dislike", None: None}
+_OFF: Any = dict.fromkeys(("share", "mcp_server", "ssr_mode", "enable_monitoring", "pwa", "inline"), False)
+
+
+class _Talk(dict[str, list[Answer]]):
+    """The answers of each model, from left to right; each goes on with its own."""
+
+    blind = False
+
+    def ask(self, said: str) -> list[Answer]:
+        for model, given in self.items():
+            given[:] = [answer for answer in given if answer.text]  # what could not be answered was not said
+            before = [*given[-1].prompt, {"role": "assistant", "content": given[-1].text}] if given else []
+            given.append(Answer(model, [*before, {"role": "user", "content": said}]))
+        return [given[-1] for given in self.values()]
+
+    def stop(self) -> None:
+        for given in self.values():
+            for answer in given:
+                answer.stopped.set()
+
+
+def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
+    """The page, which is not served yet."""
+    models = list(speakers.models)
+
+    def begun() -> list[Any]:
+        talk = _Talk({model: [] for model in (random.sample(models, len(models)) if blind else models)})
+        talk.blind = blind
+        return _shown(talk, speakers.name, log)
+
+    def ask(said: str, talk: _Talk, temperature: float, most: float) -> Iterator[list[Any]]:
+        with _told_on_the_page():
+            for answer in talk.ask(said) if said.strip() else ():
+                for _ in speakers.speak(answer, temperature, int(most)):
+                    yield _shown(talk, speakers.name, log)
+        yield _shown(talk, speakers.name, log)
+
+    def rating(side: int) -> Any:
+        def rated(talk: _Talk, given: gr.LikeData) -> list[Any]:
+            with _told_on_the_page():
+                thumb = given.liked if isinstance(given.liked, bool) else None
+                rate(log, [*talk.values()][side][given.index // 2], thumb, speakers.name)  # type: ignore[operator]
+            return _shown(talk, speakers.name, log)
+
+        return rated
+
+    def revealed(talk: _Talk) -> list[Any]:
+        talk.blind = False
+        return _shown(talk, speakers.name, log)
+
+    with gr.Blocks(title="bco_lightning chat", analytics_enabled=False) as blocks:
+        talk = gr.State()
+        with gr.Row():
+            chats = [gr.Chatbot(height="65vh", buttons=["copy"], latex_delimiters=[]) for _ in models]
+        said = gr.Textbox(placeholder="Ask something", show_label=False, submit_btn=True)
+        with gr.Row():
+            stop, again = gr.Button("Stop", size="sm"), gr.Button("New conversation", size="sm")
+            reveal = gr.Button("Who is who?", size="sm", visible=blind)
+        with gr.Accordion("How answers are drawn", open=False):
+            warmth = gr.Slider(0, 2, 0.7, step=0.1, label="Temperature; 0 takes the likeliest token")
+            most = gr.Slider(16, 4096, 512, step=16, label="Most tokens of an answer")
+        everything = [talk, said, *chats, gr.Markdown()]
+        gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything)
+        said.submit(ask, [said, talk, warmth, most], everything)
+        stop.click(_Talk.stop, talk, None)
+        reveal.click(revealed, talk, everything)
+        for side, chat in enumerate(chats):
+            chat.like(rating(side), talk, everything)
+    return blocks
+
+
+def serve(blocks: Any, host: str, port: int | None, waits: bool = True) -> str:
+    """Serves the page until it is interrupted, for those who know the URL that it prints and gives."""
+    token = secrets.token_urlsafe()
+    cookie = f"chat-{token[:6]}"
+
+    async def guarded(request: Any, follow: Any) -> Any:
+        brought, own = (
+            request.query_params.get("token") or request.cookies.get(cookie, ""),
+            "/gradio_api/startup-events",
+        )
+        if request.url.path == own:  # asked by the server itself; it tells nothing
+            return await follow(request)
+        if not secrets.compare_digest(brought.encode(), token.encode()):
+            return PlainTextResponse("Open the URL that the command has printed, which ends with a token.", 401)
+        response = await follow(request)
+        response.headers["Content-Security-Policy"] = _OWN_ALONE
+        response.set_cookie(cookie, token, httponly=True, samesite="strict")
+        return response
+
+    guard = {"middleware": [Middleware(BaseHTTPMiddleware, dispatch=guarded)]}
+    theme = gr.themes.Default(font="system-ui", font_mono="monospace")  # none that would be fetched
+    how = {**_OFF, "app_kwargs": guard, "theme": theme, "footer_links": [], "quiet": True, "prevent_thread_lock": True}
+    _, url, _ = blocks.launch(server_name=host, server_port=port, **how)
+    print(url := f"{url}?token={token}", flush=True)
+    if waits:
+        blocks.block_thread()
+    return url
+
+
+def _shown(talk: _Talk, name: str, log: Path) -> list[Any]:
+    """What the page shows of a conversation: its columns, and a line about its thumbs."""
+    columns = []
+    for letter, (model, given) in zip("AB", talk.items(), strict=False):
+        texts = [answer.text + _CUT * (answer.stopped.is_set() and not answer.finished) for answer in given]
+        said = [
+            (answer.prompt[-1], {"role": "assistant", "content": t}) for answer, t in zip(given, texts, strict=True)
+        ]
+        label = f"model {letter}" if talk.blind else f"{model}: {name}" if model == "policy" else model
+        thumbs = [_THUMBS[answer.thumb] for answer in given]
+        columns.append(gr.Chatbot([message for turn in said for message in turn], label=label, feedback_value=thumbs))
+    found = Counter((answer.model, answer.thumb) for given in talk.values() for answer in given)
+    told = [f"{model} {found[model, True]} up, {found[model, False]} down" for model in talk]
+    count = sum(number for (_, thumb), number in found.items() if thumb is not None)
+    said_of = f"{count} in all" if talk.blind else "; ".join(told)
+    return [talk, "", *columns, f"Thumbs of this conversation: {said_of}. Log: `{log}`"]
+
+
+@contextmanager
+def _told_on_the_page() -> Iterator[None]:
+    try:
+        yield
+    except (UserError, OSError) as error:
+        gr.Warning(str(error))

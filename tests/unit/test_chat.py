@@ -1,0 +1,248 @@
+"""What is said in a chat is what the models say, and what is rated becomes rows that are read as they are meant."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from bco_lightning import FeedbackDataModule, LoraSettings
+from bco_lightning.cli.app import main
+from bco_lightning.errors import ConfigError
+from bco_lightning.serving import chat as chat_module
+from bco_lightning.serving.chat import Answer, Speakers, chat, rate
+from bco_lightning.serving.export import export_checkpoint
+from tests.unit.test_adapters import made
+from tests.unit.test_export import trained
+
+ASKED = [{"role": "user", "content": "Say <|im_end|> hello."}]
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, tokenizer: Any) -> str:
+    """A random model that ends its answers after some eight tokens."""
+    folder = tmp_path_factory.mktemp("talkative")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 8))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def said(speakers: Speakers, model: str, limit: int = 16) -> Answer:
+    answer = Answer(model, ASKED)
+    grown = [answer.text for answer in speakers.speak(answer, 0.0, limit)]
+    assert all(answer.text.startswith(text.rstrip("�")) for text in grown)
+    return answer
+
+
+def greedy(model: Any, tokenizer: Any, limit: int = 16) -> str:
+    """By transformers alone; what a user typed is text."""
+    said = ASKED[0]["content"]
+    before, after = tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True).split(said)
+    parts = [tokenizer(before), tokenizer(said, split_special_tokens=True), tokenizer(after)]
+    ids = torch.tensor([[token for part in parts for token in part["input_ids"]]])
+    found = model.generate(input_ids=ids, do_sample=False, max_new_tokens=limit, pad_token_id=0)
+    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_an_adapter_and_its_base_speak_from_one_model(talkative: str, tmp_path: Path, tokenizer: Any) -> None:
+    made(talkative, tmp_path / "adapter", lora_alpha=4096, target_modules="all-linear")
+    base = AutoModelForCausalLM.from_pretrained(talkative)
+    expected = {"reference": greedy(base, tokenizer)}
+    expected["policy"] = greedy(PeftModel.from_pretrained(base, tmp_path / "adapter"), tokenizer)
+    assert expected["policy"] != expected["reference"]
+    speakers = Speakers(None, str(tmp_path / "adapter"), None, tmp_path)
+    for model in ("policy", "reference", "policy"):
+        assert said(speakers, model).text == expected[model]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoraSettings(r=4, alpha=512), None])
+def test_policy_and_reference_of_a_run_say_what_they_say_by_themselves(
+    lora: LoraSettings | None, talkative: str, log: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    trained(talkative, log, tmp_path / "runs" / "version_0", lora=lora)
+    speakers = Speakers(Path("last"), None, None, tmp_path / "runs")
+    assert speakers.log == tmp_path / "runs" / "chat.jsonl"
+    export_checkpoint(tmp_path / "runs", tmp_path / "export", merge=True)
+    by_policy = greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "export"), tokenizer)
+    by_reference = greedy(AutoModelForCausalLM.from_pretrained(talkative), tokenizer)
+    assert (said(speakers, "policy").text, said(speakers, "reference").text) == (by_policy, by_reference)
+    assert by_policy != by_reference
+
+
+def test_a_model_has_a_reference_where_one_is_named(talkative: str, tmp_path: Path) -> None:
+    assert list(Speakers(None, talkative, None, tmp_path).models) == ["policy"]
+    both = Speakers(None, talkative, talkative, tmp_path)
+    assert said(both, "policy").text == said(both, "reference").text
+    cut = said(both, "policy", limit=2)
+    assert not cut.finished
+    with pytest.raises(ConfigError, match="expected an answer that ended by itself, found one that was cut off"):
+        rate(tmp_path / "log.jsonl", cut, True, "x")
+    stopped = Answer("policy", ASKED)
+    stopped.stopped.set()
+    assert len([*both.speak(stopped, 1.0, 500)]) <= 3
+    with pytest.raises(ConfigError, match=r"conversation: expected fewer than 512 tokens.*found \d+\. Begin another"):
+        next(both.speak(Answer("policy", [{"role": "user", "content": "word " * 600}]), 0.0, 8))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "chat: expected either --ckpt_path, or --name_or_path .* found neither"),
+        ({"ckpt_path": Path("last"), "name_or_path": "x"}, "chat: expected either .* found both"),
+    ],
+)
+def test_who_is_to_speak_is_said_once(given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_module, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match=message):
+        chat(**given)
+
+
+def test_without_gradio_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_module, "find_spec", lambda name: None)
+    assert main(["chat", "--ckpt_path", "last"]) == 2
+    assert (
+        capsys.readouterr().err
+        == 'error: chat: expected gradio, found none. Install it: pip install "bco_lightning[ui]"\n'
+    )
+
+
+# --- the log
+
+
+def finished(text: str, turns: int = 1) -> Answer:
+    prompt = [{"role": role, "content": f"{text} {n}"} for n in range(turns) for role in ("user", "assistant")][:-1]
+    return Answer("policy", prompt, text, finished=True)
+
+
+def thumbs_of(log: Path, tokenizer: Any) -> dict[str, int]:
+    data = FeedbackDataModule(str(log), tokenizer=tokenizer, validation_fraction=0.0)
+    data.setup("fit")
+    counts = data.counts[0]
+    left_out = {reason: found.count for reason, found in counts.left_out.items()}
+    return {"up": counts.up, "down": counts.down, **left_out}
+
+
+def test_the_last_thumb_of_an_answer_is_the_one_that_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    log, answers = tmp_path / "new" / "log.jsonl", [finished("é👍\n", 2), finished("b"), finished("c"), finished("b")]
+    for answer, thumbs in zip(answers, ([True, False], [False, True], [True, None], [True]), strict=True):
+        for thumb in thumbs:
+            rate(log, answer, thumb, "run")
+    assert thumbs_of(log, tokenizer) == {"up": 2, "down": 1, "no feedback": 1}
+    assert log.stat().st_mode & 0o777 == 0o600
+    first = json.loads(log.read_text(encoding="utf-8").splitlines()[0])
+    assert [message["role"] for message in first["prompt"]] == ["user", "assistant", "user"]
+    assert first["completion"] == [{"role": "assistant", "content": "é👍\n"}]
+    assert (first["model"], first["source"], first["time"][10:11]) == ("policy", "run", "T")
+
+
+def test_what_others_wrote_into_the_log_stays(tmp_path: Path, tokenizer: Any) -> None:
+    log, answer = tmp_path / "log.jsonl", finished("b")
+    theirs = json.dumps({"prompt": "q", "completion": "a", "label": False})
+    log.write_text(theirs, encoding="utf-8")  # without a line break at its end
+    rate(log, answer, True, "run")
+    log.write_text(log.read_text().replace('"source": "run"', '"source": "mine"'))  # edited meanwhile
+    rate(log, answer, False, "run")
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == theirs
+    assert [json.loads(line)["label"] for line in lines] == [False, True, False]
+
+
+def test_tabs_that_rate_at_once_do_not_mix(tmp_path: Path) -> None:
+    log, answers = tmp_path / "log.jsonl", [finished(f"{n} " * 2000) for n in range(8)]
+
+    def rating(answer: Answer) -> None:
+        for n in range(10):
+            rate(log, answer, bool(n % 2), "run")
+
+    threads = [threading.Thread(target=rating, args=(answer,)) for answer in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert sorted(row["completion"][0]["content"] for row in rows) == sorted(answer.text for answer in answers)
+
+
+def test_a_log_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log.jsonl"
+    rate(log, finished("a"), True, "run")
+    before, pwrite = log.read_bytes(), chat_module.os.pwrite
+    monkeypatch.setattr(chat_module.os, "pwrite", lambda file, line, at: pwrite(file, line[:9], at))
+    with pytest.raises(OSError, match="No space left"):
+        rate(log, answer := finished("b"), True, "run")
+    assert (log.read_bytes(), answer.thumb) == (before, None)
+
+
+# --- the page
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_thumb_becomes_a_row_that_inspect_reads(
+    talkative: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    import httpx
+
+    from bco_lightning.serving.chat_page import page, serve
+
+    log, failed = tmp_path / "chat.jsonl", list[BaseException]()
+    speakers = Speakers(None, talkative, talkative, tmp_path)
+    blocks = page(speakers, log, blind=True)
+    url = serve(blocks, "127.0.0.1", None, waits=False)
+    for path in ("", "config", "gradio_api/info", "gradio_api/queue/join"):
+        assert httpx.get(f"{url.partition('?')[0]}{path}").status_code == 401
+        assert httpx.get(f"{url.partition('?')[0]}{path}?token=wrong").status_code == 401
+    leaky = "![a](http://192.0.2.1/leak.png)<script>document.title = 'taken'</script>"
+
+    def drive() -> None:
+        try:
+            with sync_api.sync_playwright() as browsers:
+                browser = browsers.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+                tab, errors, elsewhere = browser.new_page(), list[str](), set[str]()
+                tab.on("pageerror", lambda error: errors.append(str(error)))
+                tab.on("requestfinished", lambda request: elsewhere.add(request.url.split("/")[2]))
+                tab.goto(url, timeout=90_000)
+                for number, question in enumerate(["Say hello.", leaky], 1):
+                    tab.get_by_placeholder("Ask something").fill(question, timeout=90_000)
+                    tab.keyboard.press("Enter")
+                    tab.get_by_label("Like", exact=True).nth(2 * number - 1).wait_for(timeout=90_000)
+                tab.get_by_text("Thumbs of this conversation: 0 in all").wait_for()
+                tab.get_by_label("Like", exact=True).first.click()
+                tab.get_by_text("Thumbs of this conversation: 1 in all").wait_for()
+                assert tab.get_by_text("model A").count() == 1
+                tab.get_by_text("Who is who?").click()
+                tab.get_by_text("1 up, 0 down").wait_for()
+                tab.get_by_label("Dislike", exact=True).first.click()
+                tab.get_by_text("0 up, 1 down").wait_for()
+                tab.get_by_label("Like", exact=True).last.click()
+                tab.get_by_text("1 up, 0 down").wait_for()
+                assert (tab.title(), errors, elsewhere) == ("bco_lightning chat", [], {url.split("/")[2]})
+                browser.close()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=drive)  # playwright takes a thread without an event loop
+    thread.start()
+    thread.join()
+    blocks.close()
+    assert not failed, failed
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [(row["label"], row["prompt"][0]["content"], len(row["prompt"])) for row in rows] == [
+        (False, "Say hello.", 1),
+        (True, "Say hello.", 3),
+    ]
+    capsys.readouterr()
+    assert main(["inspect", "--model.name_or_path", talkative, "--data.train_files", str(log), "--report", "null"]) == 0
+    assert "2" in capsys.readouterr().out
