@@ -157,6 +157,7 @@ class ScoredRows:
     sources_B: Tensor
     reward_shift: float  # what the losses were computed with: a row rewarded more counts as thumbs-up
     baseline_sums: Mapping[str, Tensor] = field(default_factory=dict)  # for what else the objective keeps
+    routing_sums: Mapping[str, Tensor] = field(default_factory=dict)  # how evenly tokens went to experts, if any
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class StepSummary:
     num_up: float
     sum_down: float
     num_down: float
-    totals: Mapping[str, float]  # what callbacks had to tell, summed over processes
+    totals: Mapping[str, Any]  # what callbacks had to tell, summed over processes: numbers, or tensors of several
     baseline_sums: Mapping[str, float] = field(default_factory=dict)
 
     def left_out(self) -> StepSummary:

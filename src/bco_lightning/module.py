@@ -31,6 +31,7 @@ from bco_lightning.identity import (
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
 from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded
+from bco_lightning.models.experts import Routing
 from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_trunk, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model
 from bco_lightning.models.log_probs import completion_log_probs
@@ -78,6 +79,7 @@ class BCOModule(LightningModule):
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._trunk: FrozenTrunk | None = None
+        self._routing: Routing | None = None
         self._layout_reason = ""
         self._fingerprints: dict[str, Any] = {}
         self._accepted_changes: list[str] = []
@@ -142,6 +144,7 @@ class BCOModule(LightningModule):
             self._trunk = find_trunk(policy)
         builder.finish(policy)
         reference.watch_policy()
+        self._routing = Routing(policy, self.options.router_aux_loss, self.options.compile)
         self._policy, self._reference = policy, reference
         if self.options.reference_name_or_path is not None:
             self._take_over_exported(self.options.reference_name_or_path)
@@ -251,16 +254,19 @@ class BCOModule(LightningModule):
             sources_B=batch.sources_B,
             reward_shift=self.objective.threshold,
             baseline_sums=self.objective.sums(answers),
+            routing_sums=cast(Routing, self._routing).sums,
         )
 
     def _log_probs(self, batch: FeedbackBatch) -> tuple[Tensor, Tensor]:
         """Those of policy and reference, shape ``(B,)``."""
-        trunk = self._trunk
-        trunk_states_SH = trunk.states(batch) if trunk else None
+        trunk, routing = self._trunk, cast(Routing, self._routing)
+        with routing.watched(batch):
+            trunk_states_SH = trunk.states(batch) if trunk else None
+            with trunk.left_out() if trunk else nullcontext():
+                policy_log_probs_B = completion_log_probs(self.policy, batch, trunk_states_SH=trunk_states_SH)
+        if (known_B := batch.reference_log_probs_B) is not None:
+            return policy_log_probs_B, known_B
         with trunk.left_out() if trunk else nullcontext():
-            policy_log_probs_B = completion_log_probs(self.policy, batch, trunk_states_SH=trunk_states_SH)
-            if (known_B := batch.reference_log_probs_B) is not None:
-                return policy_log_probs_B, known_B
             return policy_log_probs_B, self.reference.log_probs(batch, trunk_states_SH)
 
     def on_before_batch_transfer(self, batch: FeedbackBatch, dataloader_idx: int) -> FeedbackBatch:
@@ -286,7 +292,8 @@ class BCOModule(LightningModule):
         if self.step_summary is not None:  # the step before has ended
             self.step_rows, self.step_summary = [], None
         self.step_rows.append(rows)
-        return mean_over_rows(losses_B, batch.thumbs_up_B, self.class_weights or self._chosen_class_weights())
+        weights = self.class_weights or self._chosen_class_weights()
+        return cast(Routing, self._routing).add_to(mean_over_rows(losses_B, batch.thumbs_up_B, weights))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Sums the step over processes, for the callbacks; one that is not finite ends here, or is left out."""

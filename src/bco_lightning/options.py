@@ -289,6 +289,17 @@ class ModelOptions(Options):
     reward_shift_decay: float = option(
         "Decay of the reward shift's sums per optimizer step.", default=0.9, fits=DECAY, on_resume="refused"
     )
+    router_aux_loss: Literal["auto"] | float = option(
+        "Coefficient of the load-balancing loss of a mixture of experts, of each row alone; ``auto`` is the "
+        "``router_aux_loss_coef`` of a model whose config sets ``output_router_logits``, as in transformers, else 0.",
+        default="auto",
+        fits=NOT_NEGATIVE,
+    )
+    train_router: bool | None = option(
+        "Whether routers of a mixture of experts are trained, under ``lora`` by adapters; left out, they are with all "
+        "weights, and under ``lora`` where ``target_modules`` names them.",
+        default=None,
+    )
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass: less memory, about a fifth slower.", default=False
     )
@@ -336,6 +347,8 @@ class ModelOptions(Options):
         super().check()
         if self.compile and self.gradient_checkpointing:
             raise ConfigError("model.compile", "expected false with gradient_checkpointing, found true.")
+        if self.compile and self.router_aux_loss not in ("auto", 0):
+            raise ConfigError("model.compile", "expected false with router_aux_loss, found true.")
         if isinstance(self.objective, Mapping):
             if not self.objective:
                 raise ConfigError("model.objective", "expected objectives with their weights, found none.")

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
 from bco_lightning.errors import UserError
+from bco_lightning.models.experts import Routing, experts_per_token, routers_of
 from bco_lightning.models.layout import find_trunk
 from bco_lightning.models.load import load_policy
 from bco_lightning.models.log_probs import completion_log_probs
@@ -42,6 +43,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LORA = LoraSettings(r=2, alpha=4)
+BALANCE = 3.0  # coefficient of the load-balancing loss
 
 
 def of_layers(*kinds: str) -> dict[str, Any]:
@@ -286,10 +288,12 @@ class Outcome:
     refused: bool = False
     log_probs: float = 0.0
     gradients: float = 0.0
+    balance: float = 0.0
+    experts: str = ""  # whether their routers are watched
 
     @property
     def right(self) -> bool:
-        return self.refused or (self.log_probs < 5e-3 and self.gradients < 5e-3)
+        return self.refused or max(self.log_probs, self.gradients, self.balance) < 5e-3
 
 
 def outcome(family: str, mode: str, folder: Path) -> Outcome:
@@ -308,18 +312,21 @@ def outcome(family: str, mode: str, folder: Path) -> Outcome:
                 nn.init.normal_(parameter, std=0.3)
     trained = {name: each for name, each in policy.named_parameters() if each.requires_grad}
     trunk = find_trunk(policy)
-    states_SH = trunk.states(batch) if trunk else None
-    with trunk.left_out() if trunk else nullcontext():
-        found_B = completion_log_probs(policy, batch, states_SH)
+    routing = Routing(policy, BALANCE if routers_of(policy) else 0.0)
+    with routing.watched(batch):
+        states_SH = trunk.states(batch) if trunk else None
+        with trunk.left_out() if trunk else nullcontext():
+            found_B = completion_log_probs(policy, batch, states_SH)
+    router_losses_B = routing.losses_B
     weights_B = torch.linspace(-1, 2, len(batch))
-    (found_B * weights_B).sum().backward()
+    routing.add_to((found_B * weights_B).sum()).backward()
     try:
         oracle = oracle_of(policy, folder, torch.float64)
-        expected_B = alone(oracle, batch)
+        expected_B, balance_B = alone(oracle, batch, router_losses_B is not None)
     except RuntimeError:  # some have a number or a buffer that is float32 whatever the weights are
         oracle = oracle_of(policy, folder, torch.float32)
-        expected_B = alone(oracle, batch)
-    (expected_B * weights_B.double()).sum().backward()
+        expected_B, balance_B = alone(oracle, batch, router_losses_B is not None)
+    ((expected_B * weights_B.double()).sum() + BALANCE * balance_B.mean()).backward()
     right = dict(oracle.named_parameters())
     pairs = [(each.grad, right[name].grad) for name, each in trained.items()]
     total = sum(float(each.grad.square().sum()) for each in right.values() if each.grad is not None)
@@ -331,6 +338,8 @@ def outcome(family: str, mode: str, folder: Path) -> Outcome:
         words,
         log_probs=float((found_B.double() - expected_B).abs().max().detach()),
         gradients=((wrong + missed) / total) ** 0.5,
+        balance=0.0 if router_losses_B is None else float((router_losses_B.double() - balance_B).abs().max().detach()),
+        experts="" if router_losses_B is None else "yes",
     )
 
 
@@ -345,15 +354,29 @@ def oracle_of(policy: Any, folder: Path, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval()
 
 
-def alone(model: Any, batch: FeedbackBatch) -> Tensor:
-    """Log-probs of completions, one row at a time."""
-    found = []
+def alone(model: Any, batch: FeedbackBatch, routed: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs of completions, one row at a time; and the load-balancing loss of each row, a mean over layers."""
+    found, balance, sent = [], [], []
+    options = {"output_router_logits": True} if routed else {}
+    for part in model.modules():  # what experts are told, which is not what is likeliest where offsets are added
+        if type(part).__name__.endswith("Experts"):
+            part.register_forward_pre_hook(lambda _m, told: sent.append(told[1]) if len(told) == 3 else None)
     for row, span in enumerate(batch.row_spans):
+        sent.clear()
         ids = batch.input_ids_S[span.places()]
         scored = batch.position_ids_S[batch.predictors_N[batch.rows_N == row]]
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, scored]
+        given = model(input_ids=ids[None], use_cache=False, **options)
+        logits = given.logits[0, scored]
         found.append(logits.double().log_softmax(-1).gather(-1, ids[scored + 1, None]).sum())
-    return torch.stack(found)
+        layers = list({id(each): each for each in given.router_logits}.values()) if routed else []
+        losses = []
+        for number, logits_tE in enumerate(layers):
+            each = experts_per_token(model.config.get_text_config(), 1)
+            chosen_tK = sent[number] if len(sent) == len(layers) else logits_tE.topk(each).indices
+            share_E = nn.functional.one_hot(chosen_tK, logits_tE.shape[1]).sum(1).double().mean(0)
+            losses.append(len(share_E) * (share_E * logits_tE.double().softmax(-1).mean(0)).sum())
+        balance.append(torch.stack(losses).mean() if losses else found[-1].new_zeros(()))
+    return torch.stack(found), torch.stack(balance)
 
 
 def outcomes(family: str, modes: Iterator[str] | tuple[str, ...] = tuple(MODES)) -> dict[str, Outcome]:

@@ -15,6 +15,7 @@ from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.metrics import ImplicitRewardMetrics
+from bco_lightning.models.experts import balance
 
 if TYPE_CHECKING:
     from bco_lightning.module import BCOModule
@@ -101,6 +102,8 @@ class ImplicitRewardMonitor(StepCallback):
             return
         values = {f"train/{name}": float(value) for name, value in metrics.compute().items()}
         values["train/reward_shift"] = summary.reward_shift
+        evenness = balance(summary.totals, summary.num_up + summary.num_down)
+        values |= {f"train/{name}": value for name, value in evenness.items()}
         values |= {f"train/{name}": each.value for name, each in module.objective.baselines.items()}
         values["train/learning_rate"] = self._learning_rate
         if (square := summary.totals.get("gradient_square")) is not None:

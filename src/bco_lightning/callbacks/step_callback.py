@@ -29,8 +29,8 @@ class StepCallback(Callback):
     def numbers_of_step(self, trainer: Trainer, module: Any) -> Mapping[str, float | Tensor]:
         """What this process has to tell the others of the step, before the optimizer moves.
 
-        Numbers by name, the same names on every process: counts, sums, 1 for yes; tensors are scalars, and are not
-        waited for. The module has the gradients and ``step_rows`` of the step.
+        Numbers by name, the same names on every process: counts, sums, 1 for yes; tensors, of the same shape on
+        every process, are not waited for. The module has the gradients and ``step_rows`` of the step.
         """
         return {}
 
@@ -74,6 +74,8 @@ def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
     told: dict[str, float | Tensor] = dict(_sums_of_rewards(module.step_rows))
     for name in module.objective.sum_names:  # of a baseline
         told[name] = sum((rows.baseline_sums[name] for rows in module.step_rows), start=0.0)
+    for name in module.step_rows[0].routing_sums if module.step_rows else ():
+        told[name] = torch.stack([rows.routing_sums[name] for rows in module.step_rows]).sum(0)
     for callback in callbacks:
         own = callback.numbers_of_step(trainer, module)
         if twice := told.keys() & own.keys():
@@ -130,12 +132,14 @@ def _sums_of_rewards(step_rows: list[ScoredRows]) -> Mapping[str, float | Tensor
     return sums_of_rewards(rewards_B, up_B)
 
 
-def _sum_over_ranks(numbers: Mapping[str, float | Tensor], trainer: Trainer) -> dict[str, float]:
+def _sum_over_ranks(numbers: Mapping[str, float | Tensor], trainer: Trainer) -> dict[str, Any]:
     """Adds numbers over all processes: one tensor in float64, one collective, one wait for the device."""
     root = trainer.strategy.root_device
     device = root if root.type != "mps" else torch.device("cpu")
     known = {name: value for name, value in numbers.items() if not isinstance(value, Tensor)}
     awaited = {name: value.detach() for name, value in numbers.items() if isinstance(value, Tensor)}
     sent = torch.tensor(list(known.values()), dtype=torch.float64).to(device, non_blocking=True)
-    values = torch.cat([sent, *(value.to(device).double().reshape(1) for value in awaited.values())])
-    return dict(zip([*known, *awaited], sum_over_ranks(values, trainer).tolist(), strict=True))
+    values = torch.cat([sent, *(value.to(device).double().flatten() for value in awaited.values())])
+    sizes = [*(1 for _ in known), *(value.numel() for value in awaited.values())]
+    parts = dict(zip([*known, *awaited], sum_over_ranks(values, trainer).split(sizes), strict=True))
+    return {name: part.item() if len(part) == 1 else part.view(awaited[name].shape) for name, part in parts.items()}

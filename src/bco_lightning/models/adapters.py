@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,30 +13,41 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import drawing_from
+from bco_lightning.models.experts import routers_of, stacked_experts
 from bco_lightning.models.limits import adapter_fields
 from bco_lightning.models.refusals import in_words, refuse_incomplete, refuse_unsafe_adapter, refuse_unswitchable
 from bco_lightning.options import LoraSettings
 from bco_lightning.parallel.sharding import final_dtype
 
 REFERENCE_ADAPTER = "reference"
+# Names that layers of experts had before they were stacked.
+_FUSED = {
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), ".experts.gate_up_proj"),
+    "w2": ".experts.down_proj",
+}
 _SHARED = re.compile("vblora_vector_bank|tinylora_v|unilora_theta_d")  # which layers have, and files once
 
 
-def add_adapters(base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str) -> Any:
+def add_adapters(
+    base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str, train_router: bool | None = None
+) -> Any:
     """Puts new adapters, float32, beside the linear layers of a model, whose own weights are frozen.
 
     PEFT writes ``base_name`` into every exported adapter, where it is the only trace of the base model.
     """
     try:
-        policy = get_peft_model(base, _lora_config(settings, base))
+        policy = get_peft_model(base, _lora_config(settings, base, train_router))
+    except UserError:
+        raise
     except ValueError as error:
         raise ConfigError("model.lora", f"expected settings that fit the model, found: {error}.") from error
     with drawing_from(seed, base.device):  # PEFT drew them in the data type of the base, which may yet be another one
@@ -107,43 +117,77 @@ def _take_vocabulary(base: Any, folder: str) -> None:
     base.has_own_vocabulary = True  # not that of the base model, which an exported adapter names
 
 
-def _lora_config(settings: LoraSettings, base: PreTrainedModel) -> LoraConfig:
-    named = settings.target_modules
-    targets: str | list[str] = named if named == "all-linear" else [name.strip() for name in named.split(",")]
+def _lora_config(settings: LoraSettings, base: PreTrainedModel, train_router: bool | None) -> LoraConfig:
+    words = [name.strip() for name in settings.target_modules.split(",")]
     num_layers = base.config.get_text_config().num_hidden_layers
     layers = list(range(max(0, num_layers - settings.top_layers), num_layers)) if settings.top_layers else None
-    if layers is not None and targets == "all-linear":
-        # PEFT combines layers_to_transform with names only, so the names "all-linear" stands for are spelled out.
-        head = base.get_output_embeddings()
-        linear = {n for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
-        targets = sorted({name.rpartition(".")[2] for name in linear})
-    stacked = layers is not None and named == "all-linear" and any(each.ndim > 2 for each in base.parameters())
-    experts = _experts(base, settings, layers or []) if stacked else {}
+    head, home = base.get_output_embeddings(), type(base).__module__
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     # A model's own kinds of linear layers, such as routers, give more than a product, which PEFT does not expect.
-    home = type(base).__module__
-    own = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and type(m).__module__ == home]
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=targets,
-        exclude_modules=own or None,
-        layers_to_transform=layers,
-        task_type="CAUSAL_LM",
-        **experts,
-    )
+    own = [name for name, module in linear.items() if type(module).__module__ == home]
+    targets: dict[str, Any] = {"exclude_modules": own or None, "layers_to_transform": layers}
+    if stacked_experts(base) or routers_of(base):
+        linear = {name: module for name, module in linear.items() if name not in own}
+        targets = _among_experts(base, linear, settings, words, layers, train_router)
+    elif layers is not None and words == ["all-linear"]:
+        # PEFT combines layers_to_transform with names only, so the names "all-linear" stands for are spelled out.
+        targets["target_modules"] = sorted({name.rpartition(".")[2] for name in linear})
+    else:
+        targets["target_modules"] = "all-linear" if words == ["all-linear"] else words
+    return LoraConfig(r=settings.r, lora_alpha=settings.alpha, lora_dropout=0.0, task_type="CAUSAL_LM", **targets)
 
 
-def _experts(base: PreTrainedModel, settings: LoraSettings, layers: list[int]) -> dict[str, Any]:
-    """What PEFT takes "all-linear" for among the experts of some layers, which are parameters and no modules."""
-    whole = LoraConfig(r=settings.r, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(copy.deepcopy(base.config), trust_remote_code=False)
-        get_peft_model(shapes, whole)
-    ends = tuple(f".{name}" for name in whole.target_parameters or ())
-    numbers = {name: re.search(r"\.(\d+)\.", name) for name, _ in base.named_parameters() if name.endswith(ends)}
-    chosen = [name for name, number in numbers.items() if number and int(number[1]) in layers]
-    return {"target_parameters": chosen, "rank_pattern": whole.rank_pattern, "alpha_pattern": whole.alpha_pattern}
+def _among_experts(
+    base: Any, linear: dict[str, Any], settings: LoraSettings, words: list[str], layers: Any, train_router: bool | None
+) -> dict[str, Any]:
+    """What of a mixture of experts is adapted, of which many parts are parameters and no modules, name by name.
+
+    Left to itself, PEFT knows the experts of some architectures alone, and there takes every ``down_proj`` for one:
+    those of shared experts and dense layers got no adapter, and ``layers_to_transform`` did not hold.
+    """
+    within = tuple(f"{name}." for name in routers_of(base))
+    routing = {name for name, p in base.named_parameters() if p.ndim == 2 and name.startswith(within)}
+    taken = LoraConfig(target_modules={name.rpartition(".")[2] for name in linear})
+    convert_peft_config_for_transformers(taken, base, None)  # leaves what PEFT does not take for an expert
+    parts = {name.removesuffix(".weight"): name for name in (*stacked_experts(base), *routing)}
+    for name, module in linear.items():
+        if name.rpartition(".")[2] in taken.target_modules:
+            parts.setdefault(name, name)
+        elif type(module) is nn.Linear:  # whose weight is a matrix: none that is quantized
+            parts.setdefault(name, f"{name}.weight")
+    named = {
+        word: [each for each in parts if f".{each}".endswith((f".{word}", _FUSED.get(word, "/")))] for word in words
+    }
+    whole = words == ["all-linear"]
+    if not whole and (unknown := [word for word, hits in named.items() if not hits]):
+        known = ", ".join(sorted({each.rpartition(".")[2] for each in parts}))
+        expected = f"expected all-linear or names of layers, such as {known}; found {unknown[0]}."
+        raise ConfigError("model.lora.target_modules", expected)
+    chosen = set(parts) if whole else {each for hits in named.values() for each in hits}
+    routers = {name.removesuffix(".weight") for name in routing}
+    chosen = chosen | routers if train_router else chosen - routers if train_router is False or whole else chosen
+    if layers is not None:
+        chosen = {each for each in chosen if (n := re.search(r"\.(\d+)\.", each)) and int(n[1]) in layers}
+    told = sorted(parts[each] for each in chosen)
+    fused = any(name.endswith(".gate_up_proj") for name in told)  # two layers in one, for PEFT too
+    return {
+        "target_modules": [name for name in told if name in linear],
+        "target_parameters": [name for name in told if name not in linear],
+        "rank_pattern": {"gate_up_proj": 2 * settings.r} if fused else {},
+        "alpha_pattern": {"gate_up_proj": 2 * settings.alpha} if fused else {},
+    }
+
+
+def choose_routers(policy: nn.Module, trained: bool | None) -> None:
+    """Freezes the routers of a policy and their adapters, or sees that they are trained; ``None`` leaves them."""
+    names = tuple(f"{name.replace('.base_layer', '')}." for name in routers_of(policy))
+    found = [each for name, each in policy.named_parameters() if name.startswith(names)]
+    for parameter in found if trained is False else ():
+        parameter.requires_grad_(False)
+    if trained is not None and not any(parameter.requires_grad is trained for parameter in found):
+        raise ConfigError(
+            "model.train_router", "expected a policy with routers of experts, found none to train or freeze."
+        )
 
 
 def fuse_adapters(model: nn.Module) -> None:

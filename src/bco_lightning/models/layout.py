@@ -72,7 +72,8 @@ def _kind(module: nn.Module) -> Any:
         for name, value in vars(module).items()
         if isinstance(value, (bool, int, float, str)) and name not in _NO_PART_OF_A_KIND
     }
-    shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+    # Sorted, since a weight that PEFT adapts as a parameter is registered anew in each pass.
+    shapes = sorted((name, tuple(parameter.shape)) for name, parameter in module.named_parameters(recurse=False))
     return type(module), tuple(sorted(plain.items())), tuple(shapes)
 
 

@@ -27,7 +27,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from bco_lightning.data.tokenize import require_end_token
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import drawing_from
-from bco_lightning.models.adapters import add_adapters, load_adapter, merged
+from bco_lightning.models.adapters import add_adapters, choose_routers, load_adapter, merged
 from bco_lightning.models.limits import adapter_fields, refuse_unsafe_config
 from bco_lightning.models.refusals import (
     LACKS_ARE_TOLD,
@@ -166,6 +166,7 @@ def load_policy(
     *,
     mapped: bool = False,
     cache_folder: str | None = None,
+    train_router: bool | None = None,
 ) -> PreTrainedModel:
     """The policy, in evaluation mode, with exactly what is trained requiring gradients; adapters are float32.
 
@@ -175,7 +176,9 @@ def load_policy(
     if lora is None and quantization != "none":
         raise ConfigError("model.quantization", f"expected none where all weights are trained, found {quantization}.")
     if lora is None:
-        return load_language_model(name_or_path, dtype, mapped=mapped, cache_folder=cache_folder).requires_grad_(True)
+        model = load_language_model(name_or_path, dtype, mapped=mapped, cache_folder=cache_folder).requires_grad_(True)
+        choose_routers(model, train_router)
+        return model
     source = locate_model(name_or_path)
     named = source.base() if source.is_adapter else name_or_path
     base = load_language_model(named, dtype, quantization, mapped=mapped, cache_folder=cache_folder)
@@ -183,7 +186,8 @@ def load_policy(
         if source.is_adapter:
             policy = load_adapter(base, source.location)
         else:
-            policy = add_adapters(base, lora, seed, name_or_path)
+            policy = add_adapters(base, lora, seed, name_or_path, train_router)
+    choose_routers(policy, train_router)
     _disable_dropout(policy)
     return policy.eval()  # type: ignore[no-any-return]
 
