@@ -19,6 +19,8 @@ import yaml
 from bco_lightning.checkpoints import read_checkpoint, saved_steps
 from tests.reliability.tiny_run import ROOT, free_port, make_log, make_model
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one process makes what these tests share
+
 LAST = "step-00000012"
 TORCHRUN = "--standalone --nproc_per_node 2 -m bco_lightning"
 SRUN = """#!/bin/bash
@@ -51,7 +53,7 @@ class Group:
         shared = {**os.environ, **self.environment, **environment}
         self.commands.append(subprocess.Popen(command, cwd=self.folder, env=shared, stdout=output, stderr=output))
 
-    def wait(self, seconds: float = 100) -> list[int]:
+    def wait(self, seconds: float = 200) -> list[int]:
         """Exit statuses of the commands."""
         deadline = time.monotonic() + seconds
         return [command.wait(max(0.1, deadline - time.monotonic())) for command in self.commands]
@@ -191,6 +193,7 @@ def test_torchrun_sh_trains_on_two_nodes_as_one_process_does(group: Group, alone
     assert_said_once(group.said("output-0"))
 
 
+@pytest.mark.slow
 def test_lightnings_launcher_prints_every_line_and_bar_once(group: Group) -> None:
     options = ["--data.validation_fraction", "0.1", "--model.reference_log_probs", "before"]
     fit(group, "Lightning", *options, "--trainer.enable_progress_bar", "true")

@@ -26,6 +26,8 @@ from bco_lightning.parallel.strategy import FSDP2Strategy, named_strategy, refus
 from tests.distributed.runs import TORCHRUN
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
 
+pytestmark = pytest.mark.xdist_group(__name__)  # one process makes what these tests share
+
 
 class Saving(RunCheckpoint):
     """In one process files may not grow beyond a limit at step 4, as on a full disk."""

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from bco_lightning.places import resolve_packaged
+
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
@@ -27,6 +29,11 @@ def test_it_runs_on_a_small_budget_and_shows_the_pictures_that_are_committed(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BCO_NOTEBOOK_STEPS", "2")
+    for variable, name, number in (("BCO_NOTEBOOK_LOG", "train", 320), ("BCO_NOTEBOOK_HELD_OUT", "heldout", 32)):
+        log = Path(resolve_packaged(f"package:bco_lightning/demo/{name}.jsonl"))
+        few = tmp_path / log.name
+        few.write_text("".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[:number]), encoding="utf-8")
+        monkeypatch.setenv(variable, str(few))
     notebook = nbformat.read(path, as_version=4)
     expected = num_pictures(notebook)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))

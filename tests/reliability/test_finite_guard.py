@@ -97,7 +97,7 @@ def test_a_value_that_is_not_finite_stops_all_processes(
     # Where weights are sharded, those of one process and their gradients are everyone's.
     cases = [(p, v, 1, 3, "fsdp2") for p in ("policy states", "reference log-probs", "loss") for v in VALUES]
     cases += [(p, v, rank, micro, "ddp") for p in PLACES for v in VALUES for rank in (0, 1) for micro in (1, 3)]
-    for trial in trials(cases, quick=6):  # one of each place, and a sharded one
+    for trial in trials(cases, quick=3):  # one of them sharded
         with trial as (place, value, rank, micro_batch, strategy):
             folder = tmp_path / f"{place}{value}{rank}{micro_batch}{strategy}"
             run = partial(injected, byte_model, feedback, str(folder), place, value, rank, micro_batch, strategy)

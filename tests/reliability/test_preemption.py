@@ -96,7 +96,7 @@ def test_a_signal_at_any_moment_keeps_the_work(byte_model: str, feedback: str, t
         for twice in (False, True)
     ][:30]
     cases = sorted(cases, key=lambda case: drawn.random())
-    for trial in trials(cases, quick=4):
+    for trial in trials(cases, quick=3):
         with trial as (number, phase, seconds, accumulation, twice):
             folder = tmp_path / f"{number.name}-{phase}-{seconds}"
             run = partial(slow_run, byte_model, feedback, held_out, str(folder), phase, accumulation, 1)
@@ -135,7 +135,7 @@ def test_a_signal_at_any_moment_keeps_the_work(byte_model: str, feedback: str, t
 @pytest.mark.promise("R9", "A signal to one of two processes stops both in the same step")
 def test_a_signal_to_one_process_stops_both(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
     held_out = make_log(tmp_path / "held_out.jsonl", num_rows=33, seed=1)
-    for trial in trials([(rank, phase) for rank in (0, 1) for phase in ("training", "validation")], quick=3):
+    for trial in trials([(rank, phase) for rank in (0, 1) for phase in ("training", "validation")], quick=2):
         with trial as (rank, phase):
             folder = tmp_path / f"{rank}-{phase}"
             run = partial(slow_run, byte_model, feedback, held_out, str(folder), phase, 2, 2)
@@ -277,7 +277,7 @@ def test_a_signal_before_the_first_step_ends_in_words_and_keeps_what_was_compute
     scontrol.write_text('#!/bin/sh\necho "$@" >> asked\n')
     scontrol.chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
-    for trial in trials([(number, moment) for number in SIGNALS for moment in MOMENTS], quick=4):
+    for trial in trials([(number, moment) for number in SIGNALS for moment in MOMENTS], quick=3):
         with trial as (number, moment):
             folder = tmp_path / f"{number.name}-{moment}"
             monkeypatch.setenv("BCO_CACHE", str(folder / "cache"))
@@ -371,7 +371,7 @@ def hangs(model: str, log: str, folder: str, how: str, rank: int) -> int:
 
 @pytest.mark.promise("R21", "When one process hangs or dies, the other ends with an error in words within the timeout")
 def test_no_process_waits_for_ever(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
-    for trial in trials([(how, rank) for how in ("sleeps", "exits", "is killed") for rank in (0, 1)], quick=2):
+    for trial in trials([(how, rank) for how in ("sleeps", "exits", "is killed") for rank in (0, 1)], quick=1):
         with trial as (how, rank):
             folder = tmp_path / f"{how}-{rank}"
             processes = start(partial(hangs, byte_model, feedback, str(folder), how, rank), ranks=2, folder=folder)

@@ -76,7 +76,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
     steps = [1, 5, 11, 12, 13, 23]
     runs: dict[tuple[int, int], dict[str, Any]] = {}
     cases = [(step, workers, accumulation) for step in steps for workers in (0, 2) for accumulation in (1, 4)]
-    for trial in trials(cases, quick=4):
+    for trial in trials(cases[1:] + cases[:1], quick=2):
         with trial as (step, workers, accumulation):
             options, folder = (
                 cut(accumulation, workers, validation=validation_log),
@@ -130,11 +130,11 @@ def test_a_streamed_run_resumes_too(byte_model: str, feedback: str, tmp_path: Pa
     runs: dict[int, list[dict[str, Any]]] = {}
     cases = [
         (ranks, after, workers, step)
-        for ranks, after in ((1, 1), (2, 2), (2, 1), (1, 2))
-        for workers in (0, 2)
+        for ranks, after in ((2, 1), (2, 2), (1, 1), (1, 2))
+        for workers in (2, 0)
         for step in (5, 12, 17)
     ]
-    for trial in trials(cases, quick=2):
+    for trial in trials(cases, quick=1):
         with trial as (ranks, after, workers, step):
             folder = tmp_path / str(ranks)
             if ranks not in runs:
@@ -159,10 +159,10 @@ def streamed(ranks: int, workers: int = 0) -> dict[str, Any]:
 def test_the_rows_of_a_streamed_step_do_not_depend_on_plumbing(
     byte_model: str, feedback: str, tmp_path: Path, trials: Trials
 ) -> None:
-    cases = [(workers, rows, ranks) for workers in (0, 2) for rows in (1, 4) for ranks in (1, 2)]
+    cases = [(workers, rows, ranks) for workers in (2, 0) for rows in (1, 4) for ranks in (2, 1)]
     expected = {step: sorted(rows) for step, rows in tiny_fit(byte_model, feedback, **streamed(1))["rows"].items()}
     assert sorted(row for step in range(STEPS_PER_EPOCH) for row in expected[step]) == list(range(ROWS))
-    for trial in trials(cases, quick=2):
+    for trial in trials(cases, quick=1):
         with trial as (workers, rows, ranks):
             options = streamed(ranks, workers)
             options["data_options"]["batch_size"] = rows
@@ -195,7 +195,7 @@ def test_no_row_is_lost_or_repeated(byte_model: str, feedback: str, tmp_path: Pa
     drawn = random.Random(2)
     stops = [(drawn.randrange(1, STEPS), ranks) for ranks in (1, 2) for _ in range(20)]
     runs: dict[int, list[dict[str, Any]]] = {}
-    for trial in trials(stops, quick=3):
+    for trial in trials(stops, quick=2):
         with trial as (step, ranks):
             options, folder = cut(ranks=ranks), tmp_path / str(ranks)
             if ranks not in runs:
@@ -220,9 +220,9 @@ def test_no_row_is_lost_or_repeated(byte_model: str, feedback: str, tmp_path: Pa
 def test_the_rows_of_a_step_do_not_depend_on_plumbing(
     byte_model: str, feedback: str, tmp_path: Path, trials: Trials
 ) -> None:
-    cases = [(workers, rows, ranks) for workers in (0, 1, 2) for rows in (1, 2, 4, 8) for ranks in (1, 2)]
+    cases = [(workers, rows, ranks) for workers in (2, 1, 0) for rows in (1, 2, 4, 8) for ranks in (2, 1)]
     expected = {step: sorted(rows) for step, rows in tiny_fit(byte_model, feedback)["rows"].items()}
-    for trial in trials(cases, quick=4):
+    for trial in trials(cases, quick=2):
         with trial as (workers, rows, ranks):
             # Two processes with micro-batches of eight rows would make sixteen rows a step: they have four.
             options = cut(accumulation=max(1, ROWS_PER_STEP // rows // ranks), workers=workers, ranks=ranks)
@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     moves += [((2, "fsdp2"), (1, "fsdp2")), ((1, "fsdp2"), (2, "fsdp2")), ((2, "fsdp2"), (2, "fsdp2"))]
     moves += [((2, "fsdp2"), (2, "ddp")), ((1, ""), (2, "fsdp2"))]
     cases = [(*move, step, cut_by) for move in moves for step in (5, 17) for cut_by in ("rows", "steps")]
-    for trial in trials(cases, quick=4):
+    for trial in trials(cases, quick=2):
         with trial as (saved_at, resumed_at, step, cut_by):
             folder = tmp_path / f"{saved_at}"
             (ranks, strategy), (ranks_after, strategy_after) = saved_at, resumed_at

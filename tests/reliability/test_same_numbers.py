@@ -178,7 +178,7 @@ def measured(model: str, log: str, ranks: int, rows: int, interval: int) -> dict
 
 @pytest.mark.promise("R13", "Logged metrics are those of the rows, over micro-batches and processes; NaN for no rows")
 def test_logged_metrics_are_those_of_the_rows(byte_model: str, tmp_path: Path, trials: Trials) -> None:
-    for trial in trials([(1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 2, 4), (2, 1, 3)], quick=3):
+    for trial in trials([(1, 8, 1), (1, 2, 4), (2, 4, 1), (2, 2, 4), (2, 1, 3)], quick=2):
         with trial as (ranks, rows, interval):
             log = make_log(tmp_path / "few_down.jsonl", num_rows=96, seed=5)
             lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
@@ -204,7 +204,7 @@ def test_logged_metrics_are_those_of_the_rows(byte_model: str, tmp_path: Path, t
 @pytest.mark.promise("R14", "The reference does not change, and every implicit reward is exactly 0 at step 0")
 def test_the_reference_stays_as_it_was(byte_model: str, feedback: str, tmp_path: Path, trials: Trials) -> None:
     cases = [(*how, adapted) for how in ((1, ""), (2, "ddp"), (2, "fsdp2")) for adapted in (False, True)]
-    for trial in trials(cases, quick=4):
+    for trial in trials(cases, quick=2):
         with trial as (ranks, strategy, adapted):
             options = cut(8 // ranks, 1, ranks, strategy)
             options["module_options"] = {
@@ -287,7 +287,7 @@ def test_the_golden_trajectory(byte_model: str, feedback: str, tmp_path: Path, t
 def test_memory_and_open_files_do_not_grow_with_steps(
     byte_model: str, feedback: str, tmp_path: Path, trials: Trials
 ) -> None:
-    for trial in trials([trials.count(quick=600, full=2000)], quick=1):
+    for trial in trials([trials.count(quick=400, full=2000)], quick=1):
         with trial as steps:
             (slope, files) = finish(start(grow, byte_model, feedback, steps, folder=tmp_path), tmp_path)[0]
             assert slope < 1024, f"{slope:.0f} bytes per step"
@@ -322,7 +322,7 @@ def test_an_exported_model_gives_the_logits_of_the_policy(
 ) -> None:
     tokens = torch.arange(40).view(2, 20)
     cases = [(*how, adapted) for how in ((1, ""), (2, "ddp"), (2, "fsdp2")) for adapted in (False, True)]
-    for trial in trials(cases, quick=4):
+    for trial in trials(cases, quick=2):
         with trial as (ranks, strategy, adapted):
             folder = tmp_path / f"{ranks}{strategy}{adapted}"
             one = partial(logits_after_training, byte_model, feedback, str(folder), ranks, strategy, adapted, tokens)
