@@ -49,6 +49,7 @@ class TokenizedSample:
     completion_cut: bool = False  # such a row has no end token
     prompt_length: int = 0  # both lengths are those before anything was cut
     completion_length: int = 0
+    images: tuple[bytes, ...] = ()  # as `data/images.py` keeps them, in the order of their tokens
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class FeedbackBatch:
     prompts: tuple[str, ...] | None = None  # their words, where they are wanted
     scores_B: Tensor | None = None  # from 0 to 1, of rows that were rated by a rule
     paired: bool = False  # rows 2n and 2n + 1 are the two answers of a pair
+    images_B: tuple[Mapping[str, Tensor], ...] | None = None  # what the model sees of each row, where it sees any
     unrelated: FeedbackBatch | None = None  # the prompts of some rows, each with the answer of another row
 
     def __len__(self) -> int:
@@ -138,6 +140,8 @@ class FeedbackBatch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.images_B is not None:
+            changed["images_B"] = tuple({name: change(value) for name, value in row.items()} for row in self.images_B)
         if self.unrelated is not None:
             changed["unrelated"] = self.unrelated._with_each(change)
         return replace(self, **changed)

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from transformers import AutoModelForCausalLM
 from typing_extensions import override
 
 from bco_lightning.callbacks.refusals import names_logged
@@ -18,7 +17,7 @@ from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.build import dtype_of_matrices
-from bco_lightning.models.layout import causal_lm_of
+from bco_lightning.models.layout import causal_lm_of, kind_of_model
 from bco_lightning.models.log_probs import tile_for
 from bco_lightning.models.memory import PlanOptions, memory_of
 from bco_lightning.options import LoraSettings
@@ -121,7 +120,7 @@ def expected_memory(trainer: Trainer, module: BCOModule, data: FeedbackDataModul
     )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(causal_lm_of(module.policy).config)
+            model = kind_of_model(config := causal_lm_of(module.policy).config).from_config(config)
         parts = memory_of(asked, tile_for(trainer.strategy.root_device), model)
     except LanguageModelError:
         return "not known for this kind of model"

@@ -119,23 +119,25 @@ def check_resolved(options: Namespace, arguments: Sequence[str]) -> None:
             if re.fullmatch(r"\w+(\.\w+)+", found := str(trainer.get(name))):
                 _refuse_import(f"trainer.{name}", found)
         for path, leaf in leaves_of(options):
-            if isinstance(leaf, (str, os.PathLike)) and path[-1] not in ("class_path", "__path__"):
+            if isinstance(leaf, (str, bool, os.PathLike)) and path[-1] not in ("class_path", "__path__"):
                 _refuse_place(path, str(leaf), chosen)
 
 
 def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
     """Refuses a place outside to write to, and data files on web servers, which this machine may reach alone."""
-    on_the_web = path[0] == "data" and path[-1] != "name" and _WEB_ADDRESS.match(text)
+    asks_for_web = path == ("data", "image_urls") and text == "True"
+    on_the_web = (path[0] == "data" and path[-1] != "name" and _WEB_ADDRESS.match(text)) or asks_for_web
     is_written = path[0] not in _READ_FROM or path in _FROM_USER_ALONE
     option = _STRUCTURE.sub("", ".".join(path[:2] if on_the_web else path)).rstrip(".")
     by_user = any(text in texts and f"{option}.".startswith(f"{name}.") for name, texts in chosen)
     if by_user or not (on_the_web or is_written):
         return
     if on_the_web:
+        given = f"--{option}={'true' if asks_for_web else 'ADDRESS'}"
         raise Refusal(
             option,
             "expected files of this machine or of a storage service, found a web address.",
-            f"A config file may not name web addresses; give this one on the command line: --{option}=ADDRESS",
+            f"A config file may not name web addresses; give this one on the command line: {given}",
         )
     if path in _FROM_USER_ALONE:
         raise Refusal(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from jinja2 import TemplateError
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.bounded import TooLongError, clocked, ends
 from bco_lightning.data.control_tokens import CLOSE, OPEN, ControlTokens, Conversation
+from bco_lightning.data.images import IMAGES, as_told
 from bco_lightning.data.joints import Joints, Piece
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 
@@ -90,6 +93,17 @@ class ChatTemplate:
             rendered = dict(zip(plain, map(list, zip(prompts, wholes, strict=True)), strict=True))
         return [self._script(row, told[at], rendered.get(at)) for at, row in enumerate(rows)]
 
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether the template prints lists of parts alone, as those of some models with images do."""
+        if not re.search(r"['\"]type['\"]|\.type\b", self._text):
+            return False
+        tried, found = {"role": "user", "content": "a"}, ["", ""]
+        for number, message in enumerate((tried, as_told(tried))):
+            with contextlib.suppress(*TEMPLATE_FAILURES):
+                found[number] = self._tokenizer.apply_chat_template([message], chat_template=self._text, tokenize=False)
+        return len(found[1]) > len(found[0])
+
     def render(self, conversation: Conversation, stop: int | None = None, *, asks_next: bool) -> str:
         """The messages up to ``stop`` as text; ``asks_next`` adds what comes before an answer."""
         text = self._text if conversation.tools is None else self._text_with_tools
@@ -113,8 +127,13 @@ class ChatTemplate:
         return ""
 
     def _apply(self, messages: list[Any], text: str, *, asks_next: bool, **given: Any) -> Any:
+        nested = isinstance(messages[0], list) if messages else False
+        told = [
+            [as_told(each) if IMAGES in each or self._in_parts else each for each in conversation]
+            for conversation in (messages if nested else [messages])
+        ]
         return self._tokenizer.apply_chat_template(
-            messages, chat_template=text, tokenize=False, add_generation_prompt=asks_next, **given
+            told if nested else told[0], chat_template=text, tokenize=False, add_generation_prompt=asks_next, **given
         )
 
     def _script(

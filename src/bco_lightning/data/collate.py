@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from bco_lightning.batch import FeedbackBatch, Span
 # Columns that batches are made of; those at the end are there once they are known.
 COLUMNS = (
     "row_id", "input_ids", "completion_mask", "thumbs_up", "source", "prompt_key",
-    "score", "reference_log_prob", "importance_weight",
+    "score", "reference_log_prob", "importance_weight", "images", "seen",
 )  # fmt: skip
 _TOKENS = ("input_ids", "completion_mask")
 
@@ -25,6 +25,7 @@ def collate(
     share_prompts: bool = True,
     paired: bool = False,
     with_unrelated: bool = False,
+    images: Callable[[Any], Mapping[str, Tensor]] | None = None,
 ) -> FeedbackBatch:
     """Lays rows out one after the other, without padding; a prompt that several of them share is there once.
 
@@ -35,6 +36,7 @@ def collate(
         paired: Whether each two rows, one after the other, are the better and the worse answer of a pair.
         with_unrelated: Whether the second half of ``samples`` is there for its completions alone: each follows the
             prompt of the sample in its place in the first half, in ``unrelated``.
+        images: What makes model inputs of the ``images`` of a sample, where it does not bring them as ``seen``.
 
     Example:
         >>> row = {"input_ids": [5, 6, 7], "completion_mask": [False, False, True], "thumbs_up": True, "row_id": 0}
@@ -42,7 +44,9 @@ def collate(
         >>> batch.input_ids_S.tolist(), batch.position_ids_S.tolist(), batch.predictors_N.tolist()
         ([5, 6, 7, 8], [0, 1, 2, 2], [1, 1])
     """
+    seen = [sample.get("seen") or (images(sample.get("images")) if images else {}) for sample in samples]
     if with_unrelated:
+        samples = [{**sample, "seen": each} for sample, each in zip(samples, seen, strict=True)]
         half = len(samples) // 2
         unrelated = [_exchanged(*both) for both in zip(samples[:half], samples[half:], strict=True)]
         own = collate(samples[:half], share_prompts=share_prompts, paired=paired)
@@ -91,6 +95,7 @@ def collate(
         prompts=tuple(sample["prompt"] for sample in samples) if samples and "prompt" in samples[0] else None,
         paired=paired,
         scores_B=_known(samples, "score", torch.float32),
+        images_B=tuple(seen) if any(seen) else None,
     )
 
 
@@ -100,7 +105,8 @@ def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[s
     tokens = {name: list(sample[name][: len(prompt)]) + list(other[name][len(others) :]) for name in _TOKENS}
     is_other, longest = prompt != others, max(len(sample["input_ids"]), len(other["input_ids"]))
     chosen = {name: ids[:longest] for name, ids in tokens.items()} if is_other else {n: sample[n] for n in _TOKENS}
-    return {**chosen, "row_id": sample["row_id"], "thumbs_up": False, "importance_weight": float(is_other)}
+    kept = {"seen": sample["seen"], "row_id": sample["row_id"]}
+    return {**chosen, **kept, "thumbs_up": False, "importance_weight": float(is_other)}
 
 
 def _known(samples: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype) -> Tensor | None:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
@@ -24,13 +23,14 @@ from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.demands import pairs_of, refuse_options, require
 from bco_lightning.data.given import with_given
+from bco_lightning.data.images import ImageInputs
 from bco_lightning.data.once_per_node import read_once_per_node
 from bco_lightning.data.options import DataOptions, Source
 from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
 from bco_lightning.data.row_sets import ReadRows, RowReader, RowSet, row_format_of
 from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
-from bco_lightning.data.training import TrainingRows
+from bco_lightning.data.training import TrainingRows, telling_numbers
 from bco_lightning.errors import ConfigError
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
@@ -121,16 +121,13 @@ class FeedbackDataModule(LightningDataModule):
         row_sets[name].dataset = dataset
 
     def telling_rows(self, *names: str) -> list[dict[str, Any]]:
-        """Rows that a trial should see: of each data set the shortest, the longest, and the first of each source."""
+        """Rows that a trial should see, with what a model sees of their images."""
         found = []
         for name in names or self._row_sets:
             table = self._dataset(name) or (self.training.table(_DRAWN) if name == "train" else None)
             if isinstance(table, Dataset) and len(table):
-                lengths = np.asarray(pc.list_value_length(table.data.column("input_ids")))
-                firsts = np.unique(np.asarray(table.data.column("source")), return_index=True)[1]
-                chosen = {int(lengths.argmin()), int(lengths.argmax()), *firsts.tolist()}
-                found += [table[number] for number in sorted(chosen)]
-        return found
+                found += [table[number] for number in telling_numbers(table)]
+        return [{**row, "seen": self.image_inputs(row.get("images"))} for row in found]
 
     @property
     def counts(self) -> list[RowCounts]:
@@ -157,6 +154,11 @@ class FeedbackDataModule(LightningDataModule):
                 "FeedbackDataModule", "expected a tokenizer or a trainer with a BCOModule, found neither."
             )
         return self.trainer.lightning_module.tokenizer
+
+    @property
+    def image_inputs(self) -> ImageInputs:
+        """What makes model inputs of the images of a row."""
+        return ImageInputs(self.tokenizer)
 
     @property
     def row_tokenizer(self) -> RowTokenizer:
@@ -309,6 +311,7 @@ class FeedbackDataModule(LightningDataModule):
             "rows_per_step": self.rows_per_step,
             "chat_template": chosen_template(self.tokenizer, options.chat_template),
             "source_weights": training.weights,
+            **({"processor": self.image_inputs.digest()} if "images" in training.columns else {}),
             **({"template_date": options.template_date} if options.template_date and self._is_dated else {}),
             **{name: getattr(options, name) for name in sorted(names)},
         }
@@ -428,6 +431,7 @@ class FeedbackDataModule(LightningDataModule):
         return self._loader(dataset, {"paired": paired}, batch_sampler=sampler)
 
     def _loader(self, dataset: Dataset | StreamDataset, collated: Any, **arguments: Any) -> DataLoader[FeedbackBatch]:
+        collated = {**collated, "images": self.image_inputs}
         if isinstance(dataset, Dataset):
             dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
         return DataLoader(

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from bco_lightning.batch import Message
+from bco_lightning.data.images import IMAGES, MARK, PARTS, source_in
 from bco_lightning.data.values import add_texts, keys_of, objects_in, shown, unpacked, without_nulls
 from bco_lightning.errors import FeedbackRowError
 
@@ -126,7 +127,7 @@ def words_of(messages: Sequence[Message]) -> str:
     calls = (message.get("tool_calls") for message in messages)
     called = (json.dumps(call, ensure_ascii=False) if call else "" for call in calls)
     both = zip((message["content"] for message in messages), called, strict=True)
-    return "\n".join(filter(None, chain.from_iterable(both)))
+    return "\n".join(filter(None, chain.from_iterable(both))).replace(MARK, "[image]")
 
 
 def said_in(prompt: str) -> str:
@@ -179,7 +180,7 @@ def _with_text(message: Message, role: str, where: str, place: str) -> Message:
     content = message.get("content")
     parts = unpacked(content)
     if isinstance(content, str) and isinstance(parts, list):  # or the text of a list that is none of parts
-        content = parts if all(objects_in([part]) and part.keys() == {"type", "text"} for part in parts) else content
+        content = parts if all(_is_part(part) for part in parts) else content
     if isinstance(content, (dict, list)):
         parts = content if isinstance(content, list) else [content]
         if role == "tool" and not all(
@@ -188,6 +189,8 @@ def _with_text(message: Message, role: str, where: str, place: str) -> Message:
             content = json.dumps(content, ensure_ascii=False)  # what a function gave
         else:
             content = "".join(_text_of(part, where, place) for part in parts)
+            images = [source_in(part) for part in objects_in(parts) if part.get("type") in PARTS]
+            message |= {IMAGES: images} if images else {}
     if content is not None:
         message["content"] = content
     if "function_call" in message and "tool_calls" not in message:
@@ -203,12 +206,18 @@ def _with_text(message: Message, role: str, where: str, place: str) -> Message:
     return {"content": "", **message, "tool_calls": list(map(_with_object, calls))} if calls else message
 
 
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and (part.keys() == {"type", "text"} or part.get("type") in PARTS)
+
+
 def _text_of(part: Any, where: str, place: str) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else ""
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
+    if isinstance(kind, str) and kind in PARTS:
+        return MARK
     found = f"one of type {shown(kind)}" if kind and isinstance(kind, str) else shown(part)
     raise FeedbackRowError(place, f"{where} must have text parts as its content, found {found}.", "Remove the row.")
 

@@ -72,6 +72,11 @@ class Columns(Options):
         "JSON schemas of the functions that the assistant could call, a list or the JSON text of one; optional.",
         default="tools",
     )
+    images: str = option(
+        "Images of the row, in the order of ``<image>`` in its texts, or of image parts that name none; without either "
+        "they stand before what the user says first.",
+        default="images",
+    )
     template_options: str = option(
         "What else the chat template is told, an object or the JSON text of one; optional.",
         default="chat_template_kwargs",
@@ -264,6 +269,14 @@ class DataOptions(Options):
         default=None,
         fits=DAY,
         on_resume="free",  # where a template asks, fingerprints have it
+    )
+    image_folder: str | None = option(
+        "The folder in which paths of images begin, and which they do not leave; that of each log if left out.",
+        default=None,
+        on_resume="free",
+    )
+    image_urls: bool = option(
+        "Fetch images that a log names by web address. From the command line alone.", default=False, on_resume="free"
     )
     validation_fraction: float = option(
         "Share of the distinct training prompts to hold out when there are no validation files; a prompt is never on "

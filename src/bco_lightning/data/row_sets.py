@@ -20,6 +20,7 @@ from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.files import content_key, expand
+from bco_lightning.data.images import ImageFinder, ImageInputs, mark_of
 from bco_lightning.data.options import DataOptions, Source, with_preset
 from bco_lightning.data.records import record_file, seekable_files
 from bco_lightning.data.records.record_file import RecordFile
@@ -39,7 +40,8 @@ _VERSIONS = ("transformers", "tokenizers", "jinja2", "pyarrow", "datasets")
 _COLLECT_AFTER = (50_000, 20, 50)
 _OF_ROWS = (
     "format", "columns", "rating", "preset", "loss_on", "conflicts", "max_length", "max_prompt_length", "long_prompts",
-    "long_completions", "seed", "bad_rows", "max_bad_rows", "few_bad_rows", "streaming",
+    "long_completions", "seed", "bad_rows", "max_bad_rows", "few_bad_rows", "streaming", "image_folder",
+    "image_urls",
 )  # fmt: skip
 
 
@@ -68,6 +70,8 @@ class ReadRows:
             counts = RowCounts.from_values(told["counts"])
             if counts.name != name or not name.isidentifier():
                 raise ValueError(name)
+            if any(mark_of(path) != mark for path, mark in told.get("images", {}).items()):
+                raise ValueError("images that have changed")
             row_sets[name] = RowSet(counts, told["digest"])
             if "files" in told:
                 row_sets[name].dataset = StreamRows(folder / f"{name}.places", told["files"])
@@ -207,10 +211,11 @@ class RowReader:
 
     def _read(self, files: Sequence[RecordFile], maker: RowMaker) -> Iterator[tuple[RatedRow, RowPlace]]:
         """The rows of one source with their places, to the first malformed one where that is not to be skipped."""
+        finders = [ImageFinder.of(file.path, self._options) for file in files]
         records = (((number, place), record) for number, file in enumerate(files) for place, record in file)
         for (number, place), record in maker.learn(records):
             where = place_in(files[number].name, place.line)
-            rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where)
+            rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where, finders[number])
             for part, row in enumerate(rows):
                 yield row, RowPlace(number, place, part)
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
@@ -242,6 +247,7 @@ class RowReader:
                 "chat_template": chosen_template(self._tokenizer, self._options.chat_template),
                 "tokenizer": digest_of_tokenizer(self._tokenizer),
                 "templates": str(self._tokenizer.chat_template),
+                "processor": ImageInputs(self._tokenizer).digest(),
                 **others,
             }
         )
@@ -251,7 +257,7 @@ def _divided(log: RowTable | PlaceTable, chosen: Mapping[str, Array], others: Ro
     """Plain values of each data set that rows are divided into; what else there was is counted to the first."""
     counts = log.divide(chosen)
     next(iter(counts.values())).add(others)
-    told = {"files": log.files} if isinstance(log, PlaceTable) else {}
+    told: dict[str, Any] = {"files": log.files} if isinstance(log, PlaceTable) else {"images": log.image_files}
     return {name: {"counts": asdict(counts[name]), "digest": log.digest(rows), **told} for name, rows in chosen.items()}
 
 

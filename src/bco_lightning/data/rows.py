@@ -9,6 +9,7 @@ from typing import TypeVar
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
 from bco_lightning.data.formats.record_format import Candidate, Origin, RowFormat, system_column
+from bco_lightning.data.images import ImageFinder
 from bco_lightning.data.labels import NO_FEEDBACK, LabelVocabulary, rule_for, thumb_by_rule
 from bco_lightning.data.records.csv_rows import Cells, number_in, thumb_in
 from bco_lightning.data.values import MISSING, Record, column_of, keys_of, value_at
@@ -85,10 +86,10 @@ class RowMaker:
                     break
             raise FeedbackRowError(self._unrated.row.place, found, remedy)
 
-    def rows(self, record: Record, place: str) -> list[RatedRow]:
+    def rows(self, record: Record, place: str, images: ImageFinder | None = None) -> list[RatedRow]:
         """The rows of one record, each with its thumb; what is malformed comes as an error, and nothing after it."""
         rows: list[RatedRow] = []
-        origin = Origin(place, self.options, self.labelled)
+        origin = Origin(place, self.options, self.labelled, images or ImageFinder())
         if len(self._settled) < _MOST_NAMES and not self._settled.issuperset(record):
             self._settle(record)
         try:
@@ -106,7 +107,7 @@ class RowMaker:
         if new and hasattr(layout, "used"):
             columns, rule = self.options.columns, self.options.rating
             used = [*layout.used(record, columns), *([self._rating] if self.format == "unpaired" else [])]
-            used += [columns.tools, columns.template_options, system := system_column(record, columns)]
+            used += [columns.tools, columns.template_options, columns.images, system := system_column(record, columns)]
             self.systems += [system] if system in new else []
             used += [*(rule.untouched if rule else ()), *([columns.history] if columns.history else [])]
             known = {column_of(record, name) for name in used}

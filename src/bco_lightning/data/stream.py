@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.counts import RowCounts
+from bco_lightning.data.images import ImageFinder
 from bco_lightning.data.messages import words_of
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.records import RecordStore, seekable_file
@@ -172,7 +173,9 @@ class StreamDataset(Dataset[dict[str, Any]]):
         file = self.rows.files[known["file"]]
         record = self._store.at(int(known["file"]), Place(*(int(known[name]) for name in Place._fields)))
         if not isinstance(record, FeedbackRowError):
-            found = self._makers[file["source"]].rows(record, self.rows.place_of(number))[known["part"] :]
+            images = ImageFinder.of(file["path"], self._options)
+            rows = self._makers[file["source"]].rows(record, self.rows.place_of(number), images)
+            found = rows[known["part"] :]
             if found and isinstance(found[0], FeedbackRow) and found[0].thumbs_up == known["up"]:
                 return found[0]
         raise changed(public_name(file["path"]))
@@ -188,7 +191,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
                     samples[at] = {
                         "row_id": number, "input_ids": outcome.input_ids, "completion_mask": outcome.completion_mask,
                         "thumbs_up": row.thumbs_up, "source": self._source(number), "prompt_key": prompt_key(row),
-                        "prompt": words_of(row.prompt),
+                        "prompt": words_of(row.prompt), "images": outcome.images,
                     }  # fmt: skip
                 else:
                     self._note(row, outcome)

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
+from bco_lightning.data.images import IMAGES, file_of, mark_of
 from bco_lightning.data.options import Conflicts
 
 Array = np.ndarray[Any, Any]
@@ -44,6 +45,7 @@ _SCHEMA = pa.schema(
         "prompt_length": pa.int32(),
         "completion_length": pa.int32(),
         "score": pa.float64(),
+        "images": pa.list_(pa.binary()),
     }
 )
 _NO_TOKENS = TokenizedSample([], [])
@@ -146,7 +148,8 @@ class RowTable(RowLog):
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         self._writer = pa.ipc.new_stream(str(self._draft), _SCHEMA, options=options)
         self._pending: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        self._pending_bytes = 0
+        self._pending_bytes, self._schema = 0, _SCHEMA.remove(_SCHEMA.get_field_index("images"))
+        self.image_files: dict[str, list[int]] = {}  # by path, what shows that one has changed
 
     def append(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut) -> None:
         """Adds a row of the source with that number, with its tokens, or why it is left out."""
@@ -156,11 +159,15 @@ class RowTable(RowLog):
         ids, mask = np.array(sample.input_ids, np.int32), np.frombuffer(bytes(sample.completion_mask), bool)
         values = (
             number, ids, mask, row.thumbs_up, prompt, row.place, source, key, sample.prompt_length,
-            sample.completion_length, row.score,
+            sample.completion_length, row.score, sample.images,
         )  # fmt: skip
+        if sample.images:
+            self._schema = _SCHEMA  # tables of text have no column for them
+            paths = filter(None, (file_of(image)[1] for image in sample.images))
+            self.image_files |= {path: mark_of(path) for path in paths}
         for pending, value in zip(self._pending.values(), values, strict=True):
             pending.append(value)
-        self._pending_bytes += ids.nbytes + mask.nbytes + len(prompt)
+        self._pending_bytes += ids.nbytes + mask.nbytes + len(prompt) + sum(map(len, sample.images))
         if self._pending_bytes >= _BATCH_BYTES:
             self._flush()
 
@@ -169,7 +176,7 @@ class RowTable(RowLog):
         self._flush()
         self._writer.close()
         counts = {name: self.counts(name, rows) for name, rows in chosen.items()}
-        files = {name: pa.ipc.new_stream(str(self._folder / f"{name}.arrow"), _SCHEMA) for name in chosen}
+        files = {name: pa.ipc.new_stream(str(self._folder / f"{name}.arrow"), self._schema) for name in chosen}
         start, reasons, numbers = 0, self.rows["reason"], dict.fromkeys(chosen, 0)
         # Read, not memory-mapped: what passes through should not stay in resident memory.
         with pa.OSFile(str(self._draft)) as draft:
@@ -178,7 +185,8 @@ class RowTable(RowLog):
                 for name, rows in chosen.items():
                     used = batch.filter(pa.array(rows[mine] & (reasons[mine] == 0)))
                     row_ids = pa.array(np.arange(numbers[name], numbers[name] + len(used)))
-                    files[name].write_batch(pa.RecordBatch.from_arrays([row_ids, *used.columns[1:]], schema=_SCHEMA))
+                    columns = [row_ids, *used.columns[1 : len(self._schema)]]
+                    files[name].write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
                     numbers[name] += len(used)
                     for row in np.flatnonzero(rows[mine] & (reasons[mine] > 0)).tolist():
                         reason, place = self.reasons[reasons[start + row]], batch.column("place")[row].as_py()
@@ -263,7 +271,10 @@ def _lists(values: Sequence[Array]) -> pa.ListArray:
 
 
 def _prompt_digest(row: FeedbackRow) -> Any:
-    said = [(message["role"], message.get("content", ""), message.get("tool_calls")) for message in row.prompt]
+    said = [
+        (message["role"], message.get("content", ""), message.get("tool_calls"), *message.get(IMAGES, ()))
+        for message in row.prompt
+    ]
     return hashlib.sha256(_sorted_json([said, row.tools]).encode())
 
 

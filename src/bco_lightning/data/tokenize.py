@@ -6,6 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, compress
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
 from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens, Conversation
+from bco_lightning.data.images import TOO_LONG_WITH_IMAGES, WITH_IMAGE, ImageInputs, pictures_of
 from bco_lightning.data.joints import Joints, NoEdgeError, Piece
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.rows import RatedRow
@@ -51,7 +53,7 @@ class RowTokenizer:
         self.tokenizer, self._options = tokenizer, options
         self.chat_template = chosen_template(tokenizer, options.chat_template)
         self._control, self._joints = ControlTokens(tokenizer), Joints(tokenizer, self._encode)
-        self._to_read_again = _READ_AGAIN
+        self._to_read_again, self._inputs = _READ_AGAIN, ImageInputs(tokenizer)
         self._template = ChatTemplate(tokenizer, self.chat_template, self._control, self._joints, options.template_date)
         unknown = tokenizer.unk_token_id  # which is special, too; with some tokenizers a line break is
         self._is_blank = lru_cache(maxsize=64)(
@@ -77,8 +79,9 @@ class RowTokenizer:
             waiting: deque[tuple[list[Row], list[Script], Future[TokenIds]]] = deque()
             for batch in _batches(rows):
                 self._encode("")  # takes back truncation and padding of an earlier call, which stay with the tokenizer
-                made = iter(self._template.scripts([row for row in batch if isinstance(row, FeedbackRow)]))
-                scripts: list[Any] = [next(made) if isinstance(row, FeedbackRow) else row for row in batch]
+                told: list[Any] = list(map(self._seen, batch))
+                made = iter(self._template.scripts([row for row in told if isinstance(row, FeedbackRow)]))
+                scripts = [next(made) if isinstance(row, FeedbackRow) else row for row in told]
                 waiting.append((batch, scripts, thread.submit(self._encode_all, scripts)))
                 if len(waiting) > _AHEAD:
                     yield from self._finished(*waiting.popleft())
@@ -92,8 +95,17 @@ class RowTokenizer:
         for row, script in zip(rows, scripts, strict=True):
             yield row, self._outcome(script, known) if isinstance(script, ChatScript) else script
 
+    def _seen(self, row: RatedRow) -> RatedRow:
+        """A row, or that it is left out since it has images and the model sees none."""
+        unseen = isinstance(row, FeedbackRow) and pictures_of(row) and self._inputs.processor is None
+        return LeftOut(row.place, f"{WITH_IMAGE}, and a model that sees none") if unseen else row
+
     def _outcome(self, script: ChatScript, known: TokenIds) -> Outcome:
+        row, pictures = script.row, pictures_of(script.row)
         try:
+            if pictures:
+                texts = self._inputs.expanded(script.texts, pictures, row.place)
+                script = replace(script, texts=texts, pieces=self._joints.pieces(texts))
             token_ids = self._encode_pieces(script, script.pieces, {} if script.conversation.literals else known)
             sample = self._sample(script, token_ids)
         except CannotBeTextError:
@@ -110,6 +122,10 @@ class RowTokenizer:
                     "expected token ids that read as the text that the chat template makes of the row, found others.",
                     "Set data.chat_template to one that ends prompts with a control token.",
                 )
+        if pictures and isinstance(sample, TokenizedSample):
+            if sample.prompt_cut or sample.completion_cut:
+                return LeftOut(row.place, TOO_LONG_WITH_IMAGES)
+            return replace(sample, images=tuple(picture.stored for picture in pictures))
         return sample
 
     def _sample(self, script: ChatScript, token_ids: list[list[int]]) -> TokenizedSample | LeftOut:

@@ -42,6 +42,11 @@ class TrainingRows:
         return up / (up + down), down / (up + down)
 
     @property
+    def columns(self) -> list[str]:
+        """Names of what is known of each row; those of text alone have no ``images``, and a stream has none at all."""
+        return list(getattr(self.row_set.dataset, "column_names", ()))
+
+    @property
     def lengths(self) -> Array | None:
         """Tokens of each row; ``None`` of a stream."""
         rows = self.row_set.dataset
@@ -118,6 +123,16 @@ class TrainingRows:
 
     def _by_source(self) -> dict[str, Any]:
         return {"sources": self._column("source"), "weights": self.weights}
+
+
+def telling_numbers(table: Dataset) -> list[int]:
+    """Rows that tell most: the shortest, the longest, the first of each source, those with most and fewest images."""
+    firsts = np.unique(np.asarray(table.data.column("source")), return_index=True)[1]
+    chosen = set(firsts.tolist())
+    for name in {"input_ids", "images"}.intersection(table.column_names):
+        lengths = np.asarray(pc.list_value_length(table.data.column(name)))
+        chosen |= {int(lengths.argmin()), int(lengths.argmax())}
+    return sorted(chosen)
 
 
 def _balance_in_words(num_up: float, num_down: float) -> str:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import drawing_from
 from bco_lightning.models.experts import routers_of, stacked_experts
+from bco_lightning.models.layout import seeing_parts_of
 from bco_lightning.models.limits import adapter_fields
 from bco_lightning.models.refusals import in_words, refuse_incomplete, refuse_unsafe_adapter, refuse_unswitchable
 from bco_lightning.options import LoraSettings
@@ -38,14 +39,19 @@ _SHARED = re.compile("vblora_vector_bank|tinylora_v|unilora_theta_d")  # which l
 
 
 def add_adapters(
-    base: PreTrainedModel, settings: LoraSettings, seed: int, base_name: str, train_router: bool | None = None
+    base: PreTrainedModel,
+    settings: LoraSettings,
+    seed: int,
+    base_name: str,
+    train_router: bool | None = None,
+    vision_tower: bool = False,
 ) -> Any:
     """Puts new adapters, float32, beside the linear layers of a model, whose own weights are frozen.
 
     PEFT writes ``base_name`` into every exported adapter, where it is the only trace of the base model.
     """
     try:
-        policy = get_peft_model(base, _lora_config(settings, base, train_router))
+        policy = get_peft_model(base, _lora_config(settings, base, train_router, vision_tower))
     except UserError:
         raise
     except ValueError as error:
@@ -117,14 +123,17 @@ def _take_vocabulary(base: Any, folder: str) -> None:
     base.has_own_vocabulary = True  # not that of the base model, which an exported adapter names
 
 
-def _lora_config(settings: LoraSettings, base: PreTrainedModel, train_router: bool | None) -> LoraConfig:
+def _lora_config(
+    settings: LoraSettings, base: PreTrainedModel, train_router: bool | None, vision_tower: bool
+) -> LoraConfig:
     words = [name.strip() for name in settings.target_modules.split(",")]
     num_layers = base.config.get_text_config().num_hidden_layers
     layers = list(range(max(0, num_layers - settings.top_layers), num_layers)) if settings.top_layers else None
     head, home = base.get_output_embeddings(), type(base).__module__
     linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     # A model's own kinds of linear layers, such as routers, give more than a product, which PEFT does not expect.
-    own = [name for name, module in linear.items() if type(module).__module__ == home]
+    seeing = {id(each) for part in seeing_parts_of(base).values() for each in part.modules() if not vision_tower}
+    own = [name for name, module in linear.items() if type(module).__module__ == home or id(module) in seeing]
     targets: dict[str, Any] = {"exclude_modules": own or None, "layers_to_transform": layers}
     if stacked_experts(base) or routers_of(base):
         linear = {name: module for name, module in linear.items() if name not in own}

@@ -46,7 +46,7 @@ class ModelBuilder:
             raise ConfigError(
                 "model.optimizer", f"expected adamw for weights that are cut up, found {options.optimizer}."
             )
-        trained = {"train_router": options.train_router}
+        trained = {"train_router": options.train_router, "vision_tower": options.vision_tower}
         model = load_policy(options.name_or_path, self._dtype, options.lora, options.seed or 0, **self._how, **trained)
         return model, self._prepare(model, options.gradient_checkpointing).words
 

@@ -5,14 +5,20 @@ Where the layers below the lowest trained one are the policy's and the reference
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from bco_lightning.batch import FeedbackBatch
@@ -21,6 +27,12 @@ from bco_lightning.models.attention import PACKED, PackedRows
 
 Layout = Literal["packed", "padded", "alone"]
 _NO_PART_OF_A_KIND = ("layer_idx", "layer_id", "layer_number", "training", "gradient_checkpointing")
+
+
+def kind_of_model(config: Any) -> Any:
+    """The class of transformers that makes the model of a config, with the parts that see images where it has some."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -37,10 +49,23 @@ def decoder_of(causal_lm: Any) -> Any:
     return next((child for child in causal_lm.children() if isinstance(child, PreTrainedModel)), base)
 
 
+def text_decoder_of(causal_lm: Any) -> Any:
+    """The decoder of tokens: of a model that sees images too, what stands behind the parts that see them."""
+    base = decoder_of(causal_lm)
+    found = getattr(base, "language_model", None) or getattr(base, "text_model", None)
+    return found if isinstance(found, nn.Module) else base
+
+
+def seeing_parts_of(causal_lm: Any) -> dict[str, nn.Module]:
+    """What makes vectors of images, by name: towers and what projects what they give; nothing of a text model."""
+    base, text = decoder_of(causal_lm), text_decoder_of(causal_lm)
+    return {} if text is base else {name: part for name, part in base.named_children() if part is not text}
+
+
 def decoder_layers_of(causal_lm: Any) -> tuple[str, nn.ModuleList]:
     """The decoder layers and the name of their list; an empty one where they are not one list."""
     number = causal_lm.config.get_text_config().num_hidden_layers
-    for name, child in decoder_of(causal_lm).named_children():
+    for name, child in text_decoder_of(causal_lm).named_children():
         if isinstance(child, nn.ModuleList) and len(child) == number:
             return name, child
     return "", nn.ModuleList()
@@ -50,11 +75,11 @@ def decoder_layers_of(causal_lm: Any) -> tuple[str, nn.ModuleList]:
 def only_layers(causal_lm: Any, chosen: slice) -> Iterator[None]:
     """Within it the model has some of its decoder layers alone."""
     name, layers = decoder_layers_of(causal_lm)
-    setattr(decoder_of(causal_lm), name, layers[chosen])
+    setattr(text_decoder_of(causal_lm), name, layers[chosen])
     try:
         yield
     finally:
-        setattr(decoder_of(causal_lm), name, layers)
+        setattr(text_decoder_of(causal_lm), name, layers)
 
 
 def kinds_of_layers(causal_lm: Any) -> list[Any]:
@@ -108,21 +133,51 @@ def predicting_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Ten
     ``trunk_states_SH`` go in place of the tokens, for a packed model without its trunk.
     """
     layout = layout_of(causal_lm)
-    if layout == "packed":
+    if layout == "packed" and batch.images_B is None:
         return packed_states(causal_lm, batch, trunk_states_SH).index_select(0, batch.predictors_N)
     decoder, device = decoder_of(causal_lm), batch.input_ids_S.device
     places = [torch.tensor(span.places()).to(device, non_blocking=True) for span in batch.row_spans]
     if layout == "alone":
-        rows = [decoder(input_ids=batch.input_ids_S[row][None], use_cache=False) for row in places]
+        ids_1T = [batch.input_ids_S[row][None] for row in places]
+        rows = [
+            decoder(input_ids=ids, use_cache=False, **images_of(causal_lm, batch, ids, [number]))
+            for number, ids in enumerate(ids_1T)
+        ]
         hidden_BTH = pad_sequence([row.last_hidden_state[0] for row in rows], True)
     else:
         places_BT = pad_sequence(places, True, -1)
+        ids_BT = batch.input_ids_S[places_BT]  # padding repeats the last token, which nothing looks at
         hidden_BTH = decoder(
-            input_ids=batch.input_ids_S[places_BT],  # padding repeats the last token, which nothing looks at
+            input_ids=ids_BT,
             attention_mask=(places_BT >= 0).long(),
             use_cache=False,
+            **images_of(causal_lm, batch, ids_BT, range(len(batch))),
         ).last_hidden_state
     return hidden_BTH[batch.rows_N, batch.position_ids_S[batch.predictors_N]]
+
+
+def images_of(causal_lm: Any, batch: FeedbackBatch, ids_BT: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
+    """What the model is given beside the tokens of some rows: their images, and which tokens stand for them."""
+    return joined_images(causal_lm, [batch.images_B[row] for row in rows] if batch.images_B else [], ids_BT)
+
+
+def joined_images(causal_lm: Any, images: Sequence[Mapping[str, Tensor]], ids_BT: Tensor) -> dict[str, Tensor]:
+    """The images of several rows as one input; the smaller ones are padded by zeros, as processors do."""
+    seen = [row for row in images if row]
+    if not seen:
+        return {}
+    found = {}
+    for name in seen[0]:
+        sizes = torch.tensor([row[name].shape[1:] for row in seen]).amax(0).tolist()
+        found[name] = torch.cat([_padded(row[name], sizes) for row in seen])
+    taken = inspect.signature(causal_lm.forward).parameters
+    marks_BT = (ids_BT == causal_lm.config.image_token_id).long()
+    return found | {name: marks_BT for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
+
+
+def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+    return nn.functional.pad(tensor, [side for more in reversed(missing) for side in (0, more)])
 
 
 def packed_states(

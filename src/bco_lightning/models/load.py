@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
@@ -28,6 +27,7 @@ from bco_lightning.data.tokenize import require_end_token
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import drawing_from
 from bco_lightning.models.adapters import add_adapters, choose_routers, load_adapter, merged
+from bco_lightning.models.layout import kind_of_model, seeing_parts_of
 from bco_lightning.models.limits import adapter_fields, refuse_unsafe_config
 from bco_lightning.models.refusals import (
     LACKS_ARE_TOLD,
@@ -146,7 +146,7 @@ def load_language_model(
         folder = source.folder(cache_folder)
         refuse_unsafe_model(name_or_path, folder)
         stored = _stored_dtype(folder) if mapped and quantization == "none" else None
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = kind_of_model(AutoConfig.from_pretrained(folder, trust_remote_code=False)).from_pretrained(
             folder, dtype=stored or dtype, trust_remote_code=False, **arguments
         )
         refuse_incomplete(name_or_path, "model", found)
@@ -167,6 +167,7 @@ def load_policy(
     mapped: bool = False,
     cache_folder: str | None = None,
     train_router: bool | None = None,
+    vision_tower: bool = False,
 ) -> PreTrainedModel:
     """The policy, in evaluation mode, with exactly what is trained requiring gradients; adapters are float32.
 
@@ -178,6 +179,8 @@ def load_policy(
     if lora is None:
         model = load_language_model(name_or_path, dtype, mapped=mapped, cache_folder=cache_folder).requires_grad_(True)
         choose_routers(model, train_router)
+        for part in seeing_parts_of(model).values():
+            part.requires_grad_(vision_tower)
         return model
     source = locate_model(name_or_path)
     named = source.base() if source.is_adapter else name_or_path
@@ -186,7 +189,7 @@ def load_policy(
         if source.is_adapter:
             policy = load_adapter(base, source.location)
         else:
-            policy = add_adapters(base, lora, seed, name_or_path, train_router)
+            policy = add_adapters(base, lora, seed, name_or_path, train_router, vision_tower)
     choose_routers(policy, train_router)
     _disable_dropout(policy)
     return policy.eval()  # type: ignore[no-any-return]
@@ -212,7 +215,7 @@ def unloaded_model(name_or_path: str, lora: LoraSettings | None = None) -> Any:
             gguf = {"gguf_file": source.gguf_file} if source.gguf_file else {}
             refuse_unsafe_config(name_or_path, PreTrainedConfig.get_config_dict(source.location, **gguf)[0])
             config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **gguf)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = kind_of_model(config).from_config(config, trust_remote_code=False)
         return model if lora is None else add_adapters(model, lora, 0, name_or_path)
 
 

@@ -27,6 +27,7 @@ from bco_lightning.models.layout import (
     causal_lm_of,
     decoder_layers_of,
     first_layers,
+    images_of,
     kinds_of_layers,
     packed_states,
     set_layout,
@@ -80,7 +81,8 @@ def _prepare(
     causal_lm = causal_lm_of(model)
     name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
     batch = collate(_rows_to_try(causal_lm, rows)).to(device)
-    excluded = _excluded_by_rope(causal_lm, longest)
+    excluded = {"packed": "rows have images"} if batch.images_B else {}
+    excluded |= _excluded_by_rope(causal_lm, longest)
     if "packed" not in excluded:
         _take(model, Preparation("packed", fused=False))
         if reason := _why_not_packed(causal_lm, batch):
@@ -289,9 +291,11 @@ def _untouched(causal_lm: Any, batch: FeedbackBatch) -> _Outcome:
     def alone(number: int) -> Tensor:
         ids_1T, chosen_N = batch.input_ids_S[batch.row_spans[number].places()][None], batch.rows_N == number
         kept_n = batch.position_ids_S[batch.predictors_N[chosen_N]]
-        options = {"logits_to_keep": kept_n} if _keeps_some_logits(causal_lm) else {}
+        some = _keeps_some_logits(causal_lm)
+        options = {"logits_to_keep": kept_n} if some else {}
+        options |= images_of(causal_lm, batch, ids_1T, [number])
         logits_nV = causal_lm(input_ids=ids_1T, use_cache=False, **options).logits[0]
-        logits_nV = (logits_nV if options else logits_nV[kept_n]).float()
+        logits_nV = (logits_nV if some else logits_nV[kept_n]).float()
         found_n: Tensor = logits_nV.log_softmax(-1).gather(-1, batch.targets_N[chosen_N, None])[:, 0]
         return found_n
 
@@ -346,19 +350,21 @@ def _rows_to_try(causal_lm: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict
     place = first["completion_mask"].index(True)
     answer = second["input_ids"][second["completion_mask"].index(True) :]
     mask = [False] * place + [True] * len(answer)
-    other = _cut({"input_ids": [*first["input_ids"][:place], *answer], "completion_mask": mask}, most, whole)
+    ids = [*first["input_ids"][:place], *answer]
+    other = _cut({"input_ids": ids, "completion_mask": mask, "seen": first.get("seen")}, most, whole)
     return [{**row, "thumbs_up": True, "row_id": 0} for row in (*known, other)]
 
 
 def _cut(row: Mapping[str, Any], most: int, whole: bool) -> dict[str, Any]:
     """A few of its tokens carry loss; where transformers makes logits of all, not ``whole``, there are ``most``."""
-    stop = None if whole else most
+    stop = None if whole or row.get("seen") else most  # images are not cut
     ids, mask = list(row["input_ids"][:stop]), [bool(scored) for scored in row["completion_mask"][:stop]]
     if True not in mask[1:]:  # an answer to a long prompt
         mask = [False] + [True] * (len(ids) - 1)
     scored = [place for place, carries_loss in enumerate(mask) if carries_loss]
     kept = {*scored[:_SCORED], *scored[-_SCORED:]}
-    return {"input_ids": ids, "completion_mask": [place in kept for place in range(len(ids))]}
+    scored_mask = [place in kept for place in range(len(ids))]
+    return {"input_ids": ids, "completion_mask": scored_mask, "seen": row.get("seen")}
 
 
 def _made_up(vocabulary: int) -> list[dict[str, Any]]:

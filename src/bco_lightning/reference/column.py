@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch, ScoredRows
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.datamodule import FeedbackDataModule
+from bco_lightning.data.images import digest_of
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import digest_of_code, digest_of_values, versions
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
@@ -40,7 +41,7 @@ from bco_lightning.parallel.sharding import final_dtype
 from bco_lightning.places import cache_root, is_private
 from bco_lightning.reference.model import Reference
 
-_COLUMNS = ["row_id", "input_ids", "completion_mask", "thumbs_up"]
+_COLUMNS = ["row_id", "input_ids", "completion_mask", "thumbs_up", "images"]
 _BATCH_TOKENS = 4096
 _SECONDS_BETWEEN_WRITES = 30.0
 _NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype")  # the last one has its own place
@@ -128,6 +129,8 @@ def _known(
     """Log-probs of all rows, found on disk, or computed now if that is worth it."""
     model, shared = reference.own_model or reference.policy, data.options.group_by_prompt
     choices = {"compiled": options.compile, "quantization": options.quantization, "shared_prompts": shared}
+    if any("images" in table.column_names for table in tables.values()):
+        choices["processor"] = data.image_inputs.digest()
     key = key_of_log_probs(model, trainer, reference=reference.digest, **choices)
     known = KnownLogProbs(tables, cache_root(options.cache_folder) / "reference_log_probs" / key[:32], trainer)
     unknown, passes = known.num_unknown, _passes(stage, trainer)
@@ -146,7 +149,8 @@ def _known(
             return reference.log_probs(batch.to(next(model.parameters()).device))
 
     # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone.
-    known.compute(score, by_length=layout_of(model) == "padded", share_prompts=shared)
+    collated = {"share_prompts": shared, "images": data.image_inputs}
+    known.compute(score, by_length=layout_of(model) == "padded", **collated)
     if known.num_unknown:
         rank_zero_warn(f"{known.num_unknown:,} reference log-probs are not finite.")
     return known
@@ -217,7 +221,7 @@ class KnownLogProbs:
         """Values of all rows of a table, float32, in nats; NaN where one is not known, or not finite."""
         return self._values[self._slots[name]]
 
-    def compute(self, score: Callable[[FeedbackBatch], Tensor], *, by_length: bool, share_prompts: bool) -> None:
+    def compute(self, score: Callable[[FeedbackBatch], Tensor], *, by_length: bool, **collated: Any) -> None:
         """Computes what is not known, each process a share, and writes it now and then; all processes know it after.
 
         Every process runs as many passes, as sharded models need it: one with fewer micro-batches repeats some.
@@ -232,9 +236,10 @@ class KnownLogProbs:
             leaving.callback(self._write)  # whatever ends the pass, what it has computed is found by the next start
             for first in range(0, len(batches), trainer.world_size):
                 name, rows = batches[(first + trainer.global_rank) % len(batches)]
-                columns = self._tables[name].select_columns(_COLUMNS)[rows]
+                table = self._tables[name]
+                columns = table.select_columns([each for each in _COLUMNS if each in table.column_names])[rows]
                 samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-                self._put(self._slots[name][rows], score(collate(samples, share_prompts=share_prompts)).cpu().numpy())
+                self._put(self._slots[name][rows], score(collate(samples, **collated)).cpu().numpy())
                 bar.update(sum(len(rows) for _, rows in batches[first : first + trainer.world_size]))
                 if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:
                     self._write()
@@ -277,14 +282,17 @@ class KnownLogProbs:
 def keys_and_lengths(dataset: Dataset) -> tuple[_Array, _Array]:
     """The key of each row, the first 128 bits of SHA-256 over its tokens and which carry loss, and its length."""
     keys, lengths = bytearray(), [np.empty(0, np.int32)]
-    for table in dataset.select_columns(["input_ids", "completion_mask"]).with_format("arrow").iter(_ROWS_AT_A_TIME):
+    names = [name for name in ("input_ids", "completion_mask", "images") if name in dataset.column_names]
+    for table in dataset.select_columns(names).with_format("arrow").iter(_ROWS_AT_A_TIME):
         ids, masks = (table.column(name).combine_chunks() for name in ("input_ids", "completion_mask"))
         lengths.append(ids.value_lengths().to_numpy())
         ends = np.cumsum(lengths[-1]).tolist()
         tokens = ids.flatten().to_numpy().astype("<i4", copy=False).tobytes()
         scored = masks.flatten().to_numpy(zero_copy_only=False).tobytes()
-        for start, end in zip([0, *ends], ends, strict=False):
-            keys += hashlib.sha256(tokens[4 * start : 4 * end] + scored[start:end]).digest()[:16]
+        images = table.column("images").to_pylist() if "images" in names else [()] * len(ends)
+        for start, end, seen in zip([0, *ends], ends, images, strict=False):
+            told = "".join(map(digest_of, seen)).encode()
+            keys += hashlib.sha256(tokens[4 * start : 4 * end] + scored[start:end] + told).digest()[:16]
     return np.frombuffer(bytes(keys), dtype=RECORD["key"]), np.concatenate(lengths)
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.feedback_beside import FeedbackBeside
+from bco_lightning.data.images import WITH_IMAGE as WITH_IMAGE
+from bco_lightning.data.images import ImageFinder, with_pictures
 from bco_lightning.data.messages import check_size, messages_in, out_of_text
 from bco_lightning.data.options import Columns, FormatName, LossOn, Rating
 from bco_lightning.data.presets import presets_for
@@ -17,7 +19,6 @@ from bco_lightning.errors import ConfigError, FeedbackRowError
 NO_ANSWER = "no answer that holds text"
 NO_PROMPT = "answer without a prompt"
 SECOND_ANSWER = "answer right after another one"
-WITH_IMAGE = "conversation with an image"
 UNFINISHED = "answer that does not end where its model ended it"
 # What a row may not tell the chat template: what this package itself says, and how the template is called.
 _RESERVED_OPTIONS = frozenset({
@@ -64,6 +65,7 @@ class Origin:
     place: str
     options: RowFormat
     labelled: bool = True
+    images: ImageFinder = field(default_factory=ImageFinder)
 
     def __post_init__(self) -> None:
         self.columns = self.options.columns
@@ -123,7 +125,10 @@ class Origin:
         told = self._given(record, self.columns.template_options) or {}
         if told:
             self._check_template_options(told)
-        check_size([*prompt, *completion, *(tools or ()), *([told] if told else ())], self.place)
+        column = self._given(record, self.columns.images, json_text=False)
+        said = with_pictures([*prompt, *completion], column, self.images, self.place)
+        prompt, completion = said[: len(prompt)], said[len(prompt) :]
+        check_size([*said, *(tools or ()), *([told] if told else ())], self.place)
         return FeedbackRow(prompt, completion, None, self.place, tools or None, told, num_trailing)
 
     def answered(self, before: list[Message], answer: list[Message], name: str) -> FeedbackRow | LeftOut:
@@ -164,9 +169,10 @@ class Origin:
                 expected = f"{column!r} must hold options of the template, found {keys_of([name])}, which is none."
                 raise self.error(expected)
 
-    def _given(self, record: Record | None, column: str) -> Any:
+    def _given(self, record: Record | None, column: str, *, json_text: bool = True) -> Any:
         given = value_at(record, column) if record else None
-        return without_nulls(from_json_text(given, column, self.place)) if given else None
+        given = from_json_text(given, column, self.place) if json_text else unpacked(given)
+        return without_nulls(given) if given else None
 
 
 def system_column(record: Record, columns: Columns) -> str:
