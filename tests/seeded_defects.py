@@ -179,8 +179,8 @@ DEFECTS = [
     ),
     Defect(
         "R23", "a graph is kept at each step", "module.py",
-        "        self.step_rows.append(rows)\n",
-        "        self.step_rows.append(rows)\n        self.__dict__.setdefault('kept', []).append(losses_B)\n",
+        "        self.step_rows += [rows] if share else []\n",
+        "        self.step_rows += [rows] if share else []\n        self.__dict__.setdefault('kept', []).append(losses_B)\n",
         (f"{SAME}::test_memory_and_open_files_do_not_grow_with_steps",),
     ),
     Defect(

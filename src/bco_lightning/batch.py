@@ -147,6 +147,11 @@ class FeedbackBatch:
         return replace(self, **changed)
 
 
+def micro_batches_of(batch: FeedbackBatch | list[FeedbackBatch]) -> list[FeedbackBatch]:
+    """Those of what a loader gives, which is cut where ``data.tokens_per_micro_batch`` says so."""
+    return batch if isinstance(batch, list) else [batch]
+
+
 @dataclass
 class ScoredRows:
     """What the model makes of a micro-batch, detached, one value per row; log-probs, rewards and losses in nats."""
@@ -162,6 +167,14 @@ class ScoredRows:
     reward_shift: float  # what the losses were computed with: a row rewarded more counts as thumbs-up
     baseline_sums: Mapping[str, Tensor] = field(default_factory=dict)  # for what else the objective keeps
     routing_sums: Mapping[str, Tensor] = field(default_factory=dict)  # how evenly tokens went to experts, if any
+
+    @classmethod
+    def joined(cls, parts: list[ScoredRows]) -> ScoredRows:
+        """The rows of several micro-batches, one after the other."""
+        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        sums = {name: sum(part.baseline_sums[name] for part in parts) for name in parts[0].baseline_sums}
+        rows: Any = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return replace(parts[0], baseline_sums=sums, **rows) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)

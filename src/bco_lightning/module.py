@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary
+from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary, micro_batches_of
 from bco_lightning.callbacks import OF_THE_METHOD, ImportanceMonitor
 from bco_lightning.callbacks.refusals import refuse_unfit, refuse_unknown_monitors
-from bco_lightning.callbacks.step_callback import summarize_step
+from bco_lightning.callbacks.run_header import tokens_that_fit
+from bco_lightning.callbacks.step_callback import loss_in_passes, passes_of, summarize_step
 from bco_lightning.checkpoints import read_checkpoint, use_verified_io
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.checkpoints.tensors import leave_out_frozen, miss_trained_only, refuse_not_finite
@@ -224,10 +225,8 @@ class BCOModule(LightningModule):
         unrelated_log_ratios_U = None
         if batch.unrelated is not None:
             with torch.no_grad():
-                policy_log_probs_U, reference_log_probs_U = self._log_probs(batch.unrelated)
-                unrelated_log_ratios_U = (policy_log_probs_U - reference_log_probs_U)[
-                    batch.unrelated.importance_weights_B > 0
-                ]
+                policy_U, reference_U = self._log_probs(batch.unrelated)
+                unrelated_log_ratios_U = (policy_U - reference_U)[batch.unrelated.importance_weights_B > 0]
         with weigher.watching(self.reference.own_model or self.policy) if weigher else nullcontext():
             policy_log_probs_B, reference_log_probs_B = self._log_probs(batch)
         answers = RatedAnswers(
@@ -269,9 +268,10 @@ class BCOModule(LightningModule):
         with trunk.left_out() if trunk else nullcontext():
             return policy_log_probs_B, self.reference.log_probs(batch, trunk_states_SH)
 
-    def on_before_batch_transfer(self, batch: FeedbackBatch, dataloader_idx: int) -> FeedbackBatch:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Looks at the tokens while they are on the CPU; those of a stream are not known before."""
-        refuse_unknown_token(causal_lm_of(self.policy), int(batch.input_ids_S.max()))
+        for part in micro_batches_of(batch):
+            refuse_unknown_token(causal_lm_of(self.policy), int(part.input_ids_S.max()))
         return batch
 
     def on_train_start(self) -> None:
@@ -282,32 +282,36 @@ class BCOModule(LightningModule):
             restore_states(self, self.trainer.optimizers, self._saved_optimizers)
             self._saved_optimizers = []
 
-    def training_step(self, batch: FeedbackBatch, batch_idx: int) -> Tensor:
-        """The weighted loss of a micro-batch; its rows join ``step_rows``, which holds those of one optimizer step.
-
-        A loss that is not finite is the guard's business, which every process reaches; an error here would leave the
-        others waiting.
-        """
-        losses_B, rows = self(batch)
+    def training_step(self, batch: FeedbackBatch | list[FeedbackBatch], batch_idx: int) -> Tensor:
+        """The weighted loss of a batch, whose rows join ``step_rows``; the guard looks at whether it is finite."""
         if self.step_summary is not None:  # the step before has ended
             self.step_rows, self.step_summary = [], None
-        self.step_rows.append(rows)
+        return loss_in_passes(self._loss, batch, self._trainer, begins=not self.step_rows)
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Nothing: gradients were dropped as the step began, and Lightning asks after passes that have added some."""
+
+    def _loss(self, batch: FeedbackBatch, share: float) -> Tensor:
+        losses_B, rows = self(batch)
+        self.step_rows += [rows] if share else []
         weights = self.class_weights or self._chosen_class_weights()
-        return cast(Routing, self._routing).add_to(mean_over_rows(losses_B, batch.thumbs_up_B, weights))
+        return share * cast(Routing, self._routing).add_to(mean_over_rows(losses_B, batch.thumbs_up_B, weights))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Sums the step over processes, for the callbacks; one that is not finite ends here, or is left out."""
         summarize_step(self.trainer, self, optimizer)
 
-    def validation_step(self, batch: FeedbackBatch, batch_idx: int) -> dict[str, Any]:
-        """The rows of a micro-batch, for the callbacks."""
-        return {"rows": self(batch)[1]}
+    def validation_step(self, batch: FeedbackBatch | list[FeedbackBatch], batch_idx: int) -> dict[str, Any]:
+        """The rows of a batch, for the callbacks."""
+        return {"rows": self.predict_step(batch, batch_idx)}
 
     test_step = validation_step
+    tokens_that_fit = tokens_that_fit  # of a micro-batch, by memory: the data module asks
 
-    def predict_step(self, batch: FeedbackBatch, batch_idx: int) -> ScoredRows:
-        """The rows of a micro-batch, scored."""
-        return self(batch)[1]  # type: ignore[no-any-return]
+    def predict_step(self, batch: FeedbackBatch | list[FeedbackBatch], batch_idx: int) -> ScoredRows:
+        """The rows of a batch, scored."""
+        scored = [(self(part)[1], share) for part, share in passes_of(batch, self._trainer)]
+        return ScoredRows.joined([rows for rows, share in scored if share])
 
     # --- what is saved
 
@@ -359,7 +363,7 @@ class BCOModule(LightningModule):
         return changes_to_accept(checkpoint, made_of, self._settings() if accepted is not None else {}, accepted)
 
     def _settings(self) -> dict[str, Any]:
-        parts = [self.options, *([self._data.options] if self._data is not None else [])]
+        parts = [self.options, self._data.options] if self._data is not None else [self.options]
         return settings_of(self.trainer, self.num_steps(), parts)
 
     @classmethod

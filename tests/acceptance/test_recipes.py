@@ -53,7 +53,7 @@ def train(name: str, model: str, log: str, **more: str) -> int:
         "model.learning_rate": "1e-3",
         "data.train_files": log,
         "trainer.accelerator": "cpu",
-        "trainer.accumulate_grad_batches": "2",
+        "data.batch_size": "4",
         "trainer.max_steps": "3",
         "trainer.log_every_n_steps": "1",
         **more,

@@ -30,11 +30,13 @@ class Case:
     checkpointing: bool = False
     stored: str = "float32"
     other_reference: bool = False
+    tokens: int | None = None
     steps: int = 5
 
     def __str__(self) -> str:
         how = ["LoRA" if self.lora else "full", f"accumulation {self.accumulation}"]
         how += [word for word in ("online", "checkpointing", "other_reference") if getattr(self, word)]
+        how += [f"{self.tokens} tokens"] if self.tokens else []
         how += [self.precision] if self.precision != "32-true" else []
         how += [f"{self.stored} as {self.dtype}"] if (self.stored, self.dtype) != ("float32", "float32") else []
         return " ".join([self.strategy, *how])
@@ -87,7 +89,11 @@ def run(
         callbacks=[gradients, saving, SpeedMonitor()],
         ckpt_path=ckpt_path,
         trainer_options=trainer_options,
-        data_options={"batch_size": ROWS_PER_STEP // processes // case.accumulation, "validation_files": heldout},
+        data_options={
+            "batch_size": ROWS_PER_STEP // processes // case.accumulation,
+            "tokens_per_micro_batch": case.tokens,
+            "validation_files": heldout,
+        },
     )
     trainer = module.trainer
     weights = {name: whole(value).clone() for name, value in trainer.strategy.lightning_module_state_dict().items()}

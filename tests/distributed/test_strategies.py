@@ -30,6 +30,9 @@ TOGETHER = [
     Case("fsdp2", accumulation=2, checkpointing=True),
     Case("fsdp2", lora=True, checkpointing=True, stored="bfloat16"),
     Case("fsdp2_cpu_offload", accumulation=2),
+    # Processes have another number of micro-batches in a step each; that is compared with steps that are not cut.
+    Case("ddp", tokens=70),
+    Case("fsdp2", tokens=70),
 ]
 # In bfloat16 the order of sums shows, so that numbers are near, not equal.
 TOGETHER_COARSE = [
@@ -52,7 +55,7 @@ JOURNEYS = [
 
 
 def of_one_process(case: Case) -> Case:
-    return replace(case, strategy="auto")
+    return replace(case, strategy="auto", tokens=None)
 
 
 def journeys(processes: int) -> dict[tuple[str, str], Case]:

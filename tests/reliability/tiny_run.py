@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bco_lightning import BCOModule, FeedbackDataModule
+from bco_lightning.batch import micro_batches_of
 
 ROOT = Path(__file__).parents[2]
 ROWS, UP, STEPS, ROWS_PER_STEP = 96, 64, 24, 8
@@ -91,7 +92,8 @@ class Recorder(Callback):
         self.values: dict[int, dict[str, float]] = {}
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.rows.setdefault(trainer.global_step, []).extend(batch.row_ids_B.tolist())
+        for part in micro_batches_of(batch):
+            self.rows.setdefault(trainer.global_step, []).extend(part.row_ids_B.tolist())
 
     def take(self, values: dict[str, float], step: int) -> None:
         self.values.setdefault(step, {}).update(values)

@@ -98,7 +98,7 @@ def fit(model: str, log: str, how: str) -> None:
     from bco_lightning.cli import app as cli
     from bco_lightning.data import datamodule
 
-    original, asked = datamodule.collate, [0]
+    original, asked = datamodule.collate_cut, [0]
 
     def fault(samples: Any, **options: Any) -> Any:
         asked[0] += 1
@@ -108,7 +108,7 @@ def fit(model: str, log: str, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(samples, **options)
 
-    datamodule.collate = fault
+    datamodule.collate_cut = fault
     workers = "1" if how == "worker" else "0"
     options = {
         "model.name_or_path": model, "data.train_files": log, "trainer.accelerator": "cpu", "data.num_workers": workers,

@@ -56,6 +56,10 @@ def refuse_unfit(trainer: Any, single: Iterable[type[Callback]]) -> None:
             "after an error in one process the others would wait for it",
             "checkpoint.every_n_steps and every_minutes keep what was done.",
         )
+    data, many = getattr(getattr(trainer, "datamodule", None), "options", None), trainer.accumulate_grad_batches
+    if data is not None and getattr(data, "tokens_per_micro_batch", None) and many > 1:
+        problem = f"expected 1 with data.tokens_per_micro_batch, which cuts steps by itself; found {many}."
+        raise ConfigError("trainer.accumulate_grad_batches", problem, f"Set data.batch_size: {many * data.batch_size}.")
     for name, (reason, remedy) in unfit.items():
         for callback in _given(trainer, getattr(callbacks, name)):
             found = type(callback).__name__

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import psutil
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,8 +22,9 @@ from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.models.layout import causal_lm_of, kind_of_model
 from bco_lightning.models.log_probs import tile_for
-from bco_lightning.models.memory import PlanOptions, memory_of
+from bco_lightning.models.memory import SHARE_TAKEN, PlanOptions, memory_of, tokens_within
 from bco_lightning.options import LoraSettings
+from bco_lightning.parallel.collectives import max_over_ranks
 from bco_lightning.parallel.sharding import copies_of_parameters, sharding_of
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ _COMPARED = (
     "name_or_path", "objective", "beta", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "optimizer",
     "dtype", "class_weights", "importance_weights", "reward_shift_decay", "kl_budget", "seed",
 )  # fmt: skip
+_MOST_ON_CPU = 4096  # tokens of a micro-batch: more is no quicker
 _GIB, _ROWS = 2**30, {"train": "to train on", "validation": "held out"}
 
 
@@ -67,7 +72,7 @@ class RunHeader(Callback):
             counts = [each for each in data.counts if each.name in _ROWS]
             rows = "".join(f"{each.up:,} up and {each.down:,} down {_ROWS[each.name]}; " for each in counts)
             of_rows = f" of {data.rows_per_step:,} rows, epochs: {steps / data.steps_per_epoch:.3g}"
-            memory = expected_memory(trainer, pl_module, data)
+            memory = expected_memory(pl_module, data)
             looks_once = str(trainer.val_check_interval) == "1.0" and steps <= data.steps_per_epoch  # 1 is every batch
             if pl_module.options.kl_budget and looks_once:
                 told = "it is looked at once, when the run ends; trainer.val_check_interval: 0.1 looks ten times"
@@ -101,28 +106,43 @@ def hyper_parameters(trainer: Trainer, module: BCOModule) -> dict[str, Any]:
     return {name: 0 if v is None else str(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
-def expected_memory(trainer: Trainer, module: BCOModule, data: FeedbackDataModule) -> str:
+def expected_memory(module: BCOModule, data: FeedbackDataModule) -> str:
     """What a step takes by the formula of ``plan``, in words, were all rows as long as the longest."""
-    options, lengths, cut = module.options, data.training.lengths, trainer.world_size // copies_of_parameters(trainer)
+    lengths, size, most = data.training.lengths, data.options.batch_size, data.tokens_per_micro_batch
     longest = int(lengths.max()) if lengths is not None else data.options.max_length
+    told = f"{size} rows of {longest:,} tokens"
+    if isinstance(most, int):
+        longer = "" if lengths is None else f" ({np.count_nonzero(lengths > most):,} rows are longer, and alone)"
+        told = f"at most {most:,} tokens a micro-batch{longer}"
+        size, longest = 1, max(longest, most)
+    try:
+        parts = memory_of(*_plan(module, size, longest))
+    except LanguageModelError:
+        return "not known for this kind of model"
+    return f"about {sum(parts.values()) / _GIB:.2g} GiB on each device at the peak of a step of {told}"
+
+
+def tokens_that_fit(module: BCOModule) -> int:
+    """Tokens of a micro-batch with which a step takes four fifths of the memory that is left to each process."""
+    trainer, device = module.trainer, module.trainer.strategy.root_device
+    memory, most = psutil.virtual_memory().available / trainer.num_devices, _MOST_ON_CPU
+    if device.type == "cuda":
+        memory, most = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), sys.maxsize
+    found = min(most, tokens_within(SHARE_TAKEN * memory, *_plan(module, 1, 256)))
+    return max(1, -int(max_over_ranks(torch.tensor(-found), trainer)))
+
+
+def _plan(module: BCOModule, batch_size: int, length: int) -> tuple[PlanOptions, tuple[int, int], Any]:
+    options, trainer = module.options, module.trainer
     asked = PlanOptions(
-        model=options.name_or_path,
-        gpus=cut,
-        strategy="ddp" if sharding_of(trainer) is None else "fsdp2",
-        lora_r=options.lora.r if options.lora else 0,
+        model=options.name_or_path, gpus=trainer.world_size // copies_of_parameters(trainer),
+        strategy="ddp" if sharding_of(trainer) is None else "fsdp2", lora_r=options.lora.r if options.lora else 0,
         dtype="bfloat16" if dtype_of_matrices(module.policy) == torch.bfloat16 else "float32",
         precision="bf16-mixed" if "mixed" in str(trainer.precision) else "32-true",
         optimizer="adamw" if options.optimizer == "adamw" else "adamw_8bit",
         reference="none" if module.reference.own_model is None else "model",
-        batch_size=data.options.batch_size,
-        max_length=max(2, longest),
-        gradient_checkpointing=options.gradient_checkpointing,
-    )
-    try:
-        with torch.device("meta"):
-            model = kind_of_model(config := causal_lm_of(module.policy).config).from_config(config)
-        parts = memory_of(asked, tile_for(trainer.strategy.root_device), model)
-    except LanguageModelError:
-        return "not known for this kind of model"
-    told = f"at the peak of a step of {data.options.batch_size} rows of {longest:,} tokens"
-    return f"about {sum(parts.values()) / _GIB:.2g} GiB on each device {told}"
+        batch_size=batch_size, max_length=max(2, length), gradient_checkpointing=options.gradient_checkpointing,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = kind_of_model(config := causal_lm_of(module.policy).config).from_config(config)
+    return asked, tile_for(trainer.strategy.root_device), model

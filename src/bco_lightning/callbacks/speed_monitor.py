@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from bco_lightning.batch import FeedbackBatch, StepSummary
+from bco_lightning.batch import FeedbackBatch, StepSummary, micro_batches_of
 from bco_lightning.callbacks.step_callback import StepCallback, is_time_to_log, log_step
 from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.models.layout import layout_of
@@ -72,12 +72,13 @@ class SpeedMonitor(StepCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: FeedbackBatch, batch_idx: int) -> None:
         if self._running_since is None:
             self._running_since = self._clock()
-        padded = len(batch) * max(batch.lengths) if self._layout == "padded" else 0
-        self._of_step["rows"] += len(batch)
-        self._of_step["tokens"] += batch.num_tokens
-        self._of_step["positions"] += padded or batch.num_computed
-        self._of_step["padding"] += padded and padded - batch.num_tokens
-        self._of_step["flops"] += self._useful.of_batch(batch)
+        for part in micro_batches_of(batch):
+            padded = len(part) * max(part.lengths) if self._layout == "padded" else 0
+            self._of_step["rows"] += len(part)
+            self._of_step["tokens"] += part.num_tokens
+            self._of_step["positions"] += padded or part.num_computed
+            self._of_step["padding"] += padded and padded - part.num_tokens
+            self._of_step["flops"] += self._useful.of_batch(part)
 
     @override
     def numbers_of_step(self, trainer: Trainer, module: Any) -> Mapping[str, float | Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from bco_lightning.batch import ScoredRows, StepSummary
+from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary, micro_batches_of
 from bco_lightning.errors import ConfigError
 from bco_lightning.objectives import sums_of_rewards
-from bco_lightning.parallel.collectives import sum_over_ranks
+from bco_lightning.parallel.collectives import max_over_ranks, sum_over_ranks
+from bco_lightning.parallel.sharding import sharding_of
 
 _REWARDS = ("sum_up", "num_up", "sum_down", "num_down")
 _LIGHTNINGS_OWN_INTERVAL, _EACH_AT_FIRST, _POINTS = 50, 100, 200
@@ -96,6 +97,30 @@ def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
     )
     for callback in callbacks:
         callback.on_before_step(trainer, module, optimizer, module.step_summary)
+
+
+def passes_of(batch: FeedbackBatch | list[FeedbackBatch], trainer: Any) -> list[tuple[FeedbackBatch, float]]:
+    """The micro-batches of a batch, each with its share of the rows; the last perhaps again, with a share of 0."""
+    parts = micro_batches_of(batch)
+    passes, rows = torch.tensor(len(parts)), sum(map(len, parts))
+    # Sharded models need as many passes in all processes.
+    if isinstance(batch, list) and trainer is not None and sharding_of(trainer) is not None:
+        passes = max_over_ranks(passes, trainer)
+    return [*((part, len(part) / rows) for part in parts), *[(parts[-1], 0.0)] * (int(passes) - len(parts))]
+
+
+def loss_in_passes(loss_of: Callable[..., Tensor], batch: Any, trainer: Any, *, begins: bool) -> Tensor:
+    """The loss of a batch; gradients are added here but for the last, with which Lightning goes to other processes."""
+    for optimizer in trainer.optimizers if begins and trainer is not None else ():
+        optimizer.zero_grad()
+    *before, last = passes_of(batch, trainer)
+    losses: list[Tensor] = []
+    for each in before:
+        loss = loss_of(*each)
+        with torch.autocast(loss.device.type, enabled=False):  # which is for forward passes
+            trainer.strategy.backward(loss, None)
+        losses.append(loss.detach())
+    return sum(losses, start=loss_of(*last))
 
 
 def log_step(trainer: Trainer, module: LightningModule, values: Mapping[str, float], step: int) -> None:

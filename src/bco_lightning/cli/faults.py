@@ -54,8 +54,8 @@ _SAID = (
         "memory",
         re.compile(r"can't allocate memory|out of memory|not enough memory", re.IGNORECASE),
         "expected the step to fit, found none left",
-        "Lower data.batch_size and raise trainer.accumulate_grad_batches by the same factor, lower data.max_length, "
-        "set model.gradient_checkpointing: true, or train adapters (model.lora).",
+        "Set or lower data.tokens_per_micro_batch (or data.batch_size, and raise trainer.accumulate_grad_batches), "
+        "lower data.max_length, set model.gradient_checkpointing: true, or train adapters (model.lora).",
     ),
     (
         "data.num_workers",

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bco_lightning.models.load import NAMED_SHAPES
-from bco_lightning.models.memory import PlanOptions, memory_of
+from bco_lightning.models.memory import SHARE_TAKEN, PlanOptions, memory_of, tokens_within
 
 GIB = 2**30
 LEFT_OUT = "Not counted: the CUDA context (0.5 to 1 GiB), buffers of NCCL and cuBLAS, and fragmentation."
@@ -30,6 +30,8 @@ def plan_command(table: bool = False, **options: Any) -> None:
     fits = "fits into" if total <= given.gpu_memory else "DOES NOT FIT into"
     Console().print(shown)
     Console().print(f"{total:,.2f} GiB at the peak: {fits} {given.gpu_memory:g} GiB. {LEFT_OUT}", highlight=False)
+    tokens = tokens_within(SHARE_TAKEN * given.gpu_memory * GIB, given)
+    Console().print(f"Tokens that {SHARE_TAKEN:.0%} of it hold (data.tokens_per_micro_batch: auto): {tokens:,}")
 
 
 def scale_table(gpu_memory: float) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bco_lightning.batch import FeedbackBatch, Span
+from bco_lightning.data.order import cut
 
 # Columns that batches are made of; those at the end are there once they are known.
 COLUMNS = (
@@ -97,6 +99,21 @@ def collate(
         scores_B=_known(samples, "score", torch.float32),
         images_B=tuple(seen) if any(seen) else None,
     )
+
+
+def collate_cut(
+    samples: Sequence[Mapping[str, Any]], *, most_tokens: Any, padded: bool, whole_prompts: bool, **options: Any
+) -> FeedbackBatch | list[FeedbackBatch]:
+    """:func:`collate`, as micro-batches that compute so many tokens; pairs, or neighbours of one prompt, stay whole."""
+    if not isinstance(most_tokens, int):
+        return collate(samples, **options)
+    own = samples[: len(samples) // (2 if options.get("with_unrelated") else 1)]
+    lengths, shares = [len(sample["input_ids"]) for sample in own], options["share_prompts"]
+    units = [sample["prompt_key"] if whole_prompts else n // (1 + options["paired"]) for n, sample in enumerate(own)]
+    shared = [0, *(len(one) * (one == other) * shares for one, other in pairwise(map(_prompt, own)))]
+    ends = [n for n in range(1, len(own) + 1) if n == len(own) or units[n] != units[n - 1]]
+    parts = cut(lengths, most_tokens, padded=padded, shared=shared, ends=ends)
+    return [collate([*own[part], *samples[len(own) :][part]], **options) for part in parts]
 
 
 def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:

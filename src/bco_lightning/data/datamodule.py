@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import asks_for_date, chosen_template, today
-from bco_lightning.data.collate import COLUMNS, collate
+from bco_lightning.data.collate import COLUMNS, collate_cut
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.demands import pairs_of, refuse_options, require
 from bco_lightning.data.given import with_given
@@ -32,10 +32,12 @@ from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.training import TrainingRows, telling_numbers
 from bco_lightning.errors import ConfigError
+from bco_lightning.parallel.collectives import Processes
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
 
 _log = logging.getLogger("lightning.pytorch")
+_NO_TRAINING_FILES = "data.train_files", "expected files to train on, found none.", "Set data.train_files."
 _DRAWN = 64  # rows of a stream that are looked at for telling ones
 
 
@@ -150,9 +152,7 @@ class FeedbackDataModule(LightningDataModule):
         if self._tokenizer is not None:
             return self._tokenizer
         if self.trainer is None:
-            raise ConfigError(
-                "FeedbackDataModule", "expected a tokenizer or a trainer with a BCOModule, found neither."
-            )
+            raise ConfigError("FeedbackDataModule", "expected a tokenizer or a BCOModule's trainer, found neither.")
         return self.trainer.lightning_module.tokenizer
 
     @property
@@ -176,7 +176,7 @@ class FeedbackDataModule(LightningDataModule):
     def training(self) -> TrainingRows:
         """The rows to train on, whether they are a table or a stream."""
         if "training" not in self._rows:
-            raise _no_training_files()
+            raise ConfigError(*_NO_TRAINING_FILES)
         if self._training is None:
             rows = self._rows["training"].row_sets["train"]
             self._training = TrainingRows(rows, self.options, self._reader, self._objective)
@@ -190,7 +190,14 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all processes and accumulated micro-batches."""
-        return self.options.batch_size * self._accumulation * self._world_size
+        return self.options.batch_size * self._accumulation * self._group.world_size
+
+    @property
+    def tokens_per_micro_batch(self) -> int | str | None:
+        """The most tokens of a micro-batch; ``None`` where micro-batches are counted in rows."""
+        if self.options.tokens_per_micro_batch == "auto" and (module := self._module) is not None:
+            self.options = replace(self.options, tokens_per_micro_batch=module.tokens_that_fit())
+        return self.options.tokens_per_micro_batch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -213,7 +220,7 @@ class FeedbackDataModule(LightningDataModule):
         """
         trainer: Any = self.trainer
         self._date_templates()
-        if self._world_size == 1:
+        if self._group.world_size == 1:
             return self._read(stage)
         if trainer._accelerator_connector.use_distributed_sampler:
             raise ConfigError(
@@ -246,24 +253,18 @@ class FeedbackDataModule(LightningDataModule):
                 "expected whole epochs, since the row order is derived from the optimizer step; found a limit.",
                 "Use trainer.max_steps to train for less than an epoch.",
             )
-        training = self.training
-        padded = trainer is not None and getattr(trainer.lightning_module, "layout", "packed") == "padded"
+        training, here, tokens = self.training, self._group, self.tokens_per_micro_batch
         # Sorted rows of balanced steps would leave some micro-batches with one class alone.
-        sorts = padded and not (self.options.balanced_sampling or training.paired)
+        mixes = self.options.balanced_sampling or training.paired
+        sorts = getattr(self._module, "layout", "") == "padded" and not mixes
         sampler = StepBatchSampler(
-            training.order(self.rows_per_step),
-            batch_size=self.options.batch_size,
-            accumulation=self._accumulation,
-            rank=self._rank,
-            world_size=self._world_size,
-            current_step=lambda: trainer.global_step if trainer else 0,
-            lengths=training.lengths if sorts else None,
-            with_next=training.with_unrelated,
-        )
+            training.order(self.rows_per_step), batch_size=self.options.batch_size, accumulation=self._accumulation,
+            rank=here.global_rank, world_size=here.world_size, dealt=bool(tokens), with_next=training.with_unrelated,
+            current_step=lambda: trainer.global_step if trainer else 0, lengths=training.lengths if sorts else None,
+        )  # fmt: skip
         dataset = training.dataset()
         self._stream = dataset if isinstance(dataset, StreamDataset) else None
-        collated = {"paired": training.paired, "with_unrelated": training.with_unrelated}
-        return self._loader(dataset, collated, batch_sampler=sampler)
+        return self._loader(dataset, sampler, paired=training.paired, with_unrelated=training.with_unrelated)
 
     def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
@@ -280,8 +281,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def datasets_of(self, stage: str) -> dict[str, Dataset]:
         """What a stage (``fit``, ``validate``, ``test`` or ``predict``) runs on, by Lightning's name of each run."""
-        trainer: Any = self.trainer
-        held_out = self.validation_dataset
+        trainer, held_out = cast(Any, self.trainer), self.validation_dataset
         found = {
             "fit": {"train": self.train_dataset, "validate": held_out if trainer.enable_validation else None},
             "validate": {"validate": held_out},
@@ -293,11 +293,17 @@ class FeedbackDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Says how many rows of a stream turned out to be unusable when their turn came, and were replaced."""
         if self._stream is not None and stage == "fit" and (count := self._stream.num_replaced):
-            _log.warning("process %d: %d rows of the stream were replaced by others of their class", self._rank, count)
+            _log.warning("process %d: %d rows of the stream were replaced by others", self._group.global_rank, count)
 
     def state_dict(self) -> dict[str, Any]:
         """How a step is cut into micro-batches; the position itself is the trainer's step."""
-        return {"accumulation": self._accumulation} if "training" in self._rows else {}
+        tokens = self.options.tokens_per_micro_batch
+        return {"accumulation": self._accumulation, "tokens": tokens} if "training" in self._rows else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over how many tokens ``auto`` was, whatever the device is now: so a run goes on to the bit."""
+        if self.options.tokens_per_micro_batch == "auto" and (then := state_dict.get("tokens")):
+            self.options = replace(self.options, tokens_per_micro_batch=then)
 
     def fingerprints(self) -> dict[str, Any]:
         """What the rows and their order depend on; the module compares it before a run goes on."""
@@ -349,7 +355,7 @@ class FeedbackDataModule(LightningDataModule):
     def _read_training(self) -> None:
         options = self.options
         if not options.sources("train"):
-            raise _no_training_files()
+            raise ConfigError(*_NO_TRAINING_FILES)
         if "training" in self._rows:
             return
         found = self._reader.read_training(self._cache)
@@ -383,9 +389,8 @@ class FeedbackDataModule(LightningDataModule):
 
     @property
     def _cache(self) -> FolderCache:
-        return FolderCache(
-            cache_root(self.options.cache_folder) / "tokenized_rows" if self.options.cache_rows else None
-        )
+        folder = cache_root(self.options.cache_folder) / "tokenized_rows"
+        return FolderCache(folder if self.options.cache_rows else None)
 
     @property
     def _row_sets(self) -> dict[str, RowSet]:
@@ -397,20 +402,19 @@ class FeedbackDataModule(LightningDataModule):
 
     @property
     def _accumulation(self) -> int:
-        return self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        return int(getattr(self.trainer, "accumulate_grad_batches", 1))
 
     @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
+    def _group(self) -> Processes:
+        return cast(Processes, self.trainer or Processes())
 
     @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
+    def _module(self) -> Any:
+        return getattr(self.trainer, "lightning_module", None)
 
     @property
     def _objective(self) -> Any:
-        """The objective of the trainer's module, if there is one."""
-        return getattr(getattr(self.trainer, "lightning_module", None), "objective", None)
+        return getattr(self._module, "objective", None)
 
     def _evaluation_loader(
         self, dataset: Dataset | None, needed_by_all: str = "data.validation_files", *, paired: bool | None = None
@@ -420,30 +424,27 @@ class FeedbackDataModule(LightningDataModule):
         paired = getattr(self._objective, "takes_pairs", False) if paired is None else paired
         pairs = pairs_of(dataset) if paired else None
         number, size = len(dataset if pairs is None else pairs), max(1, self.options.batch_size // (2 if paired else 1))
-        if needed_by_all and number < self._world_size:
+        if needed_by_all and number < self._group.world_size:
             # Lightning passes over an evaluation in the processes that have no row of it, and the others wait for them.
             raise ConfigError(
                 needed_by_all,
-                f"expected a row for each of {self._world_size} processes, found {number}.",
+                f"expected a row for each of {self._group.world_size} processes, found {number}.",
                 "Give more rows, use fewer processes, or hold out none (data.validation_fraction: 0).",
             )
-        sampler = EvenBatchSampler(number, size, self._rank, self._world_size, pairs)
-        return self._loader(dataset, {"paired": paired}, batch_sampler=sampler)
+        sampler = EvenBatchSampler(number, size, self._group.global_rank, self._group.world_size, pairs)
+        return self._loader(dataset, sampler, paired=paired)
 
-    def _loader(self, dataset: Dataset | StreamDataset, collated: Any, **arguments: Any) -> DataLoader[FeedbackBatch]:
-        collated = {**collated, "images": self.image_inputs}
+    def _loader(self, dataset: Any, sampler: Any, **collated: Any) -> DataLoader[FeedbackBatch]:
         if isinstance(dataset, Dataset):
             dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+        collated |= {"share_prompts": self.options.group_by_prompt, "most_tokens": self.tokens_per_micro_batch}
+        collated |= {"whole_prompts": getattr(self._objective, "takes_prompts", False), "images": self.image_inputs}
         return DataLoader(
-            dataset,  # type: ignore[arg-type]
-            collate_fn=partial(collate, share_prompts=self.options.group_by_prompt, **collated),
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=partial(collate_cut, padded=getattr(self._module, "layout", "") == "padded", **collated),
             num_workers=self.options.num_workers,
             # Without its own, a loader draws from the global generator whenever it is iterated.
             generator=torch.Generator().manual_seed(self.options.row_seed),
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            **arguments,
         )
-
-
-def _no_training_files() -> ConfigError:
-    return ConfigError("data.train_files", "expected files to train on, found none.", "Set data.train_files.")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bco_lightning.data.presets import PRESETS
 from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError
-from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, at_least, chosen_seed, option, options
+from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, Range, at_least, chosen_seed, option, options
 
 FormatName = Literal[
     "auto", "unpaired", "ranked", "compared", "paired", "open_webui", "langfuse", "langsmith", "argilla", "chainlit",
@@ -222,6 +222,13 @@ class DataOptions(Options):
     test_files: Files = option("Logs for ``test``; the validation rows if left out.", default=None)
     predict_files: Files = option("Logs for ``predict``; they need no labels.", default=None)
     batch_size: int = option("Rows of a micro-batch on each device.", default=8, fits=at_least(1, "row"))
+    tokens_per_micro_batch: int | Literal["auto"] | None = option(
+        "Cut the ``batch_size`` rows of a device, then those of a whole step, into micro-batches of at most so many "
+        "tokens to compute; a longer row is alone. ``auto`` takes what fits into memory, and when a run goes on what "
+        "it took before. Gradients differ by rounding alone.",
+        default=None,
+        fits=Range("auto, or at least 1 token", lambda value: value == "auto" or value >= 1),
+    )
     format: FormatName = option("What the records are; ``auto`` goes by the first one of each source.", default="auto")
     columns: Columns = option("Names of the columns.", default=Columns())
     rating: Rating | None = option("The rule that makes thumbs of numbers; without, labels are thumbs.", default=None)

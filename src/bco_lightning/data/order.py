@@ -23,16 +23,10 @@ class Pool:
     """
 
     def __init__(
-        self,
-        rows: Sequence[int] | Array,
-        seed: Sequence[int],
-        sources: Array | None = None,
-        weights: Sequence[float] | None = None,
-        *,
-        groups: Array | None = None,
-        regions: Array | None = None,
+        self, rows: Sequence[int] | Array, seed: Sequence[int], sources: Array | None = None,
+        weights: Sequence[float] | None = None, *, groups: Array | None = None, regions: Array | None = None,
         window: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._seed, self._groups, self._regions, self._window = list(seed), groups, regions, window
         self._rows = np.asarray(rows, dtype=np.int64)
         self._parts: list[tuple[Array, int]] = []
@@ -114,23 +108,16 @@ class StepBatchSampler(Sampler[list[int]]):
 
     The position is asked for, never stored: after a resume the loader begins where the restored step says.
     With ``lengths`` in tokens, a step's rows are cut into micro-batches of like lengths: padded ones have less
-    padding so, and the gradient does not depend on how a step is cut. With ``with_next``, behind the rows of a
-    micro-batch come as many others: for each the next one of the step, however it is cut.
+    padding so, and the gradient does not depend on the cut; ``dealt`` in turn, each is of all lengths, for :func:`cut`.
+    With ``with_next``, behind the rows of a micro-batch come as many others: for each the next one of the step, however
+    it is cut.
     """
 
     def __init__(
-        self,
-        order: RowOrder,
-        *,
-        batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        current_step: Callable[[], int],
-        lengths: Array | None = None,
-        with_next: bool = False,
-    ) -> None:
-        self._lengths, self._with_next = lengths, with_next
+        self, order: RowOrder, *, batch_size: int, accumulation: int, rank: int, world_size: int,
+        current_step: Callable[[], int], lengths: Array | None = None, dealt: bool = False, with_next: bool = False,
+    ) -> None:  # fmt: skip
+        self._lengths, self._dealt, self._with_next = lengths, dealt and lengths is not None, with_next
         self._order, self._batch_size, self._accumulation = order, batch_size, accumulation
         self._rank, self._world_size = rank, world_size
         self._steps_per_epoch, self._current_step = order.steps_per_epoch, current_step
@@ -146,10 +133,31 @@ class StepBatchSampler(Sampler[list[int]]):
             if self._lengths is not None:
                 rows = sorted(rows, key=self._lengths.__getitem__)
             for micro_batch in range(self._accumulation):
-                start = (micro_batch * self._world_size + self._rank) * self._batch_size
-                mine = range(start, min(start + self._batch_size, len(rows)))
+                place = micro_batch * self._world_size + self._rank
+                mine = range(place * self._batch_size, len(rows))[: self._batch_size]
+                if self._dealt:
+                    mine = range(place, len(rows), self._accumulation * self._world_size)
                 following = [rows[(place + 1) % len(rows)] for place in mine] if self._with_next else []
                 yield [*(rows[place] for place in mine), *following]
+
+
+def cut(lengths: Any, most: int, *, padded: bool = False, shared: Any = 0, ends: Any = None) -> list[slice]:
+    """Cuts rows, in order, into micro-batches of at most ``most`` tokens, as many rows as fit; a longer row is alone.
+
+    Where ``padded``, a row takes as much as the longest beside it. ``shared`` tokens of a row are computed once for it
+    and the row before it. A micro-batch ends at one of ``ends``, ascending numbers of rows; after any row without.
+    """
+    lengths, start, found = np.asarray(lengths, np.int64), 0, []
+    shared, ends = np.broadcast_to(shared, lengths.shape), np.arange(1, len(lengths) + 1) if ends is None else ends
+    while start < len(lengths):
+        near = slice(start, start + most)  # a row has a token at least
+        totals = np.cumsum(lengths[near] - shared[near]) + shared[start]
+        if padded:
+            totals = np.maximum.accumulate(lengths[near]) * np.arange(1, len(totals) + 1)
+        first, after = np.searchsorted(ends, [start, start + np.searchsorted(totals, most, "right")], "right")
+        found.append(slice(start, int(ends[max(first, after - 1)])))
+        start = found[-1].stop
+    return found
 
 
 class EvenBatchSampler(Sampler[list[int]]):

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
 from bco_lightning.data.messages import said_in
+from bco_lightning.data.order import cut
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_tokenizer, digest_of_values
 from bco_lightning.metrics import Array
@@ -82,9 +83,7 @@ class ReferenceEncoder:
             prompts = [_prompt_alone(row) for row in columns.select(some)]
             lengths = np.array([len(prompt["input_ids"]) for prompt in prompts])
             order = np.argsort(-lengths, kind="stable")  # of one length, as far as may be, for models that pad
-            while len(order):
-                count = max(1, int(np.searchsorted(np.cumsum(lengths[order]), BATCH_TOKENS, side="right")))
-                chosen, order = order[:count], order[count:]
+            for chosen in (order[part] for part in cut(lengths[order], BATCH_TOKENS)):
                 # Prompts that begin alike are not shared: what rows are beside would show in the last bits.
                 yield some[chosen], collate([prompts[place] for place in chosen], share_prompts=False)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -17,6 +18,8 @@ from bco_lightning.models.load import NAMED_SHAPES, unloaded_model
 Shape = tuple[int, ...]
 _BYTES = {"float32": 4, "bfloat16": 2}
 _TILE = (4096, 16384)  # of the logits on a GPU: models/log_probs.py
+SHARE_TAKEN = 0.8  # of a memory, where tokens are chosen by it; the rest is for what formulas leave out
+_MOST_TOKENS = 2**17  # of a micro-batch: with so many a GPU has nothing left to fill
 _ADAM_8BIT = 1 + 4 / 256  # bytes of a moment: one, and a float32 scale for each block of 256
 
 
@@ -110,6 +113,15 @@ def memory_of(options: PlanOptions, tile: tuple[int, int] = _TILE, model: Any = 
     return always | max(at_start, at_head, in_layer, key=lambda moment: sum(moment.values()))
 
 
+def tokens_within(memory: float, options: PlanOptions, tile: tuple[int, int] = _TILE, model: Any = None) -> int:
+    """The most tokens of a micro-batch, in rows of ``max_length``, for which a step takes so many bytes; 0 if none."""
+    model = unloaded_model(str(options.model)) if model is None else model
+    rows = range(1, _MOST_TOKENS // options.max_length + 1)
+    return options.max_length * bisect_right(
+        rows, memory, key=lambda number: sum(memory_of(replace(options, batch_size=number), tile, model).values())
+    )
+
+
 def _shapes(name: str, model: Any) -> tuple[list[Shape], list[Shape], Any, int]:
     """Shapes of all weights and of those of linear layers in the decoder, the config, and norms of a decoder layer."""
     model = unloaded_model(name) if model is None else model
@@ -120,7 +132,8 @@ def _shapes(name: str, model: Any) -> tuple[list[Shape], list[Shape], Any, int]:
         raise LanguageModelError(
             name,
             f"expected decoder layers with q_proj and gate_proj, found {', '.join(sorted(names)) or 'others'}.",
-            "Plans are made for Llama, Mistral, Qwen 2 and 3, Gemma, SmolLM and models like these.",
+            "Plans, and data.tokens_per_micro_batch: auto, are made for Llama, Mistral, Qwen 2 and 3, Gemma, SmolLM "
+            "and models like these.",
         )
     norms = sum("norm" in place and p.shape == (config.hidden_size,) for place, p in layers[0].named_parameters())
     return [tuple(p.shape) for p in model.parameters()], list(linear.values()), config, norms

@@ -29,6 +29,7 @@ from bco_lightning.batch import FeedbackBatch, ScoredRows
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.data.images import digest_of
+from bco_lightning.data.order import cut
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import digest_of_code, digest_of_values, versions
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
@@ -272,11 +273,7 @@ class KnownLogProbs:
         rows = np.sort(first[np.isnan(self._values[slots[first]])])
         if by_length:
             rows = rows[np.argsort(-lengths[rows], kind="stable")]
-        while len(rows):
-            sums = np.cumsum(lengths[rows[:_BATCH_TOKENS]])  # a row has a token at least
-            count = max(1, int(np.searchsorted(sums, _BATCH_TOKENS, side="right")))
-            yield rows[:count]
-            rows = rows[count:]
+        yield from (rows[part] for part in cut(lengths[rows], _BATCH_TOKENS))
 
 
 def keys_and_lengths(dataset: Dataset) -> tuple[_Array, _Array]:
