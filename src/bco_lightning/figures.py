@@ -75,7 +75,7 @@ def length_histogram(lengths: Array, thumbs_up: Array, what: str, limits: Mappin
         for name, limit in limits.items():
             if limit <= edges[-1]:
                 axes.axvline(limit, color=LIMIT, linestyle="--", linewidth=1.2, label=f"{name} {limit:,}")
-                axes.legend(loc="upper right", frameon=False, labelcolor=LIMIT)
+                _legend_above(axes)
     return figure
 
 
@@ -121,7 +121,7 @@ def reward_histogram(rewards: Array, thumbs_up: Array, reward_shift: float) -> F
     with _picture("Implicit rewards of held-out rows, by class") as (figure, axes):
         _back_to_back(axes, np.clip(rewards, edges[0], edges[-1]), thumbs_up, edges)
         axes.axvline(reward_shift, color=LIMIT, linestyle="--", linewidth=1.2, label=f"reward shift {reward_shift:.3g}")
-        axes.legend(loc="upper right", frameon=False, labelcolor=LIMIT)
+        _legend_above(axes)
         axes.set_xlabel("implicit reward, nats")
     return figure
 
@@ -132,7 +132,7 @@ def reward_by_length(rewards: Array, thumbs_up: Array, lengths: Array) -> Figure
         for rows, colour, name in ((thumbs_up, UP, "thumbs-up"), (~thumbs_up, DOWN, "thumbs-down")):
             axes.plot(lengths[rows], rewards[rows], ".", color=colour, alpha=0.5, markersize=4, label=name)
         axes.set(xlabel="tokens of the completion", ylabel="implicit reward, nats")
-        axes.legend(frameon=False, labelcolor=GREY)
+        _legend_above(axes)
     return figure
 
 
@@ -146,9 +146,9 @@ def curves(what: str, lines: Mapping[str, Sequence[tuple[float, float]]], up: st
                 *(zip(*known, strict=True) if known else ((), ())), color=colour, linewidth=1.2, label=name, **few
             )
         axes.set(xlabel="optimizer step", ylabel=up)
-        axes.set_title(what, loc="left", fontsize=9, color=GREY)
+        axes.set_title(what, loc="left", fontsize=9, color=GREY, pad=8 + 13 * -(-len(lines) // 3) if len(lines) > 1 else None)
         if len(lines) > 1:
-            axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
+            _legend_above(axes)
     return figure
 
 
@@ -209,6 +209,11 @@ def _picture(said: str, height: float = 2.2) -> Iterator[tuple[Figure, Axes]]:
         figure = Figure((5.6, height), layout="constrained")  # loggers draw it as large as it is
         figure.set_label(said)
         yield figure, figure.subplots()
+
+
+def _legend_above(axes: Axes) -> None:
+    """Where it hides nothing of the picture."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, labelcolor=GREY, fontsize=8)
 
 
 def _back_to_back(axes: Axes, values: Array, thumbs_up: Array, edges: Array) -> None:

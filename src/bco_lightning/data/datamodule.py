@@ -50,9 +50,12 @@ class FeedbackDataModule(LightningDataModule):
     Args:
         positional: ``train_files`` and ``validation_files``.
         tokenizer: A tokenizer, for use without a :class:`BCOModule`; else the module's own is taken.
-        train, validation, test, predict: Rows that Python holds, beside those of files: a list or another iterable of
-            dictionaries, a ``Dataset`` or ``IterableDataset`` of ``datasets``, a frame of pandas. They are written into
-            a temporary file and read like one; their places are ``row 17 of train``.
+        train: Rows that Python holds, beside those of files: a list or another iterable of dictionaries, a ``Dataset``
+            or ``IterableDataset`` of ``datasets``, a frame of pandas. They are written into a temporary file and read
+            like one; their places are ``row 17 of train``.
+        validation: Held-out rows, in the same way.
+        test: Those of ``test``.
+        predict: Those of ``predict``.
         options: Those of :class:`~bco_lightning.data.options.DataOptions`, by keyword.
 
     Raises:
