@@ -6,6 +6,7 @@ A figure's label says what it shows, for those who do not see it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
@@ -146,9 +147,10 @@ def curves(what: str, lines: Mapping[str, Sequence[tuple[float, float]]], up: st
                 *(zip(*known, strict=True) if known else ((), ())), color=colour, linewidth=1.2, label=name, **few
             )
         axes.set(xlabel="optimizer step", ylabel=up)
-        axes.set_title(what, loc="left", fontsize=9, color=GREY, pad=8 + 13 * -(-len(lines) // 3) if len(lines) > 1 else None)
-        if len(lines) > 1:
+        legend = len(lines) > 1
+        if legend:
             _legend_above(axes)
+        axes.set_title(what, loc="left", fontsize=9, color=GREY, pad=6 + legend * (2 + 13 * math.ceil(len(lines) / 3)))
     return figure
 
 

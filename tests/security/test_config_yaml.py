@@ -141,6 +141,22 @@ def test_plain_yaml_is_read_as_before(text: str, value: Any) -> None:
     assert load_without_secrets(text) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "first"),
+    [
+        ("data:\n  batch_size: 4\n  max_length: 9\n  batch_size: 8\n", 4, 2),
+        ("data: {}\nmodel: {}\ndata: {}\n", 3, 1),
+        ("data: {rating: {up: 4, up: 2}}", 1, 1),
+        ("trainer:\n  logger:\n  - {name: a}\n  - name: b\n    name: c\n", 5, 4),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(text: str, line: int, first: int) -> None:
+    with pytest.raises(Refusal) as refused:
+        load_without_secrets(text, "mine.yaml")
+    assert f"mine.yaml:{line}: expected each key once" in str(refused.value.user_error)
+    assert f"here and in line {first}." in str(refused.value.user_error)
+
+
 @pytest.mark.parametrize("text", ["*.jsonl", "!important", "a: [", "a: *unknown", "@x"])
 def test_what_is_no_yaml_stays_an_ordinary_yaml_error(text: str) -> None:
     with pytest.raises(yaml.YAMLError):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from bco_lightning.cli import app
 from bco_lightning.cli import help as help_
 from bco_lightning.cli.app import main
 
@@ -20,6 +21,13 @@ try:
 except SystemExit as left:
     print(left.code, {"torch", "lightning", "transformers", "jsonargparse"} & set(sys.modules))
 """
+
+WORDS = {
+    "bco-lightning pl": "plan",
+    "bco-lightning fit --model.bet": "--model.beta",
+    "bco-lightning fit --data.max_p": "--data.max_prompt_length",
+    "bco-lightning plan --gpu": "--gpu_memory --gpus",
+}
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -49,6 +57,30 @@ def test_help_of_other_versions_files_or_widths_is_not_taken(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(help_, "version", lambda package: "0.0")
     assert help_.kept_help(["export", "-h"]) is None
+
+
+def test_a_usage_line_names_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    usage = printed(capsys, "--help").partition("\n\n")[0]
+    assert [name for name in help_.COMMANDS if name not in usage] == []
+
+
+def test_a_shell_completes_commands_and_their_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "COMMANDS", ("fit", "plan"))  # the others in the same way
+    assert main(["completion", "bash"]) == 0
+    tab = "; _shtab_bco_lightning; echo ${COMPREPLY[@]}"
+    asked = [f"COMP_WORDS=({words}); COMP_CWORD={words.count(' ')}{tab}" for words in WORDS]
+    script = "\n".join([capsys.readouterr().out, *asked])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)  # noqa: S607
+    assert done.stdout.splitlines() == list(WORDS.values())
+
+
+def test_completion_says_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "find_spec", lambda name: None)
+    assert main(["completion", "zsh"]) == 2
+    assert "pip install 'bco-lightning[completion]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["plan", "--table"], ["plan", "--help", "--model=8B"], ["nothing", "--help"], []])

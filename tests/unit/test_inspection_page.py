@@ -244,3 +244,13 @@ def test_bars_of_weights_are_as_high_as_their_shares() -> None:
     axes = figures.weight_histogram(TRUST.histogram).axes[0]
     assert [bar.get_height() for bar in axes.patches] == [0.25, 0.75]
     assert axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("lines", [2, 3, 5])
+def test_a_legend_lies_above_the_picture_and_below_its_title(lines: int) -> None:
+    figure = figures.curves("Loss", {f"runs/bco/version_{run}": [(0, 1.0), (9, 0.5)] for run in range(lines)})
+    (axes,) = figure.axes
+    figure.canvas.draw()
+    legend, title = axes.get_legend().get_window_extent(), axes._left_title.get_window_extent()
+    assert axes.get_window_extent().y1 <= legend.y0 + 1
+    assert legend.y1 <= title.y0 + 4  # its frame, which is not drawn

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
+import contextlib
+import io
 import logging
 import os
 import re
@@ -12,8 +15,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -21,11 +25,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 
 from bco_lightning.cli.faults import in_words, watch_processes
-from bco_lightning.cli.help import keeping_help
+from bco_lightning.cli.help import COMMANDS, keeping_help
 from bco_lightning.cli.plain_yaml import refuse_secrets
 from bco_lightning.cli.plan import plan_command
 from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
-from bco_lightning.errors import PreemptedError, printable
+from bco_lightning.errors import ConfigError, PreemptedError, printable
 from bco_lightning.inspection.run_report import report_runs
 from bco_lightning.models.memory import PlanOptions
 from bco_lightning.parallel.collectives import is_in_a_group
@@ -39,6 +43,8 @@ _format_warning = warnings.formatwarning
 _CHAT = "Talk to a policy beside its reference in a browser; thumbs become rows to train on."
 _EXPORT = "Write a folder that transformers (merged) or peft (adapter) load."
 _REPORT = "Make a page on what a run achieved, or on several side by side."
+_COMPLETION = """Print a script by which a shell completes commands and options of `bco-lightning`; in bash:
+`eval "$(bco-lightning completion bash)"`."""
 _PLAN = "Work out what a run would take of each GPU's memory. No weight is loaded."
 
 
@@ -156,8 +162,30 @@ def _dispatch(given: list[str]) -> None:
         parser.add_flag("gradient_checkpointing", "Compute activations again in the backward pass.")
         parser.add_flag("table", "Print 8B, 70B and 405B on 8 to 1024 GPUs as markdown, and nothing else.")
         plan_command(**parser.parsed(others))
+    elif command == "completion":
+        parser = BCOArgumentParser(prog="python -m bco_lightning completion", description=_COMPLETION)
+        parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="Whose completion it is to be.")
+        print(_completion(parser.parsed(others)["shell"]))
     else:
         BCOCLI(given)
+
+
+def _completion(shell: str) -> str:
+    """A script by which a shell completes commands and the options that their help names."""
+    if not find_spec("shtab"):
+        remedy = "Install it: pip install 'bco-lightning[completion]'."
+        raise ConfigError("completion", "expected the package shtab, found none.", remedy)
+    import shtab
+
+    parser = argparse.ArgumentParser("bco-lightning")
+    commands = parser.add_subparsers()
+    for name in COMMANDS:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as told:
+            _dispatch([name, "--help"])
+        command = commands.add_parser(name, help=name)
+        for option in sorted({DEBUG, *re.findall(r"^ +(?:-\w \w+, )?(--[\w.]+)", told.getvalue(), re.MULTILINE)}):
+            command.add_argument(option)
+    return str(shtab.complete(parser, shell))
 
 
 def _say_of_thread(failed: threading.ExceptHookArgs) -> None:

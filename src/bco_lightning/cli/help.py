@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bco_lightning.places import cache_root
 
-COMMANDS = ("fit", "validate", "test", "predict", "inspect", "report", "export", "chat", "plan")
+COMMANDS = ("fit", "validate", "test", "predict", "inspect", "report", "export", "chat", "plan", "completion")
 
 
 def kept_help(arguments: Sequence[str]) -> str | None:

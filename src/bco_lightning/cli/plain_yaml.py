@@ -34,6 +34,7 @@ _SECRET_VALUE = re.compile(
 )
 
 load_unmeasured = get_loader("yaml")
+_EVENTS = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Refusal(BaseException):
@@ -66,7 +67,7 @@ def load_measured(text: str, where: str) -> Any:
     sizes: dict[str | None, int] = {}
     nodes = 0
     open_nodes: list[tuple[str | None, int]] = []  # an anchor, and how many nodes there were before it
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=_EVENTS):
         _refuse_tag_or_length(event, where)
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in open_nodes):
@@ -112,7 +113,23 @@ def load_without_secrets(text: str, path: str = "") -> Any:
             raise Refusal(place, f"expected YAML, found a mistake: {error.problem}.") from None
         raise
     _refuse_secrets_of(value, where)
+    _refuse_keys_twice(yaml.compose(text, Loader=_EVENTS), where)
     return value
+
+
+def _refuse_keys_twice(node: Any, where: str) -> None:
+    """Refuses a mapping that gives a key two values, of which YAML would take the last without a word."""
+    lines: dict[Any, int] = {}
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, *values = child if isinstance(child, tuple) else (None, child)
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                found = f"expected each key once, found {key.value!r} here and in line {lines[key.value]}."
+                raise Refusal(f"{where}:{line}", found, "Only the last one would count.")
+            lines[key.value] = line
+        for value in values:
+            _refuse_keys_twice(value, where)
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:

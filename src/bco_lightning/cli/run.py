@@ -234,6 +234,12 @@ class BCOCLI(LightningCLI):
         parser.add_lightning_class_args(SampleWriter, "samples")
 
     @override
+    def setup_parser(self, add_subcommands: bool, *args: Any) -> None:
+        super().setup_parser(add_subcommands, *args)
+        if add_subcommands:  # Lightning knows of its own alone
+            self.parser.usage = f"%(prog)s [-c CONFIG] {{{','.join(COMMANDS)}}} ..."
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with safety.safe_parsing():
             super().parse_arguments(parser, args)
