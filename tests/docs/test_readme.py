@@ -47,19 +47,22 @@ class ParsedError(Exception):
 @pytest.fixture(scope="module")
 def parser() -> Any:
     """Takes the words of a command line as far as all options are checked, by one parser for each kind of command."""
-    parsers: dict[type, Any] = {}
+    parsers: dict[str, Any] = {}
+    made: list[Any] = []
 
     def keep(cli: Any) -> None:
-        parsers[type(cli)] = cli.parser
+        made.append(cli.parser)
         raise ParsedError
 
-    def parsing(kind: type, first: list[str]) -> Callable[[list[str]], None]:
+    def parsing(kind: type, name: str) -> Callable[[list[str]], None]:
         def parse_with(words: list[str]) -> None:
-            if kind not in parsers:
+            key = name or words[0]
+            if key not in parsers:
                 with pytest.raises(ParsedError):
-                    kind(first)
+                    kind([*([] if name else words[:1]), *bco])
+                parsers[key] = made.pop()
             with safe_parsing():
-                parsers[kind].parse_args(words)
+                parsers[key].parse_args(words)
 
         return parse_with
 
@@ -74,8 +77,8 @@ def parser() -> Any:
         patch.setattr(run.BCOCLI, "instantiate_classes", keep)
         patch.setattr(run.InspectCLI, "instantiate_classes", keep)
         patch.setattr(run.BCOArgumentParser, "parsed", only_parsed)
-        patch.setattr(app, "BCOCLI", parsing(run.BCOCLI, ["fit", *bco]))
-        patch.setattr(app, "InspectCLI", parsing(run.InspectCLI, bco))
+        patch.setattr(app, "BCOCLI", parsing(run.BCOCLI, ""))
+        patch.setattr(app, "InspectCLI", parsing(run.InspectCLI, "inspect"))
 
         def dispatched(words: list[str]) -> None:
             try:
@@ -110,7 +113,12 @@ def commands_in(code: str) -> list[list[str]]:
 def test_every_command_it_tells_to_type_is_one_with_its_options(parse: Any) -> None:
     typed = {tuple(words): name for name, language, code in BLOCKS if not language for words in commands_in(code)}
     assert len(typed) > 20
+    tried: dict[str, set[str]] = {}
     for words, name in typed.items():
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if words[0] in tried and options <= tried[words[0]]:
+            continue
+        tried.setdefault(words[0], set()).update(options)
         try:
             parse(list(words))
         except Exception as error:
