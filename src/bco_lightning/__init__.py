@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bco_lightning.objectives import RewardShift, bce_loss, bco_loss
     from bco_lightning.options import LoraSettings, PromptFeatures
     from bco_lightning.serving.export import export_checkpoint, load_aligned
+    from bco_lightning.serving.score import score
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOMES = {
     "objectives": ("RewardShift", "bce_loss", "bco_loss"),
     "options": ("LoraSettings", "PromptFeatures"),
     "serving.export": ("export_checkpoint", "load_aligned"),
+    "serving.score": ("score",),
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "inspect_log",
     "load_aligned",
     "report_runs",
+    "score",
 ]
 
 

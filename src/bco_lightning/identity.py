@@ -130,6 +130,22 @@ def refuse_other_weights(ours: Mapping[str, tuple[int, ...]], weights: Mapping[s
         raise CheckpointError("checkpoint", f"{problems[0]}.", remedy)
 
 
+def digest_of_frozen(model: Any) -> str:
+    """A digest of a model's frozen weights, which are in no checkpoint, whatever data type they are loaded in."""
+    frozen = ((name, each) for name, each in model.named_parameters() if not each.requires_grad)
+    return digest_of_values({name: digest_of_tensor(each, torch.bfloat16) for name, each in frozen})
+
+
+def refuse_other_given(checkpoint: Mapping[str, Any], model: Any, tokenizer: Any) -> None:
+    """Refuses other frozen weights, or another tokenizer, than a run was given as objects."""
+    if not (known := checkpoint.get("given")):
+        return
+    wrong = ["model (other frozen weights)"] * (digest_of_frozen(model) != known)
+    if wrong := wrong or ["tokenizer"] * (digest_of_tokenizer(tokenizer) != checkpoint["fingerprints"]["tokenizer"]):
+        problem = f"expected the objects that the run was given, found another {wrong[0]}."
+        raise CheckpointError("checkpoint", problem, "Give them: load_aligned(..., model=..., tokenizer=...).")
+
+
 def settings_of(trainer: Any, num_steps: int, parts: Iterable[Options]) -> dict[str, Any]:
     """What is told of a run that goes on with another value, by the names of options; not where files lie."""
     told = {f"{part.option_name}.{name}": part.plain()[name] for part in parts for name in part.names("told")}

@@ -24,8 +24,10 @@ from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.identity import (
     changes_to_accept,
+    digest_of_frozen,
     digest_of_tokenizer,
     digest_of_values,
+    refuse_other_given,
     refuse_other_weights,
     settings_of,
     versions,
@@ -34,7 +36,7 @@ from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
 from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded
 from bco_lightning.models.experts import Routing
 from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_trunk, layout_of
-from bco_lightning.models.load import load_tokenizer, locate_model
+from bco_lightning.models.load import load_tokenizer, locate_model, options_of_given, usable_tokenizer
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.refusals import refuse_unknown_token
 from bco_lightning.objectives import RatedAnswers, RewardShift, chosen_class_weights, mean_over_rows, objective_of
@@ -50,20 +52,25 @@ class BCOModule(LightningModule):
     """Aligns a language model to thumbs-up / thumbs-down feedback.
 
     The implicit reward of a row is ``beta`` times the log-ratio of policy and frozen reference; the objective makes a
-    binary classifier of it. The loss is Eq. 8, the sum of two class means: each row is weighted by rows / rows of its
-    class, constants of the data, so that the gradient of an optimizer step does not depend on how the step is cut into
-    micro-batches. (Gradient clipping sees Eq. 8's scale, which is twice that of a mean over rows.)
+    binary classifier of it. The loss is Eq. 8, the sum of two class means: rows are weighted by rows / rows of their
+    class, constants of the data: how a step is cut into micro-batches does not change its gradient. Clipping sees the
+    scale of Eq. 8, twice that of a mean over rows.
 
     Args:
         positional: ``name_or_path``, the model to align.
+        model: A model of transformers that is aligned in place instead of one that is loaded; ``name_or_path`` then
+            says where the same one lies, and is what its config says if left out.
+        tokenizer: Its tokenizer, if not that of ``name_or_path``.
         options: Those of :class:`~bco_lightning.options.ModelOptions`, by keyword.
 
     Raises:
         ConfigError: If an option is out of range.
     """
 
-    def __init__(self, *positional: Any, **options: Any) -> None:
+    def __init__(self, *positional: Any, model: Any = None, tokenizer: Any = None, **options: Any) -> None:
         super().__init__()
+        if model is not None:
+            positional, options = (), options_of_given(model, positional, options)
         self.options = ModelOptions(*positional, **options)
         # Checkpoints are read with weights_only=True, which takes plain values only.
         self.save_hyperparameters(self.options.plain(), logger=False)  # RunHeader tells loggers what compares
@@ -82,16 +89,17 @@ class BCOModule(LightningModule):
         self._trunk: FrozenTrunk | None = None
         self._routing: Routing | None = None
         self._layout_reason = ""
-        self._fingerprints: dict[str, Any] = {}
-        self._accepted_changes: list[str] = []
+        self._fingerprints, self._accepted_changes = dict[str, Any](), list[str]()
         self._saved_optimizers: list[dict[str, Any]] = []
-        self._tokenizer: Any = None
+        # In a tuple, or it would be a submodule.
+        self._given, self._given_digest = (model,), "to come" * (model is not None or tokenizer is not None)
+        self._tokenizer = tokenizer and usable_tokenizer(tokenizer, "tokenizer")
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the policy, loaded when first asked for."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.options.name_or_path, cache_folder=self.options.cache_folder)
+        name, folder = self.options.name_or_path, self.options.cache_folder
+        self._tokenizer = self._tokenizer or load_tokenizer(name, cache_folder=folder)
         return self._tokenizer
 
     @property
@@ -136,7 +144,7 @@ class BCOModule(LightningModule):
             return
         device = trainer.strategy.root_device if trainer is not None else self.device
         precision = trainer.precision_plugin.forward_context if trainer is not None else nullcontext
-        builder = ModelBuilder(self.options, device, sharding, self._data, precision)
+        builder = ModelBuilder(self.options, device, sharding, self._data, precision, *self._given)
         policy, self._layout_reason = builder.policy()
         reference = Reference(policy, builder, trainer)
         if sharding is not None:
@@ -147,6 +155,7 @@ class BCOModule(LightningModule):
         reference.watch_policy()
         self._routing = Routing(policy, self.options.router_aux_loss, self.options.compile)
         self._policy, self._reference = policy, reference
+        self._given_digest = self._given_digest and digest_of_frozen(policy)
         if self.options.reference_name_or_path is not None:
             self._take_over_exported(self.options.reference_name_or_path)
 
@@ -329,6 +338,7 @@ class BCOModule(LightningModule):
             "baselines": self.objective.state_dict(),
             "fingerprints": fingerprints,
             "config_digest": digest_of_values({**decisive, **fingerprints}),
+            "given": self._given_digest,
             "accepted_changes": list(self._accepted_changes),
             "versions": versions(),
             "settings": self._settings() if self._fingerprints else {},
@@ -372,7 +382,7 @@ class BCOModule(LightningModule):
 
         Args:
             checkpoint_path: Folder of a step.
-            options: Options that are to be others than those of the run, such as ``dtype``.
+            options: Others than those of the run, such as ``dtype``; ``model`` and ``tokenizer`` that it was given.
 
         Raises:
             CheckpointError: If it is missing, damaged or no checkpoint of this module.
@@ -382,6 +392,7 @@ class BCOModule(LightningModule):
             raise CheckpointError(str(checkpoint_path), "expected a checkpoint of BCOModule, found another.")
         module = cls(**{**checkpoint["hyper_parameters"], **options})
         module.on_load_checkpoint(checkpoint)
+        refuse_other_given(checkpoint, module.policy, module.tokenizer)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
         return module
 

@@ -79,6 +79,8 @@ class BCOArgumentParser(LightningArgumentParser):
         if theclass is FeedbackDataModule:
             kwargs["skip"] = {*(kwargs.get("skip") or ()), "tokenizer", *_FROM_PYTHON}
             kwargs["sub_configs"] = False  # a log's lines would be taken for a list of logs
+        if theclass is BCOModule:
+            kwargs["skip"] = {*(kwargs.get("skip") or ()), "model", "tokenizer"}
         added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
         return added
 

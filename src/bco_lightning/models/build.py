@@ -33,6 +33,7 @@ class ModelBuilder:
     sharding: Sharding | None = None
     data: FeedbackDataModule | None = None
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext  # that a step computes in
+    given: PreTrainedModel | None = None  # instead of a name
 
     @property
     def reference_name(self) -> str:
@@ -46,8 +47,12 @@ class ModelBuilder:
             raise ConfigError(
                 "model.optimizer", f"expected adamw for weights that are cut up, found {options.optimizer}."
             )
-        trained = {"train_router": options.train_router, "vision_tower": options.vision_tower}
-        model = load_policy(options.name_or_path, self._dtype, options.lora, options.seed or 0, **self._how, **trained)
+        if self.sharding is not None and self.given is not None:
+            remedy = "Save it by save_pretrained, and give the folder's name."
+            raise ConfigError("model", "expected the name of a model that is cut up, found an object.", remedy)
+        how: dict[str, Any] = {"train_router": options.train_router, "vision_tower": options.vision_tower, **self._how}
+        how["given"] = self.given
+        model = load_policy(options.name_or_path, self._dtype, options.lora, options.seed or 0, **how)
         return model, self._prepare(model, options.gradient_checkpointing).words
 
     def reference(self) -> PreTrainedModel:

@@ -5,6 +5,7 @@ A model whose weights are neither read nor made, for what is worked out beforeha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ _STORED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16
 _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _LLAMA = {"8B": (4096, 32, 32, 8, 14336), "70B": (8192, 80, 64, 8, 28672), "405B": (16384, 126, 128, 8, 53248)}
 NAMED_SHAPES = tuple(_LLAMA)
+GIVEN = "<a model object>"  # the name of one whose config names no place
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class ModelSource:
 
 def locate_model(name_or_path: str) -> ModelSource:
     """Finds out what a hub id, a folder of a model or adapter, a ``.gguf`` file or ``package:NAME`` names."""
+    if name_or_path == GIVEN:
+        remedy = "Give it again: load_aligned(..., model=...). Or save it, and name its folder beside it to begin with."
+        raise LanguageModelError("model", "expected the model object that the run was given, found none.", remedy)
     path = Path(resolve_packaged(name_or_path)).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -111,6 +116,11 @@ def load_tokenizer(name_or_path: str, *, cache_folder: str | None = None) -> Any
         folder = source.folder(cache_folder)
         refuse_unknown_tokenizer(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
+    return usable_tokenizer(tokenizer, name_or_path)
+
+
+def usable_tokenizer(tokenizer: Any, name_or_path: str) -> Any:
+    """One that has an end token, and something to pad with."""
     require_end_token(tokenizer, name_or_path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -168,23 +178,27 @@ def load_policy(
     cache_folder: str | None = None,
     train_router: bool | None = None,
     vision_tower: bool = False,
+    given: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The policy, in evaluation mode, with exactly what is trained requiring gradients; adapters are float32.
 
     An adapter folder with ``lora`` set continues that adapter: it is loaded twice, once to be trained and once,
-    frozen, as the reference; the adapter's own rank and targets stand. Without ``lora`` it is merged first.
+    frozen, as the reference; the adapter's own rank and targets stand. Without ``lora`` it is merged first. A model
+    that is ``given`` becomes the policy itself.
     """
     if lora is None and quantization != "none":
         raise ConfigError("model.quantization", f"expected none where all weights are trained, found {quantization}.")
+    if given is not None:
+        _disable_dropout(given.eval())
     if lora is None:
-        model = load_language_model(name_or_path, dtype, mapped=mapped, cache_folder=cache_folder).requires_grad_(True)
-        choose_routers(model, train_router)
-        for part in seeing_parts_of(model).values():
+        whole = given or load_language_model(name_or_path, dtype, mapped=mapped, cache_folder=cache_folder)
+        choose_routers(whole.requires_grad_(True), train_router)
+        for part in seeing_parts_of(whole).values():
             part.requires_grad_(vision_tower)
-        return model
-    source = locate_model(name_or_path)
+        return whole
+    source = locate_model(name_or_path) if given is None else ModelSource(name_or_path)
     named = source.base() if source.is_adapter else name_or_path
-    base = load_language_model(named, dtype, quantization, mapped=mapped, cache_folder=cache_folder)
+    base = given or load_language_model(named, dtype, quantization, mapped=mapped, cache_folder=cache_folder)
     with drawing_from(seed, base.device):
         if source.is_adapter:
             policy = load_adapter(base, source.location)
@@ -232,6 +246,22 @@ def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device)
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     # Without AMX tiles bfloat16 is slower than float32 on a CPU.
     return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+
+
+def options_of_given(model: Any, positional: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options by keyword, with what a model object, which becomes the policy as it is, says by itself."""
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        found = f"{type(model).__name__}{' with an adapter' * hasattr(model, 'peft_config')}"
+        remedy = "Load it again, or merge_and_unload() its adapter, and say by lora what is trained."
+        raise ConfigError("model", f"expected a model of transformers without adapters, found {found}.", remedy)
+    name = positional[0] if positional else options.get("name_or_path")
+    own, dtype = str(model.dtype).removeprefix("torch."), options.get("dtype", "auto")
+    if dtype == "auto":
+        dtype = own if options.get("lora") else "float32"  # bfloat16 would round most small updates away
+    if own != dtype:
+        remedy = f"Load it with dtype=torch.{dtype}, or set dtype to what it has."
+        raise ConfigError("model", f"expected weights of {dtype}, found {own}.", remedy)
+    return {**options, "name_or_path": name or model.name_or_path or GIVEN, "dtype": own}
 
 
 def _stored_dtype(location: str) -> torch.dtype | None:

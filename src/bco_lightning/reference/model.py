@@ -67,6 +67,8 @@ class Reference:
 
     def policy_moves(self) -> None:
         """Says that the policy is about to change, by means that cannot be seen from its tensors."""
+        if self._is_policy and self._builder.given is not None:
+            self.hold()  # it could not be loaded again
         self._num_changes_before = None
 
     def hold(self) -> None:
@@ -86,8 +88,9 @@ class Reference:
         self.own_model = model.requires_grad_(False).eval()
 
     def release(self) -> None:
-        """Gives back the memory of the reference's own model."""
-        self.own_model = None
+        """Gives back the memory of the reference's own model, unless that could not be loaded again."""
+        if self._builder.given is None:
+            self.own_model = None
 
     @contextmanager
     def model(self) -> Iterator[PreTrainedModel]:

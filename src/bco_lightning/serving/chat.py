@@ -79,10 +79,10 @@ class Speakers:
     def speak(self, answer: Answer, temperature: float, max_new_tokens: int) -> Iterator[Answer]:
         """The answer as it grows, to a prompt as a row has it; at temperature 0 each token is the likeliest one."""
         row = FeedbackRow(answer.prompt, [{"role": "assistant", "content": "."}], None, "conversation")
-        [(_, sample)] = self._rows.tokenize([row])
+        sample: Any = next(outcome for _, outcome in self._rows.tokenize([row]))
         if isinstance(sample, Exception):
             raise sample
-        prompt: list[int] = sample.input_ids[: sample.completion_mask.index(True)]  # type: ignore[union-attr]
+        prompt: list[int] = sample.input_ids[: sample.completion_mask.index(True)]
         if (room := min(max_new_tokens, self._longest - len(prompt))) < 1:
             found = f"expected fewer than {self._longest} tokens, which the model can hold, found {len(prompt)}."
             raise ConfigError("conversation", found, "Begin another one.")
@@ -98,12 +98,12 @@ class Speakers:
     def _make(
         self, answer: Answer, prompt: list[int], streamer: Any, temperature: float, room: int
     ) -> tuple[str, bool]:
-        greedy: dict[str, Any] = dict.fromkeys(("temperature", "top_k", "top_p"))
+        greedy = dict.fromkeys(("temperature", "top_k", "top_p"))
         try:
             with self.models[answer.model]() as other, evaluating(model := other or self._policy):
                 own, ids = model.generation_config.eos_token_id, torch.tensor([prompt], device=model.device)
                 ends = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own else [])]
-                drawn = {"temperature": temperature} if temperature else greedy
+                drawn: dict[str, Any] = {"temperature": temperature} if temperature else greedy
                 drawn |= {"do_sample": temperature > 0, "eos_token_id": ends, "streamer": streamer}
                 drawn["stopping_criteria"] = [
                     lambda ids, _: ids.new_full(ids.shape[:1], answer.stopped.is_set()).bool()

@@ -62,8 +62,8 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
     def rating(side: int) -> Any:
         def rated(talk: _Talk, given: gr.LikeData) -> list[Any]:
             with _told_on_the_page():
-                thumb = given.liked if isinstance(given.liked, bool) else None
-                rate(log, [*talk.values()][side][given.index // 2], thumb, speakers.name)  # type: ignore[operator]
+                thumb, number = given.liked if isinstance(given.liked, bool) else None, given.index // 2
+                rate(log, [*talk.values()][side][number], thumb, speakers.name)
             return _shown(talk, speakers.name, log)
 
         return rated

@@ -134,12 +134,13 @@ def export_checkpoint(
             raise LanguageModelError(str(output_dir), problem, _TAKEN_BACK)
 
 
-def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModule, int]:
+def load_aligned(ckpt_path: str | Path, *, dtype: str | None = None, **given: Any) -> tuple[BCOModule, int]:
     """Builds the module of a checkpoint with its trained weights and reward shift, for use without a trainer.
 
     Args:
         ckpt_path: Checkpoint of a :class:`BCOModule`: the folder of a step, or of a run for its newest step.
         dtype: Data type of the weights; that of the run if left out.
+        given: ``model`` and ``tokenizer``, where a run was given objects that cannot be loaded by their name.
 
     Returns:
         The module, and the number of optimizer steps it was trained for.
@@ -147,16 +148,18 @@ def load_aligned(ckpt_path: Path, *, dtype: str | None = None) -> tuple[BCOModul
     Raises:
         CheckpointError: If it is missing, damaged or no such checkpoint.
     """
-    module, told = opened(ckpt_path, dtype)
+    module, told = opened(Path(ckpt_path), dtype, **given)
     return module, int(told["step"])
 
 
-def opened(ckpt_path: Path, dtype: str | None, runs: Path | None = None) -> tuple[BCOModule, dict[str, Any]]:
+def opened(
+    ckpt_path: Path, dtype: str | None, runs: Path | None = None, **given: Any
+) -> tuple[BCOModule, dict[str, Any]]:
     """The module of a checkpoint, and its manifest, with its place."""
     told = "Taking an earlier step."
     step = resolve_checkpoint(ckpt_path, lambda error: rank_zero_warn(f"{error} {told}"), run_folder=runs)
     # An export has whole weights; how they were trained is in the checkpoint's own settings.
-    other = {"quantization": "none", "compile": False, **({"dtype": dtype} if dtype else {})}
+    other = {"quantization": "none", "compile": False, **({"dtype": dtype} if dtype else {}), **given}
     return BCOModule.load_from_checkpoint(step, **other), {**verify_checkpoint(step, share=None), "place": str(step)}
 
 
