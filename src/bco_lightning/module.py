@@ -24,7 +24,6 @@ from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.identity import (
     changes_to_accept,
-    digest_of_frozen,
     digest_of_tokenizer,
     digest_of_values,
     refuse_other_given,
@@ -36,7 +35,7 @@ from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
 from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded
 from bco_lightning.models.experts import Routing
 from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_trunk, layout_of
-from bco_lightning.models.load import load_tokenizer, locate_model, options_of_given, usable_tokenizer
+from bco_lightning.models.load import load_tokenizer, locate_model, usable_tokenizer, with_given
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.refusals import refuse_unknown_token
 from bco_lightning.objectives import RatedAnswers, RewardShift, chosen_class_weights, mean_over_rows, objective_of
@@ -51,16 +50,14 @@ from bco_lightning.reference.model import Reference
 class BCOModule(LightningModule):
     """Aligns a language model to thumbs-up / thumbs-down feedback.
 
-    The implicit reward of a row is ``beta`` times the log-ratio of policy and frozen reference; the objective makes a
-    binary classifier of it. The loss is Eq. 8, the sum of two class means: rows are weighted by rows / rows of their
-    class, constants of the data: how a step is cut into micro-batches does not change its gradient. Clipping sees the
-    scale of Eq. 8, twice that of a mean over rows.
+    The implicit reward of a row is ``beta`` times the log-ratio of policy and frozen reference. The loss is Eq. 8, the
+    sum of two class means by constants of the data, so that how a step is cut into micro-batches does not change its
+    gradient. Clipping sees that scale, twice that of a mean over rows.
 
     Args:
         positional: ``name_or_path``, the model to align.
-        model: A model of transformers that is aligned in place instead of one that is loaded; ``name_or_path`` then
-            says where the same one lies, and is what its config says if left out.
-        tokenizer: Its tokenizer, if not that of ``name_or_path``.
+        model, tokenizer: Objects of transformers in place of those of ``name_or_path``, which then says where the same
+            model lies; if left out, its config does. The model becomes the policy and is trained in place.
         options: Those of :class:`~bco_lightning.options.ModelOptions`, by keyword.
 
     Raises:
@@ -69,8 +66,7 @@ class BCOModule(LightningModule):
 
     def __init__(self, *positional: Any, model: Any = None, tokenizer: Any = None, **options: Any) -> None:
         super().__init__()
-        if model is not None:
-            positional, options = (), options_of_given(model, positional, options)
+        positional, options = with_given(model, positional, options)
         self.options = ModelOptions(*positional, **options)
         # Checkpoints are read with weights_only=True, which takes plain values only.
         self.save_hyperparameters(self.options.plain(), logger=False)  # RunHeader tells loggers what compares
@@ -81,18 +77,15 @@ class BCOModule(LightningModule):
         self.step_rows: list[ScoredRows] = []
         self.step_summary: StepSummary | None = None
         self.steps_before = 0  # of the checkpoint that was loaded
-        # Checkpoints hold what is trained; on_load_checkpoint checks that nothing lacks.
         self.register_state_dict_post_hook(leave_out_frozen)
-        self.register_load_state_dict_post_hook(miss_trained_only)
+        self.register_load_state_dict_post_hook(miss_trained_only)  # on_load_checkpoint checks that nothing lacks
         self._policy: PreTrainedModel | None = None
         self._reference: Reference | None = None
         self._trunk: FrozenTrunk | None = None
         self._routing: Routing | None = None
-        self._layout_reason = ""
-        self._fingerprints, self._accepted_changes = dict[str, Any](), list[str]()
+        self._layout_reason, self._fingerprints, self._accepted_changes = "", dict[str, Any](), list[str]()
         self._saved_optimizers: list[dict[str, Any]] = []
-        # In a tuple, or it would be a submodule.
-        self._given, self._given_digest = (model,), "to come" * (model is not None or tokenizer is not None)
+        self._given = (model, tokenizer)  # in a tuple, or the model would be a submodule
         self._tokenizer = tokenizer and usable_tokenizer(tokenizer, "tokenizer")
 
     @property
@@ -144,7 +137,7 @@ class BCOModule(LightningModule):
             return
         device = trainer.strategy.root_device if trainer is not None else self.device
         precision = trainer.precision_plugin.forward_context if trainer is not None else nullcontext
-        builder = ModelBuilder(self.options, device, sharding, self._data, precision, *self._given)
+        builder = ModelBuilder(self.options, device, sharding, self._data, precision, self._given)
         policy, self._layout_reason = builder.policy()
         reference = Reference(policy, builder, trainer)
         if sharding is not None:
@@ -155,7 +148,6 @@ class BCOModule(LightningModule):
         reference.watch_policy()
         self._routing = Routing(policy, self.options.router_aux_loss, self.options.compile)
         self._policy, self._reference = policy, reference
-        self._given_digest = self._given_digest and digest_of_frozen(policy)
         if self.options.reference_name_or_path is not None:
             self._take_over_exported(self.options.reference_name_or_path)
 
@@ -212,8 +204,7 @@ class BCOModule(LightningModule):
         kinds: list[type[Callback]] = list(OF_THE_METHOD)
         if self.options.importance_weights != "off":
             kinds.append(ImportanceMonitor)
-        # Before anything is read.
-        refuse_unknown(self.trainer.strategy, str(self.trainer.precision))
+        refuse_unknown(self.trainer.strategy, str(self.trainer.precision))  # before anything is read
         refuse_unfit(self.trainer, kinds)
         use_verified_io(self.trainer.strategy)
         return [kind() for kind in kinds if not any(isinstance(each, kind) for each in given)]
@@ -338,7 +329,7 @@ class BCOModule(LightningModule):
             "baselines": self.objective.state_dict(),
             "fingerprints": fingerprints,
             "config_digest": digest_of_values({**decisive, **fingerprints}),
-            "given": self._given_digest,
+            "given": self.reference.given_digest,
             "accepted_changes": list(self._accepted_changes),
             "versions": versions(),
             "settings": self._settings() if self._fingerprints else {},

@@ -33,7 +33,7 @@ class ModelBuilder:
     sharding: Sharding | None = None
     data: FeedbackDataModule | None = None
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext  # that a step computes in
-    given: PreTrainedModel | None = None  # instead of a name
+    given: tuple[Any, Any] = (None, None)  # model and tokenizer instead of a name
 
     @property
     def reference_name(self) -> str:
@@ -47,11 +47,11 @@ class ModelBuilder:
             raise ConfigError(
                 "model.optimizer", f"expected adamw for weights that are cut up, found {options.optimizer}."
             )
-        if self.sharding is not None and self.given is not None:
+        if self.sharding is not None and self.given[0] is not None:
             remedy = "Save it by save_pretrained, and give the folder's name."
             raise ConfigError("model", "expected the name of a model that is cut up, found an object.", remedy)
         how: dict[str, Any] = {"train_router": options.train_router, "vision_tower": options.vision_tower, **self._how}
-        how["given"] = self.given
+        how["given"] = self.given[0]
         model = load_policy(options.name_or_path, self._dtype, options.lora, options.seed or 0, **how)
         return model, self._prepare(model, options.gradient_checkpointing).words
 

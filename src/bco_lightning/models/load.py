@@ -5,7 +5,6 @@ A model whose weights are neither read nor made, for what is worked out beforeha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,8 +247,12 @@ def resolve_dtype(dtype: Dtype, lora: LoraSettings | None, device: torch.device)
     return torch.bfloat16 if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
-def options_of_given(model: Any, positional: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options by keyword, with what a model object, which becomes the policy as it is, says by itself."""
+def with_given(
+    model: Any, positional: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The options of a module, with what a model object, which becomes the policy as it is, says by itself."""
+    if model is None:
+        return positional, options
     if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
         found = f"{type(model).__name__}{' with an adapter' * hasattr(model, 'peft_config')}"
         remedy = "Load it again, or merge_and_unload() its adapter, and say by lora what is trained."
@@ -261,7 +264,7 @@ def options_of_given(model: Any, positional: tuple[Any, ...], options: Mapping[s
     if own != dtype:
         remedy = f"Load it with dtype=torch.{dtype}, or set dtype to what it has."
         raise ConfigError("model", f"expected weights of {dtype}, found {own}.", remedy)
-    return {**options, "name_or_path": name or model.name_or_path or GIVEN, "dtype": own}
+    return (), {**options, "name_or_path": name or model.name_or_path or GIVEN, "dtype": own}
 
 
 def _stored_dtype(location: str) -> torch.dtype | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.identity import digest_of_tensor, digest_of_values
+from bco_lightning.identity import digest_of_frozen, digest_of_tensor, digest_of_values
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
 from bco_lightning.models.build import ModelBuilder
 from bco_lightning.models.log_probs import completion_log_probs
@@ -61,13 +62,18 @@ class Reference:
             self.hold()
         return self._digest
 
+    @cached_property
+    def given_digest(self) -> str:
+        """A digest of the policy's frozen weights, if model or tokenizer were given as objects, else empty."""
+        return "" if self._builder.given == (None, None) else digest_of_frozen(self.policy)
+
     def watch_policy(self) -> None:
         """Takes the policy's weights as they are now for those that it came in with."""
         self._num_changes_before: int | None = self._num_changes()
 
     def policy_moves(self) -> None:
         """Says that the policy is about to change, by means that cannot be seen from its tensors."""
-        if self._is_policy and self._builder.given is not None:
+        if self._is_policy and self._builder.given[0] is not None:
             self.hold()  # it could not be loaded again
         self._num_changes_before = None
 
@@ -89,7 +95,7 @@ class Reference:
 
     def release(self) -> None:
         """Gives back the memory of the reference's own model, unless that could not be loaded again."""
-        if self._builder.given is None:
+        if self._builder.given[0] is None:
             self.own_model = None
 
     @contextmanager
