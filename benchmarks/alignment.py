@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ import torch
 from rich.console import Console
 
 import machine
-from bco_lightning.figures import bounds
 from known_reward import interval
-from toy import KL, Log, Objective, Prompts, Step, World, draw_log, look, make_prompts, train
-from toy_objectives import BCO, EVERY, UNPAIRED, LengthShift, Noisy, PromptIntercept, PromptMidpoint
+from toy import KL, Log, Objective, Prompts, World, draw_log, look, make_prompts, train
+from toy_objectives import BCO, EVERY, UNPAIRED, LengthShift, Noisy, OddsByLength, PromptIntercept, PromptMidpoint
 
 RESULTS = Path(__file__).parent / "results" / "alignment.json"
 BETAS = [32 * 0.5**number for number in range(11)]
 LEARNING_RATES, TUNING_SEEDS = (0.01, 0.03), [100, 101]
+SEEDS, FRESH = range(10), range(10, 20)  # the latter decide about what was picked on the former
+_BY_LENGTH = ("per token", "threshold by length", "odds by length", "weights by length")
+PICKED = {f"bco, {name}" for name in ("prompt intercept", *_BY_LENGTH)}
 FIGURES = ("reward", "tokens", "reward_neutral", "entropy")
 
 Arms = dict[str, Callable[[], Objective]]
@@ -47,10 +49,12 @@ def _noise(share: float) -> Arms:
 
 SETTINGS: dict[str, tuple[World, Arms]] = {
     "pairs": (World(each=2, pairs=True), EVERY | _PROMPTS),
-    "balanced": (World(), UNPAIRED | {_PLAIN: BCO}),
+    "balanced": (World(), UNPAIRED | {_PLAIN: BCO, "bco, odds by length": OddsByLength}),
     "10 % up": (World(share_up=0.1), UNPAIRED | {_PLAIN: BCO}),
     "90 % up": (World(share_up=0.9), UNPAIRED | {_PLAIN: BCO}),
+    "10 % flipped": (World(noise=0.1), {"bco": BCO} | _noise(0.1)),
     "20 % flipped": (World(noise=0.2), UNPAIRED | _noise(0.2)),
+    "30 % flipped": (World(noise=0.3), {"bco": BCO} | _noise(0.3)),
     "40 % flipped": (World(noise=0.4), UNPAIRED | _noise(0.4)),
     "five stars": (World(likert=True), UNPAIRED),
     "diverging prompts": (World(divergence=1.0), UNPAIRED | {"bco, importance weights": partial(BCO, "prompt")}),
@@ -65,6 +69,7 @@ SETTINGS: dict[str, tuple[World, Arms]] = {
             "bco, per token": partial(BCO, per_token=True),
             "bco, midpoint by length": partial(LengthShift, "rewards"),
             "bco, threshold by length": partial(LengthShift, "thumbs"),
+            "bco, odds by length": OddsByLength,
             "bco, weights by length": partial(BCO, "length"),
         },
     ),
@@ -122,12 +127,14 @@ def _rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
-def summary(cells: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(cells: dict[str, dict[str, Any]], chosen: Iterable[int] = SEEDS) -> list[dict[str, Any]]:
     """Of each cell its figures at the KL, their paired differences to ``bco``, and where the least beta ends."""
+    wanted = set(map(str, chosen))
     rows = []
     for setting, arms in cells.items():
         for name, cell in arms.items():
-            seeds = sorted(cell["seeds"].keys() & arms["bco"]["seeds"].keys())
+            if len(seeds := sorted(wanted & cell["seeds"].keys() & arms["bco"]["seeds"].keys())) < 2:
+                continue
             own, base = ([arm["seeds"][seed] for seed in seeds] for arm in (cell, arms["bco"]))
             row: dict[str, Any] = {"setting": setting, "objective": name, "learning_rate": cell["learning_rate"]}
             for figure in FIGURES:
@@ -144,8 +151,9 @@ def _column(seeds: list[dict[str, Any]], figure: str) -> torch.Tensor:
     return torch.tensor([math.nan if each[figure] is None else each[figure] for each in seeds], dtype=torch.float64)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: list[dict[str, Any]], fresh: list[dict[str, Any]]) -> str:
     """Reward and tokens at the KL by setting and objective; then what else was tried, and how it differs from bco."""
+    again = {(row["setting"], row["objective"]): row for row in fresh}
     lines = [f"| reward at KL {KL:g}, tokens | {' | '.join(EVERY)} |", "|---" * (1 + len(EVERY)) + "|"]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         own = {row["objective"]: row for row in rows if row["setting"] == setting}
@@ -153,15 +161,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| setting | bco with | reward, tokens | less bco | less bco at equal length |",
-        "|---|---|---|---|---|",
+        "| setting | bco with | reward, tokens | less bco | less bco at equal length | both on fresh seeds |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row["objective"] not in EVERY:
-            less = (row["reward_difference"], row["reward_neutral_difference"])
-            cells = [_cell(row), *(f"{each[0]:+.3f} ± {each[1]:.3f}" if each else "" for each in less)]
+            cells = [
+                _cell(row),
+                *_less(row),
+                ", ".join(filter(None, _less(again.get((row["setting"], row["objective"]), {})))),
+            ]
             lines.append(f"| {row['setting']} | {row['objective'].removeprefix('bco, ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _less(row: dict[str, Any]) -> list[str]:
+    found = [row.get(name) for name in ("reward_difference", "reward_neutral_difference")]
+    return [f"{each[0]:+.3f} ± {each[1]:.3f}" if each else "" for each in found]
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -196,19 +212,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_bounds(path: Path) -> None:
-    """Draws DPO's loss and its bounds along a run on pairs, of one seed."""
-    up, down, shifts, objective = {}, {}, {}, BCO()
-
-    def watch(step: Step) -> None:
-        rewards = step.rewards.detach().expand(step.up.shape)
-        up[len(up)], down[len(down)] = rewards[step.up].numpy(), rewards[~step.up].numpy()
-        shifts[len(shifts)] = float(objective.shift(step))
-
-    train(draw_log(SETTINGS["pairs"][0], [0]), objective, [0.5], LEARNING_RATES[1], watch=watch)
-    bounds(up, down, shifts).savefig(path, dpi=100)
-
-
 def main() -> None:
     """Computes what is missing, prints the table, draws."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -222,11 +225,13 @@ def main() -> None:
         for name in SETTINGS[setting][1]:
             if not options.objectives or name in ("bco", *options.objectives):
                 cells.fill(setting, name, list(range(options.seeds)))
+        if options.seeds == len(SEEDS) and (picked := PICKED & SETTINGS[setting][1].keys()):
+            for name in ["bco", *(["dpo"] if "dpo" in SETTINGS[setting][1] else []), *sorted(picked)]:
+                cells.fill(setting, name, [*SEEDS, *FRESH])
         console.print(f"{setting}: {time.process_time() - started:.0f} CPU seconds")
     rows = summary(cells.values)
-    print(markdown(rows))
+    print(markdown(rows, summary(cells.values, FRESH)))
     draw(rows, RESULTS.with_suffix(".png"))
-    draw_bounds(RESULTS.with_name("bounds.png"))
 
 
 if __name__ == "__main__":

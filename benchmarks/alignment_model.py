@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct with LoRA, on thumbs drawn anew for the answers of the demonstration: the second scale.
 
-A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops at three steps to draw
+A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops three times to draw
 samples of the policy for each held-out prompt. A figure **at matched KL** is read off that path: its difference to the
 reference is fitted as d (a + b d), d = sqrt(KL), over the three points (the form of Gao et al. 2023, "Scaling Laws for
 Reward Model Overoptimization"), so that all samples of a run speak. beta and learning rate are the same for all.

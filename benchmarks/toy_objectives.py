@@ -26,8 +26,9 @@ SPREADS = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
 class Kept:
     """Decayed means over past steps, for each seed and beta; 0 of what was never seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, decay: float = DECAY) -> None:
         self.sums = self.counts = torch.zeros(())
+        self.decay = decay
 
     @property
     def means(self) -> Tensor:
@@ -36,7 +37,7 @@ class Kept:
 
     def take_in(self, sums: Tensor, counts: Tensor) -> None:
         """Takes in a step; a mean of which it saw nothing stays."""
-        decay = torch.where(counts > 0, DECAY, 1.0)
+        decay = torch.where(counts > 0, self.decay, 1.0)
         self.sums, self.counts = decay * self.sums + sums, decay * self.counts + counts
 
 
@@ -125,6 +126,31 @@ class LengthShift(BCO):
         classes = torch.stack([step.up, ~step.up]).expand(2, *step.rewards.shape).double()[:, None]
         length = step.lengths.expand_as(step.rewards)
         values = torch.stack([length, step.rewards, length.square(), length * step.rewards])
+        self.moments.take_in(over_rows(classes * values), over_rows(classes.expand(2, *values.shape)))
+
+
+class OddsByLength(BCO):
+    """A threshold that follows the odds of thumbs by the logarithm of length, as two normal classes have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments = Kept(0.999)
+
+    @override
+    def shift(self, step: Step) -> Tensor:
+        shift, moments = super().shift(step), self.moments.means
+        if len(moments) != 2:
+            return shift
+        means, squares = moments.unbind(1)
+        slope = (means[0] - means[1]) / (squares - means.square()).mean(0).clamp(min=1e-6)
+        return shift - slope * (tokens(step).log() - means.mean(0))
+
+    @override
+    def after(self, step: Step) -> None:
+        super().after(step)
+        length = tokens(step).log().expand_as(step.rewards)
+        classes = torch.stack([step.up, ~step.up]).expand(2, *step.rewards.shape).double()[:, None]
+        values = torch.stack([length, length.square()])
         self.moments.take_in(over_rows(classes * values), over_rows(classes.expand(2, *values.shape)))
 
 

@@ -280,9 +280,10 @@ class ModelOptions(Options):
         default=None,
         fits=POSITIVE,
     )
-    reward_shift: Literal["global", "per_prompt"] = option(
+    reward_shift: Literal["global", "per_prompt", "by_length"] = option(
         "``per_prompt`` lets every prompt have an offset of its own, of a spread that is estimated, where prompts have "
-        "several answers; of ``bco``, and with ``data.group_by_prompt``.",
+        "several answers; with ``data.group_by_prompt``. ``by_length`` leaves to length what it explains of the "
+        "thumbs. Both of ``bco``.",
         default="global",
         on_resume="refused",
     )

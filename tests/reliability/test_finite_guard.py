@@ -157,6 +157,24 @@ def test_beyond_the_limit_of_skipped_steps_the_run_stops(byte_model: str, feedba
         tiny_fit(byte_model, feedback, callbacks=callbacks)
 
 
+def test_a_step_whose_mismatched_rows_are_not_finite_is_left_out_before_the_baseline_learns_of_it(
+    byte_model: str, feedback: str
+) -> None:
+    class Spoil(Callback):
+        def on_train_batch_start(self, trainer: Any, module: BCOModule, batch: Any, batch_idx: int) -> None:
+            score, spoiled = module._log_probs, trainer.global_step == 2
+            module._log_probs = lambda rows: [value * (math.nan if rows is batch.unrelated and spoiled else 1)
+                                              for value in score(rows)]  # fmt: skip
+
+    module = BCOModule(byte_model, objective="kto", learning_rate=1e-2, dtype="float32", reference_log_probs="online")
+    with pytest.warns(UserWarning, match=r"step 2: .* sum_unrelated nan, which a baseline learns, .*Skipped \(1 of"):
+        tiny_fit(
+            byte_model, feedback, module=module, callbacks=[FiniteGuard("skip"), Spoil()],
+            trainer_options={"max_steps": 5},
+        )  # fmt: skip
+    assert math.isfinite(module.objective.threshold)
+
+
 def test_weights_that_are_not_finite_are_not_saved(byte_model: str, feedback: str, tmp_path: Path) -> None:
     class Spoil(Callback):
         def on_train_batch_end(self, trainer: Any, module: BCOModule, *_: Any) -> None:

@@ -16,14 +16,14 @@ from torch.nn.functional import logsigmoid
 
 from bco_lightning import figures
 from bco_lightning.objectives import OBJECTIVES, RatedAnswers, make_objective, mean_over_rows
-from bco_lightning.objectives.per_prompt import BCOPerPrompt
+from bco_lightning.objectives.shifts import BCOByLength, BCOPerPrompt
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import alignment
 import toy
 from toy import World
-from toy_objectives import BCO, EVERY, Mix, PromptIntercept, tokens
+from toy_objectives import BCO, EVERY, Mix, OddsByLength, PromptIntercept, tokens
 
 SMALL = World(rows=512)
 SEEDS = [0, 1, 2]
@@ -57,8 +57,12 @@ def rows_of(step: toy.Step, beta: float) -> RatedAnswers:
     )
 
 
-OF_PACKAGE = {"bco + 0.1 sft": lambda: make_objective({"bco": 1, "sft": 0.1}, 0.9), "per prompt": BCOPerPrompt}
-OF_TOY = EVERY | {"bco + 0.1 sft": Mix, "per prompt": PromptIntercept}
+OF_PACKAGE = {
+    "bco + 0.1 sft": lambda: make_objective({"bco": 1, "sft": 0.1}, 0.9),
+    "per prompt": BCOPerPrompt,
+    "by length": BCOByLength,
+}
+OF_TOY = EVERY | {"bco + 0.1 sft": Mix, "per prompt": PromptIntercept, "by length": OddsByLength}
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, *OF_PACKAGE])
@@ -152,6 +156,11 @@ def test_prompts_with_offsets_cost_a_global_shift_what_pairs_do_not_pay_and_an_i
     back = differences(world, {"bco": BCO, "intercept": PromptIntercept}, betas, toy.KL)
     assert lost > 0.1
     assert back > lost / 2
+
+
+def test_raters_who_like_long_answers_are_not_followed_where_the_shift_knows_of_length() -> None:
+    arms, betas = {"bco": BCO, "odds": OddsByLength}, [8, 2, 1, 0.5, 0.25]
+    assert differences(replace(SMALL, taste=1.0), arms, betas, toy.KL) > 0.08
 
 
 def test_a_look_is_what_sums_over_answers_give_and_the_neutral_policy_is_as_long_as_the_reference() -> None:

@@ -135,6 +135,22 @@ def test_a_shift_per_prompt_sees_all_answers_to_a_prompt(tiny_model: str, tmp_pa
     assert module.trainer.callback_metrics["train/prompt_spread"] >= 0
 
 
+def test_a_prompt_whose_answers_differ_in_length_is_not_scattered_over_padded_micro_batches_and_what_is_cut_is_said(
+    tiny_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"{n % 4}?", "completion": "yes " * (1 + n // 4), "label": n % 4 < 2} for n in range(16)]
+    log, kept = write_jsonl(tmp_path / "log.jsonl", rows), []
+    for size, cut in ((4, 2), (2, 2)):
+        watch = Watch()
+        data = tiny_data(log, batch_size=size, group_by_prompt=True, validation_fraction=0.0)
+        module = tiny_module(tiny_model, reward_shift="per_prompt", layout="padded")
+        with caplog.at_level("INFO"):
+            tiny_trainer(max_steps=2, accumulate_grad_batches=cut, callbacks=[watch]).fit(module, data)
+        kept.append([len(batch.prompt_keys_B.unique()) for batch in watch.batches])
+    assert kept[0] == [1] * 4
+    assert "model.reward_shift: 4 of 4 prompts of the first steps are cut by the ends of micro-batches" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "data", "message"),
     [
@@ -144,7 +160,10 @@ def test_a_shift_per_prompt_sees_all_answers_to_a_prompt(tiny_model: str, tmp_pa
             {},
             r"data\.group_by_prompt: expected true with model\.reward_shift",
         ),
-        ({"reward_shift": "per_prompt", "objective": "kto"}, {}, r"model\.objective: expected bco, found 'kto'"),
+        *(
+            ({"reward_shift": shift, "objective": "kto"}, {}, r"model\.objective: expected bco, found 'kto'")
+            for shift in ("per_prompt", "by_length")
+        ),
         ({"objective": "dpo"}, {}, r"log\.jsonl:\d+: expected pairs, .* found 21 of 21 train rows that"),
         (
             {"objective": {"bco": 1, "nca": 1}},

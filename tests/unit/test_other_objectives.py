@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from bco_lightning.errors import ConfigError
 from bco_lightning.objectives import (
@@ -17,7 +19,7 @@ from bco_lightning.objectives import (
     make_objective,
     mean_over_rows,
 )
-from bco_lightning.objectives.per_prompt import BCOPerPrompt
+from bco_lightning.objectives.shifts import BCOByLength, BCOPerPrompt
 from bco_lightning.options import ModelOptions
 
 POLICY = [-12.5, -30.25, -8.0, -21.0, -15.5, -40.0]
@@ -181,6 +183,21 @@ def test_a_shift_per_prompt_is_bco_to_the_bit_where_prompts_have_one_answer() ->
     for each in (objective, bco):
         each.learn(rows)
     assert torch.equal(objective.losses(rows), bco.losses(rows))
+
+
+def test_what_length_says_of_thumbs_is_what_a_logistic_regression_says_and_is_taken_off_the_shift() -> None:
+    random = np.random.default_rng(0)
+    up = random.random(20_000) < 0.2
+    tokens = np.rint(np.exp(random.normal(5 + 0.3 * up, 0.5)))
+    fitted = LogisticRegression(C=np.inf).fit(np.log(tokens)[:, None], up)
+    objective, zeros = BCOByLength(), torch.zeros(len(up), dtype=torch.float64)
+    rows = RatedAnswers(zeros, zeros, torch.from_numpy(up), 1.0, lengths_B=torch.from_numpy(tokens).long())
+    assert objective.losses(rows).tolist() == pytest.approx([math.log(2)] * len(up))  # nothing is known yet
+    objective.learn(rows)
+    odds = objective.baselines["length_odds"]
+    assert odds.value == pytest.approx(fitted.coef_[0, 0], rel=0.03)
+    logits = odds.value * (np.log(tokens) - np.mean([np.log(tokens[up]).mean(), np.log(tokens[~up]).mean()]))
+    assert objective.losses(rows).numpy() == pytest.approx(np.logaddexp(0, np.where(up, -logits, logits)))
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "nca", "una"])

@@ -26,9 +26,10 @@ _SCORES = ("policy_log_probs_B", "reference_log_probs_B", "losses_B")
 
 
 class FiniteGuard(StepCallback):
-    """Looks at log-probs, losses and gradients of a step before the optimizer does; all processes decide together.
+    """Looks at log-probs, losses, gradients and what baselines learn of a step before the optimizer does.
 
-    Whether a process has found any is one number of the step's sum; only where one has do they tell each other more.
+    All processes decide together: whether one has found any is one number of the step's sum; only then do they tell
+    each other more.
 
     Args:
         policy: ``stop`` ends the run on every process in the same step. ``skip`` leaves the step out: weights, moments
@@ -48,7 +49,8 @@ class FiniteGuard(StepCallback):
     @override
     def numbers_of_step(self, trainer: Trainer, module: BCOModule) -> Mapping[str, float | Tensor]:
         scores = torch.cat([getattr(rows, name) for name in _SCORES for rows in module.step_rows])
-        told = {"not_finite": ~scores.isfinite().all()}
+        learned = [value.isfinite().view(1) for rows in module.step_rows for value in rows.baseline_sums.values()]
+        told = {"not_finite": ~torch.cat([scores.isfinite(), *learned]).all()}
         gradients = [part for part in _gradients(trainer, module).values() if part.numel()]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients).double()
@@ -108,6 +110,9 @@ def _findings(trainer: Trainer, module: BCOModule) -> list[str]:
             words = ", ".join(sorted({str(value) for value in values[broken].tolist()}))
             name = name.removesuffix("_B").replace("_", " ")
             findings.append(f"{name} {words} in rows {_places(trainer, ids[broken].tolist())}")
+    learned = [pair for rows in module.step_rows for pair in rows.baseline_sums.items() if not pair[1].isfinite()]
+    if learned and not findings:  # of rows that no loss is computed of
+        findings = ["{} {:g}, which a baseline learns, of rows {}".format(*learned[0], _places(trainer, ids.tolist()))]
     names = [name for name, part in _gradients(trainer, module).items() if not part.isfinite().all()]
     if names and not findings:
         findings = [f"gradient of {names[0]} ({len(names)} parameters) from rows {_places(trainer, ids.tolist())}"]

@@ -14,7 +14,7 @@ _SHARELM = {"label": "conversation_metadata.rate", "thumbs": {"thumbup": "up", "
 _TOXIC_CHAT = {"prompt": "user_input", "completion": "model_output", "label": "toxicity"}
 PRESETS: dict[str, dict[str, Any]] = {
     # As the paper uses it: of 0 to 4, only a helpfulness of 4 is thumbs-up (arXiv 2404.04656, section 4).
-    "helpsteer2": {"rating": {"column": "helpfulness", "up": 4, "down": 3}},
+    "helpsteer2": {"rating": {"column": "helpfulness", "up": 4, "down": 3, "scale": [0, 4]}},
     "openai_preference": {"format": "paired", "columns": {**_OPENAI, "tools": "input.tools"}},
     "sharelm": {"format": "unpaired", "columns": _SHARELM},
     "toxic_chat": {"format": "unpaired", "columns": {**_TOXIC_CHAT, "thumbs": {"0": "up", "1": "down"}}},

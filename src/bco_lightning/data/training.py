@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ class TrainingRows:
     def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader, objective: Any = None) -> None:
         self.row_set, self._options, self._reader = row_set, options, reader
         self.paired = bool(getattr(objective, "takes_pairs", False))
+        self.by_prompt = bool(getattr(objective, "takes_prompts", False))
         self.with_unrelated = bool(getattr(objective, "takes_unrelated", False))
         self._pairs = pairs_of(cast(Dataset, row_set.dataset)) if self.paired else None
         self.weights = [source.weight for source in options.sources("train")]
@@ -62,6 +64,18 @@ class TrainingRows:
         by_class, at_once = options.balanced_sampling, 1 if self._pairs is None else 2
         pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=by_class, **self._by_source(), **near)
         return RowOrder(pools, [rows_per_step // len(pools) // at_once] * len(pools), self._pairs)
+
+    def say_what_is_cut(self, order: RowOrder) -> None:
+        """Says how many prompts of the first hundred steps lie in several micro-batches of a step."""
+        keys, size = self._column("prompt_key"), self._options.batch_size
+        steps = enumerate(keys[order.rows_of_step(step)] for step in range(min(100, order.steps_per_epoch)))
+        pieces = ((step, own[at : at + size].tolist()) for step, own in steps for at in range(0, len(own), size))
+        parts = Counter((step, key) for step, piece in pieces for key in set(piece))
+        if cut := sum(number > 1 for number in parts.values()):
+            told = (
+                f"{cut:,} of {len(parts):,} prompts of the first steps are cut by the ends of micro-batches; each part"
+            )
+            rank_zero_info(f"model.reward_shift: {told} has an offset of its own. A larger data.batch_size cuts fewer.")
 
     def dataset(self) -> Dataset | StreamDataset:
         """The rows by number."""

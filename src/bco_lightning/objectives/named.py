@@ -12,23 +12,16 @@ from bco_lightning.objectives.kto import KTO, APOZero
 from bco_lightning.objectives.mix import Mix
 from bco_lightning.objectives.objective import Objective
 from bco_lightning.objectives.pairs import DPO, IPO, NCA
-from bco_lightning.objectives.per_prompt import BCOPerPrompt
 from bco_lightning.objectives.sft import SFT
+from bco_lightning.objectives.shifts import BCOByLength, BCOPerPrompt
 from bco_lightning.objectives.una import UNA
 from bco_lightning.options import ModelOptions
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    "bco": BCO,
-    "bce": BCE,
-    "kto": KTO,
-    "apo_zero": APOZero,
-    "kldo": KLDO,
-    "una": UNA,
-    "dpo": DPO,
-    "ipo": IPO,
-    "nca": NCA,
-    "sft": SFT,
-}
+    "bco": BCO, "bce": BCE, "kto": KTO, "apo_zero": APOZero, "kldo": KLDO, "una": UNA, "dpo": DPO, "ipo": IPO,
+    "nca": NCA, "sft": SFT,
+}  # fmt: skip
+_OTHER_SHIFTS: dict[str, type[Objective]] = {"per_prompt": BCOPerPrompt, "by_length": BCOByLength}
 
 
 def objective_of(options: ModelOptions) -> Objective:
@@ -38,9 +31,9 @@ def objective_of(options: ModelOptions) -> Objective:
         ConfigError: If other options do not go with it.
     """
     objective = make_objective(options.objective, options.reward_shift_decay, place="model.objective")
-    if options.reward_shift == "per_prompt":
-        check_choice("model.objective", str(options.objective), ["bco"])  # with a shift per prompt
-        objective = BCOPerPrompt(options.reward_shift_decay)
+    if options.reward_shift != "global":
+        check_choice("model.objective", str(options.objective), ["bco"])  # with another shift than one
+        objective = _OTHER_SHIFTS[options.reward_shift](options.reward_shift_decay)
     if options.importance_weights != "off" and not objective.takes_importance:
         able = [name for name, kind in OBJECTIVES.items() if kind.takes_importance]
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""BCO where every prompt has its own offset of rewards, which a pair of answers would cancel."""
+"""BCO with other shifts than one for all: where prompts have offsets of their own, and where raters look at length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bco_lightning.objectives.baselines import DecayedMeans
-from bco_lightning.objectives.bco import BCO
+from bco_lightning.objectives.bco import BCO, bco_loss
 from bco_lightning.objectives.objective import RatedAnswers, weighed
 
 _SPREADS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # nats
@@ -78,3 +78,46 @@ class BCOPerPrompt(BCO):
         joint_QP = prior_Q[:, None].repeat(1, len(sizes_P))
         joint_QP = joint_QP.index_add(1, prompts_B, log_likelihoods_QB.detach().double())
         return log_likelihoods_QB, joint_QP, prompts_B, sizes_P > 1
+
+
+class LengthOdds(DecayedMeans):
+    """How the log odds of thumbs-up grow with the logarithm of length, as in two normal classes of one variance."""
+
+    number = 4  # logarithms of the tokens of thumbs-up and of thumbs-down rows, and their squares
+
+    @property
+    def value(self) -> float:
+        """Nats of log odds for each nat of length, by Fisher's discriminant; 0 until lengths of both classes differ."""
+        up, down, *squares = self.means
+        variance = (sum(squares) - up**2 - down**2) / 2
+        return (up - down) / variance if min(self._counts) and variance > 1e-6 else 0.0
+
+
+class BCOByLength(BCO):
+    r"""BCO with a shift that falls with length as thumbs favour it: :math:`\delta - a (\log n - m)` for n tokens.
+
+    What length explains of the thumbs is not asked of the rewards. A new answer is compared with :math:`\delta`.
+    """
+
+    sum_names = ("log_length_up", "log_length_down", "squares_up", "squares_down", "rows_up", "rows_down")
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__(decay)
+        self.baselines["length_odds"] = LengthOdds(0.999)  # lengths of a log stay what they are, rewards do not
+
+    def losses(self, rows: RatedAnswers) -> Tensor:
+        """:func:`bco_loss`, with importance weights, in nats."""
+        odds, logs_B = self.baselines["length_odds"], rows.tokens().to(rows.rewards_B.dtype).log()
+        shift_B = self.threshold - odds.value * (logs_B - sum(odds.means[:2]) / 2)
+        return weighed(bco_loss(rows.rewards_B, rows.thumbs_up_B, reward_shift=shift_B), rows)
+
+    def sums(self, rows: RatedAnswers) -> dict[str, Tensor]:
+        """Moments of the logarithms of lengths, and numbers of rows, of either class."""
+        logs_B, classes_CB = rows.tokens().double().log(), torch.stack([rows.thumbs_up_B, ~rows.thumbs_up_B]).double()
+        found = [classes_CB @ values_B for values_B in (logs_B, logs_B.square(), torch.ones_like(logs_B))]
+        return dict(zip(self.sum_names, torch.cat(found), strict=True))
+
+    def update(self, sums: Mapping[str, float]) -> None:
+        """Moves the odds."""
+        *totals, up, down = (sums[name] for name in self.sum_names)
+        self.baselines["length_odds"].take_in(totals, [up, down] * 2)
