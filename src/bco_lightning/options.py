@@ -305,9 +305,7 @@ class ModelOptions(Options):
         "Recompute activations in the backward pass: less memory, about a fifth slower.", default=False
     )
     vision_tower: bool = option(
-        "Of a model that sees images, also train the parts that see: towers, and what projects what they give.",
-        default=False,
-        on_resume="refused",
+        "Of a model that sees images, also train what sees: tower and projector.", default=False, on_resume="refused"
     )
     optimizer: OptimizerName = option(
         "``adamw``, fused; or with moments of eight bits, and paged to host memory, by bitsandbytes.",

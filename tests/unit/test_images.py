@@ -138,8 +138,8 @@ BAD = {
     ),
     "said by the assistant": (
         {"prompt": "Draw", "completion": [{"role": "assistant", "content": [IMAGE, TEXT]}], "label": True},
-        "found one in what it says",
-        "Remove the row",
+        "in what the assistant is told, found 1 for 0",
+        "Correct or remove",
     ),
     "no source": (asked({"type": "image", "image": 7}, TEXT), "data URL or bytes, found 7", "Correct or remove"),
 }  # fmt: skip

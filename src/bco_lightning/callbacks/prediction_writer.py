@@ -130,6 +130,7 @@ class PredictionWriter(Callback):
 
     def _of_prompt(self, module: Any, row: int, given: Any, seed: int) -> Iterator[_Line]:
         prompt = list(given["input_ids"][: list(given["completion_mask"]).index(True)])
+        seen = module.trainer.datamodule.image_inputs(given.get("images"))
         for start in range(0, self.completions, _AT_ONCE):
             many = min(_AT_ONCE, self.completions - start)
             made = sample_completions(
@@ -138,6 +139,7 @@ class PredictionWriter(Callback):
                 [prompt] * many,
                 max_new_tokens=self.max_new_tokens,
                 seed=seed + start * 1_000_003,
+                images=[seen] * many,
             )
             samples = [
                 {
@@ -145,6 +147,7 @@ class PredictionWriter(Callback):
                     "completion_mask": [False] * len(prompt) + [True] * len(each.token_ids),
                     "thumbs_up": False,
                     "row_id": row,
+                    "seen": seen,
                 }
                 for each in made
             ]

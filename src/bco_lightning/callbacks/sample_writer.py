@@ -49,6 +49,7 @@ class SampleWriter(Callback):
         self.prompts, self.every, self.max_new_tokens, self.seed = prompts, every, max_new_tokens, chosen_seed(seed)
         self._asked: list[list[int]] = []
         self._said: list[str] = []
+        self._shown: list[Any] = []
         self._by_reference: list[SampledCompletion] = []
         self._validations = 0
 
@@ -60,7 +61,7 @@ class SampleWriter(Callback):
         if dataset is None:
             remedy = "Set data.validation_files or data.validation_fraction."
             raise ConfigError("samples.prompts", "expected held-out rows to sample prompts from, found none.", remedy)
-        self._asked, self._said = held_out_prompts(dataset, self.prompts)
+        self._asked, self._said, self._shown = held_out_prompts(dataset, self.prompts)
         self._validations = 0
 
     @override
@@ -90,9 +91,10 @@ class SampleWriter(Callback):
         if trainer.is_global_zero or is_sharded(model):
             for start in range(0, len(self._asked), _AT_ONCE):
                 some = self._asked[start : start + _AT_ONCE]
-                found += sample_completions(
-                    model, module.tokenizer, some, max_new_tokens=self.max_new_tokens, seed=self.seed + start
-                )
+                data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                images = [data.image_inputs(each) for each in self._shown[start : start + _AT_ONCE]]
+                limits = {"max_new_tokens": self.max_new_tokens, "seed": self.seed + start}
+                found += sample_completions(model, module.tokenizer, some, images=images, **limits)
         return found
 
     def _write(self, trainer: Trainer, by_policy: list[SampledCompletion], folder: Path | None) -> None:

@@ -315,6 +315,7 @@ class FeedbackDataModule(LightningDataModule):
         if "training" not in self._rows:
             return {}
         training, options = self.training, self.options
+        columns = getattr(training.row_set.dataset, "column_names", ())
         names = set(DataOptions.names("refused")) - ({"shuffle_buffer"} if not options.streaming else set())
         return {
             "rows": training.row_set.counts.used,
@@ -322,7 +323,7 @@ class FeedbackDataModule(LightningDataModule):
             "rows_per_step": self.rows_per_step,
             "chat_template": chosen_template(self.tokenizer, options.chat_template),
             "source_weights": training.weights,
-            **({"processor": self.image_inputs.digest()} if "images" in training.columns else {}),
+            **({"processor": self.image_inputs.digest()} if "images" in columns else {}),
             **({"template_date": options.template_date} if options.template_date and self._is_dated else {}),
             **{name: getattr(options, name) for name in sorted(names)},
         }

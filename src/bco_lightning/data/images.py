@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from bco_lightning.batch import FeedbackRow, Message
@@ -72,7 +72,9 @@ class ImageFinder:
             name = source.strip()
             if not name.startswith("data:") and protocol_of(name) not in HTTP:
                 return self._in_folder(name.removeprefix("file://"), place)
-            source = _decoded(name) if name.startswith("data:") else self._fetched(name, place)
+            source = self._fetched(name, place) if not name.startswith("data:") else None
+            with suppress(ValueError):  # no base64
+                source = source or base64.b64decode("".join(name.partition(",")[2].split()), validate=True)
         if not isinstance(source, bytes) or not source or source.startswith(_FILE):
             expected = "expected an image as path, address, data URL or bytes"
             raise FeedbackRowError(place, f"{expected}, found {shown(source)}.", "Correct or remove the row.")
@@ -122,21 +124,18 @@ def with_pictures(messages: Sequence[Message], column: Any, finder: ImageFinder,
     told = [{**message, IMAGES: list(message.get(IMAGES) or ())} for message in messages]
     asked = [message for message in told if message["role"] != "assistant"]
     if given and not any(None in message[IMAGES] for message in told):
+        first = next((message for message in asked if message["role"] == "user"), told[0])
+        if not any(_PLACEHOLDER in message["content"] for message in asked):
+            first["content"] = _PLACEHOLDER * len(given) + first["content"]
         for message in asked:
-            if count := 0 if message[IMAGES] else message["content"].count(_PLACEHOLDER):
-                message |= {"content": message["content"].replace(_PLACEHOLDER, MARK), IMAGES: [None] * count}
-        if not any(None in message[IMAGES] for message in told):
-            first = next((message for message in asked if message["role"] == "user"), told[0])
-            marked = MARK * len(given) + first["content"]
-            first |= {"content": marked, IMAGES: [None] * len(given) + first[IMAGES]}
-    places = sum(message["content"].count(MARK) for message in told if message[IMAGES])
+            message[IMAGES] = [None] * message["content"].count(_PLACEHOLDER) + message[IMAGES]
+            message["content"] = message["content"].replace(_PLACEHOLDER, MARK)
+    places = sum(message["content"].count(MARK) for message in asked if message[IMAGES])
     named = sum(image is not None for message in told for image in message[IMAGES])
     if len(given) + named != places:
-        problem = f"expected as many images as places for them, found {len(given) + named} for {places}."
+        expected = "expected as many images as places for them in what the assistant is told"
+        problem = f"{expected}, found {len(given) + named} for {places}."
         raise FeedbackRowError(place, problem, "Correct or remove the row.")
-    if sum(len(message[IMAGES]) for message in asked) < places:
-        problem = "expected images in what the assistant is told, found one in what it says."
-        raise FeedbackRowError(place, problem, "Remove the row.")
     rest = iter(given)
     for message in told:
         message[IMAGES] = [finder.picture(next(rest) if each is None else each, place) for each in message[IMAGES]]
@@ -162,17 +161,6 @@ def file_of(stored: bytes) -> tuple[str, str]:
     """Digest and path of an image that is kept in a file of its own; empty texts of one that is not."""
     digest, _, path = stored.removeprefix(_FILE).partition(b" ") if stored.startswith(_FILE) else (b"", b"", b"")
     return digest.decode(), path.decode()
-
-
-def digest_of(stored: bytes) -> str:
-    """SHA-256 over the file of an image."""
-    return file_of(stored)[0] or hashlib.sha256(stored).hexdigest()
-
-
-def mark_of(path: str) -> list[int]:
-    """What shows that a file may have changed: its size, and when it was written."""
-    told = Path(path).stat()
-    return [told.st_size, told.st_mtime_ns]
 
 
 def opened(stored: bytes, place: str = "") -> Any:
@@ -240,42 +228,46 @@ class ImageInputs:
     def expanded(self, texts: Sequence[str], pictures: Sequence[Picture], place: str) -> list[str]:
         """Rendered texts with what stands for images, one token each, drawn out to as many as the model wants."""
         pixels = [pixels_of(each.stored, place) for each in pictures]
-        whole, token = "".join(texts), self.processor.image_token
-        if (count := whole.count(token)) != len(pictures):
-            problem = f"expected a chat template that writes {token} for each of {len(pictures)} images, found {count}."
-            raise FeedbackRowError(place, problem, "Set data.chat_template to one that does.")
         try:
-            told = self.processor(images=[pixels], text=[whole], return_text_replacement_offsets=True)
+            told = self.processor(images=[pixels], text=["".join(texts)], return_text_replacement_offsets=True)
             drawn = iter([each["replacement"] for each in told["text_replacement_offsets"][0]])
-        except Exception as error:  # whatever a processor makes of an image
+        except Exception as error:  # whatever a processor makes of an image, or of a template that forgets one
             problem = f"expected images that the model's processor takes, found {type(error).__name__}: {error}"
-            raise FeedbackRowError(place, problem, "Remove the row.") from error
-        return [re.sub(re.escape(token), lambda _: next(drawn), text) for text in texts]
+            raise FeedbackRowError(place, problem, "Remove the row, or set data.chat_template.") from error
+        return [re.sub(re.escape(self.processor.image_token), lambda _: next(drawn), text) for text in texts]
 
     def digest(self) -> str:
         """SHA-256 over the settings of the processor, which is not loaded for it."""
         given = getattr(self._tokenizer, "processor", None)
-        told = [given.to_json_string()] if given is not None else []
-        for name in ("processor_config.json", "preprocessor_config.json") if given is None else ():
-            with suppress(OSError, ValueError):
-                if path := cached_file(self._tokenizer.name_or_path, name, local_files_only=True):
-                    told.append(Path(path).read_text(encoding="utf-8"))
-        return hashlib.sha256("".join(told).encode()).hexdigest()
+        told = "" if given is None else given.to_json_string()
+        for name in () if told else ("processor_config.json", "preprocessor_config.json"):
+            with suppress(OSError, ValueError):  # none
+                told += Path(str(cached_file(self._tokenizer.name_or_path, name, local_files_only=True))).read_text()
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
 @lru_cache(maxsize=4)
 def _loaded(name: str) -> Any:
-    with suppress(OSError, ValueError):  # what has no files at all
-        try:
-            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        except (ImportError, TypeError) as error:
-            problem = f"expected a processor for the images of rows, found that it cannot be loaded: {error}"
-            raise LanguageModelError(name, problem, "Install what it asks for, such as torchvision.") from error
-        return processor if getattr(processor, "image_token", None) else None
-    return None
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):  # there are no files at all
+        return None
+    except ImportError as error:
+        if "Video" in str(error):
+            return _without_videos(name)
+        problem = f"expected a processor for the images of rows, found that it cannot be loaded: {error}"
+        raise LanguageModelError(name, problem, "Install what it asks for.") from error
+    return processor if getattr(processor, "image_token", None) else None
 
 
-def _decoded(url: str) -> bytes | None:
-    with suppress(ValueError):
-        return base64.b64decode("".join(url.partition(",")[2].split()), validate=True)
-    return None
+def _without_videos(name: str) -> Any:
+    """A processor of images alone, since that of videos wants torchvision, which has to fit the build of torch."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    kind = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name, trust_remote_code=False))]
+
+    class ImagesOnly(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None) -> None:
+            super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    return ImagesOnly(AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name))

@@ -73,9 +73,7 @@ class Columns(Options):
         default="tools",
     )
     images: str = option(
-        "Images of the row, in the order of ``<image>`` in its texts, or of image parts that name none; without either "
-        "they stand before what the user says first.",
-        default="images",
+        "Images, in the order of ``<image>`` in texts or of image parts that name none; optional.", default="images"
     )
     template_options: str = option(
         "What else the chat template is told, an object or the JSON text of one; optional.",
@@ -278,7 +276,7 @@ class DataOptions(Options):
         on_resume="free",  # where a template asks, fingerprints have it
     )
     image_folder: str | None = option(
-        "The folder in which paths of images begin, and which they do not leave; that of each log if left out.",
+        "Folder that paths of images begin and stay in; that of each log if left out.",
         default=None,
         on_resume="free",
     )

@@ -20,7 +20,7 @@ from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.files import content_key, expand
-from bco_lightning.data.images import ImageFinder, ImageInputs, mark_of
+from bco_lightning.data.images import ImageFinder, ImageInputs
 from bco_lightning.data.options import DataOptions, Source, with_preset
 from bco_lightning.data.records import record_file, seekable_files
 from bco_lightning.data.records.record_file import RecordFile
@@ -70,7 +70,7 @@ class ReadRows:
             counts = RowCounts.from_values(told["counts"])
             if counts.name != name or not name.isidentifier():
                 raise ValueError(name)
-            if any(mark_of(path) != mark for path, mark in told.get("images", {}).items()):
+            if any(Path(path).stat().st_mtime_ns != mark for path, mark in told.get("images", {}).items()):
                 raise ValueError("images that have changed")
             row_sets[name] = RowSet(counts, told["digest"])
             if "files" in told:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
-from bco_lightning.data.images import IMAGES, file_of, mark_of
+from bco_lightning.data.images import IMAGES, file_of
 from bco_lightning.data.options import Conflicts
 
 Array = np.ndarray[Any, Any]
@@ -149,7 +149,7 @@ class RowTable(RowLog):
         self._writer = pa.ipc.new_stream(str(self._draft), _SCHEMA, options=options)
         self._pending: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         self._pending_bytes, self._schema = 0, _SCHEMA.remove(_SCHEMA.get_field_index("images"))
-        self.image_files: dict[str, list[int]] = {}  # by path, what shows that one has changed
+        self.image_files: dict[str, int] = {}  # by path, when each was written
 
     def append(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut) -> None:
         """Adds a row of the source with that number, with its tokens, or why it is left out."""
@@ -164,7 +164,7 @@ class RowTable(RowLog):
         if sample.images:
             self._schema = _SCHEMA  # tables of text have no column for them
             paths = filter(None, (file_of(image)[1] for image in sample.images))
-            self.image_files |= {path: mark_of(path) for path in paths}
+            self.image_files |= {path: Path(path).stat().st_mtime_ns for path in paths}
         for pending, value in zip(self._pending.values(), values, strict=True):
             pending.append(value)
         self._pending_bytes += ids.nbytes + mask.nbytes + len(prompt) + sum(map(len, sample.images))

@@ -44,11 +44,6 @@ class TrainingRows:
         return up / (up + down), down / (up + down)
 
     @property
-    def columns(self) -> list[str]:
-        """Names of what is known of each row; those of text alone have no ``images``, and a stream has none at all."""
-        return list(getattr(self.row_set.dataset, "column_names", ()))
-
-    @property
     def lengths(self) -> Array | None:
         """Tokens of each row; ``None`` of a stream."""
         rows = self.row_set.dataset

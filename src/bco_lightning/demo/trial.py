@@ -158,7 +158,7 @@ class KnownRewardTrial(Callback):
             return
         run_folder = run_folder_of(trainer)  # a broadcast: every process has to ask
         if trainer.is_global_zero:
-            prompts, _ = held_out_prompts(trainer.datamodule.validation_dataset, self.max_prompts or None)
+            prompts, *_ = held_out_prompts(trainer.datamodule.validation_dataset, self.max_prompts or None)
             self.alignment = self.compare(pl_module, prompts)
             self.alignment.print(self.reward)
             if run_folder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from bco_lightning.data import FeedbackDataModule
 from bco_lightning.data.counts import Counted
+from bco_lightning.data.images import opened
 from bco_lightning.data.row_sets import BAD_ROWS, SEE_ALL
 from bco_lightning.errors import ConfigError, FeedbackRowError, UserError, printable
 from bco_lightning.importance.report import TrustReport, text_table
@@ -119,6 +121,10 @@ def _report(
     if options.streaming:
         text = f"A stream: all but the counts is about {len(dataset):,} rows drawn evenly from it."
         notes.append(Finding("note", text))
+    if "images" in dataset.column_names:
+        sizes = [opened(each).size for images in dataset["images"] for each in images]
+        sides = " to ".join("{} x {}".format(*chosen(sizes, key=math.prod)) for chosen in (min, max))
+        notes.append(Finding("note", f"{len(sizes):,} images, of {sides} pixels."))
     arrays, seed = RowArrays.of(dataset), options.row_seed
     limits = {"data.max_length": options.max_length, "data.max_prompt_length": options.max_prompt_length}
     up, drawn = arrays.thumbs_up, drawn_rows(len(dataset), seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bco_lightning.data.messages import said_in
 from bco_lightning.identity import drawing_from
+from bco_lightning.models.layout import causal_lm_of, joined_images
 from bco_lightning.parallel.sharding import is_sharded
 
 
@@ -23,21 +24,28 @@ class SampledCompletion(NamedTuple):
     finished: bool
 
 
-def held_out_prompts(dataset: Any, most: int | None) -> tuple[list[list[int]], list[str]]:
-    """So many different prompts of a table, in its order: tokens up to the first that has a loss, and what was said."""
+def held_out_prompts(dataset: Any, most: int | None) -> tuple[list[list[int]], list[str], list[Any]]:
+    """So many different prompts of a table, in its order: tokens before the first with a loss, words, and images."""
     first: dict[str, int] = {}
     for number, prompt in enumerate(dataset["prompt"]):
         first.setdefault(prompt, number)
-    rows = dataset.select_columns(["input_ids", "completion_mask"])[list(first.values())[:most]]
-    tokens = [list(ids[: list(mask).index(True)]) for ids, mask in zip(*rows.values(), strict=True)]
-    return tokens, [said_in(prompt) for prompt in list(first)[:most]]
+    rows = dataset[list(first.values())[:most]]
+    pairs = zip(rows["input_ids"], rows["completion_mask"], strict=True)
+    tokens = [list(ids[: list(mask).index(True)]) for ids, mask in pairs]
+    return tokens, [said_in(prompt) for prompt in list(first)[:most]], rows.get("images", [None] * len(tokens))
 
 
 @torch.no_grad()
 def sample_completions(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    images: Sequence[Mapping[str, Tensor]] = (),
 ) -> list[SampledCompletion]:
-    """One completion for each prompt of a batch, from the whole distribution (no top-k, no top-p).
+    """One completion for each prompt of a batch, with its ``images``, from the whole distribution (no top-k or top-p).
 
     Every process of a model that is cut up has to ask for the same.
     """
@@ -45,6 +53,7 @@ def sample_completions(
     device = next(model.parameters()).device
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    told = {name: each.to(device) for name, each in joined_images(causal_lm_of(model), images, ids).items()}
     with drawing_from(seed, device), evaluating(model):
         output_ids: Tensor = model.generate(
             input_ids=ids.to(device),
@@ -57,6 +66,7 @@ def sample_completions(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             synced_gpus=is_sharded(model),
+            **told,
         )
     completions = []
     for token_ids in output_ids[:, width:].tolist():

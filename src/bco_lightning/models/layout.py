@@ -11,14 +11,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from bco_lightning.batch import FeedbackBatch
@@ -31,8 +28,8 @@ _NO_PART_OF_A_KIND = ("layer_idx", "layer_id", "layer_number", "training", "grad
 
 def kind_of_model(config: Any) -> Any:
     """The class of transformers that makes the model of a config, with the parts that see images where it has some."""
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    sees = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -168,16 +165,20 @@ def joined_images(causal_lm: Any, images: Sequence[Mapping[str, Tensor]], ids_BT
         return {}
     found = {}
     for name in seen[0]:
-        sizes = torch.tensor([row[name].shape[1:] for row in seen]).amax(0).tolist()
-        found[name] = torch.cat([_padded(row[name], sizes) for row in seen])
+        sizes = torch.tensor([row[name].shape for row in seen])
+        missing = (sizes.amax(0) - sizes)[:, 1:].flip(1)
+        sides = torch.stack([torch.zeros_like(missing), missing], -1).flatten(1).tolist()
+        found[name] = torch.cat([pad(row[name], some) for row, some in zip(seen, sides, strict=True)])
     taken = inspect.signature(causal_lm.forward).parameters
     marks_BT = (ids_BT == causal_lm.config.image_token_id).long()
     return found | {name: marks_BT for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
 
 
-def _padded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
-    return nn.functional.pad(tensor, [side for more in reversed(missing) for side in (0, more)])
+def no_images(causal_lm: Any, batch: FeedbackBatch) -> Tensor | float:
+    """Zero; of rows without images with gradients of zero for what sees them, which others of a step may need."""
+    parts = () if batch.images_B else seeing_parts_of(causal_lm).values()
+    trained = [each for part in parts for each in part.parameters() if each.requires_grad]
+    return 0 * torch.stack([each.sum() for each in trained]).sum() if trained else 0.0
 
 
 def packed_states(

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from bco_lightning.data.images import ImageInputs
 from bco_lightning.data.tokenize import require_end_token
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import drawing_from
@@ -121,6 +122,8 @@ def load_tokenizer(name_or_path: str, *, cache_folder: str | None = None) -> Any
 def usable_tokenizer(tokenizer: Any, name_or_path: str) -> Any:
     """One that has an end token, and something to pad with."""
     require_end_token(tokenizer, name_or_path)
+    if not tokenizer.chat_template and (processor := ImageInputs(tokenizer).processor) is not None:
+        tokenizer.chat_template = processor.chat_template
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.models.layout import causal_lm_of, predicting_states
+from bco_lightning.models.layout import causal_lm_of, no_images, predicting_states
 from bco_lightning.parallel.sharding import run_gathered
 
 # Below these, products are denormal numbers, which make a matrix product on a CPU a hundred times slower.
@@ -51,10 +51,12 @@ def completion_token_log_probs(
     model: PreTrainedModel, batch: FeedbackBatch, trunk_states_SH: Tensor | None = None
 ) -> Tensor:
     """:func:`completion_log_probs` of each token that carries loss, shape ``(N,)``."""
-    found_N: Tensor = run_gathered(
-        causal_lm_of(model),
-        lambda lm: _head_log_probs(lm, predicting_states(lm, batch, trunk_states_SH), batch.targets_N),
-    )
+
+    def found_by(lm: Any) -> Tensor:
+        states_NH = predicting_states(lm, batch, trunk_states_SH)
+        return _head_log_probs(lm, states_NH, batch.targets_N) + no_images(lm, batch)
+
+    found_N: Tensor = run_gathered(causal_lm_of(model), found_by)
     return found_N
 
 

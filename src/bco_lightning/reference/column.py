@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch, ScoredRows
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.data.images import digest_of
+from bco_lightning.data.images import file_of
 from bco_lightning.data.order import cut
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import digest_of_code, digest_of_values, versions
@@ -288,7 +288,7 @@ def keys_and_lengths(dataset: Dataset) -> tuple[_Array, _Array]:
         scored = masks.flatten().to_numpy(zero_copy_only=False).tobytes()
         images = table.column("images").to_pylist() if "images" in names else [()] * len(ends)
         for start, end, seen in zip([0, *ends], ends, images, strict=False):
-            told = "".join(map(digest_of, seen)).encode()
+            told = "".join(file_of(each)[0] or hashlib.sha256(each).hexdigest() for each in seen).encode()
             keys += hashlib.sha256(tokens[4 * start : 4 * end] + scored[start:end] + told).digest()[:16]
     return np.frombuffer(bytes(keys), dtype=RECORD["key"]), np.concatenate(lengths)
 

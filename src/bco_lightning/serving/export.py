@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bco_lightning.checkpoints import resolve_checkpoint, verify_checkpoint
 from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.models.adapters import merge_adapter
+from bco_lightning.models.layout import causal_lm_of, kind_of_model
 from bco_lightning.models.load import ModelSource, load_language_model, locate_model
 from bco_lightning.models.refusals import in_words
 from bco_lightning.module import BCOModule
@@ -67,6 +69,10 @@ _ADAPTER_USAGE = """# For a GGUF base: load_language_model of bco_lightning.mode
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")"""
+_SEEING_USAGE = """from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("BASE"), "FOLDER")"""
 
 
 def export_checkpoint(
@@ -116,6 +122,8 @@ def export_checkpoint(
             policy.save_pretrained(folder)
         if chat_template is not None:
             module.tokenizer.chat_template = chat_template
+        if (processor := ImageInputs(module.tokenizer).processor) is not None:
+            processor.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
         day = {name: day for name, day in told.get("fingerprints", {}).items() if name == "template_date"}
         named = {"objective": module.hparams["objective"], "reference": _reference_name(module), **day}
@@ -173,16 +181,23 @@ def _as_users_load(folder: Path, base: str | None, dtype: torch.dtype) -> Any:
     """The exported model, as its card says."""
     if base is not None and locate_model(base) != ModelSource(base):  # converted first, which peft cannot
         return load_language_model(str(folder), dtype)
-    kind: Any = AutoModelForCausalLM if base is None else AutoPeftModelForCausalLM
+    kind: Any = kind_of_model(AutoConfig.from_pretrained(base or folder, trust_remote_code=False))
+    if base is not None and kind is not AutoModelForCausalLM:  # of which peft has no class of its own
+        return PeftModel.from_pretrained(kind.from_pretrained(base, dtype=dtype), folder)
+    kind = kind if base is None else AutoPeftModelForCausalLM
     return kind.from_pretrained(folder, dtype=dtype)  # what peft does not know it warns of
 
 
 def _card(module: BCOModule, name: str, steps: int, base: str | None) -> str:
+    usage, kind = _ADAPTER_USAGE if base else _MERGED_USAGE, kind_of_model(causal_lm_of(module.policy).config)
+    if kind is not AutoModelForCausalLM:
+        usage = usage.replace("ForCausalLM", "ForImageTextToText").replace("AutoTokenizer", "AutoProcessor")
+        usage = _SEEING_USAGE.replace("BASE", base) if base else usage
     return _CARD.format(
         library="peft" if base else "transformers",
         base=base or module.options.name_or_path,
         name=name,
-        usage=_ADAPTER_USAGE if base else _MERGED_USAGE,
+        usage=usage,
         options=module.options,
         threshold=module.objective.threshold,
         trained=f"LoRA, rank {module.policy.peft_config['default'].r}" if module.lora else "all weights",

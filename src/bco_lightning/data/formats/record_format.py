@@ -125,7 +125,7 @@ class Origin:
         told = self._given(record, self.columns.template_options) or {}
         if told:
             self._check_template_options(told)
-        column = self._given(record, self.columns.images, json_text=False)
+        column = unpacked(value_at(record, self.columns.images)) if record else None
         said = with_pictures([*prompt, *completion], column, self.images, self.place)
         prompt, completion = said[: len(prompt)], said[len(prompt) :]
         check_size([*said, *(tools or ()), *([told] if told else ())], self.place)
@@ -169,10 +169,9 @@ class Origin:
                 expected = f"{column!r} must hold options of the template, found {keys_of([name])}, which is none."
                 raise self.error(expected)
 
-    def _given(self, record: Record | None, column: str, *, json_text: bool = True) -> Any:
+    def _given(self, record: Record | None, column: str) -> Any:
         given = value_at(record, column) if record else None
-        given = from_json_text(given, column, self.place) if json_text else unpacked(given)
-        return without_nulls(given) if given else None
+        return without_nulls(from_json_text(given, column, self.place)) if given else None
 
 
 def system_column(record: Record, columns: Columns) -> str:
