@@ -50,9 +50,8 @@ from bco_lightning.reference.model import Reference
 class BCOModule(LightningModule):
     """Aligns a language model to thumbs-up / thumbs-down feedback.
 
-    The implicit reward of a row is ``beta`` times the log-ratio of policy and frozen reference. The loss is Eq. 8, the
-    sum of two class means by constants of the data, so that how a step is cut into micro-batches does not change its
-    gradient. Clipping sees that scale, twice that of a mean over rows.
+    The implicit reward of a row is ``beta`` times the log-ratio of policy and frozen reference; the loss is Eq. 8, the
+    sum of two class means by constants of the data, so that gradients do not depend on how steps are cut up.
 
     Args:
         positional: ``name_or_path``, the model to align.
@@ -68,7 +67,6 @@ class BCOModule(LightningModule):
         super().__init__()
         positional, options = with_given(model, positional, options)
         self.options = ModelOptions(*positional, **options)
-        # Checkpoints are read with weights_only=True, which takes plain values only.
         self.save_hyperparameters(self.options.plain(), logger=False)  # RunHeader tells loggers what compares
         self.lora, self.beta = self.options.lora, self.options.beta
         self.objective = objective_of(self.options)
@@ -91,8 +89,8 @@ class BCOModule(LightningModule):
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the policy, loaded when first asked for."""
-        name, folder = self.options.name_or_path, self.options.cache_folder
-        self._tokenizer = self._tokenizer or load_tokenizer(name, cache_folder=folder)
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.options.name_or_path, cache_folder=self.options.cache_folder)
         return self._tokenizer
 
     @property
