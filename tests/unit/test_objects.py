@@ -223,3 +223,36 @@ def test_what_the_page_on_python_shows_runs(
     for block in blocks:
         exec(block.replace("Qwen/Qwen2.5-0.5B-Instruct", tiny_model), names)  # noqa: S102
     assert names["trainer"].global_step == 3
+
+
+CELLS = (
+    """
+from lightning.pytorch import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings, score
+model = AutoModelForCausalLM.from_pretrained(NAME, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(NAME)
+rows = [{"prompt": f"q{n % 8}", "completion": f"answer {n}", "label": n % 3 > 0} for n in range(24)]
+""",
+    """
+module = BCOModule(model=model, tokenizer=tokenizer, lora=LoraSettings(r=4), learning_rate=1e-2)
+trainer = Trainer(max_epochs=1, enable_progress_bar=False)
+trainer.fit(module, FeedbackDataModule(train=rows, batch_size=4))
+""",
+    "print(score(['Is tea good?'], ['Yes, very.'], policy=module))",
+)
+
+
+@pytest.mark.slow
+def test_a_notebook_trains_its_own_model_object_and_prints_nothing_that_its_reader_cannot_act_on(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    nbformat, nbclient = (pytest.importorskip(name) for name in ("nbformat", "nbclient"))
+    cells = [nbformat.v4.new_code_cell(cell.replace("NAME", repr(tiny_model))) for cell in CELLS]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=str(tmp_path))
+    outputs = [output for cell in notebook.cells[1:] for output in cell.outputs]
+    said = "".join(str(output.get("text", output.get("data"))) for output in outputs)
+    assert "Scores(rewards=tensor([" in said
+    for words in ("Tip:", "eval mode", "LeafSpec", "on_before_batch_transfer", "TPU", "logging interval"):
+        assert words not in said

@@ -7,6 +7,7 @@ from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
 from bco_lightning.callbacks.loggers import TrackioLogger
 from bco_lightning.callbacks.metrics_file import MetricsFile
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
+from bco_lightning.callbacks.remarks import hide_remarks
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
 from bco_lightning.callbacks.run_header import RunHeader
 from bco_lightning.callbacks.sample_writer import SampleWriter
@@ -14,6 +15,7 @@ from bco_lightning.callbacks.speed_monitor import SpeedMonitor
 from bco_lightning.callbacks.step_callback import RewardShiftUpdate, StepCallback
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 
+hide_remarks()
 # Every run has one of each.
 OF_THE_METHOD = (RunHeader, FiniteGuard, ImplicitRewardMonitor, HeldOutRows, RewardShiftUpdate)
 
