@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import HfApi
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from bco_lightning import LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.errors import LanguageModelError
+from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.serving import export as export_module
 from bco_lightning.serving.export import export_checkpoint
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
@@ -85,3 +91,58 @@ def test_an_export_is_scored_by_the_objective_that_it_was_trained_with(
     assert module.reward_shift.value != 0
     partition = module.objective.baselines.get("kldo_partition")
     assert scores.reward_shift == (math.log(partition.value) if partition else 0)
+
+
+def test_the_card_tells_of_data_held_out_rows_and_drift_at_its_step(tiny_model: str, log: str, tmp_path: Path) -> None:
+    trained(tiny_model, log, tmp_path / "run")
+    feedback = {"train": {"/home/me/a|b.jsonl": [12, 6]}, "validation": {"/home/me/a|b.jsonl": [4, 2]}}
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps({"feedback": feedback}), encoding="utf-8")
+    lines = [{"step": 2, "val/auroc": 0.625, "val/kl": 1.5}, {"step": 9, "val/auroc": 0.99, "val/kl": 99.0}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card, flags=re.MULTILINE))
+    assert told[r"train rows of a\|b.jsonl"] == "12 thumbs up, 6 down"
+    assert told[r"validation rows of a\|b.jsonl"] == "4 thumbs up, 2 down"
+    assert (told["held-out auroc"], told["held-out kl"], told["optimizer steps"]) == ("0.625", "1.5", "3")
+    assert "/home/me" not in card
+    assert {"## Limits", "```bibtex"} <= set(card.splitlines())
+
+
+@pytest.mark.parametrize("base", ['x/y"\n---\nevil: 1', "OWNER/NAME", "/srv/models/a"])
+def test_a_card_says_any_name_and_only_that(base: str, tiny_model: str, log: str, tmp_path: Path) -> None:
+    module = tiny_module(tiny_model)
+    assert module.policy is not None  # made by its name
+    module.options = dataclasses.replace(module.options, name_or_path=base)
+    told = {"step": 3, "place": str(tmp_path / "run" / "checkpoints" / "step-00000003")}
+    card = export_module._card(module, "a # `b` [c](d)", "", told, base, "peft")
+    front = yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
+    assert front.get("base_model") == (None if base.startswith("/") else base)
+    assert front["library_name"] == "peft"
+    assert r"# a \# \`b\` \[c\](d)" in card.splitlines()
+    assert "\nevil" not in card.split("\n---\n", 1)[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_goes_to_a_new_private_repository_and_nothing_else_does(
+    fails: bool, tiny_model: str, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+
+    def create(api: Any, name: str, private: bool) -> None:
+        done.append((name, private))
+        if fails:
+            raise OSError("409: you already created this model repo")
+
+    def upload(api: Any, repo_id: str, folder_path: Path) -> None:
+        done.append((repo_id, sorted(path.name for path in folder_path.rglob("*"))))
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    trained(tiny_model, log, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"me/it .*\(409: .*is written: use") if fails else nullcontext():
+        export_checkpoint(tmp_path / "run", tmp_path / "out", push_to_hub="me/it")
+    assert done[0] == ("me/it", True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    known = "README.md adapter_config.json adapter_model.safetensors bco.json chat_template.jinja"
+    assert done[1:] == ([] if fails else [("me/it", [*known.split(), "tokenizer.json", "tokenizer_config.json"])])

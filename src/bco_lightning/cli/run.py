@@ -181,6 +181,7 @@ class RunConfig(SaveConfigCallback):
                 "versions": versions(),
                 "git_revision": git_revision(),
                 "fingerprints": pl_module.fingerprints(),
+                "feedback": {counts.name: counts.by_source for counts in trainer.datamodule.counts},
             }
             text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False)
             with written_whole(self.run / "provenance.json") as partial:

@@ -8,12 +8,13 @@ import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from bco_lightning.checkpoints.folders import discard
 from bco_lightning.errors import LanguageModelError
@@ -48,6 +49,21 @@ def converted(file: Path, cache: Path) -> Path:
     return folder
 
 
+def read_gguf(file: Path, config: PreTrainedConfig | None = None) -> tuple[Any, Any]:
+    """The model of a GGUF file in float32, and what transformers says of its weights."""
+    # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights. Before 5.18 all are.
+    packed = getattr(transformers, "GgufConfig", None)
+    return AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        config=config,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        **({"quantization_config": packed(dequantize=True)} if packed else {}),
+        trust_remote_code=False,
+        **LACKS_ARE_TOLD,
+    )
+
+
 @lru_cache
 def _key(file: str, size: int, changed: int) -> str:
     """Size and time say when the content is to be read again; another transformers may make other weights of it."""
@@ -69,15 +85,7 @@ def _convert(file: Path, folder: Path) -> None:
     discard(folder)  # what a changed or cut file has left, or somebody else has put there
     with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as name:
         draft = Path(name)
-        # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights.
-        model, found = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            trust_remote_code=False,
-            **LACKS_ARE_TOLD,
-        )
+        model, found = read_gguf(file)
         refuse_incomplete(str(file), "model", found)
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(draft)
