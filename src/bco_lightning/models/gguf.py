@@ -49,7 +49,7 @@ def converted(file: Path, cache: Path) -> Path:
     return folder
 
 
-def read_gguf(file: Path, config: PreTrainedConfig | None = None) -> tuple[Any, Any]:
+def read_gguf(file: Path, config: PreTrainedConfig | None = None) -> Any:
     """The model of a GGUF file in float32, and what transformers says of its weights."""
     # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights. Before 5.18 all are.
     packed = getattr(transformers, "GgufConfig", None)
