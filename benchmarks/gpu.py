@@ -275,8 +275,8 @@ def our_module(shape: str, lora: bool, dtype: torch.dtype, **options: Any) -> BC
 
 def ours(shape: str, lora: bool, batches: list[FeedbackBatch], **options: Any) -> tuple[float, int, list[float]]:
     """Seconds and useful operations of the steps that count, and all losses, of Lightning's own loop."""
-    dtype, clock = torch.bfloat16 if lora else torch.float32, Clock()
-    precision = options.pop("precision", "32-true" if lora else "bf16-mixed")
+    dtype, clock = options.pop("dtype", torch.bfloat16 if lora else torch.float32), Clock()
+    precision = options.pop("precision", "32-true" if dtype == torch.bfloat16 else "bf16-mixed")
     trainer = Trainer(
         accelerator="gpu" if CUDA else "cpu", devices=1, strategy=options.pop("strategy", "auto"), precision=precision,
         max_steps=len(batches), max_epochs=1, gradient_clip_val=1.0, callbacks=[clock], logger=False,
@@ -339,8 +339,15 @@ def speed(shape: str, lora: bool, longest: int, count: int, ways: Sequence[str],
     groups = [made_rows(varied(longest, count, number), shape, number) for number in range(WARM + 5)]
     batches = [known(collate(rows)) if cached else collate(rows) for rows in groups]
     tokens, flops = sum(batch.num_tokens for batch in batches[WARM:]), 0
-    options = {"compiled": {"compile": True}, "checkpointing": {"gradient_checkpointing": True}}
-    options["fsdp2"] = {"strategy": "fsdp2"}
+    again: dict[str, Any] = {"gradient_checkpointing": True}
+    options: dict[str, dict[str, Any]] = {
+        "compiled": {"compile": True},
+        "checkpointing": again,
+        "compiled, checkpointing": {"compile": True, **again},
+        "selective": {"gradient_checkpointing": "selective"},
+        "bfloat16 rounded at random": {"dtype": torch.bfloat16, "optimizer": "adamw_bf16", **again},
+        "fsdp2": {"strategy": "fsdp2"},
+    }
     for way in ways:
         online = "" if cached else ", reference online"
         label = f"{shape} {'LoRA' if lora else 'full'}, {count} rows to {longest}{online}: {way}"
@@ -379,6 +386,7 @@ def main() -> None:
     """Runs the parts asked for, and writes what they found after each."""
     small, middle, large = ("tiny",) * 3 if arguments.tiny else ("small", "1B", "8B")
     scale = 32 if arguments.tiny else 1
+    compiled = ("compiled", "compiled, checkpointing")
     usual = ("row by row, cuDNN", "row by row", "packed", "TRL's step")
     parts: dict[str, Callable[[], None]] = {
         "environment": lambda: environment(2048 // scale),
@@ -386,11 +394,10 @@ def main() -> None:
         "reward": lambda: first_reward(small, 1024 // scale),
         "resume": resume,
         "fsdp2": lambda: fsdp2(small, 512 // scale),
-        "LoRA": lambda: speed(
-            large, True, 2048 // scale, 4, (*usual, "checkpointing", *(["compiled"] if CUDA else []))
-        ),
+        "LoRA": lambda: speed(large, True, 2048 // scale, 4, (*usual, "checkpointing", *(compiled if CUDA else ()))),
         "LoRA short": lambda: speed(large, True, 512 // scale, 8, usual),
-        "full": lambda: speed(middle, False, 2048 // scale, 4, (*usual, "fsdp2")),
+        "full": lambda: speed(middle, False, 2048 // scale, 4, (*usual, "selective", "fsdp2")),
+        "8B full": lambda: speed(large, False, 2048 // scale, 2, ("bfloat16 rounded at random",)),
         "LoRA online": lambda: speed(large, True, 2048 // scale, 4, ("packed", "TRL's step"), cached=False),
         "LoRA long": lambda: speed(large, True, 8192 // scale, 1, usual),
         "full long": lambda: speed(middle, False, 8192 // scale, 1, usual),

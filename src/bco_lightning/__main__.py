@@ -8,6 +8,8 @@ import sys
 
 def main() -> int:
     """Prints versions, or help that is kept, and leaves the rest to the command line proper."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # hardly two micro-batches have the same shapes
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Quiet from now to the last moment of the interpreter; in between ``early`` hears it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +43,14 @@ def digest_of_tensor(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
 
 def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, shapes, data types and bytes of tensors, whatever their order."""
-    return digest_of_values({name: digest_of_tensor(tensor) for name, tensor in named})
+    return digest_of_values(digests_of_tensors((name, tensor, tensor.dtype) for name, tensor in named))
+
+
+def digests_of_tensors(named: Iterable[tuple[str, Tensor, torch.dtype]]) -> dict[str, str]:
+    """:func:`digest_of_tensor` of each, in threads, which hash beside each other."""
+    names, tensors, dtypes = zip(*named, strict=True) if (named := list(named)) else ((), (), ())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return dict(zip(names, threads.map(digest_of_tensor, tensors, dtypes), strict=True))
 
 
 def digest_of_tokenizer(tokenizer: Any) -> str:
@@ -132,8 +141,9 @@ def refuse_other_weights(ours: Mapping[str, tuple[int, ...]], weights: Mapping[s
 
 def digest_of_frozen(model: Any) -> str:
     """A digest of a model's frozen weights, which are in no checkpoint, whatever data type they are loaded in."""
-    frozen = ((name, each) for name, each in model.named_parameters() if not each.requires_grad)
-    return digest_of_values({name: digest_of_tensor(each, torch.bfloat16) for name, each in frozen})
+    named = model.named_parameters()
+    frozen = ((name, each, torch.bfloat16) for name, each in named if not each.requires_grad)
+    return digest_of_values(digests_of_tensors(frozen))
 
 
 def refuse_other_given(checkpoint: Mapping[str, Any], model: Any, tokenizer: Any) -> None:

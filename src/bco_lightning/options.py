@@ -20,7 +20,7 @@ from bco_lightning.errors import ConfigError, check_choice
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["none", "nf4"]
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+OptimizerName = Literal["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit"]
 ObjectiveName = Literal["bco", "bce", "kto", "apo_zero", "kldo", "una", "dpo", "ipo", "nca", "sft"]
 OnResume = Literal["refused", "told", "free"]
 
@@ -301,14 +301,17 @@ class ModelOptions(Options):
         "weights, and under ``lora`` where ``target_modules`` names them.",
         default=None,
     )
-    gradient_checkpointing: bool = option(
-        "Recompute activations in the backward pass: less memory, about a fifth slower.", default=False
+    gradient_checkpointing: bool | Literal["selective"] = option(
+        "Recompute activations in the backward pass: less memory, about a fifth slower. ``selective`` keeps what "
+        "matrix products and attention gave, and computes the cheap rest; in full fine-tuning.",
+        default=False,
     )
     vision_tower: bool = option(
         "Of a model that sees images, also train what sees: tower and projector.", default=False, on_resume="refused"
     )
     optimizer: OptimizerName = option(
-        "``adamw``, fused; or with moments of eight bits, and paged to host memory, by bitsandbytes.",
+        "``adamw``, fused; ``adamw_bf16`` for full fine-tuning of bfloat16 weights, rounded at random so that no small "
+        "update is lost; or with moments of eight bits, and paged to host memory, by bitsandbytes.",
         default="adamw",
         on_resume="refused",
     )
@@ -347,12 +350,15 @@ class ModelOptions(Options):
         super().__post_init__()
 
     def check(self) -> None:
-        """Also refuses parts of no objective, and to compile what is computed again, which PyTorch would pass over."""
+        """Also refuses parts of no objective, and options that have no use for each other."""
         super().check()
-        if self.compile and self.gradient_checkpointing:
-            raise ConfigError("model.compile", "expected false with gradient_checkpointing, found true.")
         if self.compile and self.router_aux_loss not in ("auto", 0):
             raise ConfigError("model.compile", "expected false with router_aux_loss, found true.")
+        if self.lora is not None and self.gradient_checkpointing == "selective":
+            raise ConfigError("model.gradient_checkpointing", "expected true or false with lora, found selective.")
+        if self.optimizer == "adamw_bf16" and (self.lora is not None or self.dtype != "bfloat16"):
+            found = "lora" if self.lora is not None else f"dtype: {self.dtype}"
+            raise ConfigError("model.optimizer", f"expected dtype: bfloat16 and no lora for adamw_bf16, found {found}.")
         if isinstance(self.objective, Mapping):
             if not self.objective:
                 raise ConfigError("model.objective", "expected objectives with their weights, found none.")

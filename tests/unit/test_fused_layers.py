@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -25,10 +26,14 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models import attention
 from bco_lightning.models.adapters import fuse_adapters
 from bco_lightning.models.fused_layers import fuse_layers
 from bco_lightning.models.layout import causal_lm_of, packed_states, set_layout
+from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.models.prepare import _recompute
+from bco_lightning.models.useful_flops import UsefulFlops
 from tests.unit.test_log_probs import SMALL, make_batch
 
 TOKENS = torch.arange(3, 603).remainder(97).view(2, 300)  # more rows than a tile has
@@ -237,6 +242,58 @@ def test_lora_keeps_at_most_115_kib_of_a_token_and_layer_of_8b(mixed: bool, monk
             kept.append(kept_bytes(model, functools.partial(packed_states, causal_lm_of(model), batch)))
     a_token = (kept[1] - kept[0]) / 2 / batch.num_computed
     assert a_token * 4096 / 256 <= 115 * 1024  # everything but ranks and scales grows with the width
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_gpu_is_given_no_more_to_do_for_more_rows(adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", lambda query, key, value, *_, **__: OneCall.apply(query, key, value))
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: True)
+    model = adapted(torch.float32) if adapters else build()
+    fuse(model)
+    set_layout(model, "packed")
+    launched = []
+    for rows in (2, 8):
+        batch = make_batch(97, [(3, 5)] * rows)
+        with torch.profiler.profile() as profiled:
+            completion_log_probs(model, batch).sum().backward()
+        launched.append(sum(event.count for event in profiled.key_averages() if event.key.startswith("aten::")))
+    assert launched[0] == launched[1] > 100
+
+
+def test_four_answers_to_a_prompt_take_no_matrix_product_twice() -> None:
+    model, batch = build(), make_batch(97, [(40, 12)] * 4, same_prompt=True)
+    set_layout(model, "packed")
+    in_place = {torch.ops.aten.addmm_: lambda _total, left, right, **_: 2 * left[0] * left[1] * right[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counted:
+        completion_log_probs(model, batch).sum().backward()
+    needed = UsefulFlops.of(model)
+    assert batch.num_computed == 40 + 4 * 12
+    assert counted.get_total_flops() == needed.per_token * batch.num_computed + needed.per_completion_token * 4 * 12
+
+
+def in_memory(model: nn.Module, batch: FeedbackBatch) -> int:
+    """Bytes that a forward pass leaves behind."""
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        states_SH = packed_states(model, batch)
+    del states_SH
+    return sum(event.self_cpu_memory_usage for event in profiled.key_averages())
+
+
+def test_selective_recomputation_keeps_what_products_and_attention_gave() -> None:
+    kept, gradients, batch = {}, [], make_batch(97, [(5, 60)] * 4)
+    for recomputed in (False, True, "selective"):
+        model = build(hidden_size=64, intermediate_size=256)
+        set_layout(model, "packed")
+        _recompute(model, recomputed == "selective") if recomputed else None
+        kept[recomputed] = in_memory(model, batch)
+        completion_log_probs(model, batch).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+    # Queries, keys, values, what attention gives, twice, gate, up and down; heads of 8.
+    of_products = 2 * 4 * batch.num_computed * (2 * 16 + 2 * 8 + 64 + 2 * 256 + 64)
+    assert kept["selective"] - kept[True] == pytest.approx(of_products, rel=0.05)
+    assert kept["selective"] < kept[False]
 
 
 def test_no_tokens_are_taken_as_well() -> None:

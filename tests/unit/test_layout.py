@@ -14,6 +14,7 @@ from bco_lightning.models import attention
 from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model
 from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.models.prepare import _recompute
 from tests.conftest import REAL_MODEL
 from tests.unit.test_log_probs import SMALL, agreement, build, make_batch
 
@@ -76,6 +77,37 @@ def test_one_call_for_all_rows_has_the_log_probs_and_gradients_of_rows_alone(
     assert difference < 2e-4
     assert gradient < 1e-4
     assert calls_at_once == [4] * SMALL["num_hidden_layers"]  # three rows and their prompt are four spans
+
+
+@torch.no_grad()
+def test_under_autocast_too_one_call_is_told_of_all_rows(
+    calls_at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: query.dtype == torch.bfloat16)
+    model = build("llama")
+    set_layout(model, "packed")
+    with torch.autocast("cpu", torch.bfloat16):
+        completion_log_probs(model, make_batch(97, LENGTHS))
+    assert calls_at_once == [4] * SMALL["num_hidden_layers"]  # though rotated queries are float32
+
+
+@pytest.mark.parametrize("recomputed", [False, True, "selective"])
+def test_layers_compile_whole_whatever_the_rows(recomputed: bool | str) -> None:
+    outcomes = []
+    torch.compiler.reset()
+    for compiled in (False, True):
+        model, outcome = build("llama"), []
+        set_layout(model, "packed")
+        if compiled:
+            _recompute(model, recomputed == "selective") if recomputed else None
+            for layer in model.model.layers:
+                layer.compile(backend="eager", dynamic=True, fullgraph=True)  # refuses what would break the graph
+        for batch in (make_batch(97, LENGTHS), make_batch(97, SHARED, same_prompt=True)):
+            model.zero_grad()
+            completion_log_probs(model, batch).sum().backward()
+            outcome.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        outcomes.append(torch.stack(outcome))
+    assert torch.equal(*outcomes)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])

@@ -227,10 +227,12 @@ def test_gradient_checkpointing_changes_no_number(tiny_model: str, log: str) -> 
     ("options", "message"),
     [
         ({"beta": 0.0}, r"model\.beta: expected a number above 0, found 0\.0"),
+        ({"gradient_checkpointing": "selective"}, r"model\.gradient_checkpointing: .* with lora, found selective"),
         (
-            {"compile": True, "gradient_checkpointing": True},
-            r"model\.compile: expected false with gradient_checkpointing",
+            {"optimizer": "adamw_bf16", "dtype": "bfloat16"},
+            r"model\.optimizer: expected .* no lora for adamw_bf16, found lora",
         ),
+        ({"optimizer": "adamw_bf16", "lora": None}, r"model\.optimizer: .* for adamw_bf16, found dtype: float32"),
         ({"learning_rate": -1.0}, r"model\.learning_rate"),
         ({"warmup_ratio": 2.0}, r"model\.warmup_ratio"),
         ({"objective": "dop"}, r"model\.objective: expected bco or .* or sft, found 'dop'"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 import pytest
 import torch
 from torch import nn
 
+from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.build import make_optimizer
 from bco_lightning.options import ModelOptions, OptimizerName
@@ -20,7 +22,7 @@ def trained(name: OptimizerName | None, steps: int = 5) -> torch.Tensor:
     start, slope = torch.randn(5000, generator=generator), torch.randn(5000, generator=generator)
     weight = nn.Parameter(start if name else start.double())
     if name:
-        options = ModelOptions("any", optimizer=name, learning_rate=1e-2, weight_decay=0.1)
+        options = ModelOptions("any", optimizer=name, dtype="bfloat16", learning_rate=1e-2, weight_decay=0.1)
         optimizer = make_optimizer(options, [weight])
     else:
         optimizer = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.1)
@@ -32,6 +34,46 @@ def trained(name: OptimizerName | None, steps: int = 5) -> torch.Tensor:
 
 def test_fused_adamw_is_adamw() -> None:
     assert torch.allclose(trained("adamw").double(), trained(None), atol=1e-6)
+
+
+def moved(name: OptimizerName | None) -> float:
+    """How far 65,536 bfloat16 weights move on average, in updates of 5e-7; 400 should be made."""
+    weight = nn.Parameter(torch.full((2**16,), 0.75, dtype=torch.bfloat16))
+    options = ModelOptions("any", optimizer=name, dtype="bfloat16", learning_rate=5e-7)
+    optimizer = make_optimizer(options, [weight])
+    for _ in range(400):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return float((0.75 - weight.detach().double()).mean() / 5e-7)
+
+
+def test_updates_that_bfloat16_would_lose_are_made_in_expectation() -> None:
+    assert moved("adamw") == 0
+    assert moved("adamw_bf16") == pytest.approx(400, rel=0.06)  # three standard deviations
+
+
+def test_in_float32_what_rounds_at_random_is_adamw() -> None:
+    assert torch.allclose(trained("adamw_bf16").double(), trained(None), atol=1e-6)
+
+
+def test_what_rounds_at_random_goes_on_to_the_bit() -> None:
+    ended = []
+    for cut in (None, 3):
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 64).bfloat16()
+        options = ModelOptions("any", optimizer="adamw_bf16", dtype="bfloat16", learning_rate=1e-4, seed=5)
+        optimizer = make_optimizer(options, [*layer.parameters()])
+        for step in range(6):
+            if step == cut:
+                saved = copy.deepcopy(states_by_name(layer, [optimizer]))
+                optimizer = make_optimizer(options, [*layer.parameters()])
+                restore_states(layer, [optimizer], saved)
+                torch.rand(9)  # numbers that others draw are of no account
+            for parameter in layer.parameters():
+                parameter.grad = torch.full_like(parameter, 1 + step)
+            optimizer.step()
+        ended.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
+    assert torch.equal(*ended)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])

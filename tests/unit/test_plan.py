@@ -182,6 +182,18 @@ def test_parts_are_cut_halved_and_doubled_as_they_should() -> None:
     assert states < lora["activations"] < 2.2 * states
 
 
+def test_8b_in_full_fits_on_one_card_in_bfloat16() -> None:
+    bfloat16: Any = {"dtype": "bfloat16", "precision": "32-true", "optimizer": "adamw_bf16"}
+    plan = memory_of(PlanOptions("8B", gradient_checkpointing=True, **bfloat16))
+    assert plan["weights"] == plan["gradients"] == plan["optimizer"] / 2 == 8_030_261_248 * 2
+    assert sum(plan.values()) < 72 * 2**30
+    assert sum(memory_of(PlanOptions("8B", gradient_checkpointing=True)).values()) > 120 * 2**30
+    mixed, selected, kept = (
+        memory_of(PlanOptions("8B", gradient_checkpointing=how))["activations"] for how in (True, "selective", False)
+    )
+    assert mixed < selected < 0.8 * kept
+
+
 # --- the command
 
 

@@ -144,11 +144,12 @@ def test_tokens_beyond_the_embeddings_are_named_with_both_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_log_probs_and_gradients() -> None:
+@pytest.mark.parametrize("recomputed", [False, True, "selective"])
+def test_compiled_layers_give_the_same_log_probs_and_gradients(recomputed: bool | str) -> None:
     outcomes = []
     for compiled in (False, True):
         model, outcome = build("llama"), []
-        assert prepare(model, compiled=compiled).compiled is compiled
+        assert prepare(model, compiled=compiled, recomputed=compiled and recomputed).compiled is compiled
         for batch in (make_batch(97, LENGTHS), make_batch(97, [(6, 9), (6, 2), (6, 7)], same_prompt=True)):
             found = completion_log_probs(model, batch)
             found.sum().backward()

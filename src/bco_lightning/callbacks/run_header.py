@@ -139,7 +139,7 @@ def _plan(module: BCOModule, batch_size: int, length: int) -> tuple[PlanOptions,
         strategy="ddp" if sharding_of(trainer) is None else "fsdp2", lora_r=options.lora.r if options.lora else 0,
         dtype="bfloat16" if dtype_of_matrices(module.policy) == torch.bfloat16 else "float32",
         precision="bf16-mixed" if "mixed" in str(trainer.precision) else "32-true",
-        optimizer="adamw" if options.optimizer == "adamw" else "adamw_8bit",
+        optimizer="adamw_8bit" if options.optimizer == "paged_adamw_8bit" else options.optimizer,
         reference="none" if module.reference.own_model is None else "model",
         batch_size=batch_size, max_length=max(2, length), gradient_checkpointing=options.gradient_checkpointing,
     )  # fmt: skip

@@ -159,7 +159,10 @@ def _dispatch(given: list[str]) -> None:
     elif command == "plan":
         parser = BCOArgumentParser(prog="python -m bco_lightning plan", description=_PLAN)
         parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})
-        parser.add_flag("gradient_checkpointing", "Compute activations again in the backward pass.")
+        parser.add_argument(
+            "--gradient_checkpointing", nargs="?", const=True, default=False, type=bool | Literal["selective"],
+            help="Compute activations again in the backward pass; selective, but for what matrix products gave.",
+        )  # fmt: skip
         parser.add_flag("table", "Print 8B, 70B and 405B on 8 to 1024 GPUs as markdown, and nothing else.")
         plan_command(**parser.parsed(others))
     elif command == "completion":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,61 +17,35 @@ from transformers.masking_utils import sdpa_mask
 
 from bco_lightning.batch import Span
 
-_LONG = 1024  # beyond, the memory of a quick gradient, which grows with the square of the length, is not worth it
 PACKED = "bco_packed"  # the name under which transformers knows this attention
+_BLOCK = 128  # queries at a time in the backward pass on a CPU
 # Without cuDNN's, which makes a plan of some 30 ms for every shape that it has not seen, and rows have many.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-class _Bounds(NamedTuple):
-    """Where each span begins and ends among all queries and among all keys, in int32, as a kernel for all is told."""
-
-    queries: Tensor
-    keys: Tensor
-    most_queries: int
-    most_keys: int
-    places: Tensor | None  # of the keys in the packed sequence, where spans have prefixes
-
-
 class PackedRows:
-    """The spans of a packed sequence, as the attention layers of one forward pass need them."""
+    """The spans of a packed sequence, as the attention layers of one forward pass need them.
 
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self._spans, self._bounds = spans, dict[torch.device, _Bounds]()
-        self.sizes = [span.stop - span.start for span in spans]
-        numbers = {span: number for number, span in enumerate(spans)}
-        self.prefixes = [numbers[span.prefix] if span.prefix else None for span in spans]
+    ``spans`` has of each where it begins and ends and where its prefix does, on the CPU. The rest is on the device, in
+    int32, as a kernel for all is told: bounds among all queries and among all keys, and where the keys are.
+    """
+
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        prefixes = [(span.prefix.start, span.prefix.stop) if span.prefix else (0, 0) for span in spans]
+        self.spans = torch.tensor([(s.start, s.stop, *prefix) for s, prefix in zip(spans, prefixes, strict=True)])
+        queries, keys = [span.stop - span.start for span in spans], [span.length for span in spans]
+        self.most_queries, self.most_keys = max(queries), max(keys)
+        self.queries, self.keys = (
+            torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
+            for lengths in (queries, keys)
+        )
+        self.places: Tensor | None = None  # where spans have prefixes
+        if queries != keys:
+            places = torch.tensor([place for span in spans for place in span.places()])
+            self.places = places.to(device, non_blocking=True)
         self.windows: set[int | None] = set()
-        self._masks: dict[Any, Tensor] = {}
-
-    def mask(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """Additive mask of queries, the last of all positions, and keys, ``(queries, keys)``; kept for all layers."""
-        queries, keys = query.shape[2], key.shape[2]
-        name = (queries, keys, window, query.dtype, query.device)
-        if name not in self._masks:
-            allowed = query.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-            if window is not None:
-                allowed = allowed.triu(keys - queries - window + 1)
-            self._masks[name] = query.new_zeros(queries, keys).masked_fill(~allowed, -torch.inf)
-        return self._masks[name]
-
-    def bounds(self, device: torch.device) -> _Bounds:
-        """Queries are the spans' own tokens; keys are those of their prefixes too. Kept for all layers."""
-        if device not in self._bounds:
-            lengths = [span.length for span in self._spans]
-            queries, keys = (
-                torch.tensor([0, *sizes]).cumsum(0).to(device, torch.int32, non_blocking=True)
-                for sizes in (self.sizes, lengths)
-            )
-            places = None
-            if lengths != self.sizes:
-                places = torch.tensor([place for span in self._spans for place in span.places()])
-                places = places.to(device, non_blocking=True)
-            self._bounds[device] = _Bounds(queries, keys, max(self.sizes), max(lengths), places)
-        return self._bounds[device]
 
 
-@torch.compiler.disable  # a loop over rows would be compiled anew for every number of rows
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -91,6 +64,7 @@ def packed_attention(
     ``(1, S, heads, head_size)``, and no attention weights. ``softcap`` caps the scores (Gemma 2); of a
     ``sliding_window`` the token itself is one.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed_rows is None:
         if softcap is None:
             return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -101,100 +75,143 @@ def packed_attention(
         mask = mask if attention_mask is None else attention_mask
         # Not minus infinity: queries at padding may see nothing, and would become NaN.
         mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
-        capped = _capped_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, scaling, softcap)
+        capped = _capped_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), mask, scale, softcap)
         return capped.transpose(1, 2).contiguous(), None
     told = {"attention_mask": attention_mask, **kwargs}
     unknown = [n for n, v in told.items() if isinstance(v, Tensor) and v.numel() and n != "position_ids"]
     if unknown:  # such as a mask of blocks, or sinks
         raise TypeError(f"attention that is told {unknown[0]} is more than attention to the tokens before")
-    packed_rows.windows.add(sliding_window)
+    if not torch.compiler.is_compiling():
+        packed_rows.windows.add(sliding_window)
+    if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys are float32 again
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     if softcap is None and _has_kernel_for_all(query):
-        return _attention_at_once(query, key, value, packed_rows, scaling, sliding_window), None
-    with sdpa_kernel(_KERNELS) if query.is_cuda else nullcontext():
-        return _attention_row_by_row(query, key, value, packed_rows, scaling, softcap, sliding_window), None
+        return _attention_at_once(query, key, value, packed_rows, scale, sliding_window), None
+    by_row = _row_by_row_on_cpu if query.device.type == "cpu" else _row_by_row
+    return by_row(query[0], key[0], value[0], packed_rows.spans, scale, softcap, sliding_window)[None], None
 
 
 def _has_kernel_for_all(query: Tensor) -> bool:
     """Whether torch's attention of variable length, which is Flash Attention, takes what the model computes in."""
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    return query.is_cuda and is_half and fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.is_cuda and is_half and fits and torch.cuda.get_device_properties(query.device).major >= 8
 
 
 def _attention_at_once(
-    query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float, window: int | None
 ) -> Tensor:
     """One call whatever the rows, on grouped heads as they are; its mask is aligned at the last key of each span."""
-    told = rows.bounds(query.device)
     queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
-    if told.places is not None:
-        keys, values = keys.index_select(0, told.places), values.index_select(0, told.places)
+    if rows.places is not None:
+        keys, values = keys.index_select(0, rows.places), values.index_select(0, rows.places)
     attended = varlen_attn(
-        queries, keys, values, told.queries, told.keys, told.most_queries, told.most_keys,
+        queries, keys, values, rows.queries, rows.keys, rows.most_queries, rows.most_keys,
         scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return cast(Tensor, attended)[None]
 
 
-def _attention_row_by_row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    packed_rows: PackedRows,
-    scaling: float | None,
-    softcap: float | None,
-    sliding_window: int | None,
+@torch.compiler.disable  # a loop over rows would be compiled anew for every number of rows
+def _row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    # Repeated once for all spans: on a CPU SDPA's own grouping has a slower backward pass.
-    keys = repeat_kv(key, groups).split(packed_rows.sizes, dim=2)
-    values = repeat_kv(value, groups).split(packed_rows.sizes, dim=2)
+    """Of heads ``(heads, S, head_size)``, gives ``(S, heads, head_size)``."""
+    grouped = query.device.type == "cpu" and softcap is None  # of float32, no quick kernel of a GPU takes groups
+    groups = 1 if grouped else len(query) // len(key)
     attended = []
-    for number, (q, k, v) in enumerate(zip(query.split(packed_rows.sizes, dim=2), keys, values, strict=True)):
-        prefix = packed_rows.prefixes[number]
-        if prefix is not None:
-            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
-        window = sliding_window if sliding_window is not None and k.shape[2] > sliding_window else None
-        is_causal = prefix is None and window is None  # SDPA's own causal mask begins at the first key
-        is_quick = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad and k.shape[2] <= _LONG
+    for start, stop, *prefix in spans.tolist():
+        q, *kv = query[:, start:stop], *(_seen(each, start, stop, *prefix) for each in (key, value))
+        q, k, v = (each[None] for each in (q, *(each.repeat_interleave(groups, 0) for each in kv)))
+        limit = window if window is not None and k.shape[2] > window else None
+        is_causal = softcap is None and limit is None and k.shape[2] == q.shape[2]  # SDPA's begins at the first key
+        mask = None if is_causal else _mask(q.shape[2], k.shape[2], limit, q)
         if softcap is not None:
-            out = _capped_attention(q, k, v, packed_rows.mask(q, k, window), scaling, softcap)
-        elif is_quick:
-            out = _QuickBackward.apply(q, k, v, packed_rows.mask(q, k, window), is_causal, scaling)
+            out = _capped_attention(q, k, v, cast(Tensor, mask), scale, softcap)
         else:
-            allowed = None if is_causal else packed_rows.mask(q, k, window)
-            out = scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=is_causal, scale=scaling)
-        attended.append(out.transpose(1, 2))
-    return torch.cat(attended, dim=1)
+            told: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "enable_gqa": grouped}
+            with sdpa_kernel(_KERNELS) if query.is_cuda else nullcontext():
+                out = scaled_dot_product_attention(q, k, v, **told)
+        attended.append(out[0].transpose(0, 1))
+    return torch.cat(attended)
 
 
-class _QuickBackward(torch.autograd.Function):
-    """Attention whose gradient is five matrix products: in bfloat16 on a CPU, SDPA's own takes 1.5 times as long."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: bool, scale: float | None
-    ) -> Tensor:
-        ctx.scale = scale if scale is not None else query.shape[-1] ** -0.5
-        chosen = None if is_causal else mask
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=chosen, is_causal=is_causal, scale=scale)
-        ctx.save_for_backward(query, key, value, mask, attended)
-        return attended
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, mask, attended = ctx.saved_tensors
-        weights = torch.softmax((query @ key.mT).mul_(ctx.scale).add_(mask), -1)
-        shared = (grad.float() * attended).sum(-1, keepdim=True).to(grad.dtype)
-        scores_grad = (grad @ value.mT).sub_(shared).mul_(weights).mul_(ctx.scale)
-        return scores_grad @ key, scores_grad.mT @ query, weights.mT @ grad, None, None, None
-
-
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, cap: float
+@torch.library.custom_op("bco_lightning::row_by_row", mutates_args=())
+def _row_by_row_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    scores = query @ key.transpose(2, 3) * (scale if scale is not None else query.shape[-1] ** -0.5)
+    """One operator whatever the rows; its gradient is 1.5 times as fast as SDPA's in bfloat16, as fast in float32."""
+    return cast(Tensor, _row_by_row(query, key, value, spans, scale, softcap, window))
+
+
+@torch.library.custom_op("bco_lightning::row_by_row_backward", mutates_args=())
+def _row_by_row_backward(
+    grad: Tensor, attended: Tensor, query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scale: float,
+    softcap: float | None, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    num_groups, size = key.shape[0], query.shape[2]
+    shared = (grad.float() * attended).sum(-1, keepdim=True).to(grad.dtype).transpose(0, 1)
+    grad, query_grad = grad.transpose(0, 1), torch.empty_like(query)
+    key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
+    for start, stop, first, last in spans.tolist():
+        k, v = (_seen(each, start, stop, first, last) for each in (key, value))
+        k_grad, v_grad = torch.zeros_like(k), torch.zeros_like(v)
+        before = last - first
+        for place in range(start, stop, _BLOCK):
+            block = slice(place, min(stop, place + _BLOCK))
+            high = before + block.stop - start
+            low = 0 if window is None else max(0, before + place - start - window + 1)
+            q, g, s = (each[:, block].reshape(num_groups, -1, each.shape[2]) for each in (query, grad, shared))
+            scores, slope = (q @ k[:, low:high].mT).mul_(scale), None
+            if softcap is not None:
+                scores = scores.div_(softcap).tanh_()
+                slope, scores = 1 - scores.square(), scores * softcap
+            mask = _mask(block.stop - place, high - low, window, scores)
+            scores.unflatten(1, (-1, len(mask))).add_(mask)
+            weights = scores.softmax(-1)
+            scores_grad = (g @ v[:, low:high].mT).sub_(s).mul_(weights).mul_(scale)
+            scores_grad = scores_grad if slope is None else scores_grad.mul_(slope)
+            query_grad[:, block] = (scores_grad @ k[:, low:high]).view(len(query), -1, size)
+            k_grad[:, low:high] += scores_grad.mT @ q
+            v_grad[:, low:high] += weights.mT @ g
+        for total, found in ((key_grad, k_grad), (value_grad, v_grad)):
+            total[:, first:last] += found[:, :before]
+            total[:, start:stop] += found[:, before:]
+    return query_grad, key_grad, value_grad
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.options = inputs[4:]
+    ctx.save_for_backward(output, *inputs[:4])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = _row_by_row_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *found, None, None, None, None
+
+
+_row_by_row_on_cpu.register_autograd(_gradients, setup_context=_keep)
+_row_by_row_on_cpu.register_fake(lambda query, *_: query.new_empty(query.shape[1], query.shape[0], query.shape[2]))
+_row_by_row_backward.register_fake(lambda _grad, _out, *heads: tuple(torch.empty_like(each) for each in heads[:3]))
+
+
+def _seen(states: Tensor, start: int, stop: int, first: int, last: int) -> Tensor:
+    """Keys or values of a span's prefix and of its own."""
+    own = states[:, start:stop]
+    return own if first == last else torch.cat([states[:, first:last], own], 1)
+
+
+def _mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:
+    """Additive mask of queries, the last of all positions, and keys, ``(queries, keys)``."""
+    allowed = like.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    if window is not None:
+        allowed = allowed.triu(keys - queries - window + 1)
+    return like.new_zeros(queries, keys).masked_fill_(~allowed, -torch.inf)
+
+
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    scores = query @ key.mT * scale
     scores = torch.tanh(scores / cap) * cap + mask
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 

@@ -18,6 +18,7 @@ from bco_lightning.models.layout import causal_lm_of, decoder_layers_of
 from bco_lightning.models.load import load_language_model, load_policy, resolve_dtype
 from bco_lightning.models.prepare import Preparation, prepare
 from bco_lightning.models.refusals import require_bitsandbytes
+from bco_lightning.models.stochastic import StochasticAdamW
 from bco_lightning.options import ModelOptions
 from bco_lightning.parallel.sharding import Sharding, final_dtype, is_sharded, shard
 
@@ -43,10 +44,9 @@ class ModelBuilder:
     def policy(self) -> tuple[PreTrainedModel, str]:
         """The policy with what is trained of it, and how its rows are laid out, for people."""
         options = self.options
-        if self.sharding is not None and options.optimizer != "adamw":
-            raise ConfigError(
-                "model.optimizer", f"expected adamw for weights that are cut up, found {options.optimizer}."
-            )
+        if self.sharding is not None and options.optimizer.endswith("8bit"):
+            expected = f"expected adamw or adamw_bf16 for weights that are cut up, found {options.optimizer}."
+            raise ConfigError("model.optimizer", expected)
         if self.sharding is not None and self.given[0] is not None:
             remedy = "Save it by save_pretrained, and give the folder's name."
             raise ConfigError("model", "expected the name of a model that is cut up, found an object.", remedy)
@@ -76,7 +76,7 @@ class ModelBuilder:
         options, mapped = self.options, self.sharding is not None
         return {"quantization": options.quantization, "mapped": mapped, "cache_folder": options.cache_folder}
 
-    def _prepare(self, model: Any, recomputed: bool = False) -> Preparation:
+    def _prepare(self, model: Any, recomputed: bool | str = False) -> Preparation:
         if self.sharding is None:
             model.to(self.device)
         options, data = self.options, self.data
@@ -110,10 +110,12 @@ def dtype_of_matrices(model: nn.Module) -> torch.dtype:
 def make_optimizer(options: ModelOptions, parameters: Sequence[nn.Parameter]) -> Optimizer:
     """AdamW of what is trained, in one of its variants.
 
-    ``adamw`` updates all weights in one pass; ``adamw_8bit`` keeps its moments in eight bits, a quarter of the memory;
-    ``paged_adamw_8bit`` also lets them move to host memory, under CUDA.
+    ``adamw`` updates all weights in one pass; ``adamw_bf16`` rounds bfloat16 at random; ``adamw_8bit`` keeps its
+    moments in eight bits, a quarter of the memory; ``paged_adamw_8bit`` also lets them move to host memory, under CUDA.
     """
     settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
+    if options.optimizer == "adamw_bf16":
+        return StochasticAdamW(parameters, **settings, seed=options.seed or 0)
     if options.optimizer == "adamw":
         optimizer = AdamW(parameters, fused=all(p.device.type in _FUSED for p in parameters), **settings)
         # Left to itself, a fused optimizer takes the scaling of float16 gradients upon itself, so that Lightning

@@ -191,7 +191,7 @@ def packed_states(
         position_ids=batch.position_ids_S[None],
         # Four-dimensional masks are passed on as they are: without one, transformers would make one of S x S.
         attention_mask=batch.position_ids_S.new_zeros(1, 1, 0, 0),
-        packed_rows=rows or PackedRows(batch.spans),
+        packed_rows=rows or PackedRows(batch.spans, batch.input_ids_S.device),
         use_cache=False,
     ).last_hidden_state
     return hidden_1SH[0]

@@ -1,7 +1,8 @@
 """Log-probabilities of completions without a logits tensor.
 
 Only the positions that predict a completion token go through the head, a tile of rows and vocabulary at a time. The
-backward pass computes each tile again; under a frozen head it uses gradients that the forward pass found on its way.
+backward pass computes each tile again, but for those whose softmax numerators found room; under a frozen head it uses
+gradients that the forward pass found on its way.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bco_lightning.parallel.sharding import run_gathered
 
 # Below these, products are denormal numbers, which make a matrix product on a CPU a hundred times slower.
 _LEAST_LOG_PROB, _LEAST_COEFFICIENT = -60.0, 1e-10
+MOST_KEPT = 2**26  # softmax numerators that the backward pass finds again; in float32 they take 256 MiB
 
 
 def tile_for(device: torch.device) -> tuple[int, int]:
@@ -126,13 +128,15 @@ class _TokenLogProbs(torch.autograd.Function):
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.head = head
         wants_slopes = ctx.needs_input_grad[0] and not trains_head
+        kept: list[Tensor] = []
+        keeps = trains_head and head.soft_cap is None and len(targets_N) * len(weight_VH) <= MOST_KEPT
         at_target_N, lse_N, slopes_NH = _pass_over_vocabulary(
-            hidden_NH, weight_VH, bias_V, targets_N, head, wants_slopes
+            hidden_NH, weight_VH, bias_V, targets_N, head, wants_slopes, kept if keeps else None
         )
         if slopes_NH is not None:
             ctx.save_for_backward(slopes_NH)
         elif trains_head:
-            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, at_target_N, lse_N)
+            ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, at_target_N, lse_N, *kept)
         return at_target_N - lse_N
 
     @staticmethod
@@ -146,10 +150,12 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _pass_over_vocabulary(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: _Head, wants_slopes: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: _Head, wants_slopes: bool,
+    kept: list[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Logit of each target and logsumexp of all logits, ``(N,)``, and gradients of the log-probs ``(N, H)``.
 
+    ``kept`` takes of each tile its softmax numerators and the logarithm of what they were divided by.
     Policy and reference take the same steps here whatever is wanted, so that equal weights give equal bits.
     """
     at_target_N = hidden_NH.new_zeros(len(targets_N), dtype=torch.float32)
@@ -163,6 +169,8 @@ def _pass_over_vocabulary(
             largest_n = logits_nv.amax(-1)
             weights_nv = logits_nv.sub_(largest_n[:, None]).clamp_(min=_LEAST_LOG_PROB).exp_()
             lse_n = torch.logaddexp(lse_N[rows], largest_n + weights_nv.sum(-1).log())
+            if kept is not None:
+                kept += [weights_nv, largest_n]
             if mean_NH is not None:
                 weights_nv *= (largest_n - lse_n).exp()[:, None]
                 mean_NH[rows] *= (lse_N[rows] - lse_n).exp()[:, None]
@@ -178,7 +186,7 @@ def _pass_over_vocabulary(
 
 def _gradients(saved: Any, coefficient_N: Tensor, head: _Head, needed: Any) -> tuple[Tensor | None, ...]:
     """Gradients in hidden states, weight and bias, where they are needed."""
-    hidden_NH, weight_VH, bias_V, targets_N, at_target_N, lse_N = saved
+    hidden_NH, weight_VH, bias_V, targets_N, at_target_N, lse_N, *kept = saved
     hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=torch.float32) if needed[0] else None
     weight_grad_VH = torch.empty_like(weight_VH) if needed[1] else None
     bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if needed[2] else None
@@ -188,10 +196,16 @@ def _gradients(saved: Any, coefficient_N: Tensor, head: _Head, needed: Any) -> t
         stop = start + len(weight_vH)
         weight_grad_vH = weight_vH.new_zeros(weight_vH.shape, dtype=torch.float32) if needed[1] else None
         for rows in head.rows(len(targets_N)):
-            logits_nv = head.logits(hidden_NH[rows], weight_vH, bias_v)
-            slope = head.slope(logits_nv)
-            grad_nv = logits_nv.sub_(lse_N[rows, None]).clamp_(min=_LEAST_LOG_PROB).exp_()
-            grad_nv.mul_(-coefficient_N[rows, None])
+            if kept:
+                grad_nv, largest_n, *kept = kept
+                share_n, slope = (largest_n - lse_N[rows]).exp_().mul_(-coefficient_N[rows]), head.slope(largest_n)
+                # Another graph might ask for the numerators once more.
+                grad_nv = grad_nv * torch.where(share_n.abs() < _LEAST_COEFFICIENT, 0, share_n)[:, None]
+            else:
+                logits_nv = head.logits(hidden_NH[rows], weight_vH, bias_v)
+                slope = head.slope(logits_nv)
+                grad_nv = logits_nv.sub_(lse_N[rows, None]).clamp_(min=_LEAST_LOG_PROB).exp_()
+                grad_nv.mul_(-coefficient_N[rows, None])
             grad_nv = grad_nv if slope is None else grad_nv.mul_(slope)
             _add_at(targets_N[rows] - start, grad_nv, at_target_grad_N[rows])
             if bias_grad_V is not None:

@@ -14,6 +14,8 @@ from torch import nn
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.layout import decoder_layers_of
 from bco_lightning.models.load import NAMED_SHAPES, unloaded_model
+from bco_lightning.models.log_probs import MOST_KEPT
+from bco_lightning.models.useful_flops import query_width
 
 Shape = tuple[int, ...]
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -34,12 +36,13 @@ class PlanOptions:
         lora_r: Rank of the adapters; 0 trains all weights.
         dtype: Weights, or the frozen base under adapters; auto is float32 for full fine-tuning, bfloat16 for LoRA.
         precision: The trainer's; auto is bf16-mixed for full fine-tuning, 32-true for LoRA.
-        optimizer: AdamW, or with moments of eight bits.
+        optimizer: AdamW, all in bfloat16, or with moments of eight bits.
         reference: none where its log-probs are known or adapters are switched off, model for a second model.
         batch_size: Rows of a micro-batch on one GPU.
         max_length: Tokens of each row, prompt and completion; all rows are taken to be that long.
         completion_tokens: Tokens of each row that carry loss; a quarter of max_length if not given.
-        gradient_checkpointing: Compute activations again in the backward pass.
+        gradient_checkpointing: Compute activations again in the backward pass; selective, but for what matrix
+            products and attention gave.
         gpu_memory: GiB of one GPU.
     """
 
@@ -49,12 +52,12 @@ class PlanOptions:
     lora_r: NonNegativeInt = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = "adamw"
     reference: Literal["none", "model"] = "none"
     batch_size: PositiveInt = 1
     max_length: PositiveInt = 4096
     completion_tokens: PositiveInt | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     gpu_memory: PositiveFloat = 80.0
 
 
@@ -79,7 +82,7 @@ def memory_of(options: PlanOptions, tile: tuple[int, int] = _TILE, model: Any = 
     item, cut = 2 if mixed else own, 1 if options.strategy == "ddp" else options.gpus
     adapters = [shape for out, into in linear if rank for shape in ((rank, into), (out, rank))]
     trained = own * _elements(base, cut) if is_full else 4 * _elements(adapters, cut)
-    of_moment = 1.0 if options.optimizer == "adamw" else _ADAM_8BIT / (own if is_full else 4)
+    of_moment = 1.0 if options.optimizer != "adamw_8bit" else _ADAM_8BIT / (own if is_full else 4)
     always = {
         "weights": own * _elements(base, cut) + 4 * _elements(adapters, cut),
         "gradients": trained,
@@ -95,7 +98,9 @@ def memory_of(options: PlanOptions, tile: tuple[int, int] = _TILE, model: Any = 
     copies = 2 * layer * (num_layers if mixed and cut == 1 and own == 4 else 0)
     kept, work = _activations(config, norms, own, item, rank)
     state = own * config.hidden_size
-    layers = tokens * (state + num_layers * (state if options.gradient_checkpointing else kept))
+    products = item * (sum(out for out, _ in linear) // num_layers + query_width(config))
+    stays = state + (products if options.gradient_checkpointing == "selective" else 0)
+    layers = tokens * (state + num_layers * (stays if options.gradient_checkpointing else kept))
     at_head = {
         "gathered weights": root and root + item * layer,
         "gradients in transit": head_gradient,
@@ -148,11 +153,12 @@ def _activations(config: Any, norms: int, own: int, item: int, rank: int) -> tup
     """Bytes of one token: what a decoder layer keeps for its backward pass, and what that needs besides.
 
     Kept are the input of each norm and a float32 scale; inputs of linear layers, one for each where autocast casts
-    those of layers without adapters; queries, keys and values for all heads, and what attention gives, twice; gate and
-    up. The backward pass has gradients of these, and those of the residual stream.
+    those of layers without adapters; queries, keys, values and what attention gives; gate and up. The backward pass has
+    gradients of these, and those of the residual stream.
     """
-    hidden, wide, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    attention = 5 * item * heads * (getattr(config, "head_dim", None) or hidden // heads)
+    hidden, wide = config.hidden_size, config.intermediate_size
+    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    attention = 2 * item * query_width(config) * (groups + 1) // groups
     inputs = (5 if own != item and not rank else 2) * item * hidden
     kept = norms * (own * hidden + 4) + inputs + attention + 2 * item * wide + 7 * rank * item
     gradients = own * hidden + (item * hidden if own != item else 0)
@@ -161,6 +167,8 @@ def _activations(config: Any, norms: int, own: int, item: int, rank: int) -> tup
 
 def _head(scored: int, config: Any, item: int, is_full: bool, tile: tuple[int, int]) -> int:
     """Bytes of the states that meet the head, of their gradients, and of tiles of logits; never all logits."""
-    rows, columns = min(scored, tile[0]), min(int(config.vocab_size), tile[1])
-    hidden = int(config.hidden_size)
-    return scored * hidden * (8 + 2 * item) + 8 * rows * columns + (columns * hidden * (4 + item) if is_full else 0)
+    hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
+    rows, columns = min(scored, tile[0]), min(vocabulary, tile[1])
+    kept = 4 * scored * vocabulary if is_full and scored * vocabulary <= MOST_KEPT else 0  # softmax numerators
+    weights = columns * hidden * (4 + item) if is_full else 0
+    return kept + scored * hidden * (8 + 2 * item) + 8 * rows * columns + weights

@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.collate import collate
@@ -39,6 +41,12 @@ _FIRST_TOKENS = 8  # of a row, which are beside its neighbour
 _SCORED = 4  # tokens at the start of a completion, and at its end; what stands before them is computed as well
 _MOST_LOGITS = 2**26  # of a row, where transformers makes those of all tokens; in float32 they take 256 MiB
 _MOST_WEIGHTS = 2**24  # of a parameter whose gradient is looked at
+_ATEN = torch.ops.aten
+_PRODUCTS = [  # what selective recomputation keeps: matrix products, and attention by row, at once and by torch
+    torch.ops.bco_lightning.row_by_row.default, torch.ops.torch_attn._varlen_attn.default, _ATEN.mm.default,
+    _ATEN.addmm.default, _ATEN.bmm.default, _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+]  # fmt: skip
 # What rounding explains: root mean squares of differences in nats, absolute and relative to log-probs; norms of
 # differences of a parameter's gradient, relative to its norm and to that of all gradients.
 _EXACT, _ROUNDED = (2e-3, 2e-4, 1e-2, 1e-4), (0.1, 0.02, 0.3, 0.03)
@@ -59,7 +67,7 @@ def prepare(
     layout: Literal["auto", "packed", "padded"] = "auto",
     *,
     compiled: bool = False,
-    recomputed: bool = False,
+    recomputed: bool | str = False,
     rows: Sequence[Mapping[str, Any]] = (),
     longest: int | None = None,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -68,16 +76,17 @@ def prepare(
 
     Decoder layers of the same kind are tried once, so that a large model is not kept waiting. What is tried first is
     ``layout``, and ``compiled``; ``rows`` are tried, made-up ones if there are none, in the ``precision`` of a step;
-    no row has more than ``longest`` tokens. Activations are ``recomputed`` in the backward pass from then on. What was
-    chosen becomes the model's ``preparation`` too.
+    no row has more than ``longest`` tokens. Activations are ``recomputed`` in the backward pass from then on, or the
+    ``selective`` part of them. What was chosen becomes the model's ``preparation`` too.
     """
     with precision(), _adapters_at_work(model):
         return _prepare(model, layout, compiled, recomputed, rows, longest)
 
 
 def _prepare(
-    model: Any, layout: str, compiled: bool, recomputed: bool, rows: Sequence[Mapping[str, Any]], longest: int | None
-) -> Preparation:
+    model: Any, layout: str, compiled: bool, recomputed: bool | str, rows: Sequence[Mapping[str, Any]],
+    longest: int | None,
+) -> Preparation:  # fmt: skip
     causal_lm = causal_lm_of(model)
     name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
     batch = collate(_rows_to_try(causal_lm, rows)).to(device)
@@ -90,7 +99,7 @@ def _prepare(
     _take(model, Preparation("alone", fused=False))
     expected = _untouched(causal_lm, batch)
     if recomputed:
-        _recompute(model)
+        _recompute(model, recomputed == "selective")
     for way in (way for way in _ways(layout, compiled) if way.layout not in excluded):
         _take(model, way)
         trouble = _trouble(causal_lm, batch, expected)
@@ -179,7 +188,8 @@ def _why_not_packed(causal_lm: Any, batch: FeedbackBatch) -> str:
     What leaks into a row may be faint, and shows in its first tokens most; the same shapes give nearly the same bits.
     """
     config, name = causal_lm.config.get_text_config(), type(causal_lm).__name__
-    rows, last = PackedRows(batch.spans), max(batch.row_spans, key=lambda span: span.stop)
+    rows = PackedRows(batch.spans, batch.input_ids_S.device)
+    last = max(batch.row_spans, key=lambda span: span.stop)
     first = slice(last.start, min(last.stop, last.start + _FIRST_TOKENS))
     ids_S, kept = batch.input_ids_S, torch.tensor(last.places(), device=batch.input_ids_S.device)
     others_S = ids_S.roll(1).index_copy(0, kept, ids_S[kept])
@@ -198,13 +208,14 @@ def _why_not_packed(causal_lm: Any, batch: FeedbackBatch) -> str:
     return ""
 
 
-def _recompute(model: Any) -> None:
+def _recompute(model: Any, selective: bool) -> None:
     """Has activations computed again in the backward pass, by the modules that do so, which ask whether they train.
 
     Those within them do not train: dropout, noise of routers and whatever else comes with it stay off.
     """
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, _PRODUCTS)} if selective else {}
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, **kept})
     except ValueError as error:
         raise ConfigError("model.gradient_checkpointing", f"expected false, found true: {error}") from error
     model.enable_input_require_grads()

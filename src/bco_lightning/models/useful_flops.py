@@ -48,13 +48,12 @@ class UsefulFlops:
                     gradients = (_layer(name) >= lowest) + weight.requires_grad
                     per_token += 2 * (1 + gradients) * _num_weights(module, weight, config)
         trains_head = any(p.requires_grad for p in head.parameters())
-        layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-        width = heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        layers = int(config.num_hidden_layers)
         with_gradient = sum(layer >= lowest for layer in range(layers))
         return cls(
             per_token=per_token,
             per_completion_token=(6 if trains_head else 4) * int(config.hidden_size) * int(config.vocab_size),
-            per_squared_length=2 * width * (layers + 2 * with_gradient),
+            per_squared_length=2 * query_width(config) * (layers + 2 * with_gradient),
         )
 
     def of_batch(self, batch: FeedbackBatch) -> int:
@@ -65,6 +64,12 @@ class UsefulFlops:
             + self.per_completion_token * batch.num_completion_tokens
             + self.per_squared_length * squares * batch.num_computed // max(batch.num_tokens, 1)
         )
+
+
+def query_width(config: Any) -> int:
+    """Features of all queries of a token."""
+    heads = int(config.num_attention_heads)
+    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def _layer(name: str) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.identity import digest_of_frozen, digest_of_tensor, digest_of_values
+from bco_lightning.identity import digest_of_frozen, digest_of_values, digests_of_tensors
 from bco_lightning.models.adapters import REFERENCE_ADAPTER
 from bco_lightning.models.build import ModelBuilder
 from bco_lightning.models.log_probs import completion_log_probs
@@ -153,10 +153,9 @@ class Reference:
         return sum(parameter._version for parameter in self.policy.parameters())
 
     def _digest_of(self, named: Iterable[tuple[str, Tensor]]) -> str:
-        trainer, digests = self._trainer, {}
-        for number, (name, value) in enumerate(sorted(named, key=lambda pair: pair[0])):
-            if trainer is None or number % trainer.world_size == trainer.global_rank:
-                digests[name] = digest_of_tensor(value, final_dtype(value))
+        trainer, ordered = self._trainer, sorted(named, key=lambda pair: pair[0])
+        own = ordered if trainer is None else ordered[trainer.global_rank :: trainer.world_size]
+        digests = digests_of_tensors((name, value, final_dtype(value)) for name, value in own)
         parts = [digests] if trainer is None else gather_over_ranks(digests, trainer)
         return digest_of_values({name: digest for part in parts for name, digest in part.items()})
 
