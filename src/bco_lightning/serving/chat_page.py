@@ -83,9 +83,10 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
         with gr.Accordion("How answers are drawn", open=False):
             warmth = gr.Slider(0, 2, 0.7, step=0.1, label="Temperature; 0 takes the likeliest token")
             most = gr.Slider(16, 4096, 512, step=16, label="Most tokens of an answer")
-        everything = [talk, said, *chats, gr.Markdown()]
+        everything = [talk, *chats, gr.Markdown()]
         gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything)
         said.submit(ask, [said, talk, warmth, most], everything)
+        said.submit(str, None, said)  # apart, or answers would clear what is typed while they come
         stop.click(_Talk.stop, talk, None)
         reveal.click(revealed, talk, everything)
         for side, chat in enumerate(chats):
@@ -137,7 +138,7 @@ def _shown(talk: _Talk, name: str, log: Path) -> list[Any]:
     told = [f"{model} {found[model, True]} up, {found[model, False]} down" for model in talk]
     count = sum(number for (_, thumb), number in found.items() if thumb is not None)
     said_of = f"{count} in all" if talk.blind else "; ".join(told)
-    return [talk, "", *columns, f"Thumbs of this conversation: {said_of}. Log: `{log}`"]
+    return [talk, *columns, f"Thumbs of this conversation: {said_of}. Log: `{log}`"]
 
 
 @contextmanager
