@@ -3,7 +3,8 @@
 A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops three times to draw
 samples of the policy for each held-out prompt. A figure **at matched KL** is read off that path: its difference to the
 reference is fitted as d (a + b d), d = sqrt(KL), over the three points (the form of Gao et al. 2023, "Scaling Laws for
-Reward Model Overoptimization"), so that all samples of a run speak. beta and learning rate are the same for all.
+Reward Model Overoptimization"), so that all samples of a run speak; a KL beyond all points is not read. beta
+and learning rate are the same for all.
 
 Two rewards: ``tone``, VADER's compound score, which adds up over words, and ``neutral``, its share of warm less that of
 hostile words, which does not; thumbs are drawn from either, and samples are judged by both.
@@ -53,8 +54,8 @@ RUNS = [
     *(("pairs", "neutral", objective) for objective in ("bco", "dpo")),
     ("balanced", "neutral", "bco"),
 ]
-BETA, LEARNING_RATE, BATCH_SIZE, POINTS, SAMPLES = 0.1, 3e-4, 16, (25, 60, 100), 2
-KL = 2.0  # nats per answer, at which objectives are compared
+BETA, LEARNING_RATE, BATCH_SIZE, POINTS, SAMPLES = 0.1, 1e-3, 16, (25, 50, 80), 2
+KL = 1.0  # nats per answer, at which objectives are compared
 DRAWN = "pairs | tone | bco | 0"  # the run whose bounds are drawn
 FIGURES = {"tone": 3, "neutral": 3, "tokens": 1, "perplexity": 2, "distinct": 3}  # digits
 _REFERENCES: dict[int, Any] = {}
@@ -203,7 +204,7 @@ def run(setting: str, reward: str, objective: str, seed: int, points: Sequence[i
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
             check_val_every_n_epoch=None,
-            val_check_interval=10,
+            val_check_interval=20,
             limit_val_batches=1.0 if is_drawn else 0,
         )
         trainer.fit(module, data)
@@ -215,8 +216,10 @@ def _key(setting: str, reward: str, objective: str, seed: int) -> str:
 
 
 def at_kl(points: dict[str, dict[str, float]], figure: str, kl: float = KL) -> float:
-    """The difference of a figure to the reference where the KL is ``kl``: d (a + b d) by least squares."""
+    """The difference of a figure to the reference where the KL is ``kl``: d (a + b d) by least squares; NaN beyond."""
     reference, *later = points.values()
+    if max(each["kl"] for each in later) < kl:
+        return math.nan
     distance = torch.tensor([each["kl"] for each in later], dtype=torch.float64).sqrt()
     gains = torch.tensor([each[figure] - reference[figure] for each in later], dtype=torch.float64)
     a, b = torch.linalg.lstsq(torch.stack([distance, distance**2], 1), gains[:, None]).solution[:, 0]
@@ -253,6 +256,8 @@ def table(runs: dict[str, Any]) -> str:
 
 
 def _said(values: Tensor, digits: int) -> str:
+    if values.isnan().any():
+        return "not reached"
     found = interval(values) if len(values) > 1 else None
     return f"{found[0]:+.{digits}f} ± {found[1]:.{digits}f}" if found else f"{values.mean():+.{digits}f}"
 

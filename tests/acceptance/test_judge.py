@@ -13,6 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from tests.reliability.tiny_run import byte_tokenizer
 
 JUDGE = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "judge.py"))
 
@@ -51,6 +55,32 @@ def test_an_endpoint_is_asked_in_both_orders_and_a_contradiction_is_a_tie(endpoi
     found = JUDGE["main"](words)
     assert (found["pairs"], found["ties"]) == (4, 1)
     assert found["win_rate"][0] == (2 + 0.5) / 4
+
+
+def test_a_reward_model_in_a_folder_judges_as_its_scores_say(tmp_path: Path) -> None:
+    """A random one, whose scores are asked for a second time, of a text that is written out here."""
+    tokenizer, folder = byte_tokenizer(), tmp_path / "reward"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=1, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    answers = [("yes", "no"), ("no", "yes"), ("a long answer", "short"), ("same", "same")]
+    scores = [[_score(model, tokenizer, answer) for answer in pair] for pair in answers]
+    for name, own in zip(("ours", "theirs"), zip(*answers, strict=True), strict=True):
+        (tmp_path / name).write_text("\n".join(json.dumps({"prompt": "Well?", "answer": each}) for each in own))
+    words = ["--answers", str(tmp_path / "ours"), "--against", str(tmp_path / "theirs"), "--reward_model", str(folder)]
+    found = JUDGE["main"](words)
+    assert found["ties"] == 1
+    assert found["win_rate"][0] == sum(ours > theirs for ours, theirs in scores) / 4 + 1 / 8
+
+
+def _score(model: Any, tokenizer: Any, answer: str) -> float:
+    text = f"<|im_start|>user\nWell?<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+    with torch.no_grad():
+        return float(model(torch.tensor([tokenizer(text).input_ids])).logits[0, 0])
 
 
 def test_a_judge_that_goes_by_length_alone_gives_even_odds_at_equal_length() -> None:

@@ -49,6 +49,28 @@ def test_an_export_of_a_tied_model_is_the_policy(
         assert torch.allclose(found, expected, atol=2e-5), form
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_an_export_loads_in_lm_eval_and_gives_the_log_likelihood_that_the_policy_gives(
+    form: str, tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    harness = pytest.importorskip("lm_eval.models.huggingface", reason="pip install lm_eval")
+    instance = pytest.importorskip("lm_eval.api.instance")
+    trained(tiny_model, log, tmp_path / "run", lora=LoraSettings(r=4))
+    for name in ("merged", "adapter"):
+        export_checkpoint(tmp_path / "run", tmp_path / name, merge=name == "merged")
+    folder, given = str(tmp_path / form), ("What is this?", " A test.")
+    loaded = {"pretrained": folder} if form == "merged" else {"pretrained": tiny_model, "peft": folder}
+    lm = harness.HFLM(**loaded, device="cpu", dtype="float32", batch_size=1)
+    asked = instance.Instance(request_type="loglikelihood", doc={}, arguments=given, idx=0)
+    ((found, _),) = lm.loglikelihood([asked])
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    context, whole = (lm.tok_encode(text) for text in (given[0], "".join(given)))
+    log_probs = policy(torch.tensor([whole])).logits[0, :-1].log_softmax(-1)
+    expected = log_probs.gather(1, torch.tensor(whole[1:])[:, None])[len(context) - 1 :].sum()
+    assert found == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_tokens_that_came_in_with_an_adapter_go_out_with_it(tiny_model: str, log: str, tmp_path: Path) -> None:
     size = len(AutoModelForCausalLM.from_pretrained(tiny_model).get_input_embeddings().weight)
     made(tiny_model, tmp_path / "adapter", size + 2)

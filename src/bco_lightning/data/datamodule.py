@@ -260,8 +260,6 @@ class FeedbackDataModule(LightningDataModule):
         # Sorted rows of balanced steps would leave some micro-batches with one class alone, and scatter a prompt's.
         mixes = self.options.balanced_sampling or training.paired or training.by_prompt
         sorts = getattr(self._module, "layout", "") == "padded" and not mixes
-        if training.by_prompt:
-            training.say_what_is_cut(training.order(self.rows_per_step))
         sampler = StepBatchSampler(
             training.order(self.rows_per_step), batch_size=self.options.batch_size, accumulation=self._accumulation,
             rank=here.global_rank, world_size=here.world_size, dealt=bool(tokens), with_next=training.with_unrelated,

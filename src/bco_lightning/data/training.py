@@ -58,9 +58,12 @@ class TrainingRows:
             near = {"groups": self._column("prompt_key")}
         by_class, at_once = options.balanced_sampling, 1 if self._pairs is None else 2
         pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=by_class, **self._by_source(), **near)
-        return RowOrder(pools, [rows_per_step // len(pools) // at_once] * len(pools), self._pairs)
+        order = RowOrder(pools, [rows_per_step // len(pools) // at_once] * len(pools), self._pairs)
+        if self.by_prompt:
+            self._say_what_is_cut(order)
+        return order
 
-    def say_what_is_cut(self, order: RowOrder) -> None:
+    def _say_what_is_cut(self, order: RowOrder) -> None:
         """Says how many prompts of the first hundred steps lie in several micro-batches of a step."""
         keys, size = self._column("prompt_key"), self._options.batch_size
         steps = enumerate(keys[order.rows_of_step(step)] for step in range(min(100, order.steps_per_epoch)))
