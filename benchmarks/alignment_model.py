@@ -229,6 +229,8 @@ def at_kl(points: dict[str, dict[str, float]], figure: str, kl: float = KL) -> f
 def table(runs: dict[str, Any]) -> str:
     """Objective by setting, over whole seeds: mean and 95 % interval of what is read off each path."""
     seeds = [seed for seed in range(100) if all(_key(*each, seed) in runs for each in RUNS)]
+    if not seeds:
+        return "No seed is whole yet."
     read = {
         (setting, reward, objective): {
             figure: torch.tensor(
@@ -268,8 +270,9 @@ def draw_bounds(pairs: dict[str, Any], path: Path) -> None:
         int(step): np.array([values[row] for row in sorted(values, key=int)]).reshape(-1, 2)
         for step, (values, _) in pairs.items()
     }
+    rewards = {0: np.zeros((1, 2))} | rewards
     up, down = ({step: values[:, side] for step, values in rewards.items()} for side in (0, 1))
-    bounds(up, down, {int(step): shift for step, (_, shift) in pairs.items()}).savefig(path, dpi=100)
+    bounds(up, down, {0: 0.0} | {int(step): shift for step, (_, shift) in pairs.items()}).savefig(path, dpi=100)
 
 
 def main() -> None:
