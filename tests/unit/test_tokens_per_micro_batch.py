@@ -13,11 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from bco_lightning import BCOModule
+from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.batch import micro_batches_of
 from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.cli.plan import plan_command
 from bco_lightning.data.collate import collate_cut
 from bco_lightning.data.order import cut
@@ -201,6 +203,53 @@ def test_longer_rows_are_told_once_and_held_out_rows_are_scored_as_in_whole_micr
     assert len(longer) <= int(told) < 24
     assert cut_up["values"][1]["val/loss"] == pytest.approx(whole["values"][1]["val/loss"], rel=1e-5)
     assert cut_up["values"][1]["val/auroc"] == pytest.approx(whole["values"][1]["val/auroc"], abs=1e-3)
+
+
+class Waits(StepCallback):
+    """Counts what would wait for a GPU from the moment that a batch is there until the optimizer moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_step: list[list[str]] = []
+        waits = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if call in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                    waits.of_step[-1].append(str(call))  # item(), bool(), int(), choosing by a mask
+                return call(*args, **(kwargs or {}))
+
+        self.mode: Any = Mode
+        for name in ("cpu", "numpy"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(name, getattr(torch.Tensor, name)))
+        self.entered: Any = None
+
+    def counted(self, name: str, act: Any) -> Any:
+        def counting(tensor: Any, *args: Any) -> Any:
+            if self.entered is not None:
+                self.of_step[-1].append(name)
+            return act(tensor, *args)
+
+        return counting
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.of_step.append([])
+        self.entered = self.mode()
+        self.entered.__enter__()
+
+    def on_before_step(self, *_: Any) -> None:
+        self.entered.__exit__(None, None, None)
+        self.entered = None
+
+
+@pytest.mark.parametrize("options", [{"lora": LoraSettings(r=4, alpha=8)}, {"objective": "kto"}], ids=str)
+def test_a_step_waits_for_the_device_once_however_many_micro_batches_it_has(
+    options: dict[str, Any], files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = Waits(monkeypatch)
+    run(files, steps=1, keep=[waits], tokens_per_micro_batch=TOKENS, **options)
+    [found] = waits.of_step
+    assert found[0] == "cpu"  # the sums of a step come to the host; what follows makes numbers of them there
+    assert found.count("cpu") == 1
 
 
 def test_auto_fits_the_memory_by_the_formula_of_plan(

@@ -102,11 +102,11 @@ def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
 def passes_of(batch: FeedbackBatch | list[FeedbackBatch], trainer: Any) -> list[tuple[FeedbackBatch, float]]:
     """The micro-batches of a batch, each with its share of the rows; the last perhaps again, with a share of 0."""
     parts = micro_batches_of(batch)
-    passes, rows = torch.tensor(len(parts)), sum(map(len, parts))
+    passes, rows = len(parts), sum(map(len, parts))
     # Sharded models need as many passes in all processes.
     if isinstance(batch, list) and trainer is not None and sharding_of(trainer) is not None:
-        passes = max_over_ranks(passes, trainer)
-    return [*((part, len(part) / rows) for part in parts), *[(parts[-1], 0.0)] * (int(passes) - len(parts))]
+        passes = int(max_over_ranks(torch.tensor(passes), trainer))
+    return [*((part, len(part) / rows) for part in parts), *[(parts[-1], 0.0)] * (passes - len(parts))]
 
 
 def loss_in_passes(loss_of: Callable[..., Tensor], batch: Any, trainer: Any, *, begins: bool) -> Tensor:
