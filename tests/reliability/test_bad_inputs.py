@@ -257,11 +257,12 @@ ROWS_OF_TEXT: dict[str, Case] = {
     "prompt is blank": bad(row(prompt=" \n\t"), f"'prompt' {NO_TEXT}"),
     "completion is empty": bad(row(completion=""), f"'completion' {NO_TEXT}"),
     "no column is known": bad(
-        {"question": SAID, "answer": SAID}, "expected a column 'prompt', found 'question', 'answer'."
+        {"question": SAID, "answer": SAID},
+        "expected a column 'prompt' and a column 'completion', found 'question', 'answer'.",
     ),
     "columns are texts": bad(
         {f"{SAID} a": 1, f"{SAID} b": 2},
-        "expected a column 'prompt', found a text of 21 characters, a text of 21 characters.",
+        "expected a column 'prompt' and a column 'completion', found a text of 21 characters, a text of 21 characters.",
     ),
     "label is a word": bad(row("yes"), f'{LABELS}"yes".'),
     "label is a rating": bad(row(4), f"{LABELS}4."),
@@ -475,7 +476,7 @@ ROWS_OF_EXPORTS: dict[str, Case] = {
         langsmith(feedback=[{"key": "user-feedback", "score": [SAID]}]), f"{LABELS}a list of 1.", langsmith
     ),
     "Argilla: no field with the prompt": bad(
-        argilla(fields={"text": SAID}), "expected a column 'prompt', found 'text'.", argilla
+        argilla(fields={"text": SAID}), "expected a column 'prompt' and a column 'completion', found 'text'.", argilla
     ),
     "Argilla: no such question": bad(
         argilla(responses={"tone": [{"value": "up"}]}), "expected a score 'user-feedback', found 'tone'.", argilla

@@ -154,7 +154,7 @@ def test_pairs_with_the_chosen_conversation_beside_them_are_pairs() -> None:
 def test_a_record_like_no_other_is_refused_by_the_names_of_its_columns() -> None:
     [error] = made({"question": "a", "reply": "b"})
     assert isinstance(error, FeedbackRowError)
-    assert str(error).startswith("x:1: expected a column 'prompt', found 'question', 'reply'.")
+    assert "x:1: expected a column 'prompt' and a column 'completion', found 'question', 'reply'." in str(error)
 
 
 # Rows, thumbs-up among them, and what is left out for which reason.

@@ -78,15 +78,16 @@ class Origin:
         """What is wrong with the record."""
         return FeedbackRowError(self.place, problem, remedy)
 
-    def required(self, record: Record, column: str) -> Any:
-        """What stands in a column; an error if there is none of that name."""
-        value = value_at(record, column, MISSING)
-        if value is MISSING:
-            found = f"expected a column {column!r}, found {keys_of(record)}."
-            option = next((f".{name}" for name, known in vars(self.columns).items() if known == column), "")
+    def required(self, record: Record, column: str, *others: str) -> Any:
+        """What stands in a column; an error that names all of these columns that are not there."""
+        missing = [name for name in (column, *others) if value_at(record, name, MISSING) is MISSING]
+        if missing:
+            found = f"expected a column {' and a column '.join(map(repr, missing))}, found {keys_of(record)}."
+            options = {known: f"data.columns.{name}" for name, known in vars(self.columns).items() if known in missing}
             like = "".join(f" It looks like data.preset: {name}." for name in presets_for(record))
-            raise self.error(found, f"Rename the column, or set data.columns{option}.{like}")
-        return value
+            named = " and ".join(options.get(name, "data.columns") for name in missing)
+            raise self.error(found, f"Rename the column{'s' * (len(missing) > 1)}, or set {named}.{like}")
+        return value_at(record, column)
 
     def messages(self, value: Any, name: str, role: str = "") -> list[Message]:
         """The messages in a column; see :func:`~bco_lightning.data.messages.messages_in`."""

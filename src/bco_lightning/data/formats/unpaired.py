@@ -40,8 +40,8 @@ def unrated_row(record: Record, origin: Origin) -> FeedbackRow:
     name, conversation = columns_of(record, origin.columns)
     if conversation is None:
         column = origin.columns.prompt
-        given = origin.required(record, column)
-        completion = origin.messages(origin.required(record, name), name, "assistant")
+        given = origin.required(record, column, name)
+        completion = origin.messages(value_at(record, name), name, "assistant")
         roles = [message["role"] for message in completion]
         if roles[0] != "assistant" and roles[-1] == "assistant":  # the whole conversation, as KTO-mix-15k has it
             before = said_before(record, completion, origin)
