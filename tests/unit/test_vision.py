@@ -163,7 +163,7 @@ def test_a_step_on_images_has_the_losses_of_equation_8(folder: Path, known: str)
     (rows,) = module.step_rows
     exact = load_language_model(str(folder / "model"), torch.float64)
     chosen = [data.train_dataset[number] for number in rows.row_ids_B.tolist()]
-    batch = collate([{**row, "images": row["images"]} for row in chosen], images=data.image_inputs)
+    batch = collate([{**row, "images": row["images"]} for row in chosen], images=ImageInputs(data.tokenizer))
     reference_B = completion_log_probs(exact, batch).double()
     assert torch.allclose(rows.reference_log_probs_B.double(), reference_B, rtol=1e-5, atol=1e-4)
     rewards_B = 0.3 * (rows.policy_log_probs_B.double() - reference_B)

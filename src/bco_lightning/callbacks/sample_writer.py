@@ -14,6 +14,7 @@ from typing_extensions import override
 from bco_lightning.callbacks.loggers import show_table
 from bco_lightning.callbacks.metrics_file import telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
+from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import ConfigError, printable
 from bco_lightning.models.generation import SampledCompletion, held_out_prompts, sample_completions
 from bco_lightning.options import at_least, chosen_seed
@@ -91,8 +92,7 @@ class SampleWriter(Callback):
         if trainer.is_global_zero or is_sharded(model):
             for start in range(0, len(self._asked), _AT_ONCE):
                 some = self._asked[start : start + _AT_ONCE]
-                data: Any = trainer.datamodule  # type: ignore[attr-defined]
-                images = [data.image_inputs(each) for each in self._shown[start : start + _AT_ONCE]]
+                images = [ImageInputs(module.tokenizer)(each) for each in self._shown[start : start + _AT_ONCE]]
                 limits = {"max_new_tokens": self.max_new_tokens, "seed": self.seed + start}
                 found += sample_completions(model, module.tokenizer, some, images=images, **limits)
         return found

@@ -30,7 +30,7 @@ from bco_lightning.data.order import EvenBatchSampler, StepBatchSampler
 from bco_lightning.data.row_sets import ReadRows, RowReader, RowSet, row_format_of
 from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
-from bco_lightning.data.training import TrainingRows, telling_numbers
+from bco_lightning.data.training import TrainingRows, telling_rows
 from bco_lightning.errors import ConfigError
 from bco_lightning.parallel.collectives import Processes
 from bco_lightning.parallel.sharding import sharding_of
@@ -129,10 +129,8 @@ class FeedbackDataModule(LightningDataModule):
         """Rows that a trial should see, with what a model sees of their images."""
         found = []
         for name in names or self._row_sets:
-            table = self._dataset(name) or (self.training.table(_DRAWN) if name == "train" else None)
-            if isinstance(table, Dataset) and len(table):
-                found += [table[number] for number in telling_numbers(table)]
-        return [{**row, "seen": self.image_inputs(row.get("images"))} for row in found]
+            found += telling_rows(self._dataset(name) or (self.training.table(_DRAWN) if name == "train" else None))
+        return [{**row, "seen": ImageInputs(self.tokenizer)(row.get("images"))} for row in found]
 
     @property
     def counts(self) -> list[RowCounts]:
@@ -157,11 +155,6 @@ class FeedbackDataModule(LightningDataModule):
         if self.trainer is None:
             raise ConfigError("FeedbackDataModule", "expected a tokenizer or a BCOModule's trainer, found neither.")
         return self.trainer.lightning_module.tokenizer
-
-    @property
-    def image_inputs(self) -> ImageInputs:
-        """What makes model inputs of the images of a row."""
-        return ImageInputs(self.tokenizer)
 
     @property
     def row_tokenizer(self) -> RowTokenizer:
@@ -321,7 +314,7 @@ class FeedbackDataModule(LightningDataModule):
             "rows_per_step": self.rows_per_step,
             "chat_template": chosen_template(self.tokenizer, options.chat_template),
             "source_weights": training.weights,
-            **({"processor": self.image_inputs.digest()} if "images" in columns else {}),
+            **({"processor": ImageInputs(self.tokenizer).digest()} if "images" in columns else {}),
             **({"template_date": options.template_date} if options.template_date and self._is_dated else {}),
             **{name: getattr(options, name) for name in sorted(names)},
         }
@@ -442,11 +435,11 @@ class FeedbackDataModule(LightningDataModule):
         if isinstance(dataset, Dataset):
             dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
         collated |= {"share_prompts": self.options.group_by_prompt, "most_tokens": self.tokens_per_micro_batch}
-        collated |= {"whole_prompts": getattr(self._objective, "takes_prompts", False), "images": self.image_inputs}
+        collated |= {"padded": getattr(self._module, "layout", "") == "padded", "images": ImageInputs(self.tokenizer)}
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=partial(collate_cut, padded=getattr(self._module, "layout", "") == "padded", **collated),
+            collate_fn=partial(collate_cut, whole_prompts=getattr(self._objective, "takes_prompts", False), **collated),
             num_workers=self.options.num_workers,
             # Without its own, a loader draws from the global generator whenever it is iterated.
             generator=torch.Generator().manual_seed(self.options.row_seed),

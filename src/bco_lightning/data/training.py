@@ -137,14 +137,16 @@ class TrainingRows:
         return {"sources": self._column("source"), "weights": self.weights}
 
 
-def telling_numbers(table: Dataset) -> list[int]:
+def telling_rows(table: Dataset | None) -> list[dict[str, Any]]:
     """Rows that tell most: the shortest, the longest, the first of each source, those with most and fewest images."""
+    if table is None or not len(table):
+        return []
     firsts = np.unique(np.asarray(table.data.column("source")), return_index=True)[1]
     chosen = set(firsts.tolist())
     for name in {"input_ids", "images"}.intersection(table.column_names):
         lengths = np.asarray(pc.list_value_length(table.data.column(name)))
         chosen |= {int(lengths.argmin()), int(lengths.argmax())}
-    return sorted(chosen)
+    return [table[number] for number in sorted(chosen)]
 
 
 def _balance_in_words(num_up: float, num_down: float) -> str:

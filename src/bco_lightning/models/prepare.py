@@ -32,6 +32,7 @@ from bco_lightning.models.layout import (
     images_of,
     kinds_of_layers,
     packed_states,
+    seeing_parts_of,
     set_layout,
 )  # fmt: skip
 from bco_lightning.models.log_probs import completion_token_log_probs
@@ -279,8 +280,12 @@ def _keys(causal_lm: Any) -> dict[Tensor, Any]:
     """
     layers, kinds = decoder_layers_of(causal_lm)[1], kinds_of_layers(causal_lm)
     kind_of = {each: kind for layer, kind in zip(layers, kinds, strict=True) for each in layer.parameters()}
-    named = causal_lm.named_parameters()
-    return {each: (kind_of.get(each), re.sub(r"\.\d+(?=\.)", ".*", name)) for name, each in named}
+    seeing = {each for part in seeing_parts_of(causal_lm).values() for each in part.parameters()}  # all are tried
+    named = [
+        (name if each in seeing else re.sub(r"\.\d+(?=\.)", ".*", name), each)
+        for name, each in causal_lm.named_parameters()
+    ]
+    return {each: (kind_of.get(each), name) for name, each in named}
 
 
 def _freeze_unreached(causal_lm: Any, reached: set[Any]) -> str:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch, ScoredRows
 from bco_lightning.data.collate import COLUMNS, collate
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.data.images import file_of
+from bco_lightning.data.images import ImageInputs, file_of
 from bco_lightning.data.order import cut
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import digest_of_code, digest_of_values, versions
@@ -131,7 +131,7 @@ def _known(
     model, shared = reference.own_model or reference.policy, data.options.group_by_prompt
     choices = {"compiled": options.compile, "quantization": options.quantization, "shared_prompts": shared}
     if any("images" in table.column_names for table in tables.values()):
-        choices["processor"] = data.image_inputs.digest()
+        choices["processor"] = ImageInputs(data.tokenizer).digest()
     key = key_of_log_probs(model, trainer, reference=reference.digest, **choices)
     known = KnownLogProbs(tables, cache_root(options.cache_folder) / "reference_log_probs" / key[:32], trainer)
     unknown, passes = known.num_unknown, _passes(stage, trainer)
@@ -150,7 +150,7 @@ def _known(
             return reference.log_probs(batch.to(next(model.parameters()).device))
 
     # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone.
-    collated = {"share_prompts": shared, "images": data.image_inputs}
+    collated = {"share_prompts": shared, "images": ImageInputs(data.tokenizer)}
     known.compute(score, by_length=layout_of(model) == "padded", **collated)
     if known.num_unknown:
         rank_zero_warn(f"{known.num_unknown:,} reference log-probs are not finite.")
