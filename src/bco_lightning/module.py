@@ -256,11 +256,11 @@ class BCOModule(LightningModule):
 
     def _log_probs(self, batch: FeedbackBatch) -> tuple[Tensor, Tensor]:
         """Those of policy and reference, shape ``(B,)``."""
-        trunk, routing = self._trunk, cast(Routing, self._routing)
+        policy, trunk, routing = self.policy, self._trunk, cast(Routing, self._routing)  # the first makes the others
         with routing.watched(batch):
             trunk_states_SH = trunk.states(batch) if trunk else None
             with trunk.left_out() if trunk else nullcontext():
-                policy_log_probs_B = completion_log_probs(self.policy, batch, trunk_states_SH=trunk_states_SH)
+                policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
         if (known_B := batch.reference_log_probs_B) is not None:
             return policy_log_probs_B, known_B
         with trunk.left_out() if trunk else nullcontext():
