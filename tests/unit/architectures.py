@@ -83,9 +83,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "llama", "qwen3", "gemma", "phi", "ministral3", "gpt2", "gpt_neox", "gpt_bigcode", "olmo", "olmo2",
             "nemotron", "stablelm", "glm", "glm4", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "apertus", "arcee",
             "helium", "persimmon", "biogpt", "diffllama", "bitnet", "nanochat", "jais2", "hyperclovax", "beam",
-            "lfm3", "iquestcoder", "hrm_text", "olmo_hybrid", "internlm3", "cohere2_moe", "zaya",
+            "lfm3", "gpt_neox_japanese", "iquestcoder", "hrm_text", "olmo_hybrid", "internlm3", "cohere2_moe", "zaya",
         )
     },
+    "cpmant": {"dim_head": 8, "dim_ff": 48},
     "gptj": {**GPT, "rotary_dim": 4},
     "codegen": {**GPT, "rotary_dim": 4},
     "openai-gpt": {**GPT, "n_positions": 256},
@@ -130,6 +131,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite_swa": WINDOW,
     "modernbert-decoder": {**WINDOW, "local_attention": 8},
     "inkling2_text": {"sliding_window_size": 8},
+    "gemma4_unified_text": {
+        **WINDOW, **of_layers("sliding", "full", "full"), "num_kv_shared_layers": 1, "global_head_dim": 8,
+    },
+    "cohere_compass_text": {
+        **ALTERNATING, "logit_scale": 0.3,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    },
     # mixtures of experts
     "mixtral": {**LOCAL, **WINDOW},
     "phimoe": {**LOCAL, **WINDOW},
@@ -150,7 +160,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "flint": WIDE,
     "laguna": WIDE,
     "mellum": WIDE,
-    "bailing_hybrid": WIDE,
+    "bailing_hybrid": {**ROUTED, **LATENT, "num_local_experts": 4},
+    "gemma4_text (experts)": {
+        **WINDOW, **of_layers("sliding", "full", "full"), "hidden_size_per_layer_input": 8, "enable_moe_block": True,
+        "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    },
+    "doge (experts)": {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
     "kolibri1": ROUTED,
     "qwen4_exp_text": WIDE,
     "hunyuan_v1_moe": experts(each="moe_topk"),
@@ -167,6 +183,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**ROUTED, **LATENT},
     "deepseek_v3": {**ROUTED, **LATENT, "n_group": 2},
     "axk1": {**ROUTED, **LATENT},
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 256,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "inkling_text": {
+        **ROUTED, "sliding_window_size": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "d_rel": 4, "rel_extent": 64, "n_shared_experts": 2, "logits_mup_width_multiplier": 2.0,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
     "glm4_moe_lite": {**ROUTED, **LATENT},
     "longcat_flash": {
         **LATENT, "n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 48,
@@ -176,6 +203,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v32": {**ROUTED, **LATENT, **INDEXED},
     "glm_moe_dsa": {**ROUTED, **LATENT, **INDEXED},
     "axk2": {**ROUTED, **LATENT, **INDEXED},
+    "dots3_note_text": {**ROUTED, **LATENT, **INDEXED, "head_dim": 8, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "hy_v4": {**WIDE, **LATENT, **INDEXED},
     "deepseek_v4": {
         **experts("n_routed_experts", width="moe_intermediate_size"), "n_shared_experts": 1, "q_lora_rank": 8,
@@ -210,6 +238,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hybrid_override_pattern": "M*-", "layers_block_type": ["mamba", "attention", "mlp"], "mamba_num_heads": 8,
         "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16,
     },
+    "nemotron_h (experts)": {
+        **ROUTED, "layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 8,
+        "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16, "moe_shared_expert_intermediate_size": 24,
+    },
+    "zamba": {
+        "mamba_d_state": 8, "mamba_expand": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False, "num_key_value_heads": 4,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"], "attention_head_dim": 16, "n_mamba_heads": 2,
+    },
+    "kimi_linear": {
+        **ROUTED, **LATENT, "num_local_experts": 4, **of_layers("linear", "full", "linear"),
+        "linear_head_dim": 8, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "qwen3_5_moe_text": {**WIDE, **DELTA, "shared_expert_intermediate_size": 24},
     "recurrent_gemma": {
         "attention_window_size": 8, "lru_width": 32, "block_types": ["recurrent", "attention", "recurrent"]
     },
@@ -399,7 +440,7 @@ def table_row(family: str) -> str:
     top, recomputed = (any(not found[mode].refused for mode in MODES if part in mode) for part in ("top", "recomputed"))
     return (
         f"| {family} | {said(found['full'])} | {said(found['LoRA'])} | {'yes' if top else 'refused'} | "
-        f"{'yes' if recomputed else 'refused'} |"
+        f"{'yes' if recomputed else 'refused'} | {found['full'].experts} |"
     )
 
 
@@ -423,7 +464,7 @@ def main() -> None:
             "LoRA, all linear layers",
             "top layer alone",
             "recomputed",
-            "nats off",
+            "experts balanced",
         )
         parts = [head + "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *lines]
         TABLE.write_text("\n".join(parts) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.cli.app import main
@@ -139,12 +139,20 @@ def test_what_comes_and_goes_is_what_is_alive_in_a_step(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(fused_layers, "_CPU_ROWS", 10**9)
     monkeypatch.setattr(log_probs, "tile_for", lambda _: (256, 512))
+    plan, peak, _ = planned_and_found(model_folder, lora_r, dtype, precision, gradient_checkpointing)
+    assert sum(size for part, size in plan.items() if part not in ALWAYS) == pytest.approx(peak, rel=0.15)
+
+
+def planned_and_found(
+    model: str, lora_r: int, dtype: Any, precision: Any, gradient_checkpointing: bool
+) -> tuple[dict[str, float], int, int]:
+    """A plan, the most bytes alive in a step, and bytes of what is trained."""
     options = PlanOptions(
-        model_folder, 1, "ddp", lora_r, dtype, precision, max_length=1200, completion_tokens=200,
+        model, 1, "ddp", lora_r, dtype, precision, max_length=1200, completion_tokens=200,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     lora = LoraSettings(r=lora_r) if lora_r else None
-    policy: Any = BCOModule(model_folder, lora=lora, dtype=dtype).policy
+    policy: Any = BCOModule(model, lora=lora, dtype=dtype).policy
     if gradient_checkpointing:  # as a run does before its first step
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.enable_input_require_grads()
@@ -160,8 +168,29 @@ def test_what_comes_and_goes_is_what_is_alive_in_a_step(
     gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     with LiveInStep([*policy.parameters(), *gradients]) as live:
         step()
-    plan = memory_of(options, tile=(256, 512))
-    assert sum(size for part, size in plan.items() if part not in ALWAYS) == pytest.approx(live.peak, rel=0.15)
+    trained = sum(parameter.nbytes for parameter in policy.parameters() if parameter.requires_grad)
+    return memory_of(options, tile=(256, 512)), live.peak, trained
+
+
+def test_of_a_mixture_all_experts_are_stored_and_those_of_a_token_are_active(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_probs, "tile_for", lambda _: (256, 512))
+    config = Qwen3MoeConfig(
+        vocab_size=2000, hidden_size=128, moe_intermediate_size=96, intermediate_size=448, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=16, num_experts_per_tok=4,
+        mlp_only_layers=[0],
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    plan, peak, trained = planned_and_found(str(tmp_path), 8, "float32", "32-true", False)
+    assert plan["gradients"] == trained
+    assert plan["weights"] == trained + sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(size for part, size in plan.items() if part not in ALWAYS) == pytest.approx(peak, rel=0.15)
+    attention, dense = 128 * 32 * (4 + 2 + 2 + 4), 3 * 128 * 448
+    met = 3 * attention + dense + 2 * (4 * 3 * 128 * 96 + 16 * 128)  # of the experts four, and their router
+    assert UsefulFlops.of(model).per_token == 6 * met
 
 
 # --- how parts go with settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -35,6 +36,7 @@ _FUSED = {
     **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), ".experts.gate_up_proj"),
     "w2": ".experts.down_proj",
 }
+_MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _SHARED = re.compile("vblora_vector_bank|tinylora_v|unilora_theta_d")  # which layers have, and files once
 
 
@@ -129,11 +131,12 @@ def _lora_config(
     words = [name.strip() for name in settings.target_modules.split(",")]
     num_layers = base.config.get_text_config().num_hidden_layers
     layers = list(range(max(0, num_layers - settings.top_layers), num_layers)) if settings.top_layers else None
-    head, home = base.get_output_embeddings(), type(base).__module__
+    head, kind = base.get_output_embeddings(), base.config.model_type
     linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
-    # A model's own kinds of linear layers, such as routers, give more than a product, which PEFT does not expect.
+    # PEFT expects a product, and not that kernels read a weight past its adapter.
     seeing = {id(each) for part in seeing_parts_of(base).values() for each in part.modules() if not vision_tower}
-    own = [name for name, module in linear.items() if type(module).__module__ == home or id(module) in seeing]
+    past = {name for name in linear if kind in _MAMBA and name.endswith(".out_proj")}
+    own = [n for n, m in linear.items() if n in past or id(m) in seeing or not _is_product(m)]
     targets: dict[str, Any] = {"exclude_modules": own or None, "layers_to_transform": layers}
     if stacked_experts(base) or routers_of(base):
         linear = {name: module for name, module in linear.items() if name not in own}
@@ -144,6 +147,15 @@ def _lora_config(
     else:
         targets["target_modules"] = "all-linear" if words == ["all-linear"] else words
     return LoraConfig(r=settings.r, lora_alpha=settings.alpha, lora_dropout=0.0, task_type="CAUSAL_LM", **targets)
+
+
+def _is_product(layer: Any) -> bool:
+    """Whether a linear layer gives what one gives; of a model's own kinds some give more, such as routers."""
+    if type(layer) is nn.Linear or not type(layer).__module__.startswith("transformers.models."):
+        return True
+    with suppress(Exception), torch.no_grad():
+        return bool(layer(layer.weight.new_zeros(2, layer.in_features)).shape == (2, layer.out_features))
+    return False
 
 
 def _among_experts(

@@ -37,7 +37,12 @@ def routers_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     places = {kind.target_class: kind.index for kind in kinds}
     found = {name: (part, places[type(part)]) for name, part in model.named_modules() if type(part) in places}
     inner = {part for part, _ in found.values()}  # a layer that hands on what its router gives is none
-    return {name: each for name, each in found.items() if not inner & (set(each[0].modules()) - {each[0]})}
+    # Nor is one that finds experts by products of keys, among embeddings (Doge).
+    return {
+        name: each
+        for name, each in found.items()
+        if not any(part in inner or isinstance(part, nn.Embedding) for part in [*each[0].modules()][1:])
+    }
 
 
 def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,16 @@ def refuse_oversized_model(name_or_path: str, config: Any, folder: Path) -> None
         raise LanguageModelError(str(index), f"expected files of its own folder, found {found[0]!r}.")
     largest = _largest_dimension(folder)
     for name in _SIZES if largest else ():
-        if isinstance(size := getattr(config.get_text_config(), name, None), int) and size > largest:
+        if isinstance(size := setting(config.get_text_config(), name), int) and size > largest:
             problem = f"expected a {name} that the weights have, of at most {largest:,}, found {size:,}."
             raise LanguageModelError(name_or_path, problem)
+
+
+def setting(config: Any, name: str) -> Any:
+    """A setting of a config; none where it lacks, or where each layer has its own."""
+    with suppress(AttributeError, RuntimeError):
+        return getattr(config, name)
+    return None
 
 
 def _largest_dimension(folder: Path) -> int:

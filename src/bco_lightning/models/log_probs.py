@@ -22,6 +22,7 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.layout import causal_lm_of, no_images, predicting_states
 from bco_lightning.parallel.sharding import run_gathered
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Below these, products are denormal numbers, which make a matrix product on a CPU a hundred times slower.
 _LEAST_LOG_PROB, _LEAST_COEFFICIENT = -60.0, 1e-10
 MOST_KEPT = 2**26  # softmax numerators that the backward pass finds again; in float32 they take 256 MiB
@@ -247,7 +248,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _head_log_probs(causal_lm: Any, hidden_NH: Tensor, targets_N: Tensor) -> Tensor:
     head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
-    scale, soft_cap = _scale(config), getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in _CAPS)
+    scale, soft_cap = _scale(config), next((cap for cap in caps if cap), None)
     if type(head) is nn.Linear:
         return token_log_probs(hidden_NH, targets_N, head.weight, head.bias, scale=scale, soft_cap=soft_cap)
 
@@ -265,5 +267,7 @@ def _head_log_probs(causal_lm: Any, hidden_NH: Tensor, targets_N: Tensor) -> Ten
 
 
 def _scale(config: Any) -> float:
-    """What Granite (``logits_scaling``, a divisor) and Cohere (``logit_scale``) do after the head."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    """What Granite and Inkling (divisors), Cohere and Falcon H1 (factors) do to what the head gives."""
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    divisors = (getattr(config, name, None) or 1.0 for name in ("logits_scaling", "logits_mup_width_multiplier"))
+    return float(factor) / math.prod(map(float, divisors))

@@ -12,6 +12,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
 from bco_lightning.errors import ConfigError, LanguageModelError
+from bco_lightning.models.experts import experts_per_token, stacked_experts
 from bco_lightning.models.layout import decoder_layers_of
 from bco_lightning.models.load import NAMED_SHAPES, unloaded_model
 from bco_lightning.models.log_probs import MOST_KEPT
@@ -75,12 +76,14 @@ def memory_of(options: PlanOptions, tile: tuple[int, int] = _TILE, model: Any = 
         expected = f"expected fewer than --max_length {options.max_length}, found {completion}."
         raise ConfigError("--completion_tokens", expected, "A row is its prompt and its completion.")
     tokens, scored = options.batch_size * options.max_length, options.batch_size * completion
-    base, linear, config, norms = _shapes(options.model, model)
+    base, linear, experts, config, norms = _shapes(options.model, model)
     rank, is_full, num_layers = options.lora_r, not options.lora_r, config.num_hidden_layers
     own = _BYTES[options.dtype] if options.dtype != "auto" else 4 if is_full else 2
     mixed = options.precision == "bf16-mixed" or (options.precision == "auto" and is_full)
     item, cut = 2 if mixed else own, 1 if options.strategy == "ddp" else options.gpus
-    adapters = [shape for out, into in linear if rank for shape in ((rank, into), (out, rank))]
+    adapters = [shape for out, into in linear.values() if rank for shape in ((rank, into), (out, rank))]
+    ranks = [rank * each[0] * (2 if "gate_up" in name else 1) for name, each in experts.items() if rank]
+    adapters += [shape for r, e in zip(ranks, experts.values(), strict=False) for shape in ((r, e[2]), (e[1], r))]
     trained = own * _elements(base, cut) if is_full else 4 * _elements(adapters, cut)
     of_moment = 1.0 if options.optimizer != "adamw_8bit" else _ADAM_8BIT / (own if is_full else 4)
     always = {
@@ -91,14 +94,16 @@ def memory_of(options: PlanOptions, tile: tuple[int, int] = _TILE, model: Any = 
     }
     # FSDP gathers all but the layers for the whole pass, and the next layer while one is at work. Gradients of a layer
     # are summed over GPUs, in float32, while those of the next come up; the head's waits for the end of the pass.
-    layer = _elements(linear, 1) // num_layers
+    layer = _elements([*linear.values(), *experts.values()], 1) // num_layers
     root = own * (_elements(base, 1) - layer * num_layers) if cut > 1 else 0
     head_gradient = own * config.hidden_size * config.vocab_size if is_full else 0
     # Autocast copies float32 weights; the backward pass needs the copies, and autocast keeps them until it begins.
     copies = 2 * layer * (num_layers if mixed and cut == 1 and own == 4 else 0)
-    kept, work = _activations(config, norms, own, item, rank)
+    if rank:  # PEFT adds an expert's adapter to its weight in each pass, and the sum is kept
+        copies += item * _elements(experts.values(), 1)
+    kept, work = _activations(config, norms, linear, experts, own, item, rank)
     state = own * config.hidden_size
-    products = item * (sum(out for out, _ in linear) // num_layers + query_width(config))
+    products = item * (sum(out for out, _ in linear.values()) // num_layers + query_width(config))
     stays = state + (products if options.gradient_checkpointing == "selective" else 0)
     layers = tokens * (state + num_layers * (stays if options.gradient_checkpointing else kept))
     at_head = {
@@ -127,13 +132,14 @@ def tokens_within(memory: float, options: PlanOptions, tile: tuple[int, int] = _
     )
 
 
-def _shapes(name: str, model: Any) -> tuple[list[Shape], list[Shape], Any, int]:
-    """Shapes of all weights and of those of linear layers in the decoder, the config, and norms of a decoder layer."""
+def _shapes(name: str, model: Any) -> tuple[list[Shape], dict[str, Shape], dict[str, Shape], Any, int]:
+    """Shapes of all weights, of linear layers and of experts in the decoder, the config, norms of a decoder layer."""
     model = unloaded_model(name) if model is None else model
     layers, config = decoder_layers_of(model)[1], model.config.get_text_config()
     linear = {place: tuple(part.weight.shape) for place, part in layers.named_modules() if type(part) is nn.Linear}
-    names = {place.rpartition(".")[2] for place in linear}
-    if not {"q_proj", "gate_proj"} <= names:
+    experts = {place: tuple(weight.shape) for place, weight in stacked_experts(layers).items()}
+    names = {place.rpartition(".")[2] for place in (*linear, *experts)}
+    if not ("q_proj" in names and names & {"gate_proj", "gate_up_proj"}):
         raise LanguageModelError(
             name,
             f"expected decoder layers with q_proj and gate_proj, found {', '.join(sorted(names)) or 'others'}.",
@@ -141,7 +147,7 @@ def _shapes(name: str, model: Any) -> tuple[list[Shape], list[Shape], Any, int]:
             "and models like these.",
         )
     norms = sum("norm" in place and p.shape == (config.hidden_size,) for place, p in layers[0].named_parameters())
-    return [tuple(p.shape) for p in model.parameters()], list(linear.values()), config, norms
+    return [tuple(p.shape) for p in model.parameters()], linear, experts, config, norms
 
 
 def _elements(shapes: Iterable[Shape], cut: int) -> int:
@@ -149,18 +155,28 @@ def _elements(shapes: Iterable[Shape], cut: int) -> int:
     return sum(math.ceil(shape[0] / cut) * math.prod(shape[1:]) for shape in shapes)
 
 
-def _activations(config: Any, norms: int, own: int, item: int, rank: int) -> tuple[int, int]:
+def _activations(
+    config: Any, norms: int, linear: dict[str, Shape], experts: dict[str, Shape], own: int, item: int, rank: int
+) -> tuple[int, int]:
     """Bytes of one token: what a decoder layer keeps for its backward pass, and what that needs besides.
+
+    Of experts a token meets those that it is sent to, whose inputs and outputs are copies of its own and are kept, as
+    all factors of their gates are. Layers differ, and a mean is told.
 
     Kept are the input of each norm and a float32 scale; inputs of linear layers, one for each where autocast casts
     those of layers without adapters; queries, keys, values and what attention gives; gate and up. The backward pass has
     gradients of these, and those of the residual stream.
     """
-    hidden, wide = config.hidden_size, config.intermediate_size
+    hidden, wide, layers, routed = config.hidden_size, config.intermediate_size, config.num_hidden_layers, 0
+    if experts:
+        sent, matrices = experts_per_token(config, 1), sum(math.prod(shape[1:]) for shape in experts.values())
+        routed = sent * matrices // (3 * hidden * layers)
+        wide = routed + sum(out for place, (out, _) in linear.items() if place.endswith("gate_proj")) // layers
+        routed = item * (2 * routed + 3 * hidden * sent * sum("down" in name for name in experts) // layers)
     groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     attention = 2 * item * query_width(config) * (groups + 1) // groups
     inputs = (5 if own != item and not rank else 2) * item * hidden
-    kept = norms * (own * hidden + 4) + inputs + attention + 2 * item * wide + 7 * rank * item
+    kept = norms * (own * hidden + 4) + inputs + attention + 2 * item * wide + 7 * rank * item + routed
     gradients = own * hidden + (item * hidden if own != item else 0)
     return kept, max(6 * item * wide + gradients, (12 + 2 * own) * hidden)
 

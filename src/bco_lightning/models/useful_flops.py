@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from bco_lightning.batch import FeedbackBatch
+from bco_lightning.models.experts import experts_per_token, stacked_experts
+from bco_lightning.models.limits import setting
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,17 @@ class UsefulFlops:
         head_only = set(head.parameters()) - set(policy.get_input_embeddings().parameters())
         trained = [_layer(name) for name, p in policy.named_parameters() if p.requires_grad and p not in head_only]
         lowest = min(trained, default=10**9)
-        per_token = 0
+        per_token, experts = 0, stacked_experts(policy)
+        chosen = {id(p): experts_per_token(config, len(p)) / len(p) for p in experts.values()}
+        for each in policy.modules():  # their adapters are linear layers for all of them
+            if isinstance(each, ParamWrapper) and id(each.get_param()) in chosen:
+                own = (*each.lora_A.parameters(), *each.lora_B.parameters())
+                chosen |= {id(p): chosen[id(each.get_param())] for p in own}
         for name, module in policy.named_modules():
             if not isinstance(module, nn.Embedding) and module not in set(head.modules()):
                 for weight in (p for p in module.parameters(recurse=False) if p.ndim >= 2):
                     gradients = (_layer(name) >= lowest) + weight.requires_grad
-                    per_token += 2 * (1 + gradients) * _num_weights(module, weight, config)
+                    per_token += 2 * (1 + gradients) * int(_num_weights(module, weight) * chosen.get(id(weight), 1))
         trains_head = any(p.requires_grad for p in head.parameters())
         layers = int(config.num_hidden_layers)
         with_gradient = sum(layer >= lowest for layer in range(layers))
@@ -69,7 +77,7 @@ class UsefulFlops:
 def query_width(config: Any) -> int:
     """Features of all queries of a token."""
     heads = int(config.num_attention_heads)
-    return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return heads * int(setting(config, "head_dim") or config.hidden_size // heads)
 
 
 def _layer(name: str) -> int:
@@ -78,10 +86,8 @@ def _layer(name: str) -> int:
     return int(number[1]) if number else -1
 
 
-def _num_weights(module: nn.Module, weight: torch.Tensor, config: Any) -> int:
-    """Weights that a token meets: all, also where they are packed; of stacked experts those that it is sent to."""
+def _num_weights(module: nn.Module, weight: torch.Tensor) -> int:
+    """Weights of a matrix, also where they are packed."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
-    if weight.ndim == 3 and weight.shape[0] > 1:
-        return weight.numel() * int(getattr(config, "num_experts_per_tok", weight.shape[0])) // weight.shape[0]
     return weight.numel()
