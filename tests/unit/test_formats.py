@@ -166,11 +166,10 @@ ACCOUNTS: dict[str, tuple[int, int, dict[str, int], int]] = {
     "pairs.jsonl": (2, 1, {"both answers are the same": 2}, 0),
     "pairs_of_conversations.jsonl": (2, 1, {}, 0),
     "open_webui.json": (
-        3,
-        1,
+        4,
+        2,
         {
             "no feedback": 1,
-            "conversation with an image": 1,
             "rated message is not in the snapshot": 1,
             "no snapshot of the chat": 1,
         },
@@ -278,7 +277,7 @@ def test_helpsteer2_is_read_by_its_preset_alone() -> None:
 
 
 def test_open_webui_gives_the_branch_that_leads_to_the_rated_message() -> None:
-    later, earlier, _ = rows("open_webui.json")
+    later, earlier, *_ = rows("open_webui.json")
     assert said(later) == [
         ("system", "You know all about tea."),
         ("user", "How long does green tea draw?"),
@@ -288,6 +287,14 @@ def test_open_webui_gives_the_branch_that_leads_to_the_rated_message() -> None:
     ]
     assert said(earlier) == [("user", "How long does green tea draw?"), ("assistant", "Ten minutes.")]
     assert (later.thumbs_up, earlier.thumbs_up) == (True, False)
+
+
+def test_open_webui_images_stand_before_what_was_asked_with_them_where_the_export_holds_them() -> None:
+    (asked,) = rows("open_webui.json")[2].prompt
+    assert [picture.stored for picture in asked["images"]] == [b"\0\0\0"]
+    kept = [each for _, each in records("open_webui.json") if "data:image" in json.dumps(each)]
+    without = json.loads(json.dumps(kept).replace("data:image/png;base64,", "id-of-a-file-"))
+    assert made(without[0]) == [LeftOut("x:1", "conversation with an image")]
 
 
 def test_open_webui_thoughts_are_left_to_the_template() -> None:
@@ -320,7 +327,7 @@ def test_open_webui_tool_calls_and_their_results_are_read_from_every_version() -
         row = rows(file)[0]
         assert (row.prompt, row.completion) == (told, rain)
     assert rows("open_webui_0_8.json")[1].prompt == [told[1], *rain, {"role": "user", "content": "And your source?"}]
-    assert rows("open_webui.json")[2].completion == [
+    assert rows("open_webui.json")[3].completion == [
         *called("get_time", "call_1", "12:00"),
         {"role": "assistant", "content": "It is noon."},
     ]
@@ -868,7 +875,7 @@ def test_the_real_ratings_are_counted_one_by_one() -> None:
 # --- all turns
 
 
-@pytest.mark.parametrize(("file", "answers"), [("open_webui.json", [2, 1, 2]), ("chainlit.json", [1, 2])])
+@pytest.mark.parametrize(("file", "answers"), [("open_webui.json", [2, 1, 1, 2]), ("chainlit.json", [1, 2])])
 def test_all_turns_of_an_exported_conversation_can_carry_loss(file: str, answers: list[int]) -> None:
     found = rows(file, RowFormat(loss_on="all_turns"))
     assert [sum(message["role"] == "assistant" for message in row.completion) for row in found] == answers

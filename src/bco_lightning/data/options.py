@@ -17,7 +17,9 @@ FormatName = Literal[
     "chitchat", "librechat", "mlflow", "opik", "phoenix", "weave", "helicone", "tensorzero", "label_studio",
     "anythingllm", "dify",
 ]  # fmt: skip
-PresetName = Literal["helpsteer2", "openai_preference", "sharelm", "toxic_chat", "wildfb"]
+PresetName = Literal[
+    "helpsteer2", "llava_rlhf", "openai_preference", "rlaif_v", "rlhf_v", "sharelm", "toxic_chat", "wildfb"
+]
 LossOn = Literal["rated_turn", "all_turns"]
 Conflicts = Literal["keep", "drop", "majority", "last"]
 LongPrompts = Literal["keep_end", "keep_start", "drop"]

@@ -17,11 +17,18 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.layout import causal_lm_of, layout_of
 
-_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")  # how many experts a token is sent to
+_CHOSEN = (
+    "num_experts_per_tok",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)  # how many experts a token is sent to
 
 
 def experts_per_token(config: Any, otherwise: int) -> int:
     """To how many experts a token is sent."""
+    config = getattr(config, "ffn_config", config)  # of DBRX
     found = next((value for name in _CHOSEN if (value := getattr(config, name, None))), otherwise)
     return int(found[0] if isinstance(found, (list, tuple)) else found)
 
@@ -98,6 +105,7 @@ class Routing:
 
     def _keep(self, place: int, kept: list[tuple[Tensor, Tensor]], _module: Any, _inputs: Any, out: Any) -> None:
         """Keeps logits of all experts for each token, and the experts that it is sent to."""
+        out = out if isinstance(out, tuple) else (out,)
         logits_tE = out[place].flatten(0, -2)
         told = [each for each in out if isinstance(each, Tensor) and each.dtype == torch.int64]
         fitting = [each for each in told if each.shape[:-1] == logits_tE.shape[:-1]]

@@ -75,7 +75,7 @@ def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
     branch = branch_to(value_at(record, "meta.message_id"), messages, "parentId")
     if not branch or branch[-1].get("role") != "assistant":
         return origin.left_out(NOT_IN_SNAPSHOT)
-    if any(file.get("type") == "image" for message in branch for file in objects_in(message.get("files"))):
+    if any(node.get("role") != "user" or not _is_kept(url) for node in branch for url in _images(node)):
         return origin.left_out(WITH_IMAGE)
     last = branch[-1].get("output")
     if branch[-1].get("done") is False or any(item.get("status") == "incomplete" for item in objects_in(last)[-1:]):
@@ -95,6 +95,8 @@ def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:
     """A turn as the model saw or said it."""
     content, output = node.get("content"), node.get("output")
     content = "" if isinstance(content, str) and not content.strip() else content
+    if images := [{"type": "image_url", "image_url": url} for url in _images(node)]:
+        content = [*images, {"type": "text", "text": content}]
     if node.get("role") != "assistant":
         return [{"role": node.get("role"), "content": content}]
     if output:
@@ -105,6 +107,15 @@ def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:
         return messages_of(output, origin)
     items = _unwrapped(content) if isinstance(content, str) else []
     return messages_of(items, origin) if len(items) > 1 else [{"role": "assistant", "content": content}]
+
+
+def _images(node: Record) -> list[Any]:
+    return [file.get("url") for file in objects_in(node.get("files")) if file.get("type") == "image"]
+
+
+def _is_kept(url: Any) -> bool:
+    """Whether an image is in the export; others are in the server's files, by their ids."""
+    return isinstance(url, str) and url.startswith(("data:", "http://", "https://"))
 
 
 def _with_text(items: list[Record], text: Record) -> list[Record]:
