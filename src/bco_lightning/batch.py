@@ -171,10 +171,13 @@ class ScoredRows:
     @classmethod
     def joined(cls, parts: list[ScoredRows]) -> ScoredRows:
         """The rows of several micro-batches, one after the other."""
-        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
-        sums = {name: sum(part.baseline_sums[name] for part in parts) for name in parts[0].baseline_sums}
-        rows: Any = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return replace(parts[0], baseline_sums=sums, **rows) if len(parts) > 1 else parts[0]
+        first, joined = parts[0], dict[str, Any]()
+        for name, value in vars(first).items():
+            if isinstance(value, Tensor):
+                joined[name] = torch.cat([getattr(part, name) for part in parts])
+            elif isinstance(value, Mapping):  # of sums
+                joined[name] = {key: sum(getattr(part, name)[key] for part in parts) for key in value}
+        return replace(first, **joined)
 
 
 @dataclass(frozen=True)

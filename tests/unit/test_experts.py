@@ -177,17 +177,20 @@ def test_a_step_and_what_is_logged_do_not_depend_on_how_the_step_is_cut(mixture:
     rows = [{"prompt": f"{n // 2}?", "completion": "word " * (1 + n % 5), "label": n % 3 > 0} for n in range(16)]
     log = write_jsonl(tmp_path / "log.jsonl", rows)
 
-    def run(batch_size: int, coefficient: float, **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
+    def run(
+        batch_size: int, coefficient: float, tokens: int | None = None, **options: Any
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         recorder = GradientRecorder()
         module = BCOModule(mixture, router_aux_loss=coefficient, dtype="float32", **options)
         trainer = tiny_trainer(max_steps=1, accumulate_grad_batches=8 // batch_size, callbacks=[recorder])
-        trainer.fit(module, tiny_data(log, batch_size=batch_size, validation_fraction=0.0))
+        data = tiny_data(log, batch_size=batch_size, validation_fraction=0.0, tokens_per_micro_batch=tokens)
+        trainer.fit(module, data)
         names = ("router_aux_loss", "expert_load_max", "expert_entropy")
         return recorder.gradients[0], {name: float(trainer.callback_metrics[f"train/{name}"]) for name in names}
 
     whole, logged = run(8, 0.5)
-    for options in ({}, {"layout": "padded"}, {"gradient_checkpointing": True}):
-        cut, told = run(2, 0.5, **options)
+    in_rows: list[dict[str, Any]] = [{}, {"layout": "padded"}, {"gradient_checkpointing": True}]
+    for cut, told in [*(run(2, 0.5, **options) for options in in_rows), run(8, 0.5, 60)]:
         assert float((cut - whole).norm() / whole.norm()) < 1e-5
         assert told == pytest.approx(logged, rel=1e-5)
     without, _ = run(8, 0.0)

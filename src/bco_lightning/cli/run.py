@@ -10,7 +10,7 @@ import platform
 from datetime import timedelta
 from pathlib import Path
 from shlex import quote
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import Namespace
@@ -181,7 +181,7 @@ class RunConfig(SaveConfigCallback):
                 "versions": versions(),
                 "git_revision": git_revision(),
                 "fingerprints": pl_module.fingerprints(),
-                "feedback": {counts.name: counts.by_source for counts in trainer.datamodule.counts},
+                "feedback": {counts.name: counts.by_source for counts in cast(Any, trainer).datamodule.counts},
             }
             text = json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False)
             with written_whole(self.run / "provenance.json") as partial:

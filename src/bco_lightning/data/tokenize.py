@@ -97,8 +97,9 @@ class RowTokenizer:
 
     def _seen(self, row: RatedRow) -> RatedRow:
         """A row, or that it is left out since it has images and the model sees none."""
-        unseen = isinstance(row, FeedbackRow) and pictures_of(row) and self._inputs.processor is None
-        return LeftOut(row.place, f"{WITH_IMAGE}, and a model that sees none") if unseen else row
+        if isinstance(row, FeedbackRow) and pictures_of(row) and self._inputs.processor is None:
+            return LeftOut(row.place, f"{WITH_IMAGE}, and a model that sees none")
+        return row
 
     def _outcome(self, script: ChatScript, known: TokenIds) -> Outcome:
         row, pictures = script.row, pictures_of(script.row)

@@ -76,14 +76,15 @@ class Routing:
         self._model, config = model, causal_lm_of(model).config.get_text_config()
         self._routers = [] if compiled else list(routers_of(causal_lm_of(model)).values())
         self._chosen = experts_per_token(config, 1)
-        self.losses_B, self.sums = None, dict[str, Tensor]()
+        self.losses_B: Tensor | None = None
+        self.sums = dict[str, Tensor]()
         if coefficient == "auto":  # as transformers adds it
             asked, names = getattr(config, "output_router_logits", False), ("router_aux_loss_coef", "aux_loss_coef")
             coefficient = next((float(getattr(config, name, None) or 0.0) for name in names if asked), 0.0)
         if coefficient and not self._routers:
             found = f"{coefficient:g} for {type(causal_lm_of(model)).__name__}, perhaps compiled"
             raise ConfigError("model.router_aux_loss", f"expected 0 without routers to watch, found {found}.")
-        self.coefficient = coefficient
+        self.coefficient = float(coefficient)
 
     @contextmanager
     def watched(self, batch: FeedbackBatch) -> Iterator[None]:
@@ -125,8 +126,8 @@ class Routing:
             counts_BE = counts_BE.view_as(zeros_BE)
             losses.append(logits_TE.shape[1] * (counts_BE * sums_BE / lengths_B1.square()).sum(-1))
             counts.append(counts_BE.sum(0))
-        self.losses_B, counts_LE = torch.stack(losses).mean(0), pad_sequence(counts, batch_first=True)
-        self.sums = {"router_loss": self.losses_B.detach().sum(), "expert_counts": counts_LE}
+        losses_B, counts_LE = torch.stack(losses).mean(0), pad_sequence(counts, batch_first=True)
+        self.losses_B, self.sums = losses_B, {"router_loss": losses_B.detach().sum(), "expert_counts": counts_LE}
 
     def _places(self, batch: FeedbackBatch) -> Tensor:
         """Where a layout has the tokens of each row, one row after the other; those of a shared prompt come often."""

@@ -127,9 +127,10 @@ def tokens_within(memory: float, options: PlanOptions, tile: tuple[int, int] = _
     """The most tokens of a micro-batch, in rows of ``max_length``, for which a step takes so many bytes; 0 if none."""
     model = unloaded_model(str(options.model)) if model is None else model
     rows = range(1, _MOST_TOKENS // options.max_length + 1)
-    return options.max_length * bisect_right(
+    most = bisect_right(
         rows, memory, key=lambda number: sum(memory_of(replace(options, batch_size=number), tile, model).values())
     )
+    return int(options.max_length * most)
 
 
 def _shapes(name: str, model: Any) -> tuple[list[Shape], dict[str, Shape], dict[str, Shape], Any, int]:

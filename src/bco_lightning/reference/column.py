@@ -129,7 +129,11 @@ def _known(
 ) -> KnownLogProbs | None:
     """Log-probs of all rows, found on disk, or computed now if that is worth it."""
     model, shared = reference.own_model or reference.policy, data.options.group_by_prompt
-    choices = {"compiled": options.compile, "quantization": options.quantization, "shared_prompts": shared}
+    choices: dict[str, Any] = {
+        "compiled": options.compile,
+        "quantization": options.quantization,
+        "shared_prompts": shared,
+    }
     if any("images" in table.column_names for table in tables.values()):
         choices["processor"] = ImageInputs(data.tokenizer).digest()
     key = key_of_log_probs(model, trainer, reference=reference.digest, **choices)

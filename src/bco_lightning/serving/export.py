@@ -237,7 +237,7 @@ def _card(module: BCOModule, name: str, file: str, told: dict[str, Any], base: s
             table[metric.replace("val/", "held-out ")] = f"{then[-1]:.4g}"
     sees = kind_of_model(causal_lm_of(module.policy).config) is not AutoModelForCausalLM
     known = record.held_out is not None and record.held_out.step == steps
-    on_hub = {} if Path(named).exists() or named.count("/") != 1 else {"base_model": named}
+    on_hub: dict[str, Any] = {} if Path(named).exists() or named.count("/") != 1 else {"base_model": named}
     return _CARD.format(
         front=ModelCardData(library_name=library, tags=["alignment", "bco", "binary-feedback"], **on_hub).to_yaml(),
         name=_plain(name),
