@@ -20,8 +20,6 @@ from bco_lightning.parallel.strategy import named_strategy
 from tests.distributed.runs import TORCHRUN
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit, wait
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one process makes what these tests share
-
 ROWS, ROWS_PER_STEP, STEPS = 150, 10, 4
 KINDS = ("full", "lora")
 TOGETHER = (("full", "fsdp2"), ("lora", "ddp"), ("full, streamed", "fsdp2"), ("lora, streamed", "ddp"))

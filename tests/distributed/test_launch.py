@@ -19,8 +19,6 @@ import yaml
 from bco_lightning.checkpoints import read_checkpoint, saved_steps
 from tests.reliability.tiny_run import ROOT, free_port, make_log, make_model
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one process makes what these tests share
-
 LAST = "step-00000012"
 TORCHRUN = "--standalone --nproc_per_node 2 -m bco_lightning"
 SRUN = """#!/bin/bash

@@ -21,8 +21,6 @@ from bco_lightning.data.row_sets import RowReader
 from bco_lightning.data.tokenize import RowTokenizer
 from tests.reliability.tiny_run import finish, make_log, make_model, start, tiny_fit, wait
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one process makes what these tests share
-
 ROWS, HELD_OUT, ROWS_PER_STEP, STEPS_PER_EPOCH = 51, 13, 8, 7
 
 

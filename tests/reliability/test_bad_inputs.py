@@ -344,7 +344,7 @@ ROWS_OF_MESSAGES: dict[str, Case] = {
     "content is blank": bad(chat(user("  "), assistant()), f"'messages' {NO_TEXT}"),
     "content is an image": bad(
         chat(user([{"type": "text", "text": SAID}, {"type": "image_url", "image_url": {"url": SAID}}]), assistant()),
-        'message 1 of \'messages\' must have text parts as its content, found one of type "image_url".',
+        "expected an image file below ., found none of at most 64 MiB there.",
     ),
     "text of a part is null": bad(
         chat(user([{"type": "text", "text": None}]), assistant()),

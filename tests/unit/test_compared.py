@@ -214,7 +214,9 @@ def test_a_missing_column_is_named_with_its_option() -> None:
     ],
 )
 def test_a_data_set_that_is_recognized_is_named_where_a_column_is_missing(record: dict[str, Any], name: str) -> None:
-    assert thumbs(record).endswith(f"or set data.columns.prompt. It looks like data.preset: {name}.")
+    assert thumbs(record).endswith(
+        f"or set data.columns.prompt and data.columns.completion. It looks like data.preset: {name}."
+    )
     assert "preset" not in thumbs({"question": "q", "history": [], "label": 1})
 
 
@@ -232,11 +234,17 @@ def test_what_is_set_counts_more_than_the_preset() -> None:
 
 def test_a_source_of_another_data_set_is_not_read_by_the_preset_of_all() -> None:
     known = row_format_of(DataOptions(preset="toxic_chat"), Source("x", preset="helpsteer2"))
-    assert (known.format, known.columns, known.rating) == ("auto", Columns(), Rating("helpfulness", up=4, down=3))
+    assert (known.format, known.columns, known.rating) == (
+        "auto",
+        Columns(),
+        Rating("helpfulness", up=4, down=3, scale=(0, 4)),
+    )
 
 
 def test_an_unknown_preset_is_refused_by_the_names_there_are() -> None:
     assert set(get_args(PresetName)) == set(PRESETS)
     for make in (lambda: DataOptions(preset="helpsteer"), lambda: Source("x", preset="helpsteer")):
-        with pytest.raises(ConfigError, match=r"^data\.preset: expected helpsteer2 or openai_.*found 'helpsteer'"):
+        with pytest.raises(
+            ConfigError, match=r"^data\.preset: expected helpsteer2 or llava_rlhf or openai_.*found 'helpsteer'"
+        ):
             make()

@@ -28,8 +28,6 @@ from tests.conftest import REAL_MODEL
 from tests.unit.made_rows import records_of
 from tests.unit.test_importance import MINILM
 
-pytestmark = pytest.mark.xdist_group(__name__)  # one process makes what these tests share
-
 Array = np.ndarray[Any, Any]
 
 of_real_prompts = pytest.mark.skipif(

@@ -183,7 +183,7 @@ def check(name: str, given_record: dict[str, Any]) -> None:
             assert str(outcome).startswith("x:1: ")
         elif isinstance(outcome, FeedbackRow):
             assert isinstance(outcome.thumbs_up, bool)
-            json.dumps(outcome.prompt + outcome.completion, ensure_ascii=False).encode()
+            json.dumps(outcome.prompt + outcome.completion, ensure_ascii=False, default=str).encode()
         else:
             assert outcome.place == "x:1"
 

@@ -141,7 +141,7 @@ def test_gradients_and_weights_are_those_of_steps_that_are_not_cut(
     assert {step: sorted(rows) for step, rows in now["rows"].items()} == {
         step: sorted(rows) for step, rows in then["rows"].items()
     }
-    rounding = 3e-2 if "trainer" in options else 1e-5
+    rounding = 5e-2 if "trainer" in options else 1e-5
     for one, other in zip(whole.of_step, parts.of_step, strict=True):
         for name in one:
             assert float((one[name] - other[name]).norm()) <= rounding * max(1e-3, float(one[name].norm())), name

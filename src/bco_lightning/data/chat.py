@@ -98,11 +98,12 @@ class ChatTemplate:
         """Whether the template prints lists of parts alone, as those of some models with images do."""
         if not re.search(r"['\"]type['\"]|\.type\b", self._text):
             return False
-        tried, found = {"role": "user", "content": "a"}, ["", ""]
+        tried, found = {"role": "user", "content": (word := "something")}, ["", ""]
         for number, message in enumerate((tried, as_told(tried))):
             with contextlib.suppress(*TEMPLATE_FAILURES):
                 found[number] = self._tokenizer.apply_chat_template([message], chat_template=self._text, tokenize=False)
-        return len(found[1]) > len(found[0])
+        # One that prints whatever it is given prints a list as Python writes it.
+        return word in found[1] and word not in found[0]
 
     def render(self, conversation: Conversation, stop: int | None = None, *, asks_next: bool) -> str:
         """The messages up to ``stop`` as text; ``asks_next`` adds what comes before an answer."""

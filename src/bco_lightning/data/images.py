@@ -270,4 +270,5 @@ def _without_videos(name: str) -> Any:
         def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None) -> None:
             super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
-    return ImagesOnly(AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+    images = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    return ImagesOnly(images, AutoTokenizer.from_pretrained(name, trust_remote_code=False))

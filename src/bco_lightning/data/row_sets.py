@@ -216,7 +216,7 @@ class RowReader:
         for (number, place), record in maker.learn(records):
             where = place_in(files[number].name, place.line)
             rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where, finders[number])
-            for part, row in enumerate(rows):
+            for part, row in enumerate(map(self.row_tokenizer.seen, rows)):
                 yield row, RowPlace(number, place, part)
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
                     return

@@ -79,9 +79,8 @@ class RowTokenizer:
             waiting: deque[tuple[list[Row], list[Script], Future[TokenIds]]] = deque()
             for batch in _batches(rows):
                 self._encode("")  # takes back truncation and padding of an earlier call, which stay with the tokenizer
-                told: list[Any] = list(map(self._seen, batch))
-                made = iter(self._template.scripts([row for row in told if isinstance(row, FeedbackRow)]))
-                scripts = [next(made) if isinstance(row, FeedbackRow) else row for row in told]
+                made = iter(self._template.scripts([row for row in batch if isinstance(row, FeedbackRow)]))
+                scripts: list[Any] = [next(made) if isinstance(row, FeedbackRow) else row for row in batch]
                 waiting.append((batch, scripts, thread.submit(self._encode_all, scripts)))
                 if len(waiting) > _AHEAD:
                     yield from self._finished(*waiting.popleft())
@@ -95,7 +94,7 @@ class RowTokenizer:
         for row, script in zip(rows, scripts, strict=True):
             yield row, self._outcome(script, known) if isinstance(script, ChatScript) else script
 
-    def _seen(self, row: RatedRow) -> RatedRow:
+    def seen(self, row: RatedRow) -> RatedRow:
         """A row, or that it is left out since it has images and the model sees none."""
         if isinstance(row, FeedbackRow) and pictures_of(row) and self._inputs.processor is None:
             return LeftOut(row.place, f"{WITH_IMAGE}, and a model that sees none")
