@@ -73,7 +73,7 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
         return _shown(talk, speakers.name, log)
 
     with gr.Blocks(title="bco_lightning chat", analytics_enabled=False) as blocks:
-        talk = gr.State()
+        talk, asked = gr.State(), gr.State()
         with gr.Row():
             chats = [gr.Chatbot(height="65vh", buttons=["copy"], latex_delimiters=[]) for _ in models]
         said = gr.Textbox(placeholder="Ask something", show_label=False, submit_btn=True)
@@ -85,8 +85,8 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
             most = gr.Slider(16, 4096, 512, step=16, label="Most tokens of an answer")
         everything = [talk, *chats, gr.Markdown()]
         gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything)
-        said.submit(ask, [said, talk, warmth, most], everything)
-        said.submit(str, None, said)  # apart, or answers would clear what is typed while they come
+        taken = said.submit(lambda text: (text, ""), said, [asked, said])  # the next may be typed meanwhile
+        taken.then(ask, [asked, talk, warmth, most], everything, trigger_mode="multiple")
         stop.click(_Talk.stop, talk, None)
         reveal.click(revealed, talk, everything)
         for side, chat in enumerate(chats):
