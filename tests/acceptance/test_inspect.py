@@ -209,6 +209,7 @@ def test_configs_of_fit_are_taken_with_options_over_them(config: str, tiny_model
     assert main(["inspect", *options, f"--model.name_or_path={tiny_model}", f"--data.train_files={log}"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_ratings_of_chitchat_are_read_and_every_row_is_accounted_for(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("chitchat_dataset")

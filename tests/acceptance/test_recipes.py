@@ -62,7 +62,12 @@ def train(name: str, model: str, log: str, **more: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["lora", "full", "node_lora", "node_full", pytest.param("nodes_full", marks=pytest.mark.slow)]
+    "name",
+    [
+        "lora",
+        "full",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("node_lora", "node_full", "nodes_full")),
+    ],
 )
 def test_a_recipe_trains_from_zero_rewards(name: str, tiny_model: str, log: str, tmp_path: Path) -> None:
     if name.startswith("node"):

@@ -228,7 +228,7 @@ BAD_ROW = r"error: \S*bad\.jsonl:7: expected a column 'completion', found 'promp
 @pytest.mark.parametrize(
     ("launcher", "option", "message"),
     [
-        ("Lightning", "--data.train_files=FILES/bad.jsonl", BAD_ROW),
+        pytest.param("Lightning", "--data.train_files=FILES/bad.jsonl", BAD_ROW, marks=pytest.mark.slow),
         pytest.param("torchrun", "--data.train_files=FILES/bad.jsonl", BAD_ROW, marks=pytest.mark.slow),
         pytest.param("Lightning", "--data.batch_sise=4", "error: unrecognized arguments: .*", marks=pytest.mark.slow),
     ],
@@ -280,6 +280,7 @@ def test_a_process_that_fails_takes_the_others_along(launcher: str, how: str, ra
 HANGS = "found that one is gone or hangs: none in {} s (process_timeout)"
 
 
+@pytest.mark.slow
 def test_a_hang_ends_within_the_timeout_and_says_which(group: Group, files: Path) -> None:
     on_slurm(group, files, *fault("sleeps", 1), "--process_timeout", "5")
     assert group.wait() == [2]

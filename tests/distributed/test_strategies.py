@@ -16,6 +16,9 @@ from bco_lightning.serving.export import export_checkpoint
 from tests.distributed.runs import TORCHRUN, Case, go_on, run_all
 from tests.reliability.tiny_run import finish, make_log, make_model, start
 
+# In a quick run a few of these cases are in tests/reliability: cuts of a step, and moves between processes (R4, R5).
+pytestmark = pytest.mark.slow
+
 # What a strategy does in its own way stands in one of these: adapters, accumulation, a reference of its own, which
 # is cut up too; activations that are computed again; weights that are cast as they are cut up.
 TOGETHER = [

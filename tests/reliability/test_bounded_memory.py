@@ -122,6 +122,7 @@ def _reads(log: str, scratch: str) -> int:
 _alive: list[FeedbackDataModule] = []
 
 
+@pytest.mark.slow
 def test_loader_workers_that_are_started_afresh_read_the_rows_too(tmp_path: Path) -> None:
     module = FeedbackDataModule(make_log(tmp_path / "log.jsonl"), tokenizer=byte_tokenizer(), num_workers=1)
     module.setup("fit")

@@ -97,7 +97,14 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
 @pytest.mark.promise(
     "R1", "The same with adapters, balanced sampling, weighted sources, and validating within the epoch"
 )
-@pytest.mark.parametrize("kind", ["lora", "balanced", "sources", "validation within the epoch", "random numbers"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lora",
+        "validation within the epoch",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("balanced", "sources", "random numbers")),
+    ],
+)
 def test_other_kinds_of_runs_resume_too(
     kind: str, byte_model: str, feedback: str, validation_log: str, tmp_path: Path, trials: Trials
 ) -> None:

@@ -287,7 +287,7 @@ def test_the_golden_trajectory(byte_model: str, feedback: str, tmp_path: Path, t
 def test_memory_and_open_files_do_not_grow_with_steps(
     byte_model: str, feedback: str, tmp_path: Path, trials: Trials
 ) -> None:
-    for trial in trials([trials.count(quick=400, full=2000)], quick=1):
+    for trial in trials([trials.count(quick=350, full=2000)], quick=1):
         with trial as steps:
             (slope, files) = finish(start(grow, byte_model, feedback, steps, folder=tmp_path), tmp_path)[0]
             assert slope < 1024, f"{slope:.0f} bytes per step"

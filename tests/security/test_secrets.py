@@ -109,7 +109,7 @@ def test_secrets_of_the_environment_are_written_nowhere(
         "failing fit with a traceback": (1, ["fit", *options(model, bad)], True),
         "fit in a fresh process": (0, ["fit", *options(model, log)], True),
     }
-    for trial in trials(list(runs), quick=4):
+    for trial in trials(list(runs), quick=3):
         with trial as name:
             expected, arguments, fresh = runs[name]
             debug = {"BCO_DEBUG": "1"} if expected == 1 else {}

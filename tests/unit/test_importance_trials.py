@@ -157,6 +157,7 @@ def draw(make: Callable[..., tuple[Any, Array]], prompts: list[str], features: T
 
 
 @of_real_prompts
+@pytest.mark.slow
 def test_weights_follow_a_topic_of_real_prompts(prompts: list[str], minilm: Tensor, keys: Array) -> None:
     correlation, mass, fitted = draw(about_food, prompts, minilm, keys, seed=0)
     assert fitted.ratio.has_evidence

@@ -39,6 +39,7 @@ def test_named_shapes_have_the_published_number_of_parameters(name: str, publish
     assert sum(parameter.numel() for parameter in unloaded_model(name).parameters()) == published
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_a_packaged_gguf_file_is_planned_from_its_header() -> None:
     assert memory_of(PlanOptions(REAL_MODEL, dtype="float32"))["weights"] == 4 * 134_515_008
