@@ -254,5 +254,12 @@ def test_a_notebook_trains_its_own_model_object_and_prints_nothing_that_its_read
     outputs = [output for cell in notebook.cells[1:] for output in cell.outputs]
     said = "".join(str(output.get("text", output.get("data"))) for output in outputs)
     assert "Scores(rewards=tensor([" in said
-    for words in ("Tip:", "eval mode", "LeafSpec", "on_before_batch_transfer", "TPU", "logging interval"):
+    for words in (
+        "Tip:",
+        "in eval mode at the start",
+        "LeafSpec",
+        "on_before_batch_transfer",
+        "TPU",
+        "logging interval",
+    ):
         assert words not in said

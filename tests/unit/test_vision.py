@@ -176,7 +176,7 @@ def test_a_step_on_images_has_the_losses_of_equation_8(folder: Path, known: str)
 def fitted(folder: Path, steps: int, root: Path | None = None, ckpt_path: str | None = None) -> Any:
     module = BCOModule(
         str(folder / "model"), lora=LoraSettings(r=2, alpha=4), dtype="float32", learning_rate=0.05, seed=0,
-        lr_schedule="constant",
+        lr_schedule="constant_with_warmup",
     )  # fmt: skip
     data = tiny_data(str(folder / "log.jsonl"), max_length=128, validation_fraction=0.3, seed=0)
     checkpoint, saving = RunCheckpoint(), {}
