@@ -144,6 +144,7 @@ def test_scores_are_log_ratios_of_float64(tiny_model: str, tokenizer: Any, rows:
     assert [parameter.requires_grad for parameter in policy.parameters()] == before
     for given in (rows, Dataset.from_list(rows), pd.DataFrame(rows)):
         assert torch.equal(score(given, **how).rewards, found.rewards)
+    assert torch.allclose(score(rows, tokens_per_micro_batch=40, **how).rewards, found.rewards, atol=1e-4)
     with torch.no_grad():
         exact = [model.double().eval() for model in (policy, model_object(tiny_model))]
         by_policy, by_reference = (torch.stack([log_probs_of(m, tokenizer, row) for row in rows]) for m in exact)

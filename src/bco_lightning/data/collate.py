@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from bco_lightning.batch import FeedbackBatch, Span
@@ -114,6 +115,11 @@ def collate_cut(
     ends = [n for n in range(1, len(own) + 1) if n == len(own) or units[n] != units[n - 1]]
     parts = cut(lengths, most_tokens, padded=padded, shared=shared, ends=ends)
     return [collate([*own[part], *samples[len(own) :][part]], **options) for part in parts]
+
+
+def select_known(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """A table with those of some columns that it has: one of text has none for images."""
+    return dataset.select_columns([name for name in names if name in dataset.column_names])
 
 
 def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:

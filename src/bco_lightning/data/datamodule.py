@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import asks_for_date, chosen_template, today
-from bco_lightning.data.collate import COLUMNS, collate_cut
+from bco_lightning.data.collate import COLUMNS, collate_cut, select_known
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.demands import pairs_of, refuse_options, require
 from bco_lightning.data.given import with_given
@@ -433,7 +433,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def _loader(self, dataset: Any, sampler: Any, **collated: Any) -> DataLoader[FeedbackBatch]:
         if isinstance(dataset, Dataset):
-            dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+            dataset = select_known(dataset, COLUMNS)
         collated |= {"share_prompts": self.options.group_by_prompt, "most_tokens": self.tokens_per_micro_batch}
         collated |= {"padded": getattr(self._module, "layout", "") == "padded", "images": ImageInputs(self.tokenizer)}
         return DataLoader(

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows
-from bco_lightning.data.collate import COLUMNS, collate
+from bco_lightning.data.collate import COLUMNS, collate, select_known
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.data.images import ImageInputs, file_of
 from bco_lightning.data.order import cut
@@ -129,11 +129,8 @@ def _known(
 ) -> KnownLogProbs | None:
     """Log-probs of all rows, found on disk, or computed now if that is worth it."""
     model, shared = reference.own_model or reference.policy, data.options.group_by_prompt
-    choices: dict[str, Any] = {
-        "compiled": options.compile,
-        "quantization": options.quantization,
-        "shared_prompts": shared,
-    }
+    choices: dict[str, Any] = {"compiled": options.compile, "quantization": options.quantization}
+    choices["shared_prompts"] = shared
     if any("images" in table.column_names for table in tables.values()):
         choices["processor"] = ImageInputs(data.tokenizer).digest()
     key = key_of_log_probs(model, trainer, reference=reference.digest, **choices)
@@ -241,8 +238,7 @@ class KnownLogProbs:
             leaving.callback(self._write)  # whatever ends the pass, what it has computed is found by the next start
             for first in range(0, len(batches), trainer.world_size):
                 name, rows = batches[(first + trainer.global_rank) % len(batches)]
-                table = self._tables[name]
-                columns = table.select_columns([each for each in _COLUMNS if each in table.column_names])[rows]
+                columns = select_known(self._tables[name], _COLUMNS)[rows]
                 samples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
                 self._put(self._slots[name][rows], score(collate(samples, **collated)).cpu().numpy())
                 bar.update(sum(len(rows) for _, rows in batches[first : first + trainer.world_size]))
@@ -283,14 +279,14 @@ class KnownLogProbs:
 def keys_and_lengths(dataset: Dataset) -> tuple[_Array, _Array]:
     """The key of each row, the first 128 bits of SHA-256 over its tokens and which carry loss, and its length."""
     keys, lengths = bytearray(), [np.empty(0, np.int32)]
-    names = [name for name in ("input_ids", "completion_mask", "images") if name in dataset.column_names]
-    for table in dataset.select_columns(names).with_format("arrow").iter(_ROWS_AT_A_TIME):
+    known = select_known(dataset, ("input_ids", "completion_mask", "images")).with_format("arrow")
+    for table in known.iter(_ROWS_AT_A_TIME):
         ids, masks = (table.column(name).combine_chunks() for name in ("input_ids", "completion_mask"))
         lengths.append(ids.value_lengths().to_numpy())
         ends = np.cumsum(lengths[-1]).tolist()
         tokens = ids.flatten().to_numpy().astype("<i4", copy=False).tobytes()
         scored = masks.flatten().to_numpy(zero_copy_only=False).tobytes()
-        images = table.column("images").to_pylist() if "images" in names else [()] * len(ends)
+        images = table.column("images").to_pylist() if "images" in table.column_names else [()] * len(ends)
         for start, end, seen in zip([0, *ends], ends, images, strict=False):
             told = "".join(file_of(each)[0] or hashlib.sha256(each).hexdigest() for each in seen).encode()
             keys += hashlib.sha256(tokens[4 * start : 4 * end] + scored[start:end] + told).digest()[:16]

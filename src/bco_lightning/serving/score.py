@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bco_lightning.batch import micro_batches_of
 from bco_lightning.checkpoints.manifest import MANIFEST_FILE
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError, FeedbackRowError
@@ -89,7 +90,7 @@ def score(
     found: list[list[Tensor]] = []
     for entered in models:
         with entered as model, evaluating(model):
-            batches = (batch.to(model.device) for batch in data.predict_dataloader())
+            batches = (part.to(model.device) for batch in data.predict_dataloader() for part in micro_batches_of(batch))
             found.append([completion_log_probs(model, batch).cpu() for batch in batches])
     policy_N, reference_N = map(torch.cat, found)
     return Scores(beta * (policy_N - reference_N), policy_N, reference_N)
