@@ -143,8 +143,8 @@ class Watch(StepCallback):
 def _distance(module: BCOModule, prompts: list[list[int]], answers: list[SampledCompletion]) -> dict[str, float]:
     """KL in nats per answer, exact at each place of the samples, and perplexity under the reference."""
     kl = log_prob = count = 0.0
-    for start in range(0, len(prompts), 32):
-        rows = list(zip(prompts, answers, strict=True))[start : start + 32]
+    for start in range(0, len(prompts), 16):
+        rows = list(zip(prompts, answers, strict=True))[start : start + 16]
         texts = [torch.tensor([*prompt, *answer.token_ids]) for prompt, answer in rows]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=module.tokenizer.pad_token_id)
         row, place = zip(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import GenerationConfig
 
 from bco_lightning import ImplicitRewardMetrics
 from bco_lightning.callbacks import RunCheckpoint
@@ -63,6 +64,41 @@ def test_a_sample_is_repeatable_and_leaves_the_random_state_alone(tiny_model: st
     assert torch.equal(torch.get_rng_state(), state)
     assert sample_completions(module.policy, module.tokenizer, prompts, **options) == first
     assert all(len(sample.token_ids) <= 5 for sample in first)
+
+
+def test_samples_are_of_the_whole_distribution_whatever_the_generation_config_says(tiny_model: str) -> None:
+    module = tiny_module(tiny_model)
+    prompt = module.tokenizer("Hello")["input_ids"]
+    with torch.no_grad():
+        expected = module.policy(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
+    changed = {"repetition_penalty": 9.0, "top_k": 1, "temperature": 0.01, "suppress_tokens": list(range(9000))}
+    module.policy.get_base_model().generation_config = GenerationConfig(**changed)
+    drawn = sample_completions(module.policy, module.tokenizer, [prompt] * 500, max_new_tokens=1, seed=0)
+    tokens = torch.tensor([sample.token_ids[0] for sample in drawn])
+    for part in (torch.arange(len(expected)) < 9000, torch.arange(len(expected)) % 3 == 0):
+        share = float(expected[part].sum())
+        found = float(part[tokens].double().mean())
+        assert abs(found - share) < 4 * math.sqrt(share * (1 - share) / 500)
+    assert module.policy.get_base_model().generation_config.top_k == 1
+
+
+def test_a_sample_ends_at_each_end_token_that_the_model_names(tiny_model: str) -> None:
+    module = tiny_module(tiny_model)
+    ends = list(range(0, len(module.tokenizer), 2))
+    module.policy.generation_config.eos_token_id = ends
+    prompts = module.tokenizer(["Hello"] * 20)["input_ids"]
+    for sample in sample_completions(module.policy, module.tokenizer, prompts, max_new_tokens=30, seed=0):
+        assert [token in ends for token in sample.token_ids] == [False] * (len(sample.token_ids) - 1) + [True]
+        assert sample.finished
+
+
+def test_the_head_is_given_states_of_which_its_weight_is_not_copied_for_each_row(tiny_model: str) -> None:
+    module, seen = tiny_module(tiny_model), []
+    module.policy.get_output_embeddings().register_forward_hook(lambda *given: seen.append(given[1][0].is_contiguous()))
+    prompts = module.tokenizer(["Hello, you there", "A much longer prompt"])["input_ids"]
+    sample_completions(module.policy, module.tokenizer, prompts, max_new_tokens=2, seed=0)
+    assert seen
+    assert all(seen)
 
 
 def test_the_trial_finds_no_difference_between_a_policy_and_itself(tiny_model: str) -> None:

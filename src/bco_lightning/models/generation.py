@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from bco_lightning.data.messages import said_in
-from bco_lightning.identity import drawing_from
 from bco_lightning.models.layout import causal_lm_of, joined_images
 from bco_lightning.parallel.sharding import is_sharded
 
 
 class SampledCompletion(NamedTuple):
-    """A sampled answer without special tokens, its tokens, and whether it ended, with an EOS token, by itself."""
+    """A sampled answer without special tokens, its tokens, and whether it ended, with an end token, by itself."""
 
     text: str
     token_ids: list[int]
@@ -45,36 +44,54 @@ def sample_completions(
     seed: int,
     images: Sequence[Mapping[str, Tensor]] = (),
 ) -> list[SampledCompletion]:
-    """One completion for each prompt of a batch, with its ``images``, from the whole distribution (no top-k or top-p).
+    """One completion for each prompt of a batch, with its ``images``, from the whole distribution.
 
-    Every process of a model that is cut up has to ask for the same.
+    Nothing of the model's generation config has a say but its end tokens: a penalty or a top-k would make samples of
+    another distribution than the one whose log-probs are compared. Every process of a model that is cut up has to ask
+    for the same.
     """
-    width = max(map(len, prompts))
-    device = next(model.parameters()).device
+    width, inner = max(map(len, prompts)), causal_lm_of(model)
+    ends, device = end_tokens(inner, tokenizer), next(model.parameters()).device
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    told = {name: each.to(device) for name, each in joined_images(causal_lm_of(model), images, ids).items()}
-    with drawing_from(seed, device), evaluating(model):
-        output_ids: Tensor = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            synced_gpus=is_sharded(model),
-            **told,
-        )
+    told = {name: each.to(device) for name, each in joined_images(inner, images, ids).items()}
+    generator, given = torch.Generator(device).manual_seed(seed), inner.generation_config
+
+    def draw(_: Tensor, scores_BV: Tensor) -> Tensor:
+        """Has one token of each row win; ``do_sample`` draws a number for each token of the vocabulary instead."""
+        share_BV = scores_BV.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+        at_B1 = torch.rand(len(share_BV), 1, generator=generator, device=device, dtype=torch.float64)
+        return scores_BV.scatter(1, torch.searchsorted(share_BV, at_B1 * share_BV[:, -1:], right=True), torch.inf)
+
+    # PyTorch copies the head's weight for each row where the states of last tokens are a view, in bfloat16 on a CPU.
+    whole = inner.get_output_embeddings().register_forward_pre_hook(lambda _, states: (states[0].contiguous(),))
+    inner.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    try:
+        with evaluating(model):
+            output_ids: Tensor = inner.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=[draw],
+                synced_gpus=is_sharded(model),
+                **told,
+            )
+    finally:
+        whole.remove()
+        inner.generation_config = given
     completions = []
     for token_ids in output_ids[:, width:].tolist():
-        finished = tokenizer.eos_token_id in token_ids
-        kept = token_ids[: token_ids.index(tokenizer.eos_token_id) + 1] if finished else token_ids
-        text = tokenizer.decode(kept, skip_special_tokens=True)
-        completions.append(SampledCompletion(text.strip(), kept, finished))
+        end = next((place for place, token in enumerate(token_ids, 1) if token in ends), None)
+        text = tokenizer.decode(token_ids[:end], skip_special_tokens=True)
+        completions.append(SampledCompletion(text.strip(), token_ids[:end], end is not None))
     return completions
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and the model's own, such as that which ends a turn."""
+    own = model.generation_config.eos_token_id
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own else [])]))
 
 
 @contextmanager

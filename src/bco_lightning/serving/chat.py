@@ -23,7 +23,7 @@ from bco_lightning.batch import FeedbackRow, Message
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.generation import evaluating
+from bco_lightning.models.generation import end_tokens, evaluating
 from bco_lightning.models.load import locate_model, resolve_dtype
 from bco_lightning.module import BCOModule
 from bco_lightning.options import LoraSettings
@@ -101,8 +101,7 @@ class Speakers:
         greedy = dict.fromkeys(("temperature", "top_k", "top_p"))
         try:
             with self.models[answer.model]() as other, evaluating(model := other or self._policy):
-                own, ids = model.generation_config.eos_token_id, torch.tensor([prompt], device=model.device)
-                ends = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own else [])]
+                ends, ids = end_tokens(model, self.tokenizer), torch.tensor([prompt], device=model.device)
                 drawn: dict[str, Any] = {"temperature": temperature} if temperature else greedy
                 drawn |= {"do_sample": temperature > 0, "eos_token_id": ends, "streamer": streamer}
                 drawn["stopping_criteria"] = [
