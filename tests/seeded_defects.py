@@ -386,13 +386,13 @@ DEFECTS = [
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
     Defect(
-        'S3', 'an adapter may ask PEFT for anything', 'models/limits.py',
+        'S3', 'an adapter may ask PEFT for anything', 'models/refusals.py',
         '        if is_nested or is_other:\n',
         '        if False:\n',
         ('tests/security/test_remote_code.py::test_what_an_adapter_asks_for_besides_is_refused', '--full-trials'),
     ),
     Defect(
-        'S3', 'a model may ask for kernels of the hub', 'models/limits.py',
+        'S3', 'a model may ask for kernels of the hub', 'models/refusals.py',
         '        elif key.endswith("_implementation") and ', '        elif False and ',
         ('tests/security/test_remote_code.py::test_what_a_model_asks_for_besides_is_refused', '--trial=a kernel of the hub'),
     ),

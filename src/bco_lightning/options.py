@@ -341,6 +341,11 @@ class ModelOptions(Options):
         "Seed of the adapters' initial values; that of ``seed_everything`` if left out.", default=None
     )
 
+    @property
+    def reference_name(self) -> str:
+        """Name or path of the reference, which is the policy's own if none is named."""
+        return self.reference_name_or_path or self.name_or_path
+
     def allows(self, kl: float) -> bool:
         """Whether a distance from the reference is within ``kl_budget``."""
         return self.kl_budget is None or abs(kl) <= self.kl_budget

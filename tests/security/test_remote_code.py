@@ -227,7 +227,7 @@ def test_what_an_adapter_asks_for_besides_is_refused(
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron/core.py").write_text(CORE.format(str(marker)))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("bco_lightning.models.limits._SECONDS", 1)
+    monkeypatch.setattr("bco_lightning.models.refusals._SECONDS", 1)
     for trial in trials(list(ADAPTERS), quick=9):
         with trial as name:
             changes, found = ADAPTERS[name]

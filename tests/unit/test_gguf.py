@@ -75,7 +75,7 @@ def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path, cache
     assert (first / "model.safetensors").stat() == written
     write_gguf(file, seed=1)
     assert converted(file, cache) != first
-    assert not list((cache / FOLDER).glob(".draft-*"))
+    assert not list((cache / FOLDER).glob(".*"))
 
 
 def test_a_file_that_changes_while_it_is_converted_is_not_kept_under_what_it_held(

@@ -25,8 +25,13 @@ from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import drawing_from
 from bco_lightning.models.experts import routers_of, stacked_experts
 from bco_lightning.models.layout import seeing_parts_of
-from bco_lightning.models.limits import adapter_fields
-from bco_lightning.models.refusals import in_words, refuse_incomplete, refuse_unsafe_adapter, refuse_unswitchable
+from bco_lightning.models.refusals import (
+    adapter_fields,
+    in_words,
+    refuse_incomplete,
+    refuse_unsafe_adapter,
+    refuse_unswitchable,
+)
 from bco_lightning.options import LoraSettings
 from bco_lightning.parallel.sharding import final_dtype
 

@@ -36,11 +36,6 @@ class ModelBuilder:
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext  # that a step computes in
     given: tuple[Any, Any] = (None, None)  # model and tokenizer instead of a name
 
-    @property
-    def reference_name(self) -> str:
-        """Name or path of the reference, which is the policy's own if none is named."""
-        return self.options.reference_name_or_path or self.options.name_or_path
-
     def policy(self) -> tuple[PreTrainedModel, str]:
         """The policy with what is trained of it, and how its rows are laid out, for people."""
         options = self.options
@@ -57,7 +52,7 @@ class ModelBuilder:
 
     def reference(self) -> PreTrainedModel:
         """The reference as a model of its own."""
-        model = load_language_model(self.reference_name, self._dtype, **self._how)
+        model = load_language_model(self.options.reference_name, self._dtype, **self._how)
         self._prepare(model)
         return model
 

@@ -17,13 +17,8 @@ from bco_lightning.batch import FeedbackBatch
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.layout import causal_lm_of, layout_of
 
-_CHOSEN = (
-    "num_experts_per_tok",
-    "moe_topk",
-    "moe_top_k",
-    "moe_k",
-    "top_k_experts",
-)  # how many experts a token is sent to
+# How many experts a token is sent to.
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def experts_per_token(config: Any, otherwise: int) -> int:

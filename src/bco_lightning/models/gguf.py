@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from bco_lightning.checkpoints.folders import discard
+from bco_lightning.checkpoints.folders import discard, written_whole
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.identity import digest_of_file
-from bco_lightning.models.limits import refuse_unsafe_config
-from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete
+from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete, refuse_unsafe_config
 from bco_lightning.places import is_private
 
 FOLDER = "converted_models"
@@ -83,8 +80,8 @@ def _is_whole(folder: Path) -> bool:
 def _convert(file: Path, folder: Path) -> None:
     refuse_unsafe_config(str(file), PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
     discard(folder)  # what a changed or cut file has left, or somebody else has put there
-    with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder.parent, ignore_cleanup_errors=True) as name:
-        draft = Path(name)
+    with written_whole(folder) as draft:
+        draft.mkdir(mode=0o700)
         model, found = read_gguf(file)
         refuse_incomplete(str(file), "model", found)
         model.save_pretrained(draft)
@@ -93,9 +90,5 @@ def _convert(file: Path, folder: Path) -> None:
         for tensor, weight in model.state_dict().items():
             if not torch.equal(read[tensor], weight):
                 raise OSError(f"what was written of {tensor} to {draft} reads back as something else")
-        for path in draft.iterdir():
-            with path.open("rb+") as written:
-                os.fsync(written.fileno())
         sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
         (draft / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
-        draft.rename(folder)

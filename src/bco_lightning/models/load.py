@@ -29,12 +29,13 @@ from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.identity import drawing_from
 from bco_lightning.models.adapters import add_adapters, choose_routers, load_adapter, merged
 from bco_lightning.models.layout import kind_of_model, seeing_parts_of
-from bco_lightning.models.limits import adapter_fields, refuse_unsafe_config
 from bco_lightning.models.refusals import (
     LACKS_ARE_TOLD,
+    adapter_fields,
     in_words,
     refuse_incomplete,
     refuse_unknown_tokenizer,
+    refuse_unsafe_config,
     refuse_unsafe_model,
     require_bitsandbytes,
 )

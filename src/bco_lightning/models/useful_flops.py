@@ -12,7 +12,7 @@ from torch import nn
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.models.experts import experts_per_token, stacked_experts
-from bco_lightning.models.limits import setting
+from bco_lightning.models.refusals import setting
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,4 @@ def bce_loss(
 class BCE(BCO):
     """BCO without a reward shift (:func:`bce_loss`); the shift is measured all the same, to be looked at."""
 
-    @property
-    def threshold(self) -> float:
-        """0 nats."""
-        return 0.0
+    is_centered = True

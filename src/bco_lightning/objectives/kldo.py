@@ -23,11 +23,8 @@ class KLDO(Objective):
         Haldar et al. 2025, "LLM Safety Alignment is Divergence Estimation in Disguise", arXiv:2502.00657.
     """
 
+    keeps = (("partition", DecayedMeans),)
     sum_names = ("sum_exp_down", "num_exp_down")
-
-    def __init__(self, decay: float = 0.9) -> None:
-        super().__init__(decay)
-        self.baselines["partition"] = DecayedMeans(decay)
 
     @property
     def threshold(self) -> float:

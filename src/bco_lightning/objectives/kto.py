@@ -22,11 +22,7 @@ class APOZero(Objective):
     """
 
     takes_importance = True
-
-    @property
-    def threshold(self) -> float:
-        """0 nats."""
-        return 0.0
+    is_centered = True
 
     def losses(self, rows: RatedAnswers) -> Tensor:
         """How likely the wrong thumb is; from 0 to 1, without a unit."""
@@ -47,11 +43,8 @@ class KTO(APOZero):
     """
 
     takes_unrelated = True
+    keeps = (("kl", DecayedMeans),)
     sum_names = ("sum_unrelated", "num_unrelated")
-
-    def __init__(self, decay: float = 0.9) -> None:
-        super().__init__(decay)
-        self.baselines["kl"] = DecayedMeans(decay)
 
     @property
     def threshold(self) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bco_lightning.objectives.baselines import RewardShift
+from bco_lightning.objectives.baselines import DecayedMeans, RewardShift
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Objective:
     ``model.class_weights`` is ``auto``: the sum of the two class means, for losses of pairs the mean over pairs.
 
     Each objective keeps a :class:`RewardShift`, which says where rewards of the two classes meet; ``bco`` trains with
-    it, others show it. What else one keeps is in ``baselines``, by name.
+    it, others show it. What else one ``keeps`` is in ``baselines``, by name.
 
     Args:
         decay: How much of what baselines have summed up is left after an optimizer step.
@@ -79,16 +79,18 @@ class Objective:
     takes_unrelated: bool = False  # log-ratios of answers to other prompts
     takes_one_class: bool = False  # is content with one
     takes_importance: bool = False  # weights of thumbs-down rows
+    is_centered: bool = False  # at a threshold of 0 nats
+    keeps: tuple[tuple[str, type[DecayedMeans]], ...] = ()  # by name
     sum_names: tuple[str, ...] = ()  # of what ``sums`` gives
 
     def __init__(self, decay: float = 0.9) -> None:
         self.reward_shift = RewardShift(decay)
-        self.baselines: dict[str, Any] = {}
+        self.baselines: dict[str, Any] = {name: kind(decay) for name, kind in self.keeps}
 
     @property
     def threshold(self) -> float:
         """The reward in nats above which a row counts as thumbs-up; it stands still within a step."""
-        return self.reward_shift.value
+        return 0.0 if self.is_centered else self.reward_shift.value
 
     def losses(self, rows: RatedAnswers) -> Tensor:
         """The loss of each row, shape ``(B,)``, before class weights; of a row that lacks its pair it is NaN."""

@@ -64,10 +64,7 @@ class NCA(PairObjective):
         Chen et al. 2024, arXiv:2402.05369, for two answers.
     """
 
-    @property
-    def threshold(self) -> float:
-        """0 nats: rewards are absolute."""
-        return 0.0
+    is_centered = True  # rewards are absolute
 
     def of_pairs(self, rows: RatedAnswers, others_B: Tensor) -> Tensor:
         """The terms of the row itself."""

@@ -39,11 +39,8 @@ class BCOPerPrompt(BCO):
     """
 
     takes_prompts = True
+    keeps = (("prompt_spread", PromptSpread),)
     sum_names = (*(f"log_likelihood_{spread:g}" for spread in _SPREADS), "num_prompts")
-
-    def __init__(self, decay: float = 0.9) -> None:
-        super().__init__(decay)
-        self.baselines["prompt_spread"] = PromptSpread(decay)
 
     def losses(self, rows: RatedAnswers) -> Tensor:
         """In nats, with importance weights."""

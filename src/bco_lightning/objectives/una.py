@@ -17,11 +17,7 @@ class UNA(Objective):
 
     takes_scores = True
     takes_one_class = True
-
-    @property
-    def threshold(self) -> float:
-        """0 nats: a score of a half."""
-        return 0.0
+    is_centered = True  # there the score is a half
 
     def losses(self, rows: RatedAnswers) -> Tensor:
         """Without a unit; NaN without scores."""

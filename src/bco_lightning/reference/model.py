@@ -88,7 +88,7 @@ class Reference:
             digest = self._digest_of(model.named_parameters())
             if self._digest and digest != self._digest:
                 expected = "expected the weights that the reference had when the run began, found others."
-                raise LanguageModelError(self._builder.reference_name, expected, "Restore them.")
+                raise LanguageModelError(self._builder.options.reference_name, expected, "Restore them.")
             self._digest = digest
             self._builder.finish(model)
         self.own_model = model.requires_grad_(False).eval()

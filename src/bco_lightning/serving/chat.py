@@ -9,11 +9,10 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -37,10 +36,9 @@ class Answer:
     model: str
     prompt: list[Message]
     text: str = ""
-    finished: bool = False  # by its own end token
+    finished: bool | None = None  # by its own end token; not yet known while it is made
     thumb: bool | None = None
     line: bytes = b""
-    stopped: Event = field(default_factory=Event)  # by whoever asked, or at its end
 
 
 class Speakers:
@@ -92,7 +90,6 @@ class Speakers:
             answer.text += text
             yield answer
         answer.text, answer.finished = made.result()
-        answer.stopped.set()
         yield answer
 
     def _make(
@@ -104,9 +101,6 @@ class Speakers:
                 ends, ids = end_tokens(model, self.tokenizer), torch.tensor([prompt], device=model.device)
                 drawn: dict[str, Any] = {"temperature": temperature} if temperature else greedy
                 drawn |= {"do_sample": temperature > 0, "eos_token_id": ends, "streamer": streamer}
-                drawn["stopping_criteria"] = [
-                    lambda ids, _: ids.new_full(ids.shape[:1], answer.stopped.is_set()).bool()
-                ]
                 drawn |= {"max_new_tokens": room, "pad_token_id": self.tokenizer.pad_token_id}
                 found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **drawn)
                 new = found[0, len(prompt) :].tolist()

@@ -37,11 +37,6 @@ class _Talk(dict[str, list[Answer]]):
             given.append(Answer(model, [*before, {"role": "user", "content": said}]))
         return [given[-1] for given in self.values()]
 
-    def stop(self) -> None:
-        for given in self.values():
-            for answer in given:
-                answer.stopped.set()
-
 
 def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
     """The page, which is not served yet."""
@@ -78,7 +73,7 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
             chats = [gr.Chatbot(height="65vh", buttons=["copy"], latex_delimiters=[]) for _ in models]
         said = gr.Textbox(placeholder="Ask something", show_label=False, submit_btn=True)
         with gr.Row():
-            stop, again = gr.Button("Stop", size="sm"), gr.Button("New conversation", size="sm")
+            again = gr.Button("New conversation", size="sm")
             reveal = gr.Button("Who is who?", size="sm", visible=blind)
         with gr.Accordion("How answers are drawn", open=False):
             warmth = gr.Slider(0, 2, 0.7, step=0.1, label="Temperature; 0 takes the likeliest token")
@@ -87,7 +82,6 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
         gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything)
         taken = said.submit(lambda text: (text, ""), said, [asked, said])  # the next may be typed meanwhile
         taken.then(ask, [asked, talk, warmth, most], everything, trigger_mode="multiple")
-        stop.click(_Talk.stop, talk, None)
         reveal.click(revealed, talk, everything)
         for side, chat in enumerate(chats):
             chat.like(rating(side), talk, everything)
@@ -100,12 +94,9 @@ def serve(blocks: Any, host: str, port: int | None, waits: bool = True) -> str:
     cookie = f"chat-{token[:6]}"
 
     async def guarded(request: Any, follow: Any) -> Any:
-        brought, own = (
-            request.query_params.get("token") or request.cookies.get(cookie, ""),
-            "/gradio_api/startup-events",
-        )
-        if request.url.path == own:  # asked by the server itself; it tells nothing
+        if request.url.path == "/gradio_api/startup-events":  # asked by the server itself; it tells nothing
             return await follow(request)
+        brought = request.query_params.get("token") or request.cookies.get(cookie, "")
         if not secrets.compare_digest(brought.encode(), token.encode()):
             return PlainTextResponse("Open the URL that the command has printed, which ends with a token.", 401)
         response = await follow(request)
@@ -127,13 +118,13 @@ def _shown(talk: _Talk, name: str, log: Path) -> list[Any]:
     """What the page shows of a conversation: its columns, and a line about its thumbs."""
     columns = []
     for letter, (model, given) in zip("AB", talk.items(), strict=False):
-        texts = [answer.text + _CUT * (answer.stopped.is_set() and not answer.finished) for answer in given]
-        said = [
-            (answer.prompt[-1], {"role": "assistant", "content": t}) for answer, t in zip(given, texts, strict=True)
-        ]
+        said: list[Any] = []
+        for answer in given:
+            text = answer.text + _CUT * (answer.finished is False)
+            said += [answer.prompt[-1], {"role": "assistant", "content": text}]
         label = f"model {letter}" if talk.blind else f"{model}: {name}" if model == "policy" else model
         thumbs = [_THUMBS[answer.thumb] for answer in given]
-        columns.append(gr.Chatbot([message for turn in said for message in turn], label=label, feedback_value=thumbs))
+        columns.append(gr.Chatbot(said, label=label, feedback_value=thumbs))
     found = Counter((answer.model, answer.thumb) for given in talk.values() for answer in given)
     told = [f"{model} {found[model, True]} up, {found[model, False]} down" for model in talk]
     count = sum(number for (_, thumb), number in found.items() if thumb is not None)

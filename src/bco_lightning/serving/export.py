@@ -142,7 +142,7 @@ def export_checkpoint(
             parts = {} if whole else {"selected_adapters": ["default"], "save_embedding_layers": own}
             policy.save_pretrained(folder, **parts)
         day = {name: day for name, day in told.get("fingerprints", {}).items() if name == "template_date"}
-        named = {"objective": module.hparams["objective"], "reference": _reference_name(module), **day}
+        named = {"objective": module.hparams["objective"], "reference": module.options.reference_name, **day}
         write_alignment(folder, module.objective, beta=module.beta, **named)
         if module.importance is not None:
             module.importance.save(folder / IMPORTANCE_FILE, prompt_features=module.hparams["prompt_features"])
@@ -247,14 +247,10 @@ def _card(module: BCOModule, name: str, file: str, told: dict[str, Any], base: s
         outcome=record.outcome.text if known else "",
         beta=options.beta,
         alignment_file=ALIGNMENT_FILE,
-        reference=_plain(_reference_name(module)),
+        reference=_plain(options.reference_name),
     )
 
 
 def _plain(text: Any) -> str:
     """A text of anybody's, for one line of Markdown that shows it as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", " ".join(printable(str(text)).split()))
-
-
-def _reference_name(module: BCOModule) -> str:
-    return module.options.reference_name_or_path or module.options.name_or_path
