@@ -188,11 +188,8 @@ def changes_to_accept(
     )
     if refused := [text for name, text in changed.items() if name not in (accepted or ())]:
         remedy = f", or name what may differ: --checkpoint.accept_changes '[{', '.join(changed)}]'" if goes_on else ""
-        raise CheckpointError(
-            "checkpoint",
-            f"expected the run that wrote it, found another ({'; '.join(refused)}).",
-            f"Use the files and options of that run{remedy}.",
-        )
+        problem = f"expected the run that wrote it, found another ({'; '.join(refused)})."
+        raise CheckpointError("checkpoint", problem, f"Use the files and options of that run{remedy}.")
     before = checkpoint.get("settings", {})
     now = {name: value for name, value in settings.items() if goes_on and name in before}
     for text in differences({name: before[name] for name in now}, now).values():
@@ -227,21 +224,17 @@ def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Puts the generators back to where :func:`random_state` found them, or raises a CheckpointError."""
     try:
-        _set_random_state(state)
+        generator = bytes(state["torch"])
+        # Where the next number is taken from is not looked at by PyTorch and NumPy, even if it is not theirs.
+        left, taken = int.from_bytes(generator[8:12], "little"), int.from_bytes(generator[16:24], "little")
+        if left < 1 or left + taken > _NUMBERS + 1 or not 0 <= int(state["numpy"][2]) <= _NUMBERS:
+            raise ValueError("no position of a generator")
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+        kind, keys, position, has_gauss, gauss = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
+        python, numbers, gauss = state["python"]
+        random.setstate((python, tuple(numbers), gauss))
     except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CheckpointError("checkpoint", "expected random numbers as they were saved, found others.") from error
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    generator = bytes(state["torch"])
-    # Where the next number is taken from is not looked at by PyTorch and NumPy, even if it is not theirs.
-    left, taken = int.from_bytes(generator[8:12], "little"), int.from_bytes(generator[16:24], "little")
-    if left < 1 or left + taken > _NUMBERS + 1 or not 0 <= int(state["numpy"][2]) <= _NUMBERS:
-        raise ValueError("no position of a generator")
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), int(position), int(has_gauss), gauss))
-    python, numbers, gauss = state["python"]
-    random.setstate((python, tuple(numbers), gauss))

@@ -110,23 +110,21 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for each in fields(self):
-            self._set(each.name, _from_plain(getattr(self, each.name), _members(hints[each.name])))
+            members = _members(hints[each.name])
+            self._set(each.name, value := _from_plain(getattr(self, each.name), members))
+            where = f"{self.option_name}.{each.name}"
+            words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+            if words and isinstance(value, str) and str not in members:
+                check_choice(where, value, words)
+            elif value is not None and each.metadata["fits"]:
+                each.metadata["fits"].check(where, value)
         self.check()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone else
 
     def check(self) -> None:
-        """Refuses an option that is out of range, or two that do not go together."""
-        hints = get_type_hints(type(self))
-        for each in fields(self):
-            where, value = f"{self.option_name}.{each.name}", getattr(self, each.name)
-            members = _members(hints[each.name])
-            words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
-            if words and isinstance(value, str) and str not in members:
-                check_choice(where, value, words)
-            elif value is not None and each.metadata["fits"]:
-                each.metadata["fits"].check(where, value)
+        """Refuses options that are each in their range, and do not go together."""
 
     def plain(self) -> dict[str, Any]:
         """All values as numbers, texts, lists and dictionaries; the class takes them back."""
@@ -198,18 +196,13 @@ class PromptFeatures(Options):
     )
 
     def check(self) -> None:
-        """Also refuses a layer of what has none."""
-        super().check()
+        """Refuses a layer of what has none."""
         if not self.encoder:
-            raise ConfigError(
-                f"{self.option_name}.encoder", f"expected {REFERENCE} or the name of a model, found none."
-            )
+            problem = f"expected {REFERENCE} or the name of a model, found none."
+            raise ConfigError(f"{self.option_name}.encoder", problem)
         if self.encoder != REFERENCE and self.layer is not None:
-            raise ConfigError(
-                f"{self.option_name}.layer",
-                f"expected none with a sentence-transformers model, found {self.layer}.",
-                f"It is for encoder: {REFERENCE}.",
-            )
+            problem = f"expected none with a sentence-transformers model, found {self.layer}."
+            raise ConfigError(f"{self.option_name}.layer", problem, f"It is for encoder: {REFERENCE}.")
 
 
 @options("model")
@@ -355,8 +348,7 @@ class ModelOptions(Options):
         super().__post_init__()
 
     def check(self) -> None:
-        """Also refuses parts of no objective, and options that have no use for each other."""
-        super().check()
+        """Refuses parts of no objective, and options that have no use for each other."""
         if self.compile and self.router_aux_loss not in ("auto", 0):
             raise ConfigError("model.compile", "expected false with router_aux_loss, found true.")
         if self.lora is not None and self.gradient_checkpointing == "selective":

@@ -85,11 +85,8 @@ def resolve_packaged(name: str) -> str:
     package, _, inside = name.removeprefix(_SCHEME).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            name,
-            f"expected an installed Python package called {package!r}, found none.",
-            f"Install it, for instance: pip install --no-deps {package.replace('_', '-')}",
-        )
+        problem = f"expected an installed Python package called {package!r}, found none."
+        raise ConfigError(name, problem, f"Install it, for instance: pip install --no-deps {package.replace('_', '-')}")
     root = Path(spec.submodule_search_locations[0]).resolve()
     path = (root / inside).resolve()
     if not path.is_relative_to(root) or not path.exists():

@@ -85,11 +85,9 @@ def use_verified_io(strategy: Any, may_fall_back: bool = False) -> None:
     """Has a strategy write and read checkpoints so; refuses another way that the trainer was given."""
     found = strategy.checkpoint_io
     if type(found) not in (TorchCheckpointIO, VerifiedCheckpointIO):
-        raise ConfigError(
-            "trainer.plugins",
-            f"expected no other way to write checkpoints, found {type(found).__name__}.",
-            "Leave it out: checkpoints are folders that are verified when they are read.",
-        )
+        problem = f"expected no other way to write checkpoints, found {type(found).__name__}."
+        remedy = "Leave it out: checkpoints are folders that are verified when they are read."
+        raise ConfigError("trainer.plugins", problem, remedy)
     if may_fall_back or not isinstance(found, VerifiedCheckpointIO):
         strategy.checkpoint_io = VerifiedCheckpointIO(may_fall_back)
 
@@ -177,9 +175,8 @@ def _read(folder: Path, weights: Mapping[str, Tensor] | None, moments: bool) -> 
     try:
         checkpoint = dict(json.loads((folder / VALUES_FILE).read_bytes(), object_hook=whole))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            str(folder / VALUES_FILE), "expected plain values and names of tensors, found something else."
-        ) from error
+        problem = "expected plain values and names of tensors, found something else."
+        raise CheckpointError(str(folder / VALUES_FILE), problem) from error
     if not moments:
         checkpoint.pop(_MOMENTS, None)
     read_tensors(folder, tensors)
@@ -201,8 +198,5 @@ def _taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_taken_apart(each, f"{path}/{number}", tensors) for number, each in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
-    raise CheckpointError(
-        f"checkpoint, {path}",
-        f"expected tensors, numbers, texts, lists and dictionaries, found a {type(value).__name__}.",
-        "A callback may have put it there.",
-    )
+    problem = f"expected tensors, numbers, texts, lists and dictionaries, found a {type(value).__name__}."
+    raise CheckpointError(f"checkpoint, {path}", problem, "A callback may have put it there.")

@@ -67,9 +67,8 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
     if not whole:
         raise CheckpointError(str(path), "expected the manifest as it was written, found a changed one.")
     if found != FORMAT:
-        raise CheckpointError(
-            str(path), f"expected format {FORMAT}, found {found}.", "Use the version of this package that wrote it."
-        )
+        problem = f"expected format {FORMAT}, found {found}."
+        raise CheckpointError(str(path), problem, "Use the version of this package that wrote it.")
     for name in names:
         if not _PLAIN_NAME.fullmatch(name):
             raise CheckpointError(str(path), f"expected plain file names, found {name[:60]!r}.")

@@ -73,8 +73,6 @@ def _described(value: Any) -> str:
 
 
 def _other(expected: str, found: str) -> CheckpointError:
-    return CheckpointError(
-        "checkpoint",
-        f"expected {expected}, found {found}.",
-        "Use the same model.optimizer, model.name_or_path and model.lora as the run that wrote it.",
-    )
+    problem = f"expected {expected}, found {found}."
+    remedy = "Use the same model.optimizer, model.name_or_path and model.lora as the run that wrote it."
+    return CheckpointError("checkpoint", problem, remedy)

@@ -47,11 +47,9 @@ def hold_run(run: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             os.close(descriptor)
-            raise CheckpointError(
-                str(run),
-                "expected a run that no process is training, found that one is.",
-                "Wait until it has ended, or start another run: leave ckpt_path out, or give another run_folder.",
-            ) from None
+            problem = "expected a run that no process is training, found that one is."
+            remedy = "Wait until it has ended, or start another run: leave ckpt_path out, or give another run_folder."
+            raise CheckpointError(str(run), problem, remedy) from None
         rank_zero_warn(f"{run}: its file system has no locks ({error.strerror}); let no second process go on with it.")
     _held[key] = descriptor
     with contextlib.suppress(OSError):  # a full disk is for what matters to say

@@ -138,11 +138,9 @@ def refuse_not_finite(weights: Mapping[str, Any], step: int, trainer: Any) -> No
     if any(is_cut(value) for value in weights.values()):  # a process that went on alone would wait for the others
         broken = max_over_ranks(broken, trainer)
     if names := [name for name, is_broken in zip(weights, broken, strict=True) if is_broken]:
-        raise NonFiniteError(
-            f"optimizer step {step}",
-            f"expected finite weights to save, found {names[0]} ({len(names)} parameters) not finite.",
-            "The checkpoints before are finite. A lower model.learning_rate often helps.",
-        )
+        problem = f"expected finite weights to save, found {names[0]} ({len(names)} parameters) not finite."
+        remedy = "The checkpoints before are finite. A lower model.learning_rate often helps."
+        raise NonFiniteError(f"optimizer step {step}", problem, remedy)
 
 
 def leave_out_frozen(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 from transformers.utils.logging import disable_progress_bar
 
 from bco_lightning.cli.faults import in_words, watch_processes
@@ -32,7 +33,6 @@ from bco_lightning.cli.run import BCOCLI, BCOArgumentParser, InspectCLI
 from bco_lightning.errors import ConfigError, PreemptedError, printable
 from bco_lightning.inspection.run_report import report_runs
 from bco_lightning.models.memory import PlanOptions
-from bco_lightning.parallel.collectives import is_in_a_group
 from bco_lightning.parallel.signals import early, requeue_slurm_job
 from bco_lightning.places import recipe
 from bco_lightning.serving.chat import chat
@@ -40,12 +40,14 @@ from bco_lightning.serving.export import export_checkpoint
 
 DEBUG = "--debug"
 _format_warning = warnings.formatwarning
-_CHAT = "Talk to a policy beside its reference in a browser; thumbs become rows to train on."
-_EXPORT = "Write a folder that transformers (merged) or peft (adapter) load."
-_REPORT = "Make a page on what a run achieved, or on several side by side."
-_COMPLETION = """Print a script by which a shell completes commands and options of `bco-lightning`; in bash:
-`eval "$(bco-lightning completion bash)"`."""
-_PLAN = "Work out what a run would take of each GPU's memory. No weight is loaded."
+_TOLD = {
+    "chat": "Talk to a policy beside its reference in a browser; thumbs become rows to train on.",
+    "completion": "Print a script by which a shell completes commands and options of `bco-lightning`; in bash: "
+    '`eval "$(bco-lightning completion bash)"`.',
+    "export": "Write a folder that transformers (merged) or peft (adapter) load.",
+    "plan": "Work out what a run would take of each GPU's memory. No weight is loaded.",
+    "report": "Make a page on what a run achieved, or on several side by side.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = _run(list(sys.argv[1:] if arguments is None else arguments))
     # A thread of gloo may still hold the last tensor that it sent. Letting go of it while the interpreter ends, it
     # aborts the process, and a run that has done all its work seems to have failed; so the interpreter does not end.
-    if arguments is None and is_in_a_group():
+    if arguments is None and distributed.is_initialized():
         atexit._run_exitfuncs()  # os._exit leaves them out, and Python has no public name for them
         sys.stdout.flush()
         sys.stderr.flush()
@@ -136,37 +138,31 @@ def _internal(error: Exception) -> str:
 
 def _dispatch(given: list[str]) -> None:
     command, *others = given or [""]
+    parser = BCOArgumentParser(prog=f"python -m bco_lightning {command}", description=_TOLD.get(command))
     if command == "inspect":
         InspectCLI(others)
     elif command == "export":
-        parser = BCOArgumentParser(prog="python -m bco_lightning export", description=_EXPORT)
-        parser.add_function_arguments(export_checkpoint, skip={"merge"})
-        parser.add_flag("merge", "Merge the adapter into the model's weights.")
+        parser.add_function(export_checkpoint, merge="Merge the adapter into the model's weights.")
         options = parser.parsed(others)
         export_checkpoint(**options)
         print(f"exported: {options['output_dir']} (its README.md says how to load it)")
     elif command == "report":
-        parser = BCOArgumentParser(prog="python -m bco_lightning report", description=_REPORT)
         parser.add_argument("runs", nargs="+", type=str, help="Folders of runs, RUN_FOLDER/version_N.")
-        parser.add_function_arguments(report_runs, skip={"runs", "overwrite"})
-        parser.add_flag("overwrite", "Replace the page, if it is one of this command.")
+        parser.add_function(report_runs, "runs", overwrite="Replace the page, if it is one of this command.")
         report_runs(**parser.parsed(others))
     elif command == "chat":
-        parser = BCOArgumentParser(prog="python -m bco_lightning chat", description=_CHAT)
-        parser.add_function_arguments(chat, skip={"blind"})
-        parser.add_flag("blind", "Show answers as those of A and B, in random order, until you ask who is who.")
+        parser.add_function(chat, blind="Show answers as those of A and B, in random order, until you ask who is who.")
         chat(**parser.parsed(others))
     elif command == "plan":
-        parser = BCOArgumentParser(prog="python -m bco_lightning plan", description=_PLAN)
         parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})
         parser.add_argument(
             "--gradient_checkpointing", nargs="?", const=True, default=False, type=bool | Literal["selective"],
             help="Compute activations again in the backward pass; selective, but for what matrix products gave.",
         )  # fmt: skip
-        parser.add_flag("table", "Print 8B, 70B and 405B on 8 to 1024 GPUs as markdown, and nothing else.")
+        told = "Print 8B, 70B and 405B on 8 to 1024 GPUs as markdown, and nothing else."
+        parser.add_argument("--table", action="store_true", help=told)
         plan_command(**parser.parsed(others))
     elif command == "completion":
-        parser = BCOArgumentParser(prog="python -m bco_lightning completion", description=_COMPLETION)
         parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="Whose completion it is to be.")
         print(_completion(parser.parsed(others)["shell"]))
     else:

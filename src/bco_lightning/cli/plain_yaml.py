@@ -181,11 +181,9 @@ def _refuse_secrets_of(value: Any, where: str) -> None:
 
 
 def _refuse(where: str) -> NoReturn:
-    raise Refusal(
-        where,
-        "expected no secret in a config file or on the command line, found what looks like one (not shown).",
-        "Configs are saved with every run. Give it by the environment alone, for instance HF_TOKEN.",
-    )
+    problem = "expected no secret in a config file or on the command line, found what looks like one (not shown)."
+    remedy = "Configs are saved with every run. Give it by the environment alone, for instance HF_TOKEN."
+    raise Refusal(where, problem, remedy)
 
 
 def _is_secret_name(name: str) -> bool:

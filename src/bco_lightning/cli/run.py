@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from shlex import quote
@@ -84,9 +85,11 @@ class BCOArgumentParser(LightningArgumentParser):
         added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
         return added
 
-    def add_flag(self, name: str, told: str) -> None:
-        """Adds an option that takes no value."""
-        self.add_argument(f"--{name}", action="store_true", help=told)
+    def add_function(self, function: Callable[..., Any], *skip: str, **flags: str) -> None:
+        """Adds what a function takes; those of its arguments that are ``flags``, with their help, take no value."""
+        self.add_function_arguments(function, skip={*skip, *flags})
+        for name, told in flags.items():
+            self.add_argument(f"--{name}", action="store_true", help=told)
 
     def parsed(self, arguments: list[str]) -> dict[str, Any]:
         """The options of a command line."""
@@ -399,10 +402,9 @@ class BCOCLI(LightningCLI):
         at_best = run / BEST if best.step not in (None, self.trainer.global_step) else run
         if best.step is not None:
             _print(f"Best step    {best.step} ({best.monitor} {best.values[best.step]:.4f}): --ckpt_path {run / BEST}")
-        if (run / "alignment.json").exists():
-            _print(f"Alignment    {run / 'alignment.json'}")
-        if (run / REPORT_FILE).exists():
-            _print(f"Report       {run / REPORT_FILE}")
+        for name, file in (("Alignment", "alignment.json"), ("Report", REPORT_FILE)):
+            if (run / file).exists():
+                _print(f"{name:12} {run / file}")
         commands = where_to_look(self.trainer.loggers)
         if saved is not None:
             folder, command = quote(str(at_best)), "python -m bco_lightning"
@@ -428,10 +430,11 @@ class InspectCLI(BCOCLI):
     def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_method_arguments(Trainer, "fit", skip=self.subcommands()["fit"])  # the config of a run has them
-        skip: set[str | int] = {"data_options", "model_options", "trainer_options", "hide_examples", "overwrite"}
-        parser.add_function_arguments(inspect_command, skip=skip)
-        parser.add_flag("hide_examples", "Show no row's text, neither here nor on the page.")
-        parser.add_flag("overwrite", "Replace the page, if it is one of this command.")
+        flags = {
+            "hide_examples": "Show no row's text, neither here nor on the page.",
+            "overwrite": "Replace the page, if it is one of this command.",
+        }
+        parser.add_function(inspect_command, "data_options", "model_options", "trainer_options", **flags)
 
     @override
     def instantiate_classes(self) -> None:

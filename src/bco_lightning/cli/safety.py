@@ -83,11 +83,9 @@ def refuse_import_named_in(message: str) -> None:
 
 def _refuse_import(where: str, name: str) -> NoReturn:
     allowed = ", ".join([*ALLOWED_IMPORTS, *_granted_by_environment()])
-    raise Refusal(
-        where,
-        f"expected a class of {allowed}; found {name}, which was not imported.",
-        f"To allow a package of your own, name it in the environment: {ALLOWED_IMPORTS_VARIABLE}=my_package",
-    )
+    problem = f"expected a class of {allowed}; found {name}, which was not imported."
+    remedy = f"To allow a package of your own, name it in the environment: {ALLOWED_IMPORTS_VARIABLE}=my_package"
+    raise Refusal(where, problem, remedy)
 
 
 def _restrict_imports() -> None:
@@ -134,11 +132,9 @@ def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
         return
     if on_the_web:
         given = f"--{option}={'true' if asks_for_web else 'ADDRESS'}"
-        raise Refusal(
-            option,
-            "expected files of this machine or of a storage service, found a web address.",
-            f"A config file may not name web addresses; give this one on the command line: {given}",
-        )
+        problem = "expected files of this machine or of a storage service, found a web address."
+        remedy = f"A config file may not name web addresses; give this one on the command line: {given}"
+        raise Refusal(option, problem, remedy)
     if path in _FROM_USER_ALONE:
         raise Refusal(
             option,
@@ -146,11 +142,9 @@ def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
             "What lies there is taken for what was computed here; whoever wrote the config could have put it there.",
         )
     if _leads_out(text, Path.cwd().resolve()):
-        raise Refusal(
-            option,
-            f"expected a place inside the working directory, found {text!r}.",
-            f"A config file may not name places outside it; give this one on the command line: --{option}={text}",
-        )
+        problem = f"expected a place inside the working directory, found {text!r}."
+        remedy = f"A config file may not name places outside it; give this one on the command line: --{option}={text}"
+        raise Refusal(option, problem, remedy)
 
 
 def _chosen_by_user(arguments: Sequence[str]) -> Chosen:

@@ -37,10 +37,7 @@ from bco_lightning.parallel.sharding import final_dtype
 
 REFERENCE_ADAPTER = "reference"
 # Names that layers of experts had before they were stacked.
-_FUSED = {
-    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), ".experts.gate_up_proj"),
-    "w2": ".experts.down_proj",
-}
+_FUSED = {**dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), ".experts.gate_up_proj"), "w2": ".experts.down_proj"}
 _MAMBA = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _SHARED = re.compile("vblora_vector_bank|tinylora_v|unilora_theta_d")  # which layers have, and files once
 
@@ -211,9 +208,8 @@ def choose_routers(policy: nn.Module, trained: bool | None) -> None:
     for parameter in found if trained is False else ():
         parameter.requires_grad_(False)
     if trained is not None and not any(parameter.requires_grad is trained for parameter in found):
-        raise ConfigError(
-            "model.train_router", "expected a policy with routers of experts, found none to train or freeze."
-        )
+        problem = "expected a policy with routers of experts, found none to train or freeze."
+        raise ConfigError("model.train_router", problem)
 
 
 def fuse_adapters(model: nn.Module) -> None:

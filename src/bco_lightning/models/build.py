@@ -89,11 +89,8 @@ class ModelBuilder:
 def require_sharded(model: nn.Module, sharding: Sharding | None) -> None:
     """Refuses a model that was built whole and is now to be cut up."""
     if sharding is not None and not is_sharded(model):
-        raise ConfigError(
-            "trainer.strategy",
-            "expected a module whose model is not built yet, found one that is built and not sharded.",
-            "Make a new BCOModule for it.",
-        )
+        problem = "expected a module whose model is not built yet, found one that is built and not sharded."
+        raise ConfigError("trainer.strategy", problem, "Make a new BCOModule for it.")
 
 
 def dtype_of_matrices(model: nn.Module) -> torch.dtype:

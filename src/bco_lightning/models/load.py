@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -83,15 +76,13 @@ def locate_model(name_or_path: str) -> ModelSource:
     path = Path(resolve_packaged(name_or_path)).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise LanguageModelError(
-                str(path), f"expected a folder, a hub id or a .gguf file, found a {path.suffix} file."
-            )
+            problem = f"expected a folder, a hub id or a .gguf file, found a {path.suffix} file."
+            raise LanguageModelError(str(path), problem)
         return ModelSource(str(path.parent), gguf_file=path.name)
     if path.is_dir():
         if found := [file for file in path.iterdir() if not (file.is_file() or file.is_dir())]:
-            raise LanguageModelError(
-                str(found[0]), "expected a file, found one that cannot be read, or not to its end."
-            )
+            problem = "expected a file, found one that cannot be read, or not to its end."
+            raise LanguageModelError(str(found[0]), problem)
         if (path / "adapter_config.json").exists():
             return ModelSource(str(path), is_adapter=True)
         if (path / "config.json").exists():

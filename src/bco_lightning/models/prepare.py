@@ -81,49 +81,41 @@ def prepare(
     ``selective`` part of them. What was chosen becomes the model's ``preparation`` too.
     """
     with precision(), _adapters_at_work(model):
-        return _prepare(model, layout, compiled, recomputed, rows, longest)
-
-
-def _prepare(
-    model: Any, layout: str, compiled: bool, recomputed: bool | str, rows: Sequence[Mapping[str, Any]],
-    longest: int | None,
-) -> Preparation:  # fmt: skip
-    causal_lm = causal_lm_of(model)
-    name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
-    batch = collate(_rows_to_try(causal_lm, rows)).to(device)
-    excluded = {"packed": "rows have images"} if batch.images_B else {}
-    excluded |= _excluded_by_rope(causal_lm, longest)
-    if "packed" not in excluded:
-        _take(model, Preparation("packed", fused=False))
-        if reason := _why_not_packed(causal_lm, batch):
-            excluded["packed"] = reason
-    _take(model, Preparation("alone", fused=False))
-    expected = _untouched(causal_lm, batch)
-    if recomputed:
-        _recompute(model, recomputed == "selective")
-    for way in (way for way in _ways(layout, compiled) if way.layout not in excluded):
-        _take(model, way)
-        trouble = _trouble(causal_lm, batch, expected)
-        if not trouble:
-            words = _words(way, layout, compiled, excluded) + _freeze_unreached(causal_lm, expected.reached)
-            causal_lm.preparation = replace(way, words=words)
-            return causal_lm.preparation  # type: ignore[no-any-return]
-        if way.compiled:
-            _compile(model, disable=True)
-        if not way.fused:  # nor was it right before
-            excluded[way.layout] = f"{way.layout} rows of {name} {trouble}"
-    if layout == "packed":
-        problem = f"expected a model whose rows can be packed, found that {excluded['packed']}."
-        raise LanguageModelError(name, problem, "Set model.layout: padded.")
-    if recomputed and not _trouble(model.eval() and causal_lm, batch, expected):
-        problem = f"expected layers of {name} to give the same when they are computed again, found others."
-        raise ConfigError("model.gradient_checkpointing", problem, "Set it to false.")
-    raise LanguageModelError(
-        name,
-        "expected logits that are the output head, scaled or soft-capped as the config says; found others: "
-        f"{list(excluded.values())[-1]}.",
-        "Please report the architecture.",
-    )
+        causal_lm = causal_lm_of(model)
+        name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device
+        batch = collate(_rows_to_try(causal_lm, rows)).to(device)
+        excluded = {"packed": "rows have images"} if batch.images_B else {}
+        excluded |= _excluded_by_rope(causal_lm, longest)
+        if "packed" not in excluded:
+            _take(model, Preparation("packed", fused=False))
+            if reason := _why_not_packed(causal_lm, batch):
+                excluded["packed"] = reason
+        _take(model, Preparation("alone", fused=False))
+        expected = _untouched(causal_lm, batch)
+        if recomputed:
+            _recompute(model, recomputed == "selective")
+        for way in (way for way in _ways(layout, compiled) if way.layout not in excluded):
+            _take(model, way)
+            trouble = _trouble(causal_lm, batch, expected)
+            if not trouble:
+                words = _words(way, layout, compiled, excluded) + _freeze_unreached(causal_lm, expected.reached)
+                causal_lm.preparation = replace(way, words=words)
+                return causal_lm.preparation  # type: ignore[no-any-return]
+            if way.compiled:
+                _compile(model, disable=True)
+            if not way.fused:  # nor was it right before
+                excluded[way.layout] = f"{way.layout} rows of {name} {trouble}"
+        if layout == "packed":
+            problem = f"expected a model whose rows can be packed, found that {excluded['packed']}."
+            raise LanguageModelError(name, problem, "Set model.layout: padded.")
+        if recomputed and not _trouble(model.eval() and causal_lm, batch, expected):
+            problem = f"expected layers of {name} to give the same when they are computed again, found others."
+            raise ConfigError("model.gradient_checkpointing", problem, "Set it to false.")
+        problem = (
+            "expected logits that are the output head, scaled or soft-capped as the config says; found others: "
+            f"{list(excluded.values())[-1]}."
+        )
+        raise LanguageModelError(name, problem, "Please report the architecture.")
 
 
 def _excluded_by_rope(causal_lm: Any, longest: int | None) -> dict[str, str]:
@@ -137,12 +129,11 @@ def _excluded_by_rope(causal_lm: Any, longest: int | None) -> dict[str, str]:
     if not following or (longest is not None and longest <= least):
         return {}
     if "dynamic" in following:
-        raise LanguageModelError(
-            type(causal_lm).__name__,
+        problem = (
             f"expected rows of at most {least} tokens, since its dynamic rotary frequencies follow the longest row "
-            f"that was ever seen; found a limit of {longest}.",
-            "Lower data.max_length.",
+            f"that was ever seen; found a limit of {longest}."
         )
+        raise LanguageModelError(type(causal_lm).__name__, problem, "Lower data.max_length.")
     return dict.fromkeys(("packed", "padded"), "its rotary frequencies follow the longest row of a micro-batch")
 
 

@@ -73,11 +73,9 @@ def refuse_unsafe_model(name_or_path: str, location: str) -> None:
     refuse_unsafe_config(name_or_path, PreTrainedConfig.get_config_dict(location)[0])
     config = AutoConfig.from_pretrained(location, trust_remote_code=False)
     if config.is_encoder_decoder:
-        raise LanguageModelError(
-            name_or_path,
-            "expected a decoder-only language model, found an encoder-decoder model.",
-            "Binary classifier optimization here scores a completion as the continuation of its prompt.",
-        )
+        problem = "expected a decoder-only language model, found an encoder-decoder model."
+        remedy = "Binary classifier optimization here scores a completion as the continuation of its prompt."
+        raise LanguageModelError(name_or_path, problem, remedy)
     folder, named = Path(location), str(getattr(config, "transformers_weights", None) or ".safetensors")
     if not named.endswith((".safetensors", ".safetensors.index.json")):  # the config's choice goes before ours
         raise _no_safetensors(name_or_path, folder)
@@ -137,11 +135,9 @@ def refuse_incomplete(name_or_path: str, what: str, info: Mapping[str, Any]) -> 
 def refuse_unknown_token(model: Any, largest: int) -> None:
     """Refuses rows with a token that a model has no embedding for, which a GPU would say in the middle of a step."""
     if largest >= (size := model.get_input_embeddings().weight.shape[0]):
-        raise LanguageModelError(
-            type(model).__name__,
-            f"expected tokens below {size}, the number of its embeddings; found token {largest} in a row.",
-            "Tokens were added to the tokenizer: resize the model's embeddings to it, and save both.",
-        )
+        problem = f"expected tokens below {size}, the number of its embeddings; found token {largest} in a row."
+        remedy = "Tokens were added to the tokenizer: resize the model's embeddings to it, and save both."
+        raise LanguageModelError(type(model).__name__, problem, remedy)
 
 
 def refuse_unknown_tokenizer(location: str) -> None:
@@ -164,11 +160,9 @@ def adapter_fields(location: str) -> dict[str, Any]:
             isinstance(value, str) and (name not in _TEXTS or _ENDLESS.fullmatch(value))
         )
         if is_nested or is_other:
-            raise LanguageModelError(
-                location,
-                f"expected an adapter that is told by numbers and names of modules, found {name} in its config.",
-                "Such a field could name code, files or work without end. Merge the adapter where you trust it.",
-            )
+            problem = f"expected an adapter that is told by numbers and names of modules, found {name} in its config."
+            remedy = "Such a field could name code, files or work without end. Merge the adapter where you trust it."
+            raise LanguageModelError(location, problem, remedy)
     return fields
 
 
@@ -218,11 +212,8 @@ def refuse_unswitchable(location: str) -> None:
 def require_bitsandbytes(option: str, value: str) -> None:
     """Refuses an option whose library is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            option,
-            f"expected bitsandbytes to be installed for {value}, found that it is not.",
-            'Install it: pip install "bco-lightning[quantized]".',
-        )
+        problem = f"expected bitsandbytes to be installed for {value}, found that it is not."
+        raise ConfigError(option, problem, 'Install it: pip install "bco-lightning[quantized]".')
 
 
 def _needs_own_code(name_or_path: str, what: str) -> LanguageModelError:
@@ -240,11 +231,9 @@ def _listed(names: list[str]) -> str:
 def _no_safetensors(name_or_path: str, folder: Path) -> LanguageModelError:
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLED)
     found = f"pickled ones alone ({', '.join(pickled[:3])}), which are never read" if pickled else "none"
-    return LanguageModelError(
-        name_or_path,
-        f"expected weights in .safetensors files, found {found}.",
-        "Where you trust them, load and save_pretrained() writes .safetensors." if pickled else "",
-    )
+    problem = f"expected weights in .safetensors files, found {found}."
+    remedy = "Where you trust them, load and save_pretrained() writes .safetensors." if pickled else ""
+    return LanguageModelError(name_or_path, problem, remedy)
 
 
 def setting(config: Any, name: str) -> Any:

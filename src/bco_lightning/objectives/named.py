@@ -36,15 +36,13 @@ def objective_of(options: ModelOptions) -> Objective:
         objective = _OTHER_SHIFTS[options.reward_shift](options.reward_shift_decay)
     if options.importance_weights != "off" and not objective.takes_importance:
         able = [name for name, kind in OBJECTIVES.items() if kind.takes_importance]
-        raise ConfigError(
-            "model.importance_weights", f"expected off with model.objective {options.objective}, found another.",
-            f"Objectives that weigh thumbs-down rows: {', '.join(able)}.",
-        )  # fmt: skip
+        problem = f"expected off with model.objective {options.objective}, found another."
+        remedy = f"Objectives that weigh thumbs-down rows: {', '.join(able)}."
+        raise ConfigError("model.importance_weights", problem, remedy)
     if options.reference_log_probs == "before" and objective.takes_unrelated:
-        raise ConfigError(
-            "model.reference_log_probs", f"expected online with model.objective {options.objective}, found before.",
-            "It also scores answers to other prompts, which are known in a step only.",
-        )  # fmt: skip
+        problem = f"expected online with model.objective {options.objective}, found before."
+        remedy = "It also scores answers to other prompts, which are known in a step only."
+        raise ConfigError("model.reference_log_probs", problem, remedy)
     return objective
 
 

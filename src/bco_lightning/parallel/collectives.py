@@ -14,11 +14,6 @@ from torch import Tensor
 from bco_lightning.errors import UserError
 
 
-def is_in_a_group() -> bool:
-    """Whether this process has met others, or waits for none."""
-    return torch.distributed.is_initialized()
-
-
 @dataclass(frozen=True)
 class Processes:
     """Who takes part, where no trainer is at hand; one process alone if nothing is said."""
@@ -29,7 +24,8 @@ class Processes:
     @classmethod
     def all(cls) -> Processes:
         """All that have met."""
-        return cls(torch.distributed.get_world_size(), torch.distributed.get_rank()) if is_in_a_group() else cls()
+        met = torch.distributed.is_initialized()
+        return cls(torch.distributed.get_world_size(), torch.distributed.get_rank()) if met else cls()
 
 
 def sum_over_ranks(values: Tensor, trainer: Any) -> Tensor:

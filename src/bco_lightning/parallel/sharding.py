@@ -56,9 +56,8 @@ def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> No
     named = set(causal_lm._no_split_modules or ())
     units = [module for module in causal_lm.modules() if type(module).__name__ in named] or list(layers)
     if not units:
-        raise ConfigError(
-            "trainer.strategy", f"expected a model with a list of layers, found {type(causal_lm).__name__}.", "Use ddp."
-        )
+        problem = f"expected a model with a list of layers, found {type(causal_lm).__name__}."
+        raise ConfigError("trainer.strategy", problem, "Use ddp.")
     ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     later = {end: final_dtype(end.weight) for end in ends if type(end) in (nn.Embedding, nn.Linear)}  # if not adapted
     pinned = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")

@@ -47,9 +47,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         # Lightning's "auto" is the number of nodes.
         self._data_parallel_size = processes = self.num_nodes * self.num_processes
         if self.group is not None and (self.group < 1 or processes % self.group):
-            raise ConfigError(
-                "trainer.strategy.group", f"expected a divisor of {processes} processes, found {self.group}."
-            )
+            problem = f"expected a divisor of {processes} processes, found {self.group}."
+            raise ConfigError("trainer.strategy.group", problem)
         if self.cpu_offload and self.process_group_backend is None and self.root_device.type == "cuda":
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # offloaded gradients are summed where they are
         super().setup_environment()
@@ -106,11 +105,9 @@ def refuse_unknown(strategy: Any, precision: str) -> None:
             "Set model.dtype: bfloat16 for bfloat16 weights.",
         )
     if not is_cut and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
-        raise ConfigError(
-            "trainer.strategy",
-            f"expected one of this package, found Lightning's {type(strategy).__name__}.",
-            "Use fsdp2, or from Python strategy=bco_lightning.parallel.strategy.FSDP2Strategy().",
-        )
+        problem = f"expected one of this package, found Lightning's {type(strategy).__name__}."
+        remedy = "Use fsdp2, or from Python strategy=bco_lightning.parallel.strategy.FSDP2Strategy()."
+        raise ConfigError("trainer.strategy", problem, remedy)
 
 
 def named_strategy(name: str) -> Any:
