@@ -71,7 +71,7 @@ def require_free(option: str, target: Path, ours: str | None = None) -> None:
 def is_private(folder: Path) -> bool:
     """Whether it is a folder, and no link to one, whose content nobody but this user can have made or changed."""
     status = folder.lstat()
-    is_ours = not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & 0o077)
+    is_ours = status.st_uid == os.getuid() and not status.st_mode & 0o077
     return stat.S_ISDIR(status.st_mode) and is_ours
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig
 
 from bco_lightning.checkpoints.folders import discard, written_whole
 from bco_lightning.errors import LanguageModelError
@@ -48,14 +48,12 @@ def converted(file: Path, cache: Path) -> Path:
 
 def read_gguf(file: Path, config: PreTrainedConfig | None = None) -> Any:
     """The model of a GGUF file in float32, and what transformers says of its weights."""
-    # Packed blocks can neither be trained nor saved; dequantized ones are ordinary weights. Before 5.18 all are.
-    packed = getattr(transformers, "GgufConfig", None)
     return AutoModelForCausalLM.from_pretrained(
         file.parent,
         config=config,
         gguf_file=file.name,
         dtype=torch.float32,
-        **({"quantization_config": packed(dequantize=True)} if packed else {}),
+        quantization_config=GgufConfig(dequantize=True),  # packed blocks can neither be trained nor saved
         trust_remote_code=False,
         **LACKS_ARE_TOLD,
     )
