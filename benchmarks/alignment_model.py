@@ -22,25 +22,26 @@ import random
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from matplotlib.figure import Figure
 from torch import Tensor
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import machine
-from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
+from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings, figures
 from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.demo.tone import tone
-from bco_lightning.figures import bounds
 from bco_lightning.models.generation import SampledCompletion, held_out_prompts, sample_completions
 from bco_lightning.places import resolve_packaged
 from known_reward import interval
@@ -262,6 +263,44 @@ def _said(values: Tensor, digits: int) -> str:
         return "not reached"
     found = interval(values) if len(values) > 1 else None
     return f"{found[0]:+.{digits}f} ± {found[1]:.{digits}f}" if found else f"{values.mean():+.{digits}f}"
+
+
+def bounds(up: Mapping[int, np.ndarray], down: Mapping[int, np.ndarray], shifts: Mapping[int, float]) -> Figure:
+    """DPO's loss on pairs beneath its two bounds, the error term, and the reward shift amid class means, by step.
+
+    Args:
+        up: By optimizer step, rewards in nats of the better answers of pairs.
+        down: By the same steps, those of the worse answers, pair by pair in the same order.
+        shifts: By the same steps, the reward shift in nats.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for step, good in up.items():
+        bad, shift = down[step], shifts[step]
+        values = {
+            "BCE, no shift": np.logaddexp(0, -good) + np.logaddexp(0, bad),
+            "BCO": np.logaddexp(0, shift - good) + np.logaddexp(0, bad - shift),
+            "DPO": np.logaddexp(0, bad - good),
+            "error term, no shift": np.exp(-good) + np.exp(bad),
+            "error term": np.exp(shift - good) + np.exp(bad - shift),
+            "mean of thumbs-up": good,
+            "mean of thumbs-down": bad,
+            "reward shift": np.array(shift),
+        }
+        for name, value in values.items():
+            lines.setdefault(name, []).append((step, float(value.mean())))
+    names = list(lines)
+    with mpl.rc_context(figures._STYLE):
+        figure = Figure((11, 2.8), layout="constrained")
+        figure.set_label("DPO's loss and its bounds, error term, and reward shift by optimizer step")
+        titles = ("Losses, nats", "Error term (Theorem 4)", "Rewards, nats")
+        parts = (names[:3], names[3:5], names[5:])
+        for axes, title, part in zip(figure.subplots(1, 3), titles, parts, strict=True):
+            for name, colour in zip(part, (figures.UP, figures.DOWN, figures.LIMIT), strict=False):
+                axes.plot(*zip(*lines[name], strict=True), color=colour, linewidth=1.2, label=name)
+            axes.set_xlabel("optimizer step")
+            axes.set_title(title, loc="left", fontsize=9, color=figures.GREY)
+            axes.legend(frameon=False, labelcolor=figures.GREY, fontsize=8)
+    return figure
 
 
 def draw_bounds(pairs: dict[str, Any], path: Path) -> None:

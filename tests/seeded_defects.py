@@ -374,7 +374,7 @@ DEFECTS = [
         ('tests/reliability/test_preemption.py::test_a_signal_before_the_first_step_ends_in_words_and_keeps_what_was_computed',),
     ),
     Defect(
-        'R19', 'events that cannot be written end a run that may go on', 'callbacks/metrics_file.py',
+        'R19', 'events that cannot be written end a run that may go on', 'callbacks/loggers.py',
         '        if fault is None:\n            raise\n',
         '        raise\n',
         ('tests/reliability/test_whole_checkpoints.py::test_a_truly_full_disk_is_met_in_words',),

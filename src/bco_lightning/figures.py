@@ -154,44 +154,6 @@ def curves(what: str, lines: Mapping[str, Sequence[tuple[float, float]]], up: st
     return figure
 
 
-def bounds(up: Mapping[int, Array], down: Mapping[int, Array], shifts: Mapping[int, float]) -> Figure:
-    """DPO's loss on pairs beneath its two bounds, the error term, and the reward shift amid class means, by step.
-
-    Args:
-        up: By optimizer step, rewards in nats of the better answers of pairs.
-        down: By the same steps, those of the worse answers, pair by pair in the same order.
-        shifts: By the same steps, the reward shift in nats.
-    """
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for step, good in up.items():
-        bad, shift = down[step], shifts[step]
-        values = {
-            "BCE, no shift": np.logaddexp(0, -good) + np.logaddexp(0, bad),
-            "BCO": np.logaddexp(0, shift - good) + np.logaddexp(0, bad - shift),
-            "DPO": np.logaddexp(0, bad - good),
-            "error term, no shift": np.exp(-good) + np.exp(bad),
-            "error term": np.exp(shift - good) + np.exp(bad - shift),
-            "mean of thumbs-up": good,
-            "mean of thumbs-down": bad,
-            "reward shift": np.array(shift),
-        }
-        for name, value in values.items():
-            lines.setdefault(name, []).append((step, float(value.mean())))
-    names = list(lines)
-    with mpl.rc_context(_STYLE):
-        figure = Figure((11, 2.8), layout="constrained")
-        figure.set_label("DPO's loss and its bounds, error term, and reward shift by optimizer step")
-        titles = ("Losses, nats", "Error term (Theorem 4)", "Rewards, nats")
-        parts = (names[:3], names[3:5], names[5:])
-        for axes, title, part in zip(figure.subplots(1, 3), titles, parts, strict=True):
-            for name, colour in zip(part, (UP, DOWN, LIMIT), strict=False):
-                axes.plot(*zip(*lines[name], strict=True), color=colour, linewidth=1.2, label=name)
-            axes.set_xlabel("optimizer step")
-            axes.set_title(title, loc="left", fontsize=9, color=GREY)
-            axes.legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return figure
-
-
 def weight_histogram(histogram: Sequence[tuple[float, float, float]]) -> Figure:
     """Shares of the thumbs-down rows by weight, on a logarithmic axis; 1 is a row that counts as without weights."""
     with _picture("Importance weights of thumbs-down rows") as (figure, axes):

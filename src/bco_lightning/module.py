@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary, micro_batches_of
-from bco_lightning.callbacks import OF_THE_METHOD, ImportanceMonitor
+from bco_lightning.callbacks import OF_THE_METHOD
 from bco_lightning.callbacks.refusals import refuse_unfit, refuse_unknown_monitors
 from bco_lightning.callbacks.run_header import tokens_that_fit
 from bco_lightning.callbacks.step_callback import loss_in_passes, passes_of, summarize_step
@@ -199,13 +199,10 @@ class BCOModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """What belongs to the method; one that the trainer was given, or a subclass of it, stands in place of ours."""
         given: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        kinds: list[type[Callback]] = list(OF_THE_METHOD)
-        if self.options.importance_weights != "off":
-            kinds.append(ImportanceMonitor)
         refuse_unknown(self.trainer.strategy, str(self.trainer.precision))  # before anything is read
-        refuse_unfit(self.trainer, kinds)
+        refuse_unfit(self.trainer, OF_THE_METHOD)
         use_verified_io(self.trainer.strategy)
-        return [kind() for kind in kinds if not any(isinstance(each, kind) for each in given)]
+        return [kind() for kind in OF_THE_METHOD if not any(isinstance(each, kind) for each in given)]
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""

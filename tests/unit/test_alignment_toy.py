@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bco_lightning import figures
 from bco_lightning.objectives import OBJECTIVES, RatedAnswers, make_objective, mean_over_rows
 from bco_lightning.objectives.shifts import BCOByLength, BCOPerPrompt
 
@@ -22,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import alignment
 import toy
+from alignment_model import bounds
 from toy import World
 from toy_objectives import BCO, EVERY, Mix, OddsByLength, PromptIntercept, tokens
 
@@ -180,7 +180,7 @@ def test_a_look_is_what_sums_over_answers_give_and_the_neutral_policy_is_as_long
 
 def test_the_picture_of_the_bounds_shows_what_the_equations_give() -> None:
     up, down, shift = np.array([2.0, 1.0]), np.array([1.0, -1.0]), 0.75
-    panels = figures.bounds({3: up}, {3: down}, {3: shift}).axes
+    panels = bounds({3: up}, {3: down}, {3: shift}).axes
     drawn = {line.get_label(): line.get_ydata().item() for axes in panels for line in axes.get_lines()}
     dpo = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-2))) / 2
     assert drawn["DPO"] == pytest.approx(dpo)

@@ -20,9 +20,8 @@ from bco_lightning.importance.report import TrustReport
 from bco_lightning.inspection.cost import Cost
 from bco_lightning.inspection.inspect import page_of, print_report
 from bco_lightning.inspection.numbers import RowArrays, RowText
-from bco_lightning.inspection.page import write_text
 from bco_lightning.inspection.prompts import PromptShift
-from bco_lightning.inspection.report import DataReport, Finding, length_bias
+from bco_lightning.inspection.report import DataReport, Finding, length_bias, write_text
 from bco_lightning.metrics import Auc
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & 'so' {{ 7 * 7 }} [bold]\x1b[31m"

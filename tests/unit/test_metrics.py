@@ -115,18 +115,16 @@ def test_auroc_is_by_rank_however_far_from_the_shift_and_however_near_to_each_ot
 
 
 @pytest.mark.parametrize("every", [2, 3])
-def test_auroc_is_exact_up_to_100_000_rows_and_of_an_even_sample_beyond(every: int) -> None:
+def test_auroc_is_exact_of_however_many_rows(every: int) -> None:
     metrics, generator = ImplicitRewardMetrics(), torch.Generator().manual_seed(0)
     rows = make_rows(0, 5000)
     up, rewards = torch.arange(5000) % every == 0, []  # as in a log of pairs, where a step of two sees one class
     for number in range(1, 51):
         rewards.append(torch.randn(5000, generator=generator) * number / 25 + up + 37)
         metrics.update(replace(rows, thumbs_up_B=up, rewards_B=rewards[-1]))
-        if number in (20, 21, 50):
+        if number in (1, 50):
             expected = roc_auc_score(up.repeat(number).numpy(), torch.cat(rewards).numpy())
-            tolerance = 1e-12 if number == 20 else 0.01
-            assert float(metrics.compute()["auroc"]) == pytest.approx(expected, abs=tolerance)
-    assert sum(map(len, metrics.scores)) <= 100_000
+            assert float(metrics.compute()["auroc"]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_reward_that_equals_the_shift_is_neither_right_nor_wrong() -> None:

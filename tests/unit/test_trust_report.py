@@ -17,7 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bco_lightning.callbacks import ImportanceMonitor
+from bco_lightning.callbacks.run_checkpoint import run_folder_of
+from bco_lightning.callbacks.run_header import show_trust
 from bco_lightning.importance.ratio import (
     K,
     calibration_bins,
@@ -254,11 +255,11 @@ def test_what_is_not_there_is_not_printed() -> None:
     assert "None" not in unknown
 
 
-def logged(folder: Path, report: TrustReport | None, down_weights: torch.Tensor = DOWN_WEIGHTS) -> EventAccumulator:
+def logged(folder: Path, report: TrustReport, down_weights: torch.Tensor = DOWN_WEIGHTS) -> EventAccumulator:
     """What a run leaves in its folder and in TensorBoard."""
-    importance = None if report is None else SimpleNamespace(report=report, down_weights=down_weights)
+    importance = SimpleNamespace(report=report, down_weights=down_weights)
     trainer = tiny_trainer(logger=[TensorBoardLogger(folder), CSVLogger(folder / "csv")])
-    ImportanceMonitor().on_fit_start(trainer, SimpleNamespace(importance=importance))  # type: ignore[arg-type]
+    show_trust(trainer, importance, run_folder_of(trainer))  # type: ignore[arg-type]
     for logger in trainer.loggers:
         logger.finalize("success")
     events = EventAccumulator(trainer.log_dir)
@@ -295,34 +296,3 @@ def test_what_is_not_known_is_left_out_of_numbers_and_null_in_the_file(tmp_path:
     values = json.loads(next(tmp_path.rglob("importance.json")).read_text(encoding="utf-8"))
     assert values["log_loss"] is None
     assert TrustReport.from_values(values) == UNKNOWN
-
-
-def test_nothing_is_shown_where_weights_are_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    events = logged(tmp_path, None)
-    assert not any(events.Tags()[kind] for kind in ("scalars", "histograms", "tensors"))
-    assert not list(tmp_path.rglob("importance.json"))
-    assert capsys.readouterr().out == ""
-
-
-def test_processes_other_than_the_first_write_nothing_but_ask_for_the_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = []
-
-    class Second:
-        is_global_zero = False
-        global_step = 0
-        loggers = (TensorBoardLogger(tmp_path),)
-        checkpoint_callbacks = ()
-        fast_dev_run = False
-
-        @property
-        def log_dir(self) -> str:
-            asked.append(True)  # all processes have to take part in the broadcast
-            return str(tmp_path)
-
-    importance = SimpleNamespace(report=trust(), down_weights=DOWN_WEIGHTS)
-    ImportanceMonitor().on_fit_start(Second(), SimpleNamespace(importance=importance))  # type: ignore[arg-type]
-    assert asked == [True]
-    assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().out == ""

@@ -3,9 +3,7 @@
 from bco_lightning.callbacks.finite_guard import FiniteGuard
 from bco_lightning.callbacks.held_out_rows import HeldOutRows
 from bco_lightning.callbacks.implicit_reward_monitor import ImplicitRewardMonitor
-from bco_lightning.callbacks.importance_monitor import ImportanceMonitor
-from bco_lightning.callbacks.loggers import TrackioLogger
-from bco_lightning.callbacks.metrics_file import MetricsFile
+from bco_lightning.callbacks.loggers import MetricsFile, TrackioLogger
 from bco_lightning.callbacks.prediction_writer import PredictionWriter
 from bco_lightning.callbacks.remarks import hide_remarks
 from bco_lightning.callbacks.run_checkpoint import RunCheckpoint
@@ -24,7 +22,6 @@ __all__ = [
     "FiniteGuard",
     "HeldOutRows",
     "ImplicitRewardMonitor",
-    "ImportanceMonitor",
     "MetricsFile",
     "PredictionWriter",
     "RewardShiftUpdate",

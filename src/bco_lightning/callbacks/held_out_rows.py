@@ -12,8 +12,7 @@ from typing_extensions import override
 
 from bco_lightning import figures
 from bco_lightning.batch import ScoredRows
-from bco_lightning.callbacks.loggers import show_figure, shows_figures
-from bco_lightning.callbacks.metrics_file import telling
+from bco_lightning.callbacks.loggers import show_figure, shows_figures, telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule

@@ -93,9 +93,9 @@ class ImplicitRewardMonitor(StepCallback):
         self._learning_rate = float(optimizer.param_groups[0]["lr"])
 
     @override
-    def on_step_end(self, trainer: Trainer, module: BCOModule, summary: StepSummary) -> None:
+    def on_step_end(self, trainer: Any, module: BCOModule, summary: StepSummary) -> None:
         metrics = self._metrics["train"]
-        for rows in summary.rows:
+        for rows in summary.rows if trainer.log_every_n_steps else ():  # which nobody would ask for
             metrics.update(rows)
         self._seen += int(summary.num_up + summary.num_down)
         if not is_time_to_log(trainer, summary.step, first_too=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -102,9 +103,8 @@ class PredictionWriter(Callback):
             line |= {"row": places[row], "source": labels[sources[row]]}
             line |= {"thumbs_up": None if was_made else thumbs[row]}
             line["prompt"] = numbers.setdefault(keys[row], len(numbers))
-            line["calibrated_probability_up"] = calibration and _sigmoid(
-                calibration[0] * line["implicit_reward"] + calibration[1]
-            )
+            if calibration is not None:
+                line["calibrated_probability_up"] = _sigmoid(calibration[0] * line["implicit_reward"] + calibration[1])
         _rank(lines)
         with written_whole(self.path, replaces=False) as partial, partial.open("x", encoding="utf-8") as file:
             for line in lines:
@@ -179,15 +179,15 @@ def _scores(rows: ScoredRows) -> list[_Line]:
 
 def _rank(lines: list[_Line]) -> None:
     """Ranks the completions of each prompt, the highest reward first; those that tie share a rank."""
-    prompts = np.array([line["prompt"] for line in lines], dtype=int)
-    rewards = np.array([line["implicit_reward"] for line in lines], dtype=float)
-    order = np.lexsort((rewards, prompts))
-    for group in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1):
-        known = rewards[group][np.isfinite(rewards[group])]
-        for place in group.tolist():
-            higher = len(known) - int(np.searchsorted(known, rewards[place] + TIE, side="right"))
-            lines[place]["rank"] = higher + 1 if math.isfinite(rewards[place]) else None
-            lines[place]["completions"] = len(group)
+    prompts: dict[int, list[_Line]] = {}
+    for line in lines:
+        prompts.setdefault(line["prompt"], []).append(line)
+    for group in prompts.values():
+        known = sorted(line["implicit_reward"] for line in group if math.isfinite(line["implicit_reward"]))
+        for line in group:
+            higher = len(known) - bisect_right(known, line["implicit_reward"] + TIE)
+            line["rank"] = higher + 1 if math.isfinite(line["implicit_reward"]) else None
+            line["completions"] = len(group)
 
 
 def _calibration(checkpoint: Any, step: int) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from bco_lightning.batch import StepSummary
-from bco_lightning.callbacks.metrics_file import telling
+from bco_lightning.callbacks.loggers import telling
 from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.checkpoints import saved_steps, step_folder, step_of, verify_checkpoint
 from bco_lightning.checkpoints.best import BEST_FILE, BestSteps

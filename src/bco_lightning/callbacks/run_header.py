@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,15 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
 from typing_extensions import override
 
+from bco_lightning.callbacks.loggers import show_table, telling
 from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import LanguageModelError
+from bco_lightning.importance.report import print_trust, trust_rows
 from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.models.layout import causal_lm_of, kind_of_model
 from bco_lightning.models.log_probs import tile_for
@@ -28,12 +33,14 @@ from bco_lightning.parallel.collectives import max_over_ranks
 from bco_lightning.parallel.sharding import copies_of_parameters, sharding_of
 
 if TYPE_CHECKING:
+    from bco_lightning.importance.weights import ImportanceWeights
     from bco_lightning.module import BCOModule
 
 _COMPARED = (
     "name_or_path", "objective", "beta", "learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "optimizer",
     "dtype", "class_weights", "importance_weights", "reward_shift_decay", "kl_budget", "seed",
 )  # fmt: skip
+_OF_TRUST = ("log_loss", "constant_log_loss", "effective_share", "mass", "at_low", "at_high", "auc", "matched_auc")
 _MOST_ON_CPU = 4096  # tokens of a micro-batch: more is no quicker
 _GIB, _ROWS = 2**30, {"train": "to train on", "validation": "held out"}
 
@@ -41,7 +48,8 @@ _GIB, _ROWS = 2**30, {"train": "to train on", "validation": "held out"}
 class RunHeader(Callback):
     """Before the first step: says what is trained on what and where; tells loggers :func:`hyper_parameters`.
 
-    TensorBoard compares runs by them under HPARAMS, beside the newest ``val/auroc`` and ``val/loss``.
+    TensorBoard compares runs by them under HPARAMS, beside the newest ``val/auroc`` and ``val/loss``. How far
+    importance weights can be trusted is printed, logged as ``importance/...`` and written into ``importance.json``.
     """
 
     @override
@@ -87,6 +95,27 @@ class RunHeader(Callback):
         )
         if trainer.max_steps > steps:
             rank_zero_info(f"trainer.max_epochs: {trainer.max_epochs} ends the run before trainer.max_steps does")
+        if pl_module.importance is not None and trainer.is_global_zero:
+            show_trust(trainer, pl_module.importance, folder)
+
+
+def show_trust(trainer: Trainer, importance: ImportanceWeights, folder: Path | None) -> None:
+    """Prints, logs and writes a trust report; TensorBoard also gets the histogram of weights; no text of a prompt."""
+    report, step = importance.report, trainer.global_step
+    print_trust(report, Console())
+    known = {name: getattr(report, name) for name in _OF_TRUST}
+    numbers = {f"importance/{name}": getattr(n, "value", n) for name, n in known.items() if n is not None}
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(numbers), step=step)
+        if isinstance(logger, TensorBoardLogger) and len(weights := importance.down_weights.cpu()):
+            with telling(Path(logger.log_dir) / "importance/weights", makes_folder=False):
+                logger.experiment.add_histogram("importance/weights", weights, step)
+    rows = [("verdict", report.verdict), *(("warning", text) for text in report.warnings), *trust_rows(report)]
+    show_table(trainer.loggers, "importance/verdict", ("what", "value"), rows, step)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        written = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"
+        (folder / "importance.json").write_text(written, encoding="utf-8")
 
 
 def hyper_parameters(trainer: Trainer, module: BCOModule) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bco_lightning.callbacks.loggers import show_table
-from bco_lightning.callbacks.metrics_file import telling
+from bco_lightning.callbacks.loggers import show_table, telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import ConfigError, printable

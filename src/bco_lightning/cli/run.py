@@ -33,8 +33,7 @@ from bco_lightning.callbacks import (
     SpeedMonitor,
     StepProgressBar,
 )  # fmt: skip
-from bco_lightning.callbacks.loggers import goes_on_when_full, where_to_look
-from bco_lightning.callbacks.metrics_file import METRICS_FILE, telling
+from bco_lightning.callbacks.loggers import METRICS_FILE, goes_on_when_full, telling, where_to_look
 from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
 from bco_lightning.checkpoints.best import BestSteps

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import Callback, Trainer
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -26,6 +25,7 @@ from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.collate import collate
 from bco_lightning.demo.tone import tone
 from bco_lightning.errors import ConfigError
+from bco_lightning.importance.report import text_table
 from bco_lightning.models.generation import SampledCompletion, held_out_prompts, sample_completions
 from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.module import BCOModule
@@ -94,21 +94,17 @@ class Alignment:
     def print(self, reward_name: str) -> None:
         """Prints the numbers as a table, with the verdict."""
         title = f"Held-out prompts: {self.num_prompts}, {self.samples_per_prompt} fresh samples of each model"
-        table = Table("", title=title)
-        for heading in ("policy", "reference", "difference (95 % interval)"):
-            table.add_column(heading, justify="right")
         interval = f"{self.gain:+.3f} ({self.gain_low:+.3f} to {self.gain_high:+.3f})"
         win_rate = f"{self.win_rate:.3f} ({self.win_rate_low:.3f} to {self.win_rate_high:.3f})"
-        for cells in (
+        rows = [
             (f"true reward ({reward_name})", f"{self.reward_policy:.3f}", f"{self.reward_reference:.3f}", interval),
             ("win rate against reference", "", "", win_rate),
             ("KL to reference, nats", f"{self.kl:.2f}"),
             ("perplexity under reference", f"{self.perplexity:.2f}", f"{self.perplexity_reference:.2f}"),
             ("tokens per answer", f"{self.tokens_policy:.1f}", f"{self.tokens_reference:.1f}"),
-        ):
-            table.add_row(*cells)
-        console = Console()
-        console.print(table)
+        ]
+        console, headings = Console(), ("", "policy", "reference", "difference (95 % interval)")
+        console.print(text_table(title, *headings, rows=rows))
         console.print(self.verdict, style="green" if self.gain_low > 0 else "bold red")
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.errors import CheckpointError, ConfigError, FaultError, UserError
+from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.identity import digest_of_tensors, digest_of_values
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import DensityRatio, FittedRatio, clipped_ratios, fit_density_ratio, too_few
@@ -33,7 +33,7 @@ from bco_lightning.importance.report import TrustReport
 from bco_lightning.metrics import Array
 from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.options import REFERENCE, ModelOptions, PromptFeatures
-from bco_lightning.parallel.collectives import gather_over_ranks, sum_over_ranks
+from bco_lightning.parallel.collectives import by_all, sum_over_ranks
 from bco_lightning.places import cache_root
 from bco_lightning.reference.model import Reference
 
@@ -133,7 +133,7 @@ class PromptWeighing:
         prompts = _Prompts(data, encoder, trainer)
         key = prompts.key(options.importance_clip)
         file = cache_root(options.cache_folder) / "importance_weights" / f"{key}.safetensors"
-        known: ImportanceWeights | None = _of_first_process(partial(_read, file), trainer)
+        known: ImportanceWeights | None = by_all(partial(_read, file) if trainer.is_global_zero else dict, trainer)[0]
         if known is not None:
             return known
         ratio, log_ratios_P, report = prompts.fitted(options.importance_clip)
@@ -220,7 +220,7 @@ class _Prompts:
         # Features take long, and are not needed to see that there are too few rows.
         features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else self._apply(lambda of, _: of, fitted_on)
         fit = partial(fit_density_ratio, features, *counts, clip=clip, encoder=self._encoder.name)
-        ratio, log_ratios_P, report = _of_first_process(fit, self._trainer)
+        ratio, log_ratios_P, report = by_all(fit if self._trainer.is_global_zero else dict, self._trainer)[0]
         num_up, num_down = float(self.num_up_P.sum()), float(self.num_down_P.sum())
         report = replace(report, num_prompts=len(self.keys_P), num_up=num_up, num_down=num_down)
         if len(others) and ratio.has_evidence:
@@ -252,25 +252,6 @@ class _Prompts:
                     made[places - chosen[0]] = values
                 bar.update(sum(len(rows) for rows, _ in group))
         return sum_over_ranks(made, trainer)
-
-
-def _of_first_process(make: Callable[[], Any], trainer: Any) -> Any:
-    """What the first process makes, or raises, in every process."""
-    made: Any = None
-    fault: UserError | None = None
-    if trainer.is_global_zero:
-        try:
-            made = make()
-        except Exception as error:  # the others are waiting, whatever it is
-            if trainer.world_size == 1:
-                raise
-            said = f"expected the first process to find them, found that it failed ({type(error).__name__}: {error})."
-            fault = FaultError("model.importance_weights", said, "Set off to train without them.")
-            fault = error if isinstance(error, UserError) else fault
-    ((made, fault), *_) = gather_over_ranks((made, fault), trainer)
-    if fault is not None:
-        raise fault
-    return made
 
 
 def _read(file: Path) -> ImportanceWeights | None:

@@ -20,10 +20,17 @@ from bco_lightning.importance.report import TrustReport, text_table
 from bco_lightning.importance.weights import MOST_PROMPTS
 from bco_lightning.inspection.cost import cost_of
 from bco_lightning.inspection.numbers import RowArrays, texts_of
-from bco_lightning.inspection.page import rendered, write_text
 from bco_lightning.inspection.personal_data import count_personal_data
 from bco_lightning.inspection.prompts import drawn_rows, prompt_shift
-from bco_lightning.inspection.report import DataReport, Finding, durations, examples_of, length_bias, sections
+from bco_lightning.inspection.report import (
+    DataReport,
+    Finding,
+    durations,
+    examples_of,
+    length_bias,
+    rendered,
+    write_text,
+)
 from bco_lightning.metrics import auc
 from bco_lightning.module import BCOModule
 from bco_lightning.places import require_free
@@ -161,7 +168,7 @@ def _read(data: FeedbackDataModule) -> tuple[FeedbackDataModule, FeedbackRowErro
 
 def print_report(report: DataReport, console: Console) -> None:
     """Prints every table; examples last, findings at the very end, where they are seen."""
-    for section in sections(report):
+    for section in report.sections:
         table = text_table(section.title, *section.headings, rows=section.rows, left=section.left)
         console.print(table, highlight=False)
     if report.examples:
@@ -175,8 +182,8 @@ def print_report(report: DataReport, console: Console) -> None:
 
 def page_of(report: DataReport) -> str:
     """The page as text."""
-    title = "What to know before training"
-    return rendered("page.html.j2", sections(report), report=report, tiles=_tiles(report), findings_title=title)
+    told = {"findings_title": "What to know before training", "findings": report.findings, "tiles": _tiles(report)}
+    return rendered("page.html.j2", report.sections, report=report, **told)
 
 
 def _tiles(report: DataReport) -> list[tuple[str, str, str]]:

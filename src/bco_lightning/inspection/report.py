@@ -1,18 +1,22 @@
-"""All that ``inspect`` found out about a feedback log, and the sections in which it is shown."""
+"""All that ``inspect`` found out about a feedback log, the sections in which it is shown, and pages made of such."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bco_lightning import figures
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.counts import Counted, FeedbackSummary, RowCounts
-from bco_lightning.errors import UserError, printable
+from bco_lightning.errors import ConfigError, UserError, printable
 from bco_lightning.importance.report import TrustReport, interval, trust_rows
 from bco_lightning.inspection.cost import EFFICIENCY, Cost
 from bco_lightning.inspection.numbers import LENGTH_HEADINGS, RowArrays, RowText, length_summary, texts_of
@@ -79,7 +83,60 @@ class DataReport:
     @property
     def sections(self) -> list[Section]:
         """Tables and pictures, in the order in which they are read."""
-        return sections(self)
+        lost, counts, trust = _lost(self.counts), self.trained_on, self.trust
+        of_training = {what: count for c, what, count, _ in lost if c is counts}
+        plain, weights = ("", ""), []
+        if trust is not None and trust.has_evidence:
+            weights.append(partial(figures.weight_histogram, trust.histogram))
+        if trust is not None and trust.calibration:
+            weights.append(partial(figures.calibration, trust.calibration))
+        parts = [
+            Section("Rows", ("", "read", "used", "up", "down", "left out", "malformed"), [
+                (c.name, *(f"{n:,}" for n in (c.read, c.used, c.up, c.down, c.num_left_out, c.malformed.count)))
+                for c in self.counts
+            ]),
+            Section(
+                "What was lost, and why", ("", "rows", "first places"),
+                [(f"{c.name}, {what}", f"{count:,}", places) for c, what, count, places in lost],
+                pictures=[partial(figures.rows_lost, of_training)] if of_training else (), left=(0, 2),
+            ),
+            Section(
+                "Malformed rows, all of which are in bad_rows.jsonl", ("expected", "rows", "first places", "remedy"),
+                [(expected, f"{kind.count:,}", ", ".join(map(short_place, kind.places)), remedy)
+                 for (expected, remedy), kind in self.malformed.items()], left=(0, 2, 3),
+            ),
+            Section(
+                "Thumbs by source", ("", "up", "down", "share up"),
+                [(name, f"{ups:,}", f"{downs:,}", f"{ups / max(1, ups + downs):.0%}")
+                 for name, (ups, downs) in counts.by_source.items()],
+                pictures=[partial(figures.thumbs_by_source, counts.by_source)] if counts.by_source else (),
+                remark="" if self.feedback is None else (
+                    f"Rows that repeat an earlier one, thumb included: {self.feedback.duplicates:,}. Answers with "
+                    f"thumbs of both kinds: {self.feedback.contradictions:,}."
+                ),
+            ),
+            _lengths(self),
+            Section(
+                "Prompts of thumbs-up against thumbs-down rows", plain, _prompt_rows(self.prompts, self.prompt_bias),
+                said=self.prompts.verdict,
+                remark="Logistic regression on words and pairs of words, trained and tested in five folds; a prompt is "
+                "in one fold alone.",
+                pictures=[partial(figures.roc, self.prompts.roc)] if self.prompts.roc else (),
+            ),
+            Section("An epoch, and the run", plain, _cost_rows(self.cost)),
+            Section(
+                f"What looks like personal data, in {self.prompts.num_rows:,} of {len(self.arrays.lengths):,} rows",
+                ("", "rows", "finds"),
+                [(kind, f"{rows:,}", f"{finds:,}") for kind, (rows, finds) in self.personal_data.items()],
+                remark="By patterns, and by checksums of cards and IBANs. Names are not looked for, and none found is "
+                "no promise.",
+            ),
+            Section(
+                "Importance weights of thumbs-down rows", plain, trust_rows(trust) if trust else (),
+                said=trust.verdict if trust else "", pictures=weights,
+            ),
+        ]  # fmt: skip
+        return [part for part in parts if part.rows]
 
     @property
     def findings(self) -> list[Finding]:
@@ -170,64 +227,6 @@ def examples_of(dataset: Any, tokenizer: Any, up: Array, number: int, seed: int)
         RowText(shortened(prompt), shortened(completion), thumb, short_place(place))
         for prompt, completion, thumb, place in texts_of(dataset, tokenizer, chosen)
     )
-
-
-def sections(report: DataReport) -> list[Section]:
-    """The report in the order in which it is read."""
-    lost, counts, trust = _lost(report.counts), report.trained_on, report.trust
-    of_training = {what: count for c, what, count, _ in lost if c is counts}
-    plain, weights = ("", ""), []
-    if trust is not None and trust.has_evidence:
-        weights.append(partial(figures.weight_histogram, trust.histogram))
-    if trust is not None and trust.calibration:
-        weights.append(partial(figures.calibration, trust.calibration))
-    parts = [
-        Section("Rows", ("", "read", "used", "up", "down", "left out", "malformed"), [
-            (c.name, *(f"{n:,}" for n in (c.read, c.used, c.up, c.down, c.num_left_out, c.malformed.count)))
-            for c in report.counts
-        ]),
-        Section(
-            "What was lost, and why", ("", "rows", "first places"),
-            [(f"{c.name}, {what}", f"{count:,}", places) for c, what, count, places in lost],
-            pictures=[partial(figures.rows_lost, of_training)] if of_training else (), left=(0, 2),
-        ),
-        Section(
-            "Malformed rows, all of which are in bad_rows.jsonl", ("expected", "rows", "first places", "remedy"),
-            [(expected, f"{kind.count:,}", ", ".join(map(short_place, kind.places)), remedy)
-             for (expected, remedy), kind in report.malformed.items()], left=(0, 2, 3),
-        ),
-        Section(
-            "Thumbs by source", ("", "up", "down", "share up"),
-            [(name, f"{ups:,}", f"{downs:,}", f"{ups / max(1, ups + downs):.0%}")
-             for name, (ups, downs) in counts.by_source.items()],
-            pictures=[partial(figures.thumbs_by_source, counts.by_source)] if counts.by_source else (),
-            remark="" if report.feedback is None else (
-                f"Rows that repeat an earlier one, thumb included: {report.feedback.duplicates:,}. Answers with thumbs "
-                f"of both kinds: {report.feedback.contradictions:,}."
-            ),
-        ),
-        _lengths(report),
-        Section(
-            "Prompts of thumbs-up against thumbs-down rows", plain, _prompt_rows(report.prompts, report.prompt_bias),
-            said=report.prompts.verdict,
-            remark="Logistic regression on words and pairs of words, trained and tested in five folds; a prompt is in "
-            "one fold alone.",
-            pictures=[partial(figures.roc, report.prompts.roc)] if report.prompts.roc else (),
-        ),
-        Section("An epoch, and the run", plain, _cost_rows(report.cost)),
-        Section(
-            f"What looks like personal data, in {report.prompts.num_rows:,} of {len(report.arrays.lengths):,} rows",
-            ("", "rows", "finds"),
-            [(kind, f"{rows:,}", f"{finds:,}") for kind, (rows, finds) in report.personal_data.items()],
-            remark="By patterns, and by checksums of cards and IBANs. Names are not looked for, and none found is no "
-            "promise.",
-        ),
-        Section(
-            "Importance weights of thumbs-down rows", plain, trust_rows(trust) if trust else (),
-            said=trust.verdict if trust else "", pictures=weights,
-        ),
-    ]  # fmt: skip
-    return [part for part in parts if part.rows]
 
 
 def _lengths(report: DataReport) -> Section:
@@ -355,3 +354,31 @@ def _of_feedback(feedback: FeedbackSummary | None) -> list[Finding]:
         (count := feedback.validation_prompts_in_training, "warning", f"{in_training}: {count:,}."),
     ]
     return [Finding(level, text) for count, level, text in found if count]
+
+
+def rendered(template: str, sections: Iterable[Section], **values: Any) -> str:
+    """The page as text; whatever users wrote is escaped in it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["printable"] = printable
+    shown = []
+    for section in sections:
+        drawn = [picture() for picture in section.pictures]
+        # matplotlib escapes what it is told
+        shown.append((section, [(str(each.get_label()), Markup(figures.to_svg(each))) for each in drawn]))  # noqa: S704
+    return environment.get_template(template).render(sections=shown, **values)
+
+
+def write_text(text: str, path: Path, option: str, replaces: bool = False) -> None:
+    """Writes a page into a file, whole or not at all.
+
+    Raises:
+        ConfigError: If it cannot be.
+    """
+    try:
+        with written_whole(path, replaces) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(option, f"expected a file to write, found that it cannot be ({error.strerror}).") from error

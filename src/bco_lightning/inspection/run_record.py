@@ -14,9 +14,10 @@ import numpy as np
 import yaml
 
 from bco_lightning.callbacks.held_out_rows import HELD_OUT_FILE
-from bco_lightning.callbacks.metrics_file import METRICS_FILE
+from bco_lightning.callbacks.loggers import METRICS_FILE
 from bco_lightning.callbacks.sample_writer import SAMPLES_FILE
 from bco_lightning.errors import ConfigError
+from bco_lightning.importance.report import interval
 from bco_lightning.metrics import Array, Auc, auc
 
 _FEWEST_ROWS = 20  # of the rarer class
@@ -122,13 +123,11 @@ class RunRecord:
         if (area := held_out.area) is None or held_out.num_rarer < _FEWEST_ROWS:
             few = f"the rarer class has {held_out.num_rarer} of {len(held_out.rewards)} held-out rows"
             return Outcome("unknown", f"Too few rows to tell: {few}, and {_FEWEST_ROWS} are the least to judge by.")
-        said = f"{area.value:.3f} ({area.low:.3f} to {area.high:.3f})"
-        chance = f"a held-out thumbs-up answer is rewarded above a thumbs-down one with probability {said}"
-        if area.low > 0.5:
-            return Outcome("better", f"Better than before: {chance}; before training it was 0.5.")
-        if area.high < 0.5:
-            return Outcome("worse", f"Worse than before: {chance}; before training it was 0.5.")
-        return Outcome("none", f"No better than before, as far as can be told: {chance}, and 0.5 is within.")
+        chance = f"a held-out thumbs-up answer is rewarded above a thumbs-down one with probability {interval(area)}"
+        if area.low <= 0.5 <= area.high:
+            return Outcome("none", f"No better than before, as far as can be told: {chance}, and 0.5 is within.")
+        level = "better" if area.low > 0.5 else "worse"
+        return Outcome(level, f"{level.capitalize()} than before: {chance}; before training it was 0.5.")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -16,8 +16,7 @@ from bco_lightning import figures
 from bco_lightning.errors import printable
 from bco_lightning.importance.report import text_table
 from bco_lightning.inspection.drift import Change, drift
-from bco_lightning.inspection.page import rendered, write_text
-from bco_lightning.inspection.report import LEVELS, Finding, Level, Section, short_place
+from bco_lightning.inspection.report import LEVELS, Finding, Level, Section, rendered, short_place, write_text
 from bco_lightning.inspection.run_record import RunRecord
 from bco_lightning.places import require_free
 
@@ -92,30 +91,28 @@ def print_metrics(values: Mapping[str, Any], names: Sequence[str], console: Cons
         stage, _, metric = name.partition("/")
         if not metric.startswith("by_source/"):
             beside = [f"{stage}/by_source/{source}/{metric}" for source in sources]
-            rows.append((name, *(_digits(float(values.get(each, math.nan)), 4) for each in (name, *beside))))
+            rows.append((name, *(_shown(float(values.get(each, math.nan)), 4) for each in (name, *beside))))
     console.print(text_table("", "", "all rows", *sources, rows=rows), highlight=False)
 
 
 def page_of_runs(records: Sequence[RunRecord]) -> str:
     """The page as text."""
     if len(records) == 1:
-        return rendered("run.html.j2", _sections(records[0]), report=_Findings(records[0]), records=records,
+        return rendered("run.html.j2", _sections(records[0]), findings=_findings_of(records), records=records,
                         tiles=_tiles(records[0]), findings_title="What it did",
                         settings=yaml.safe_dump(dict(records[0].settings), sort_keys=False),
                         samples=records[0].newest_samples)  # fmt: skip
-    return rendered("run.html.j2", _compared(records), report=_Findings(*records), records=records, tiles=[],
+    return rendered("run.html.j2", _compared(records), findings=_findings_of(records), records=records, tiles=[],
                     findings_title="What they did", settings="", samples=[])  # fmt: skip
 
 
-class _Findings:
+def _findings_of(records: Sequence[RunRecord]) -> list[Finding]:
     """What to know, the worst first."""
-
-    def __init__(self, *records: RunRecord) -> None:
-        found = []
-        for record in records:
-            before = f"{short_place(str(record.folder))}: " if len(records) > 1 else ""
-            found += [Finding(finding.level, before + finding.text) for finding in _findings(record)]
-        self.findings = sorted(found, key=lambda finding: LEVELS.index(finding.level))
+    found = []
+    for record in records:
+        before = f"{short_place(str(record.folder))}: " if len(records) > 1 else ""
+        found += [Finding(finding.level, before + finding.text) for finding in _findings(record)]
+    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
 def _findings(record: RunRecord) -> list[Finding]:
@@ -176,9 +173,7 @@ def _sections(record: RunRecord) -> list[Section]:
 
 def _compared(records: Sequence[RunRecord]) -> list[Section]:
     names = [short_place(str(record.folder)) for record in records]
-    rows = []
-    for name, said, digits in _MEASURES:
-        rows.append((said, *(_digits(record.last(f"val/{name}"), digits) for record in records)))
+    rows = [(said, *(_shown(r.last(f"val/{name}"), digits) for r in records)) for name, said, digits in _MEASURES]
     pictures = []
     for metric, what, unit in _COMPARED:
         lines = {name: r.curves[metric] for name, r in zip(names, records, strict=True) if r.curves.get(metric)}
@@ -196,11 +191,10 @@ def _compared(records: Sequence[RunRecord]) -> list[Section]:
 
 
 def _outcome_rows(record: RunRecord) -> list[tuple[str, ...]]:
-    known = [(name, said, digits, record.last(f"val/{name}")) for name, said, digits in _MEASURES]
     return [
-        (said, _digits(record.at_first(name), digits), _digits(after, digits))
-        for name, said, digits, after in known
-        if after is not None
+        (said, _shown(record.at_first(name), digits), _shown(after, digits))
+        for name, said, digits in _MEASURES
+        if (after := record.last(f"val/{name}")) is not None
     ]
 
 
@@ -209,9 +203,9 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     rows = record.provenance.get("fingerprints", {}).get("rows")
     return [
         ("Optimizer steps", f"{record.steps:,}", f"{rows:,} rows to train on" if isinstance(rows, int) else ""),
-        ("Held-out AUROC", _digits(auroc, 3), "0.5 before training"),
-        ("KL to the reference", _digits(kl, 2), "nats per answer"),
-        ("Speed", "–" if speed is None else f"{speed:,.0f}", "tokens per second"),
+        ("Held-out AUROC", _shown(auroc, 3), "0.5 before training"),
+        ("KL to the reference", _shown(kl, 2), "nats per answer"),
+        ("Speed", _shown(speed, 0), "tokens per second"),
     ]
 
 
@@ -244,9 +238,8 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def _digits(value: float | None, digits: int) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
-
-
-def _shown(value: float) -> str:
-    return "–" if not math.isfinite(value) else f"{value:,.4g}"
+def _shown(value: float | None, digits: int | None = None) -> str:
+    """With so many digits behind the point, or four in all."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.4g}" if digits is None else f"{value:,.{digits}f}"

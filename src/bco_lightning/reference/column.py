@@ -10,8 +10,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.collate import COLUMNS, collate, select_known
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.data.images import ImageInputs, file_of
@@ -345,15 +344,8 @@ def _write_whole(folder: Path, records: _Array) -> Path:
     content = io.BytesIO()
     np.save(content, np.sort(records, order="key", kind="stable"), allow_pickle=False)
     target = folder / _name_of(content.getvalue())
-    descriptor, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).replace(target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with written_whole(target) as partial:
+        partial.write_bytes(content.getvalue())
     return target
 
 

@@ -14,7 +14,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bco_lightning.callbacks.metrics_file import METRICS_FILE
+from bco_lightning.callbacks.loggers import METRICS_FILE
 from bco_lightning.checkpoints import resolve_checkpoint, verify_checkpoint
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.images import ImageInputs
