@@ -14,7 +14,8 @@ import pytest
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.formats import FORMATS, format_of
-from bco_lightning.data.formats.exports import DIFY_KEEPS, FAILED, TEMPLATED
+from bco_lightning.data.formats.exports import DIFY_KEEPS, TEMPLATED
+from bco_lightning.data.formats.rated_calls import FAILED
 from bco_lightning.data.formats.record_format import UNFINISHED
 from bco_lightning.data.formats.turns import WITH_TOOLS
 from bco_lightning.data.options import Columns, Rating

@@ -10,19 +10,17 @@ from __future__ import annotations
 from types import ModuleType
 
 from bco_lightning.data.formats import (
-    argilla,
     chainlit,
     chitchat,
     compared,
-    langfuse,
-    langsmith,
     librechat,
     open_webui,
     paired,
     ranked,
     unpaired,
 )
-from bco_lightning.data.formats.exports import EXPORTS, RatedCalls
+from bco_lightning.data.formats.exports import EXPORTS
+from bco_lightning.data.formats.rated_calls import RatedCalls
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import Record, value_at
 from bco_lightning.errors import ConfigError
@@ -31,7 +29,7 @@ __all__ = ["FORMATS", "format_of"]
 
 # Exports are told by keys that rows do not have, while a row may have keys beside those of its format: they come last.
 _ROWS = (unpaired, ranked, compared, paired)
-_MODULES = (*_ROWS, open_webui, langfuse, langsmith, argilla, chainlit, chitchat, librechat)
+_MODULES = (*_ROWS, open_webui, chainlit, chitchat, librechat)
 FORMATS: dict[str, ModuleType | RatedCalls] = {
     **{module.__name__.rpartition(".")[2]: module for module in _MODULES},
     **EXPORTS,

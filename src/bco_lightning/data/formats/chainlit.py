@@ -46,7 +46,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
         rated = rated if origin.labelled else rated[-1:] or [None]
         row: FeedbackRow | LeftOut = origin.left_out(NO_FEEDBACK if not rated else ERROR_ANSWER)
         if rated and not said[at].get("isError"):
-            row = origin.answered([_message(step) for step in said[:at]], [_message(said[at])], "steps")
+            row = origin.answered(([_message(step)] for step in said[: at + 1]), "steps")
         for thumb in rated or [None]:
             yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {origin.columns.label: thumb})
     for others in thumbs.values() if origin.labelled else ():

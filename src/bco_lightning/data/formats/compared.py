@@ -13,7 +13,6 @@ from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.labels import DROPPED_LABEL, NO_FEEDBACK
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import MISSING, Record, is_blank, keys_of, plain_number, shown, value_at
-from bco_lightning.errors import FeedbackRowError
 
 TIE = "no answer is better"
 # Both answers and what compares them, by the data sets that say so: Arena, HelpSteer3, HelpSteer2, PKU-SafeRLHF.
@@ -57,11 +56,8 @@ def candidates(record: Record, origin: Origin) -> Rows:
     if len(names) > 3:
         labels = [plain_number(value_at(record, name)) for name in names[2:]]
     else:
-        try:
+        with origin.label_is_optional():
             said = _outcome(record, names[2], origin)
-        except FeedbackRowError:
-            if origin.labelled:
-                raise
     if said in _THUMBS:
         yield from with_thumbs(record, origin, answers, _THUMBS[said])
     elif said and origin.labelled:

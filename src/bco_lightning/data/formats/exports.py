@@ -1,13 +1,19 @@
 """Exports of tools that keep a call, what came of it and how it was rated: for each tool, where its export keeps what.
 
-What was said is understood in the layouts of :mod:`~.traces`; scores may also stand in a file of their own.
+Langfuse's table of traces or observations has a column for each score; its API, and the download of a single trace, a
+list of ``scores``. Its scheduled export to blob storage keeps scores in files apart, which have to be joined before.
+Runs of LangSmith are those of ``Client.list_runs`` and the bulk export. Records of Argilla are those of
+``Dataset.records.to_json`` and ``to_list``, or the flat ones of ``to_list(flatten=True)`` and ``to_datasets``.
 
-Source: the Python packages mlflow-skinny 3.17.2 (``entities/trace.py``, ``entities/assessment.py``), opik 2.2.122
+Source: the Python packages langfuse 5.0.4 (``api/commons/types``), langsmith 0.15.0 (``schemas.py``, ``types/run.py``)
+with https://docs.langchain.com/langsmith/feedback-data-format, argilla 2.8.0 (``records/_resource.py``,
+``records/_io/_generic.py``), mlflow-skinny 3.17.2 (``entities/trace.py``, ``entities/assessment.py``), opik 2.2.122
 (``rest_api/types/trace_public.py``, ``cli/exports``), arize-phoenix-client 3.5.0 (``__generated__/v1``), weave 0.54.0
 (``trace/call.py``, ``trace/feedback.py``), tensorzero 2026.6.0 (``generated_types.py``) with its documentation, Data
 Model, and label-studio-sdk 2.1.2 (``types/annotation.py``, ``label_interface/control_tags.py``) with Label Studio Task
-Format; the repositories Helicone/helicone (``packages/llm-mapper/types.ts``, ``examples/export``), langgenius/dify
-(``api/services/feedback_service.py``) and Mintplex-Labs/anything-llm (``server/utils/helpers/chat/convertTo.js``).
+Format; the repositories langfuse/langfuse v3 (``worker/src/features/database-read-stream``), Helicone/helicone
+(``packages/llm-mapper/types.ts``, ``examples/export``), langgenius/dify (``api/services/feedback_service.py``) and
+Mintplex-Labs/anything-llm (``server/utils/helpers/chat/convertTo.js``).
 """
 
 from __future__ import annotations
@@ -15,73 +21,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from bco_lightning.batch import FeedbackRow, LeftOut, Message
-from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE, Origin, Rows
-from bco_lightning.data.formats.scores import rated_by
-from bco_lightning.data.formats.traces import traced_row
-from bco_lightning.data.formats.unpaired import unrated_row
-from bco_lightning.data.options import Columns
-from bco_lightning.data.values import MISSING, Record, objects_in, unpacked, value_at
+from bco_lightning.batch import Message
+from bco_lightning.data.formats.rated_calls import USUAL_NAMES, Call, RatedCalls, Score
+from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE
+from bco_lightning.data.values import MISSING, Record, is_blank, objects_in, plain_number, unpacked, value_at
 
 DIFY_KEEPS = 500  # characters of an answer
-FAILED = "call that failed"
 TEMPLATED = "prompt that only a template tells, which the export does not hold"
-
-
-class Score(NamedTuple):
-    """One rating of a call: its name, its value (``None`` is none), and who gave it, where that is known."""
-
-    name: Any
-    value: Any
-    user: Any = None
-
-
-Call = tuple[Any, Any] | Record | None  # what went in and what came out, or both in columns
-
-
-@dataclass(frozen=True)
-class RatedCalls:
-    """Records of one tool, where a name with dots reaches into objects."""
-
-    marks: tuple[tuple[str, ...], ...]  # a record has all names of one group
-    call: Callable[[Record], Call | str]  # a text is the reason for which there is none
-    scores: Callable[[Record], Iterable[Score]] = lambda _: ()
-    # The key by which scores in another file name a record, and what one of these says.
-    beside: tuple[str, Callable[[Record], Iterable[Score]]] | None = None
-    failed: Callable[[Record], Any] = lambda _: False
-    usual: tuple[str, ...] = ()  # names of the score that is a user's thumb
-    only: tuple[str, ...] = ()  # what such a score says, unless options say what its words mean; any other is no thumb
-
-    def matches(self, record: Record, columns: Columns) -> bool:
-        """Whether a record has all names of one group."""
-        return any(all(value_at(record, name, MISSING) is not MISSING for name in group) for group in self.marks)
-
-    def candidates(self, record: Record, origin: Origin) -> Rows:
-        """The rows of one call."""
-        scores: dict[str, list[Any]] = {}
-        users: dict[str, list[Any]] = {}
-        given = [*self.scores(record)]
-        for key, read in [self.beside] if self.beside else ():
-            given += [score for entry in origin.options.feedback.on(value_at(record, key)) for score in read(entry)]
-        for name, value, user in given:
-            no_thumb = self.only and name in self.usual and value not in self.only and not origin.columns.thumbs
-            if isinstance(name, str) and value is not None and not no_thumb:
-                scores.setdefault(name, []).append(value)
-                users.setdefault(name, []).append(user)
-        yield from rated_by(scores, lambda: self._row(record, origin), origin, users, self.usual)
-
-    def _row(self, record: Record, origin: Origin) -> FeedbackRow | LeftOut:
-        if self.failed(record):
-            return origin.left_out(FAILED)
-        call = self.call(record)
-        if isinstance(call, str):
-            return origin.left_out(call)
-        if not isinstance(call, tuple):
-            return unrated_row(call if isinstance(call, dict) else {}, origin)
-        return traced_row({"input": call[0], "output": call[1]}, ("input", "output"), origin)
+_OF_LANGFUSE = ("traceId", "observationCount", "bookmarked", "htmlPath", "parentObservationId")
+# Columns of Langfuse's tables that can hold lists and are no scores.
+_NO_SCORES = frozenset({
+    "input", "output", "metadata", "tags", "traceTags", "comments", "observations", "toolCalls", "toolCallNames",
+})  # fmt: skip
+_FLAT = ".responses"  # of Argilla
 
 
 def _of_json(value: Any) -> Any:
@@ -91,8 +45,71 @@ def _of_json(value: Any) -> Any:
     return value
 
 
-def _at(given: str, answer: str) -> Callable[[Record], Call]:
-    return lambda record: (value_at(record, given), value_at(record, answer))
+def _at(*names: str) -> Callable[[Record], Call]:
+    return lambda record: tuple(value_at(record, name) for name in names)
+
+
+def _langfuse_scores(record: Record) -> Iterable[Score]:
+    """Those of a list of objects, as the API gives them, or of the columns of a table, each with a list of values."""
+    if isinstance(record.get("scores"), list):
+        for score in objects_in(record["scores"]):
+            kind, value, text = score.get("dataType"), score.get("value"), score.get("stringValue")
+            if kind == "BOOLEAN" and value in (0, 1):
+                value = bool(value)
+            elif kind == "CATEGORICAL" and text is not None:
+                value = text
+            yield Score(score.get("name"), MISSING if value is None else value)
+        return
+    # The table has a column for each score of the project, so one that was not given is known all the same.
+    for name, value in ((name, unpacked(value)) for name, value in record.items() if name not in _NO_SCORES):
+        if isinstance(value, list) and all(isinstance(one, (int, float, str)) for one in value):
+            yield from (Score(name, one) for one in value or [MISSING])
+        elif name in USUAL_NAMES:
+            yield Score(name, MISSING if is_blank(value) else value)
+
+
+def _langsmith_scores(record: Record) -> Iterable[Score]:
+    """Every user's own, where ``Client.list_feedback`` stands beside a run; else what its statistics say of them."""
+    if isinstance(record.get("feedback"), list):
+        for entry in objects_in(record["feedback"]):
+            value = entry.get("value" if entry.get("score") is None else "score")
+            yield Score(entry.get("key"), MISSING if value is None else value)
+        return
+    stats = record["feedback_stats"] if isinstance(record.get("feedback_stats"), dict) else {}
+    for name, stat in ((name, stat) for name, stat in stats.items() if isinstance(stat, dict)):
+        yield Score(name, MISSING)
+        if (mean := stat.get("avg")) is not None:
+            # The mean of +1 and -1 looks like a thumb, too.
+            least, most = stat.get("min"), stat.get("max")
+            alike = stat.get("n") in (None, 1) if least is None or most is None else least == most
+            yield Score(name, mean, is_mean=not alike or isinstance(plain_number(mean), float))
+        elif isinstance(words := stat.get("values"), dict):
+            said = ((word, times) for word, times in words.items() if isinstance(times, int))
+            yield from (Score(name, word) for word, times in said for _ in range(times))
+
+
+def _argilla_scores(record: Record) -> Iterable[Score]:
+    """Those of responses, nested or flat; only flat ones know drafts and discarded responses, which are not used."""
+    nested = record.get("responses")
+    given = nested.items() if isinstance(nested, dict) else _flat_responses(record)
+    for question, listed in given:
+        yield Score(question, MISSING)
+        for response in objects_in(listed):
+            if response.get("status") in (None, "submitted"):
+                yield Score(question, response.get("value"), response.get("user_id"))
+
+
+def _flat_responses(record: Record) -> Iterable[tuple[str, list[Record]]]:
+    """The responses of each flat question as objects; users and states only where there is one for each."""
+    for name, values in ((name, values) for name, values in record.items() if name.endswith(_FLAT)):
+        values = values if isinstance(values, list) else []
+        users, states = (
+            column if isinstance(column, list) and len(column) == len(values) else [None] * len(values)
+            for column in (record.get(f"{name}.users"), record.get(f"{name}.status"))
+        )
+        parts = zip(values, users, states, strict=True)
+        listed = [{"value": value, "user_id": user, "status": state} for value, user, state in parts]
+        yield name.removesuffix(_FLAT), listed
 
 
 def _mlflow_call(record: Record) -> Call:
@@ -215,6 +232,25 @@ def _label_studio_scores(record: Record) -> Iterable[Score]:
 
 
 EXPORTS: dict[str, RatedCalls] = {
+    "langfuse": RatedCalls(
+        tuple(("input", "output", name) for name in _OF_LANGFUSE),
+        _at("input", "output"),
+        _langfuse_scores,
+        json=("scores",),
+        required="input",
+    ),
+    "langsmith": RatedCalls(
+        tuple(("inputs", "outputs", name) for name in ("run_type", "feedback_stats", "dotted_order")),
+        _at("inputs", "outputs", "extra.invocation_params.tools"),
+        _langsmith_scores,
+        json=("extra", "feedback", "feedback_stats"),
+        required="inputs",
+    ),
+    "argilla": RatedCalls(
+        (("fields", "responses"), (_FLAT,)),
+        lambda record: record["fields"] if isinstance(record.get("fields"), dict) else record,
+        _argilla_scores,
+    ),
     "mlflow": RatedCalls(
         (("info.trace_id", "data.spans"), ("trace_id", "request", "assessments")),
         _mlflow_call,
@@ -257,7 +293,11 @@ EXPORTS: dict[str, RatedCalls] = {
         _tensorzero_call,
         beside=("id", lambda entry: [Score(entry.get("metric_name"), entry.get("value"))]),
     ),
-    "label_studio": RatedCalls((("data", "annotations"),), lambda record: record.get("data"), _label_studio_scores),
+    "label_studio": RatedCalls(
+        (("data", "annotations"),),
+        lambda record: record["data"] if isinstance(record.get("data"), dict) else {},
+        _label_studio_scores,
+    ),
     "anythingllm": RatedCalls(
         (("prompt", "rating", "workspace", "sent_at"),),
         _anythingllm_call,

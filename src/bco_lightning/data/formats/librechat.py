@@ -35,7 +35,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
         if origin.labelled and label is None:
             yield origin.left_out(NO_FEEDBACK)
             continue
-        row = _row(branch_to(answer.get("messageId"), known, "parentMessageId"), record, origin)
+        row = _row(branch_to(answer.get("messageId"), known, "parentMessageId", _ROOT), record, origin)
         yield row if isinstance(row, LeftOut) else Candidate(row, label, {origin.columns.label: label})
 
 
@@ -46,29 +46,17 @@ def _row(branch: list[Record], record: Record, origin: Origin) -> FeedbackRow | 
         return origin.left_out(ERROR_ANSWER)
     if branch[-1].get("unfinished") or branch[-1].get("finish_reason") == "length":
         return origin.left_out(UNFINISHED)
-    told = value_at(record, "options.promptPrefix")
-    before: list[Message] = [{"role": "system", "content": told}] if isinstance(told, str) and told.strip() else []
-    turn: list[Message] = []
-    for message in branch:
-        before += turn
-        files = objects_in(message.get("files"))
-        if any(str(file.get("type")).startswith("image") for file in files):
-            return origin.left_out(WITH_IMAGE)
-        found = _turn(message, origin)
-        if isinstance(found, LeftOut):
-            return found
-        turn = found
-    return origin.answered(before, turn, "messages")
+    turns = (_turn(message, origin) for message in branch)
+    return origin.answered(turns, "messages", value_at(record, "options.promptPrefix"))
 
 
 def _turn(message: Record, origin: Origin) -> list[Message] | LeftOut:
-    if message.get("isCreatedByUser"):
-        return [{"role": "user", "content": message.get("text")}]
-    parts = objects_in(message.get("content"))
-    if not parts:
-        return [{"role": "assistant", "content": message.get("text")}]
-    if any(str(part.get("type")).startswith("image") for part in parts):
+    asked = message.get("isCreatedByUser")
+    parts = [] if asked else objects_in(message.get("content"))
+    if any(str(part.get("type")).startswith("image") for part in [*objects_in(message.get("files")), *parts]):
         return origin.left_out(WITH_IMAGE)
+    if not parts:
+        return [{"role": "user" if asked else "assistant", "content": message.get("text")}]
     return messages_of([item for part in parts for item in _items(part)], origin)
 
 
@@ -86,12 +74,10 @@ def _items(part: Record) -> list[Record]:
 
 
 def _flat(messages: list[Record]) -> list[Record]:
-    """All messages of a list or a tree, each after its parent; a first one has no parent."""
+    """All messages of a list or a tree, each after its parent."""
     flat: list[Record] = []
     waiting = messages[::-1]
     while waiting:
-        message = waiting.pop()
-        waiting += objects_in(message.get("children"))[::-1]
-        parent = message.get("parentMessageId")
-        flat.append({**message, "parentMessageId": None if parent == _ROOT else parent})
+        flat.append(waiting.pop())
+        waiting += objects_in(flat[-1].get("children"))[::-1]
     return flat

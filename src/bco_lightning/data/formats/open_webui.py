@@ -80,15 +80,8 @@ def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
     last = branch[-1].get("output")
     if branch[-1].get("done") is False or any(item.get("status") == "incomplete" for item in objects_in(last)[-1:]):
         return origin.left_out(UNFINISHED)
-    said: list[list[Message]] = []
-    for node in branch:
-        messages = _messages(node, origin)
-        if isinstance(messages, LeftOut):
-            return messages
-        said.append(messages)
-    system = value_at(record, "snapshot.chat.chat.params.system")
-    told = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return origin.answered([*told, *(message for turn in said[:-1] for message in turn)], said[-1], "snapshot")
+    turns = (_messages(node, origin) for node in branch)
+    return origin.answered(turns, "snapshot", value_at(record, "snapshot.chat.chat.params.system"))
 
 
 def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:

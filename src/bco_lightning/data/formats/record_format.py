@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message
 from bco_lightning.data.feedback_beside import FeedbackBeside
@@ -21,11 +25,7 @@ NO_PROMPT = "answer without a prompt"
 SECOND_ANSWER = "answer right after another one"
 UNFINISHED = "answer that does not end where its model ended it"
 # What a row may not tell the chat template: what this package itself says, and how the template is called.
-_RESERVED_OPTIONS = frozenset({
-    "self", "conversation", "messages", "tools", "chat_template", "tokenize", "tokenizer_kwargs",
-    "add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length", "return_tensors",
-    "return_dict", "return_assistant_tokens_mask",
-})  # fmt: skip
+_RESERVED_OPTIONS = {*signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"} - {"documents"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,10 @@ class Origin:
     def error(self, problem: str, remedy: str = "") -> FeedbackRowError:
         """What is wrong with the record."""
         return FeedbackRowError(self.place, problem, remedy)
+
+    def label_is_optional(self) -> AbstractContextManager[None]:
+        """A context in which what is wrong with a label is nothing where rows need none."""
+        return nullcontext() if self.labelled else suppress(FeedbackRowError)
 
     def required(self, record: Record, column: str, *others: str) -> Any:
         """What stands in a column; an error that names all of these columns that are not there."""
@@ -132,16 +136,17 @@ class Origin:
         check_size([*said, *(tools or ()), *([told] if told else ())], self.place)
         return FeedbackRow(prompt, completion, None, self.place, tools or None, told, num_trailing)
 
-    def answered(self, before: list[Message], answer: list[Message], name: str) -> FeedbackRow | LeftOut:
-        """The row of an exported chat, whose messages stand in the column ``name``; those that say nothing are none."""
-        before, answer = (
-            [
-                message
-                for message in turn
-                if message["content"] or message.get("tool_calls") or message["role"] == "tool"
-            ]
-            for turn in (before, answer)
-        )
+    def answered(
+        self, turns: Iterable[list[Message] | LeftOut], name: str, system: Any = None
+    ) -> FeedbackRow | LeftOut:
+        """The row of an exported chat, whose turns stand in the column ``name``; messages that say nothing are none."""
+        before: list[Message] = []
+        answer = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+        for turn in turns:
+            if isinstance(turn, LeftOut):
+                return turn
+            before += answer
+            answer = [said for said in turn if said["content"] or said.get("tool_calls") or said["role"] == "tool"]
         if not answer or answer[-1]["role"] == "tool" or not answer[-1]["content"]:
             return self.left_out(NO_ANSWER)
         if not any(message["role"] == "user" for message in before):

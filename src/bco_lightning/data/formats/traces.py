@@ -1,4 +1,7 @@
-"""The messages in what went in and out of a traced call, in the layouts that tracing libraries write."""
+"""The messages in what went in and out of a traced call, in the layouts that tracing libraries write.
+
+Source: OpenAI's form of messages, and those of langchain-core 1.8.2 (``dumpd``, ``message_to_dict``, ``model_dump``).
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ _HISTORY = ("chat_history", "history")
 IMAGES = ("image", "image_url", "input_image", "image_file")
 
 
-def traced_row(record: Record, columns: tuple[str, str], origin: Origin, tools: Any = None) -> FeedbackRow | LeftOut:
+def traced_row(origin: Origin, given: Any, answer: Any, tools: Any = None) -> FeedbackRow | LeftOut:
     """The row of one traced call: text, messages, or an object that holds these went in and came out, or its JSON text.
 
     If a whole conversation came out, its last assistant turn is rated. Tools may also stand beside the messages.
     """
-    given, answer = unpacked(origin.required(record, columns[0])), unpacked(record.get(columns[1]))
+    given, answer = unpacked(given), unpacked(answer)
     said = _found(answer, "assistant", origin)
     if not any(map(_says_something, said)):
         return origin.left_out(NO_ANSWER)

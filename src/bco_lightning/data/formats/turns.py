@@ -17,10 +17,10 @@ WITH_TOOLS = "tool calls whose results the export does not keep as messages"
 CALL, RESULT, SAID, THOUGHT = "function_call", "function_call_output", "message", "reasoning"
 
 
-def branch_to(message_id: Any, messages: Record, parent: str) -> list[Record]:
-    """The messages from the root of the tree to one of them; none if the way is broken."""
+def branch_to(message_id: Any, messages: Record, parent: str, root: str | None = None) -> list[Record]:
+    """The messages that lead to one of them from the first, whose parent is ``root``; none if the way is broken."""
     branch: list[Record] = []
-    while message_id is not None:
+    while message_id not in (None, root):
         message = messages.get(message_id) if isinstance(message_id, str) else None
         if not isinstance(message, dict) or len(branch) > len(messages):
             return []
