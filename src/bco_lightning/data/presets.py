@@ -32,9 +32,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def presets_for(record: Record) -> list[str]:
     """The data sets of which a record has all columns."""
-    of = {name: [*filter(_is_name, preset.get("columns", {}).values())] for name, preset in PRESETS.items()}
+    columns = {name: preset.get("columns", {}).values() for name, preset in PRESETS.items()}
+    of = {name: [one for one in values if isinstance(one, str)] for name, values in columns.items()}
     return [name for name in of if len(of[name]) > 1 and all(value_at(record, one) is not None for one in of[name])]
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)

@@ -94,7 +94,7 @@ class RowMaker:
             self._settle(record)
         try:
             for item in FORMATS[self.format or "unpaired"].candidates(record, origin):
-                rows.append(self._rated(item) if isinstance(item, Candidate) else item)
+                rows.append(self._rated(item, origin) if isinstance(item, Candidate) else item)
         except FeedbackRowError as error:
             rows.append(error.without_cause())
         return rows
@@ -113,21 +113,17 @@ class RowMaker:
             known = {column_of(record, name) for name in used}
             self.unused += [name for name in new if name not in known]
 
-    def _rated(self, candidate: Candidate) -> FeedbackRow | LeftOut:
-        row = candidate.row
+    def _rated(self, candidate: Candidate, origin: Origin) -> FeedbackRow | LeftOut:
+        row, rule = candidate.row, self.options.rating
         if row.thumbs_up is not None:
             return row
-        thumb: bool | LeftOut | None
-        try:
+        thumb: bool | LeftOut | None = None
+        with origin.label_is_optional():
             thumb = self._thumb(candidate)
-        except FeedbackRowError:
+        if isinstance(thumb, LeftOut):
             if self.labelled:
-                raise
+                return thumb
             thumb = None
-        if isinstance(thumb, LeftOut) and self.labelled:
-            return thumb
-        thumb = None if isinstance(thumb, LeftOut) else thumb
-        rule = self.options.rating
         score = None if rule is None or thumb is None else rule.score(value_at(candidate.ratings, self._rating))
         # Four times as fast as dataclasses.replace, and this is done for every row.
         return FeedbackRow(
@@ -136,7 +132,7 @@ class RowMaker:
 
     def _thumb(self, candidate: Candidate) -> bool | LeftOut:
         row, rule = candidate.row, self.options.rating
-        label = candidate.label if rule is None else value_at(candidate.ratings, self._rating, MISSING)
+        label = value_at(candidate.ratings, self._rating, MISSING)
         if label is MISSING:  # who rates some of all answers may leave it out
             self._unrated = self._unrated or candidate
             return LeftOut(row.place, NO_FEEDBACK)

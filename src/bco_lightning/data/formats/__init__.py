@@ -9,16 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from bco_lightning.data.formats import (
-    chainlit,
-    chitchat,
-    compared,
-    librechat,
-    open_webui,
-    paired,
-    ranked,
-    unpaired,
-)
+from bco_lightning.data.formats import chainlit, chitchat, compared, librechat, open_webui, paired, ranked, unpaired
 from bco_lightning.data.formats.exports import EXPORTS
 from bco_lightning.data.formats.rated_calls import RatedCalls
 from bco_lightning.data.options import Columns
@@ -28,19 +19,16 @@ from bco_lightning.errors import ConfigError
 __all__ = ["FORMATS", "format_of"]
 
 # Exports are told by keys that rows do not have, while a row may have keys beside those of its format: they come last.
-_ROWS = (unpaired, ranked, compared, paired)
-_MODULES = (*_ROWS, open_webui, chainlit, chitchat, librechat)
-FORMATS: dict[str, ModuleType | RatedCalls] = {
-    **{module.__name__.rpartition(".")[2]: module for module in _MODULES},
-    **EXPORTS,
-}
+_ROWS = {"unpaired": unpaired, "ranked": ranked, "compared": compared, "paired": paired}
+_CHATS = {"open_webui": open_webui, "chainlit": chainlit, "chitchat": chitchat, "librechat": librechat}
+FORMATS: dict[str, ModuleType | RatedCalls] = {**_ROWS, **_CHATS, **EXPORTS}
 
 
 def format_of(record: Record, columns: Columns) -> str | None:
     """Name of the format that a record looks to be of; ``None`` if it looks like none."""
     found = [name for name, known in FORMATS.items() if known.matches(record, columns)]
     others = found[1:] if found[:1] == ["unpaired"] and value_at(record, columns.label) is not None else []
-    if others and set(others) <= {module.__name__.rpartition(".")[2] for module in _ROWS}:
+    if others and set(others) <= _ROWS.keys():
         raise ConfigError(
             "data.format",
             "expected rated rows or pairs, found records that have the columns of both.",

@@ -48,7 +48,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
         if rated and not said[at].get("isError"):
             row = origin.answered(([_message(step)] for step in said[: at + 1]), "steps")
         for thumb in rated or [None]:
-            yield row if isinstance(row, LeftOut) else Candidate(row, thumb, {origin.columns.label: thumb})
+            yield row if isinstance(row, LeftOut) else Candidate(row, {origin.columns.label: thumb})
     for others in thumbs.values() if origin.labelled else ():
         yield from (origin.left_out(NOT_AN_ANSWER) for _ in others)
 

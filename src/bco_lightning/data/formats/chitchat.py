@@ -50,7 +50,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
         return
     said = [{"role": "assistant" if who == turns[-1][0] else "user", "content": text} for who, text in turns]
     messages = origin.messages(said, "messages")
-    yield Candidate(origin.row(messages[:-1], messages[-1:]), None, ratings)
+    yield Candidate(origin.row(messages[:-1], messages[-1:]), ratings)
 
 
 def _by_ratings(ratings: Record, origin: Origin) -> LeftOut | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 
-from bco_lightning.data.formats.paired import SAME, two_rows, with_thumbs
-from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
+from bco_lightning.data.formats.paired import two_rows
+from bco_lightning.data.formats.record_format import Origin, Rows
 from bco_lightning.data.labels import DROPPED_LABEL, NO_FEEDBACK
 from bco_lightning.data.options import Columns
 from bco_lightning.data.values import MISSING, Record, is_blank, keys_of, plain_number, shown, value_at
@@ -52,21 +52,18 @@ def candidates(record: Record, origin: Origin) -> Rows:
     if not names:
         found = f"expected two answers and which is better, found {keys_of(record)}."
         raise origin.error(found, "Name their columns by data.columns.first, second and winner.")
-    answers, said, labels = (names[0], names[1]), "", [MISSING, MISSING]
+    answers, said, labels = (names[0], names[1]), "", (MISSING, MISSING)
     if len(names) > 3:
-        labels = [plain_number(value_at(record, name)) for name in names[2:]]
+        labels = (plain_number(value_at(record, names[2])), plain_number(value_at(record, names[3])))
     else:
         with origin.label_is_optional():
             said = _outcome(record, names[2], origin)
     if said in _THUMBS:
-        yield from with_thumbs(record, origin, answers, _THUMBS[said])
+        yield from two_rows(record, origin, answers, _THUMBS[said])
     elif said and origin.labelled:
         yield from [origin.left_out(said)] * 2
     else:
-        rows = two_rows(record, origin, answers)
-        yield from [origin.left_out(SAME)] * (0 if rows else 2)
-        for row, label in zip(rows, labels, strict=False):
-            yield Candidate(row, label, {origin.columns.label: label})
+        yield from two_rows(record, origin, answers, labels=labels)
 
 
 def _outcome(record: Record, name: str, origin: Origin) -> str:

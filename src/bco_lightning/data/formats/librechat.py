@@ -36,7 +36,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
             yield origin.left_out(NO_FEEDBACK)
             continue
         row = _row(branch_to(answer.get("messageId"), known, "parentMessageId", _ROOT), record, origin)
-        yield row if isinstance(row, LeftOut) else Candidate(row, label, {origin.columns.label: label})
+        yield row if isinstance(row, LeftOut) else Candidate(row, {origin.columns.label: label})
 
 
 def _row(branch: list[Record], record: Record, origin: Origin) -> FeedbackRow | LeftOut:

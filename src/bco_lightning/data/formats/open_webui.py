@@ -45,11 +45,14 @@ def matches(record: Record, columns: Columns) -> bool:
 
 
 def candidates(record: Record, origin: Origin) -> Rows:
-    """The row of one rating."""
+    """The row of one rating: a thumb, ``None`` for a draw in the arena, beside a rating from 1 to 10."""
     label, rule = origin.columns.label, origin.options.rating
-    ratings = _ratings(record, label)
+    given, rating = plain_number(value_at(record, "data.rating")), value_at(record, "data.details.rating")
+    thumb = _THUMBS.get(given, given) if type(given) in (int, str) else given  # what is no thumb stays as it is
+    thumb = thumb if record.get("type") == "rating" else None
+    ratings = {"rating": thumb, "details.rating": rating, label: thumb}
     if rule and not rule.column:  # which is for numbers, as thumbs need none
-        ratings[label] = ratings["details.rating"]
+        ratings[label] = rating
     wanted = (rule and rule.column) or label
     if origin.labelled and wanted not in ratings:
         raise origin.error(f"expected a rating {wanted!r}, found {', '.join(map(repr, ratings))}.")
@@ -57,15 +60,7 @@ def candidates(record: Record, origin: Origin) -> Rows:
         yield origin.left_out(NO_FEEDBACK)
         return
     row = _row(record, origin)
-    yield row if isinstance(row, LeftOut) else Candidate(row, ratings[label], ratings)
-
-
-def _ratings(record: Record, label: str) -> dict[str, Any]:
-    """The thumb, ``None`` for a draw in the arena, and the rating from 1 to 10; what is no thumb stays as it is."""
-    given = plain_number(value_at(record, "data.rating"))
-    thumb = _THUMBS.get(given, given) if type(given) in (int, str) else given
-    thumb = thumb if record.get("type") == "rating" else None
-    return {"rating": thumb, "details.rating": value_at(record, "data.details.rating"), label: thumb}
+    yield row if isinstance(row, LeftOut) else Candidate(row, ratings)
 
 
 def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
@@ -75,7 +70,9 @@ def _row(record: Record, origin: Origin) -> FeedbackRow | LeftOut:
     branch = branch_to(value_at(record, "meta.message_id"), messages, "parentId")
     if not branch or branch[-1].get("role") != "assistant":
         return origin.left_out(NOT_IN_SNAPSHOT)
-    if any(node.get("role") != "user" or not _is_kept(url) for node in branch for url in _images(node)):
+    # Images that are not in the export are in the server's files, by their ids.
+    kept = ("data:", "http://", "https://")
+    if any(node.get("role") != "user" or not str(url).startswith(kept) for node in branch for url in _images(node)):
         return origin.left_out(WITH_IMAGE)
     last = branch[-1].get("output")
     if branch[-1].get("done") is False or any(item.get("status") == "incomplete" for item in objects_in(last)[-1:]):
@@ -104,11 +101,6 @@ def _messages(node: Record, origin: Origin) -> list[Message] | LeftOut:
 
 def _images(node: Record) -> list[Any]:
     return [file.get("url") for file in objects_in(node.get("files")) if file.get("type") == "image"]
-
-
-def _is_kept(url: Any) -> bool:
-    """Whether an image is in the export; others are in the server's files, by their ids."""
-    return isinstance(url, str) and url.startswith(("data:", "http://", "https://"))
 
 
 def _with_text(items: list[Record], text: Record) -> list[Record]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bco_lightning.batch import FeedbackRow, Message
+from bco_lightning.batch import Message
 from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.messages import out_of_text
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record, value_at
+from bco_lightning.data.values import MISSING, Record, value_at
 from bco_lightning.errors import ConfigError
 
 SAME = "both answers are the same"
@@ -24,7 +24,7 @@ def matches(record: Record, columns: Columns) -> bool:
 
 def candidates(record: Record, origin: Origin) -> Rows:
     """The two rows, the chosen one first; two answers that are the same say nothing and are both left out."""
-    yield from with_thumbs(record, origin, (origin.columns.chosen, origin.columns.rejected), (True, False))
+    yield from two_rows(record, origin, (origin.columns.chosen, origin.columns.rejected), thumbs=(True, False))
 
 
 def used(record: Record, columns: Columns) -> list[str]:
@@ -32,35 +32,33 @@ def used(record: Record, columns: Columns) -> list[str]:
     return [columns.prompt, columns.chosen, columns.rejected]
 
 
-def with_thumbs(record: Record, origin: Origin, names: tuple[str, str], thumbs: tuple[bool, bool]) -> Rows:
-    """The rows of the two answers in these columns, with these thumbs."""
-    if origin.options.rating is not None:
+def two_rows(
+    record: Record,
+    origin: Origin,
+    names: tuple[str, str],
+    thumbs: tuple[bool, bool] | None = None,
+    labels: tuple[Any, Any] = (MISSING, MISSING),
+) -> Rows:
+    """The rows of the two answers in these columns, with these thumbs or labels; none if both are the same.
+
+    Of whole conversations, what both begin with is the prompt.
+    """
+    if thumbs and origin.options.rating is not None:
         raise ConfigError("data.rating", "expected no rule of ratings for pairs, found one.", "Leave it out.")
-    rows = two_rows(record, origin, names)
-    if not rows:
-        yield from (origin.left_out(SAME), origin.left_out(SAME))
-    for row, thumbs_up in zip(rows, thumbs, strict=False):
-        yield Candidate(replace(row, thumbs_up=thumbs_up), thumbs_up, record)
-
-
-def two_rows(record: Record, origin: Origin, names: tuple[str, str]) -> list[FeedbackRow]:
-    """The rows of the two answers in these columns, without a thumb; none if they are the same."""
-    prompt, *answers = _parts(record, origin, names)
-    same = [_said(message) for message in answers[0]] == [_said(message) for message in answers[1]]
-    return [] if same else [origin.row(prompt, answer, record) for answer in answers]
-
-
-def _parts(
-    record: Record, origin: Origin, names: tuple[str, str]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Prompt and answers; of whole conversations, what both begin with is the prompt."""
-    columns = origin.columns
+    column = origin.columns.prompt
     chosen, rejected = (origin.messages(origin.required(record, name), name, "assistant") for name in names)
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return origin.messages(origin.required(record, columns.prompt), columns.prompt, "user"), chosen, rejected
-    shared = _num_shared(chosen, rejected, origin)
-    before = said_before(record, chosen[:shared], origin)
-    return before + chosen[:shared], chosen[shared:], rejected[shared:]
+        prompt = origin.messages(origin.required(record, column), column, "user")
+    else:
+        shared = _num_shared(chosen, rejected, origin)
+        prompt = said_before(record, chosen[:shared], origin) + chosen[:shared]
+        chosen, rejected = chosen[shared:], rejected[shared:]
+    if [_said(message) for message in chosen] == [_said(message) for message in rejected]:
+        yield from [origin.left_out(SAME)] * 2
+        return
+    rows = [origin.row(prompt, answer, record) for answer in (chosen, rejected)]
+    for row, thumb, label in zip(rows, thumbs or (None, None), labels, strict=True):
+        yield Candidate(replace(row, thumbs_up=thumb), {origin.columns.label: label})
 
 
 def _num_shared(chosen: list[Message], rejected: list[Message], origin: Origin) -> int:

@@ -88,7 +88,7 @@ class RatedCalls:
             else:
                 ratings = of_user[str(score.user)] | {chosen: score.value}
             label = plain_number(score.value)
-            yield Candidate(row, label, {**ratings, origin.columns.label: label})
+            yield Candidate(row, {**ratings, origin.columns.label: label})
 
     def _scores(self, record: Record, origin: Origin) -> dict[str, list[Score]]:
         """All scores by their name, also those that were asked for and not given."""

@@ -48,10 +48,9 @@ class RowFormat:
 
 
 class Candidate(NamedTuple):
-    """A row, whose thumb only pairs have, with its label as it stands in the source and all ratings for a rule."""
+    """A row, whose thumb only pairs have, with its label and all ratings for a rule as they stand in the source."""
 
     row: FeedbackRow
-    label: Any
     ratings: Record
 
 
@@ -107,10 +106,12 @@ class Origin:
 
         System prompt, tools and options of the template stand in ``record``, if there are any.
         """
-        system = value_at(record, name := system_column(record, self.columns)) if record else None
-        before = value_at(record, self.columns.history) if record and self.columns.history else None
-        prompt = (self.messages(before, str(self.columns.history)) if before else []) + prompt
-        prompt = self._with_system(prompt, system, name) if system and str(system).strip() else prompt
+        record, history = record or {}, self.columns.history
+        if history and (before := value_at(record, history)):
+            prompt = self.messages(before, history) + prompt
+        system = value_at(record, name := system_column(record, self.columns))
+        if system and str(system).strip():
+            prompt = self._with_system(prompt, system, name)
         if self.options.loss_on == "all_turns":
             # One at the end is no answer yet: the completion goes on with it.
             answers = (at for at, message in enumerate(prompt[:-1]) if at and message["role"] == "assistant")
@@ -127,11 +128,15 @@ class Origin:
         tools = list(map(unpacked, tools)) if isinstance(tools, list) else tools
         if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
             raise self.error(f"{self.columns.tools!r} must be a list of JSON schemas, found {shown(tools)}.")
-        told = self._given(record, self.columns.template_options) or {}
-        if told:
-            self._check_template_options(told)
-        column = unpacked(value_at(record, self.columns.images)) if record else None
-        said = with_pictures([*prompt, *completion], column, self.images, self.place)
+        told = self._given(record, name := self.columns.template_options) or {}
+        if not isinstance(told, dict):
+            raise self.error(f"{name!r} must be an object, found {shown(told)}.")
+        for option in told:
+            if option in _RESERVED_OPTIONS or option.endswith("_token"):
+                found = f"found {keys_of([option])}, which is none"
+                raise self.error(f"{name!r} must hold options of the template, {found}.")
+        images = unpacked(value_at(record, self.columns.images))
+        said = with_pictures([*prompt, *completion], images, self.images, self.place)
         prompt, completion = said[: len(prompt)], said[len(prompt) :]
         check_size([*said, *(tools or ()), *([told] if told else ())], self.place)
         return FeedbackRow(prompt, completion, None, self.place, tools or None, told, num_trailing)
@@ -166,17 +171,8 @@ class Origin:
         found = f"expected in {column!r} the system prompt of the messages, found another one."
         raise self.error(found, "Keep one, or set data.columns.system to a name that no column has.")
 
-    def _check_template_options(self, options: Any) -> None:
-        column = self.columns.template_options
-        if not isinstance(options, dict):
-            raise self.error(f"{column!r} must be an object, found {shown(options)}.")
-        for name in options:
-            if name in _RESERVED_OPTIONS or name.endswith("_token"):
-                expected = f"{column!r} must hold options of the template, found {keys_of([name])}, which is none."
-                raise self.error(expected)
-
-    def _given(self, record: Record | None, column: str) -> Any:
-        given = value_at(record, column) if record else None
+    def _given(self, record: Record, column: str) -> Any:
+        given = value_at(record, column)
         return without_nulls(from_json_text(given, column, self.place)) if given else None
 
 

@@ -7,7 +7,7 @@ from bco_lightning.data.formats.paired import said_before
 from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.messages import at_rated_turn, out_of_text
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import MISSING, Record, from_json_text, value_at
+from bco_lightning.data.values import Record, from_json_text, value_at
 
 _USUAL_NAMES = ("messages", "conversation", "conversations", "chat")
 
@@ -26,7 +26,7 @@ def matches(record: Record, columns: Columns) -> bool:
 
 def candidates(record: Record, origin: Origin) -> Rows:
     """The row; every column of the record is a rating that a rule can name."""
-    yield Candidate(unrated_row(record, origin), value_at(record, origin.columns.label, MISSING), record)
+    yield Candidate(unrated_row(record, origin), record)
 
 
 def used(record: Record, columns: Columns) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from bco_lightning.data.files import open_unpacked, suffixes_of
 from bco_lightning.data.records.record_file import Place, Read, RecordFile
 from bco_lightning.data.records.strict_json import (
+    HALF_PAIR,
     MAX_INTEGER_DIGITS,
     MAX_LINE_BYTES,
     NUL,
@@ -30,7 +31,7 @@ Cells = Mapping[str, Callable[[str], Any]]
 _THUMBS = {"1": 1, "0": 0, "-1": -1, "True": True, "False": False, "TRUE": True, "FALSE": False}
 _THUMBS |= {"1.0": 1, "0.0": 0, "-1.0": -1}  # of integers beside gaps
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_SURROGATE, _NUL = re.compile("[\ud800-\udfff]"), "\udc00"
+_NUL = "\udc00"
 _BOM, _QUOTED = b"\xef\xbb\xbf", re.compile(r'"(?:[^"]|"")*(?:"|$)')
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _IN_EXCEL = 'Save it as UTF-8; in Excel, as "CSV UTF-8".'
@@ -118,7 +119,7 @@ def _check_header(header: list[str], place: str) -> None:
 
 
 def _problem_of(cells: list[str], place: str) -> FeedbackRowError | None:
-    odd = _SURROGATE.search("".join(cells))
+    odd = HALF_PAIR.search("".join(cells))
     if odd is None:
         return None
     if odd[0] == _NUL:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 from bco_lightning.data.files import open_unpacked
 from bco_lightning.data.records.record_file import Place, Read, RecordFile
-from bco_lightning.data.records.strict_json import NESTED, SURROGATE, decode, parse_line
-from bco_lightning.data.values import Record
+from bco_lightning.data.records.strict_json import HALF_PAIR, NESTED, SURROGATE, decode, parse_line
 from bco_lightning.errors import FeedbackRowError
 
 # The text of one emoji makes Python hold four bytes per character: 1 GiB for this.
@@ -39,16 +38,8 @@ def document_records(file: RecordFile) -> Read:
         place = f"{file.name}:{number + 1}"
         record = parse_line(text[first:end].encode(), place) or {}
         if key is not None and isinstance(record, dict):
-            record = _with_id(key, record, place)
+            record = FeedbackRowError(place, SURROGATE) if HALF_PAIR.search(key) else {"id": key, **record}
         yield Place(number, number + 1), record
-
-
-def _with_id(key: str, record: Record, place: str) -> Record | FeedbackRowError:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return FeedbackRowError(place, SURROGATE)
-    return {"id": key, **record}
 
 
 def _records_in(text: str, name: str) -> Iterator[tuple[str | None, int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ MAX_LINE_BYTES = 4 * 2**20
 MAX_INTEGER_DIGITS = 309
 _MOST_EMPTY = 100_000  # a megabyte of gzip could hold a thousand million of them
 NESTED = "expected plain JSON values, found brackets nested too deeply."
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 SURROGATE = "expected Unicode text, found half of a surrogate pair."
 TOO_LONG = f"expected a row of at most {MAX_LINE_BYTES / 2**20:g} MiB, found a longer one."
 NUL = ("expected text, found a NUL byte.", "Convert the file to UTF-8.")
