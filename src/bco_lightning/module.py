@@ -17,7 +17,7 @@ from bco_lightning.callbacks import OF_THE_METHOD
 from bco_lightning.callbacks.refusals import refuse_unfit, refuse_unknown_monitors
 from bco_lightning.callbacks.run_header import tokens_that_fit
 from bco_lightning.callbacks.step_callback import loss_in_passes, passes_of, summarize_step
-from bco_lightning.checkpoints import read_checkpoint, use_verified_io
+from bco_lightning.checkpoints.format import read_checkpoint, use_verified_io
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.checkpoints.tensors import leave_out_frozen, miss_trained_only, refuse_not_finite
 from bco_lightning.data.datamodule import FeedbackDataModule

@@ -14,7 +14,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bco_lightning.checkpoints import read_checkpoint, resolve_checkpoint, saved_steps
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.format import read_checkpoint
+from bco_lightning.checkpoints.manifest import resolve_checkpoint
 from bco_lightning.cli import app
 from bco_lightning.cli.app import main
 from bco_lightning.data.chat import PLAIN_TEMPLATE

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bco_lightning.checkpoints import read_checkpoint, saved_steps
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.cli.app import main
 from tests.conftest import write_jsonl
 from tests.reliability.tiny_run import finish, start

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bco_lightning.checkpoints import read_checkpoint, saved_steps
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.format import read_checkpoint
 from tests.reliability.tiny_run import ROOT, free_port, make_log, make_model
 
 LAST = "step-00000012"

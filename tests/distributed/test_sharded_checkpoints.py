@@ -19,7 +19,9 @@ from transformers import LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpoints import VerifiedCheckpointIO, read_checkpoint, saved_steps, verify_checkpoint
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.format import VerifiedCheckpointIO, read_checkpoint
+from bco_lightning.checkpoints.manifest import verify_checkpoint
 from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.identity import digest_of_tensors
 from bco_lightning.parallel.strategy import FSDP2Strategy, named_strategy, refuse_unknown

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from bco_lightning import BCOModule, LoraSettings, RewardShift
 from bco_lightning.callbacks import FiniteGuard, RunCheckpoint
-from bco_lightning.checkpoints import read_checkpoint, saved_steps
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.data.order import RowOrder
 from bco_lightning.errors import NonFiniteError
 from tests.reliability.tiny_run import assert_same, finish, make_log, start, state_of, tiny_fit, wait

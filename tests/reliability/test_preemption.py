@@ -19,7 +19,9 @@ from lightning.pytorch import Callback
 
 from bco_lightning import __main__ as command_line
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpoints import newest_verified, read_checkpoint, saved_steps, verify_checkpoint
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.format import read_checkpoint
+from bco_lightning.checkpoints.manifest import newest_verified, verify_checkpoint
 from bco_lightning.cli import app as cli
 from bco_lightning.data.row_sets import RowReader
 from bco_lightning.errors import PreemptedError

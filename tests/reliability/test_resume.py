@@ -12,7 +12,8 @@ from lightning.pytorch import Callback
 
 from bco_lightning import BCOModule, Source
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpoints import resolve_checkpoint, saved_steps, step_folder
+from bco_lightning.checkpoints.folders import saved_steps, step_folder
+from bco_lightning.checkpoints.manifest import resolve_checkpoint
 from bco_lightning.errors import CheckpointError
 from tests.reliability.tiny_run import ROWS, ROWS_PER_STEP, STEPS, assert_same, finish, make_log, start, tiny_fit
 from tests.trials import Trials

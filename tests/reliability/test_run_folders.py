@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from bco_lightning.checkpoints import saved_steps, verify_checkpoint
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.manifest import verify_checkpoint
 from bco_lightning.checkpoints.runs import LOCK_FILE
 from tests.reliability.test_preemption import add_to_command, await_file
 from tests.reliability.tiny_run import start, wait

@@ -21,7 +21,8 @@ from bco_lightning.callbacks import (
     RunCheckpoint,
     StepCallback,
 )
-from bco_lightning.checkpoints import read_checkpoint, saved_steps
+from bco_lightning.checkpoints.folders import saved_steps
+from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.errors import ConfigError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 from tests.reliability.tiny_run import ROWS, assert_same, tiny_fit

@@ -23,15 +23,9 @@ import torch
 from lightning.pytorch import Callback
 
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpoints import (
-    newest_verified,
-    read_checkpoint,
-    saved_steps,
-    step_folder,
-    verify_checkpoint,
-    write_checkpoint,
-)
-from bco_lightning.checkpoints.folders import prune, remove_orphans
+from bco_lightning.checkpoints.folders import prune, remove_orphans, saved_steps, step_folder
+from bco_lightning.checkpoints.format import read_checkpoint, write_checkpoint
+from bco_lightning.checkpoints.manifest import newest_verified, verify_checkpoint
 from bco_lightning.cli import app as cli
 from bco_lightning.errors import CheckpointError
 from tests.reliability.test_preemption import add_to_command

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import AdamW
 
-from bco_lightning.checkpoints import newest_verified, read_checkpoint, saved_steps, step_folder, write_checkpoint
-from bco_lightning.checkpoints.manifest import _sealed
+from bco_lightning.checkpoints.folders import saved_steps, step_folder
+from bco_lightning.checkpoints.format import read_checkpoint, write_checkpoint
+from bco_lightning.checkpoints.manifest import _sealed, newest_verified
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.cli.app import main
 from bco_lightning.errors import CheckpointError

@@ -17,8 +17,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from bco_lightning.callbacks import ImplicitRewardMonitor, RunCheckpoint, SpeedMonitor
 from bco_lightning.callbacks.refusals import names_logged
-from bco_lightning.checkpoints import read_checkpoint, resolve_checkpoint, saved_steps, step_folder, step_of
 from bco_lightning.checkpoints.best import BestSteps
+from bco_lightning.checkpoints.folders import saved_steps, step_folder, step_of
+from bco_lightning.checkpoints.format import read_checkpoint
+from bco_lightning.checkpoints.manifest import resolve_checkpoint
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.parallel.strategy import named_strategy
 from tests.conftest import tiny_data, tiny_module, tiny_trainer

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from bco_lightning import ImplicitRewardMetrics
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
-from bco_lightning.checkpoints import read_checkpoint
+from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.generation import sample_completions

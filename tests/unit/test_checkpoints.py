@@ -16,14 +16,9 @@ from torch import nn
 
 from bco_lightning import BCOModule, LoraSettings
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpoints import (
-    VerifiedCheckpointIO,
-    read_checkpoint,
-    resolve_checkpoint,
-    saved_steps,
-    step_folder,
-    write_checkpoint,
-)
+from bco_lightning.checkpoints.folders import saved_steps, step_folder
+from bco_lightning.checkpoints.format import VerifiedCheckpointIO, read_checkpoint, write_checkpoint
+from bco_lightning.checkpoints.manifest import resolve_checkpoint
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run, let_go_of
 from bco_lightning.errors import CheckpointError, ConfigError

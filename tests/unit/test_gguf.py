@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_a_file_that_changes_while_it_is_converted_is_not_kept_under_what_it_hel
     file, convert = tmp_path / "tiny.gguf", gguf._convert
     write_gguf(file, seed=0)
 
-    def change(*given: Path) -> None:
+    def change(*given: Any) -> None:
         write_gguf(file, seed=1)
         convert(*given)
 

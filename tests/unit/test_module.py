@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
 from bco_lightning import BCOModule, LoraSettings, bco_loss, load_aligned
-from bco_lightning.checkpoints import read_checkpoint
+from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.errors import CheckpointError, ConfigError, LanguageModelError, NonFiniteError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
 

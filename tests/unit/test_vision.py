@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from bco_lightning import BCOModule, FeedbackDataModule
 from bco_lightning.batch import FeedbackBatch, FeedbackRow, TokenizedSample
 from bco_lightning.callbacks import RunCheckpoint
-from bco_lightning.checkpoints import resolve_checkpoint
+from bco_lightning.checkpoints.manifest import resolve_checkpoint
 from bco_lightning.data.collate import collate
 from bco_lightning.data.images import IMAGES, MARK, ImageInputs, Picture
 from bco_lightning.data.options import DataOptions

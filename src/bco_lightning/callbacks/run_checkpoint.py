@@ -21,9 +21,9 @@ from typing_extensions import override
 from bco_lightning.batch import StepSummary
 from bco_lightning.callbacks.loggers import telling
 from bco_lightning.callbacks.step_callback import StepCallback
-from bco_lightning.checkpoints import saved_steps, step_folder, step_of, verify_checkpoint
 from bco_lightning.checkpoints.best import BEST_FILE, BestSteps
-from bco_lightning.checkpoints.folders import prune, remove_orphans
+from bco_lightning.checkpoints.folders import prune, remove_orphans, saved_steps, step_folder, step_of
+from bco_lightning.checkpoints.manifest import verify_checkpoint
 from bco_lightning.checkpoints.runs import hold_run, let_go_of
 from bco_lightning.errors import CheckpointError, ConfigError, PreemptedError, check_choice
 from bco_lightning.identity import random_state, set_random_state

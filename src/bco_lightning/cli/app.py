@@ -40,14 +40,9 @@ from bco_lightning.serving.export import export_checkpoint
 
 DEBUG = "--debug"
 _format_warning = warnings.formatwarning
-_TOLD = {
-    "chat": "Talk to a policy beside its reference in a browser; thumbs become rows to train on.",
-    "completion": "Print a script by which a shell completes commands and options of `bco-lightning`; in bash: "
-    '`eval "$(bco-lightning completion bash)"`.',
-    "export": "Write a folder that transformers (merged) or peft (adapter) load.",
-    "plan": "Work out what a run would take of each GPU's memory. No weight is loaded.",
-    "report": "Make a page on what a run achieved, or on several side by side.",
-}
+_COMPLETION = """Print a script by which a shell completes commands and options of `bco-lightning`; in bash:
+`eval "$(bco-lightning completion bash)"`."""
+_PLAN = "Work out what a run would take of each GPU's memory. No weight is loaded."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,7 +133,7 @@ def _internal(error: Exception) -> str:
 
 def _dispatch(given: list[str]) -> None:
     command, *others = given or [""]
-    parser = BCOArgumentParser(prog=f"python -m bco_lightning {command}", description=_TOLD.get(command))
+    parser = BCOArgumentParser(prog=f"python -m bco_lightning {command}")
     if command == "inspect":
         InspectCLI(others)
     elif command == "export":
@@ -154,6 +149,7 @@ def _dispatch(given: list[str]) -> None:
         parser.add_function(chat, blind="Show answers as those of A and B, in random order, until you ask who is who.")
         chat(**parser.parsed(others))
     elif command == "plan":
+        parser.description = _PLAN
         parser.add_class_arguments(PlanOptions, skip={"gradient_checkpointing"})
         parser.add_argument(
             "--gradient_checkpointing", nargs="?", const=True, default=False, type=bool | Literal["selective"],
@@ -163,6 +159,7 @@ def _dispatch(given: list[str]) -> None:
         parser.add_argument("--table", action="store_true", help=told)
         plan_command(**parser.parsed(others))
     elif command == "completion":
+        parser.description = _COMPLETION
         parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="Whose completion it is to be.")
         print(_completion(parser.parsed(others)["shell"]))
     else:

@@ -6,8 +6,8 @@ from itertools import product
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from bco_lightning.importance.report import text_table
 from bco_lightning.models.load import NAMED_SHAPES
 from bco_lightning.models.memory import SHARE_TAKEN, PlanOptions, memory_of, tokens_within
 
@@ -24,9 +24,8 @@ def plan_command(table: bool = False, **options: Any) -> None:
     memory = {part: size / GIB for part, size in memory_of(given).items() if size}
     total = sum(memory.values())
     kind = f"LoRA of rank {given.lora_r}" if given.lora_r else "full fine-tuning"
-    shown = Table("", "GiB of one GPU", title=f"{given.model}, {kind}, {given.strategy}, GPUs: {given.gpus}")
-    for part, size in {**memory, "peak": total}.items():
-        shown.add_row(part, f"{size:,.2f}")
+    rows = ((part, f"{size:,.2f}") for part, size in {**memory, "peak": total}.items())
+    shown = text_table(f"{given.model}, {kind}, {given.strategy}, GPUs: {given.gpus}", "", "GiB of one GPU", rows=rows)
     fits = "fits into" if total <= given.gpu_memory else "DOES NOT FIT into"
     Console().print(shown)
     Console().print(f"{total:,.2f} GiB at the peak: {fits} {given.gpu_memory:g} GiB. {LEFT_OUT}", highlight=False)

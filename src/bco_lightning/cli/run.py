@@ -35,10 +35,10 @@ from bco_lightning.callbacks import (
 )  # fmt: skip
 from bco_lightning.callbacks.loggers import METRICS_FILE, goes_on_when_full, telling, where_to_look
 from bco_lightning.callbacks.refusals import names_logged
-from bco_lightning.checkpoints import resolve_checkpoint, use_verified_io
 from bco_lightning.checkpoints.best import BestSteps
 from bco_lightning.checkpoints.folders import written_whole
-from bco_lightning.checkpoints.manifest import BEST, WORDS, verify_checkpoint
+from bco_lightning.checkpoints.format import use_verified_io
+from bco_lightning.checkpoints.manifest import BEST, WORDS, resolve_checkpoint, verify_checkpoint
 from bco_lightning.checkpoints.runs import LOCK_FILE, claim_run, hold_run
 from bco_lightning.cli import safety
 from bco_lightning.cli.help import COMMANDS

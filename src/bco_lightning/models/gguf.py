@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,7 @@ def converted(file: Path, cache: Path) -> Path:
         with FileLock(f"{folder}.lock"):
             if not _is_whole(folder):
                 rank_zero_info(f"{file.name} is converted once to {folder}; later starts map the weights from there")
-                _convert(file, folder)
-                if file.stat().st_mtime_ns != status.st_mtime_ns:  # the folder has the name of what it held before
-                    shutil.rmtree(folder)
-                    problem = "expected a file that stays as it is while it is converted, found that it changed."
-                    raise LanguageModelError(str(file), problem, "Start again.")
+                _convert(file, folder, status.st_mtime_ns)
     return folder
 
 
@@ -75,7 +70,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _convert(file: Path, folder: Path) -> None:
+def _convert(file: Path, folder: Path, changed: int) -> None:
     refuse_unsafe_config(str(file), PreTrainedConfig.get_config_dict(file.parent, gguf_file=file.name)[0])
     discard(folder)  # what a changed or cut file has left, or somebody else has put there
     with written_whole(folder) as draft:
@@ -90,3 +85,6 @@ def _convert(file: Path, folder: Path) -> None:
                 raise OSError(f"what was written of {tensor} to {draft} reads back as something else")
         sizes = {path.name: path.stat().st_size for path in draft.iterdir()}
         (draft / _MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
+        if file.stat().st_mtime_ns != changed:  # the folder has the name of what it held before
+            problem = "expected a file that stays as it is while it is converted, found that it changed."
+            raise LanguageModelError(str(file), problem, "Start again.")

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bco_lightning.callbacks.loggers import METRICS_FILE
-from bco_lightning.checkpoints import resolve_checkpoint, verify_checkpoint
 from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.checkpoints.manifest import resolve_checkpoint, verify_checkpoint
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import ConfigError, LanguageModelError, printable
 from bco_lightning.inspection.run_record import RunRecord
