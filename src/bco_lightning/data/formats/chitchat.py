@@ -41,12 +41,10 @@ def candidates(record: Record, origin: Origin) -> Rows:
         turns = [(sender, "\n".join(text for _, text in run)) for sender, run in runs]
     except (TypeError, KeyError, AttributeError) as error:
         raise origin.error("expected utterances with 'sender' and 'text', found something else.") from error
-    if left_out is None and len({sender for sender, _ in turns}) != 2:
-        left_out = origin.left_out(NOT_TWO_SPEAKERS)
-    if left_out is None and len(turns) > MAX_ROW_MESSAGES:
-        left_out = origin.left_out(TOO_MANY_TURNS)
-    if left_out is not None:
-        yield left_out
+    reason = NOT_TWO_SPEAKERS if len({who for who, _ in turns}) != 2 else ""
+    reason = TOO_MANY_TURNS if len(turns) > MAX_ROW_MESSAGES and not reason else reason
+    if left_out or reason:
+        yield left_out or origin.left_out(reason)
         return
     said = [{"role": "assistant" if who == turns[-1][0] else "user", "content": text} for who, text in turns]
     messages = origin.messages(said, "messages")

@@ -32,14 +32,13 @@ def candidates(record: Record, origin: Origin) -> Rows:
         yield origin.left_out(NO_ANSWER)
     for answer in answers:
         label = value_at(answer, "feedback.rating")
-        if origin.labelled and label is None:
-            yield origin.left_out(NO_FEEDBACK)
-            continue
-        row = _row(branch_to(answer.get("messageId"), known, "parentMessageId", _ROOT), record, origin)
+        unrated = origin.labelled and label is None
+        row = origin.left_out(NO_FEEDBACK) if unrated else _row(answer, known, record, origin)
         yield row if isinstance(row, LeftOut) else Candidate(row, {origin.columns.label: label})
 
 
-def _row(branch: list[Record], record: Record, origin: Origin) -> FeedbackRow | LeftOut:
+def _row(answer: Record, known: Record, record: Record, origin: Origin) -> FeedbackRow | LeftOut:
+    branch = branch_to(answer.get("messageId"), known, "parentMessageId", _ROOT)
     if not branch:
         return origin.left_out(BROKEN)
     if branch[-1].get("error"):

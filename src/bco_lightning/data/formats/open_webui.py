@@ -56,10 +56,8 @@ def candidates(record: Record, origin: Origin) -> Rows:
     wanted = (rule and rule.column) or label
     if origin.labelled and wanted not in ratings:
         raise origin.error(f"expected a rating {wanted!r}, found {', '.join(map(repr, ratings))}.")
-    if origin.labelled and ratings[wanted] is None:
-        yield origin.left_out(NO_FEEDBACK)
-        return
-    row = _row(record, origin)
+    unrated = origin.labelled and ratings[wanted] is None
+    row = origin.left_out(NO_FEEDBACK) if unrated else _row(record, origin)
     yield row if isinstance(row, LeftOut) else Candidate(row, ratings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bco_lightning.batch import FeedbackRow
+from bco_lightning.batch import FeedbackRow, Message
 from bco_lightning.data.formats.paired import said_before
 from bco_lightning.data.formats.record_format import Candidate, Origin, Rows
 from bco_lightning.data.messages import at_rated_turn, out_of_text
@@ -38,20 +38,19 @@ def used(record: Record, columns: Columns) -> list[str]:
 def unrated_row(record: Record, origin: Origin) -> FeedbackRow:
     """The row of a record in columns, whatever holds its conversation."""
     name, conversation = columns_of(record, origin.columns)
+    before: list[Message] = []
     if conversation is None:
-        column = origin.columns.prompt
-        given = origin.required(record, column, name)
-        completion = origin.messages(value_at(record, name), name, "assistant")
-        roles = [message["role"] for message in completion]
-        if roles[0] != "assistant" and roles[-1] == "assistant":  # the whole conversation, as KTO-mix-15k has it
-            before = said_before(record, completion, origin)
-            prompt, completion, num_trailing = at_rated_turn(completion, name, origin.place)
-            return origin.row(before + prompt, completion, record, num_trailing)
-        return origin.row(origin.messages(given, column, "user"), completion, record)
-    given = out_of_text(value_at(record, conversation), conversation, origin.place)
-    given = from_json_text(given, conversation, origin.place)
-    prompt, completion, num_trailing = at_rated_turn(origin.messages(given, conversation), conversation, origin.place)
-    return origin.row(prompt, completion, record, num_trailing)
+        given = origin.required(record, column := origin.columns.prompt, name)
+        said = origin.messages(value_at(record, name), name, "assistant")
+        if said[0]["role"] == "assistant" or said[-1]["role"] != "assistant":
+            return origin.row(origin.messages(given, column, "user"), said, record)
+        before = said_before(record, said, origin)  # for this is the whole conversation, as KTO-mix-15k has it
+    else:
+        name = conversation
+        given = out_of_text(value_at(record, name), name, origin.place)
+        said = origin.messages(from_json_text(given, name, origin.place), name)
+    prompt, completion, num_trailing = at_rated_turn(said, name, origin.place)
+    return origin.row(before + prompt, completion, record, num_trailing)
 
 
 def columns_of(record: Record, columns: Columns) -> tuple[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from bco_lightning.data.files import open_unpacked
 from bco_lightning.data.records.record_file import Place, Read, RecordFile
@@ -16,6 +16,7 @@ MAX_DOCUMENT_BYTES = 256 * 2**20
 _MORE = "more than one value"
 # Under which Dify, MLflow and APIs (Phoenix, Langfuse, TensorZero) have the array of what was asked for.
 _ENVELOPES = ("feedback_data", "traces", "data", "inferences")
+_Part = tuple[str | None, int, int]  # key (of an object), first and last index of a value
 _SPACE = re.compile(r"[ \t\r\n]*")
 # Where a value ends is all that is asked of this one; the values are parsed by the strict parser, one at a time.
 _LENIENT = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len)
@@ -42,30 +43,27 @@ def document_records(file: RecordFile) -> Read:
         yield Place(number, number + 1), record
 
 
-def _records_in(text: str, name: str) -> Iterator[tuple[str | None, int, int]]:
-    """Key, first and last index of each record."""
+def _records_in(text: str, name: str) -> Iterable[_Part]:
+    """Where the records are."""
     start = _next(text, 0)
     if text[start : start + 1] == "[":
-        yield from _parts(text, start, name)
-        return
+        return _parts(text, start, name)
     if text[start : start + 1] != "{":
         found = "an empty file" if start == len(text) else "neither"
         raise FeedbackRowError(name, f"expected a JSON array or object, found {found}.")
     parts = list(_parts(text, start, name))
     array = next((first for key, first, _ in parts if key in _ENVELOPES and text[first] == "["), None)
     if array is not None:
-        yield from _parts(text, array, name, whole=False)
-        return
+        return _parts(text, array, name, whole=False)
     if not all(text[first] == "{" for _, first, _ in parts):
-        yield None, start, len(text.rstrip(" \t\r\n"))
-        return
+        return [(None, start, len(text.rstrip(" \t\r\n")))]
     if len({key for key, _, _ in parts}) < len(parts):
         raise FeedbackRowError(name, "expected each key once, found one twice in the outermost object.")
-    yield from parts
+    return parts
 
 
-def _parts(text: str, start: int, name: str, whole: bool = True) -> Iterator[tuple[str | None, int, int]]:
-    """Key (of an object), first and last index of each value of an array or object; if ``whole``, nothing follows."""
+def _parts(text: str, start: int, name: str, whole: bool = True) -> Iterator[_Part]:
+    """Where the values of an array or object are; if ``whole``, nothing follows."""
     key, closing = None, {"[": "]", "{": "}"}[text[start]]
     try:
         at = _next(text, start + 1)

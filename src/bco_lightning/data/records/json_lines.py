@@ -65,7 +65,3 @@ class JsonLines(SeekableFile):
             return changed(self.name) if record is None else record
 
         return Block(len(data), at)
-
-    def mark(self) -> str:
-        """Nothing: each line has a checksum."""
-        return ""

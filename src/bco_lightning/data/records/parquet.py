@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, BinaryIO
@@ -33,7 +33,7 @@ class ParquetRows(SeekableFile):
     """A ``.parquet`` file, on a disk or wherever fsspec reads."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, lambda file: rows_of(file._all_batches(), file.name, _KIND))
+        super().__init__(path, lambda file: rows_of(file._batches(), file.name, _KIND))
 
     def units(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """Parts of row groups."""
@@ -88,19 +88,15 @@ class ParquetRows(SeekableFile):
             firsts += range(start, stop, max(1, min(fitting, max(_UNIT_ROWS, -(-(stop - start) // _UNITS)))))
         return np.array([*firsts, self._groups[-1]], np.int64)
 
-    def _all_batches(self) -> Iterator[Any]:
-        for group in range(self._file.metadata.num_row_groups):
-            yield from self._batches(group)
-
-    def _batches(self, group: int) -> Iterator[Any]:
-        known = self._file.metadata.row_group(group)
-        for number in range(known.num_columns):
-            column, extra = known.column(number), known.column(number).num_values - known.num_rows
-            width = max(8, _longest_text(self._source, column) if column.physical_type == "BYTE_ARRAY" else 0)
-            size = max(int(column.total_uncompressed_size), extra * width)
-            refuse_swelling(self.path, size, int(column.total_compressed_size))
-        rows = batch_rows(self._source, known)
-        yield from self._file.iter_batches(batch_size=rows, row_groups=[group])
+    def _batches(self, groups: Iterable[int] | None = None) -> Iterator[Any]:
+        """The batches of some row groups, or of all."""
+        for group in range(self._file.metadata.num_row_groups) if groups is None else groups:
+            known = self._file.metadata.row_group(group)
+            for number in range(known.num_columns):
+                column, extra = known.column(number), known.column(number).num_values - known.num_rows
+                size = max(int(column.total_uncompressed_size), extra * max(8, _longest_text(self._source, column)))
+                refuse_swelling(self.path, size, int(column.total_compressed_size))
+            yield from self._file.iter_batches(batch_size=batch_rows(self._source, known), row_groups=[group])
 
     def _between(self, start: int, stop: int) -> Iterator[Any]:
         """Batches of the rows from one to another of the same row group."""
@@ -109,7 +105,7 @@ class ParquetRows(SeekableFile):
         group = int(np.searchsorted(self._groups, start, side="right")) - 1
         row = int(self._groups[group])
         with whole(self.name, _KIND):
-            for batch in self._batches(group):
+            for batch in self._batches([group]):
                 if row + len(batch) > start:
                     yield batch.slice(max(0, start - row), stop - max(start, row))
                 row += len(batch)
@@ -120,13 +116,14 @@ class ParquetRows(SeekableFile):
 
 def batch_rows(file: BinaryIO, group: Any) -> int:
     """Rows of a row group, by what the footer says of it, that are decoded at a time: their texts fit the memory."""
-    columns = [group.column(number) for number in range(group.num_columns)]
-    longest = sum(_longest_text(file, column) for column in columns if column.physical_type == "BYTE_ARRAY")
+    longest = sum(_longest_text(file, group.column(number)) for number in range(group.num_columns))
     return max(1, min(BATCH_ROWS, _BATCH_BYTES // max(1, longest)))
 
 
 def _longest_text(file: BinaryIO, column: Any) -> int:
     """Bytes that every text of a column may have, although next to none are stored of it; 0 where all are stored."""
+    if column.physical_type != "BYTE_ARRAY":
+        return 0
     shared, stored = set(column.encodings) - _AS_LONG_AS_STORED, int(column.total_uncompressed_size)
     if not shared or stored <= _USUAL_DICTIONARY or not shared <= _OF_DICTIONARY:
         return stored if shared else 0
