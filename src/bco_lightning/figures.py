@@ -141,11 +141,9 @@ def curves(what: str, lines: Mapping[str, Sequence[tuple[float, float]]], up: st
     """One line for each name, by optimizer step; points that are not known are left out."""
     with _picture(f"{what} by optimizer step") as (figure, axes):
         for (name, points), colour in zip(lines.items(), itertools.cycle((UP, DOWN, LIMIT, "#3a8f5c", PLAIN))):
-            known = [(step, value) for step, value in points if np.isfinite(value)]
+            known = np.reshape([point for point in points if np.isfinite(point[1])], (-1, 2))
             few: dict[str, Any] = {"marker": "o", "markersize": 3} if len(known) < _FEW_POINTS else {}
-            axes.plot(
-                *(zip(*known, strict=True) if known else ((), ())), color=colour, linewidth=1.2, label=name, **few
-            )
+            axes.plot(*known.T, color=colour, linewidth=1.2, label=name, **few)
         axes.set(xlabel="optimizer step", ylabel=up)
         legend = len(lines) > 1
         if legend:

@@ -70,11 +70,8 @@ class FiniteGuard(StepCallback):
         place = f"optimizer step {trainer.global_step}"
         if self.policy == "stop" or self.skipped >= self.max_skipped:
             limit = f" ({self.skipped} steps were skipped before, which is the limit.)" if self.skipped else ""
-            raise NonFiniteError(
-                place,
-                problem + limit,
-                "Weights, optimizer and reward shift are as before the step. A lower model.learning_rate often helps.",
-            )
+            kept = "Weights, optimizer and reward shift are as before the step."
+            raise NonFiniteError(place, problem + limit, f"{kept} A lower model.learning_rate often helps.")
         self.skipped += 1
         rank_zero_warn(f"{place}: {problem} Skipped ({self.skipped} of at most {self.max_skipped}).")
         log_step(trainer, module, {"train/skipped_steps": float(self.skipped)}, trainer.global_step)

@@ -62,9 +62,7 @@ class ImplicitRewardMonitor(StepCallback):
     def names_logged(self, trainer: Trainer) -> list[str]:
         data, is_fit = getattr(trainer, "datamodule", None), trainer.state.fn == TrainerFn.FITTING
         has_rows = not isinstance(data, FeedbackDataModule) or data.validation_dataset is not None
-        stages = (
-            ("train", *(("val",) if trainer.enable_validation and has_rows else ())) if is_fit else (_stage(trainer),)
-        )
+        stages = ["train", *["val"] * (trainer.enable_validation and has_rows)] if is_fit else [_stage(trainer)]
         names = []
         for stage in stages:
             first, *others = self._metrics[stage].names
@@ -167,11 +165,8 @@ class ImplicitRewardMonitor(StepCallback):
         if module.options.allows(kl):
             self._within = step, kl
             return
-        last = (
-            "the last step within it was {:,}, at {:.4g}".format(*self._within)
-            if self._within
-            else "no step was within"
-        )
+        told = "the last step within it was {:,}, at {:.4g}"
+        last = told.format(*self._within) if self._within else "no step was within"
         trainer.should_stop, far = True, f"val/kl is {kl:.4g} nats per answer at step {step:,}"
         self.stopping_reason_message = f"{far}, beyond model.kl_budget of {budget:g}; {last}."
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from typing_extensions import override
 
 from bco_lightning.batch import ScoredRows
-from bco_lightning.callbacks.held_out_rows import HELD_OUT_FILE
+from bco_lightning.callbacks.held_out_rows import HELD_OUT_FILE, HeldOut
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.collate import collate
 from bco_lightning.data.images import ImageInputs
@@ -98,13 +98,14 @@ class PredictionWriter(Callback):
         keys, places, sources, thumbs = (table[name] for name in ("prompt_key", "place", "source", "thumbs_up"))
         labels = [source.label for source in trainer.datamodule.options.sources("predict")]
         numbers: dict[int, int] = {}
-        for line in lines:
+        rewards = torch.tensor([line["implicit_reward"] for line in lines], dtype=torch.float64)
+        slope, intercept = calibration or (math.nan, math.nan)
+        calibrated = (slope * rewards + intercept).sigmoid().tolist()
+        for line, probability in zip(lines, calibrated, strict=True):
             row, was_made = line["row"], "completion" in line
             line |= {"row": places[row], "source": labels[sources[row]]}
             line |= {"thumbs_up": None if was_made else thumbs[row]}
-            line["prompt"] = numbers.setdefault(keys[row], len(numbers))
-            if calibration is not None:
-                line["calibrated_probability_up"] = _sigmoid(calibration[0] * line["implicit_reward"] + calibration[1])
+            line |= {"prompt": numbers.setdefault(keys[row], len(numbers)), "calibrated_probability_up": probability}
         _rank(lines)
         with written_whole(self.path, replaces=False) as partial, partial.open("x", encoding="utf-8") as file:
             for line in lines:
@@ -193,10 +194,9 @@ def _rank(lines: list[_Line]) -> None:
 def _calibration(checkpoint: Any, step: int) -> tuple[float, float] | None:
     """Slope and intercept of Platt's regression (1999), whose targets allow for few rows, on a run's held-out rows."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        held_out = json.loads((Path(checkpoint).parent.parent / HELD_OUT_FILE).read_text(encoding="utf-8"))
-        rewards, up = np.array(held_out["rewards"], dtype=float), np.array(held_out["thumbs_up"], dtype=bool)
-        if held_out["step"] == step and len(rewards) >= _FEWEST and 0 < up.sum() < len(up):
-            return platt(rewards, up)
+        found = HeldOut.read(Path(checkpoint).parent.parent)
+        if found and found.step == step and len(found.rewards) >= _FEWEST and found.num_rarer:
+            return platt(found.rewards, found.thumbs_up)
     return None
 
 
@@ -208,7 +208,3 @@ def platt(rewards: Any, up: Any) -> tuple[float, float]:
     y = np.repeat([True, False], len(rewards))
     fitted = LogisticRegression(C=1e8, tol=1e-8, max_iter=1000).fit(x, y, np.concatenate([targets, 1 - targets]))
     return float(fitted.coef_[0, 0]) / scale, float(fitted.intercept_[0])
-
-
-def _sigmoid(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).sigmoid())

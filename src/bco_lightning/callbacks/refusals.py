@@ -98,9 +98,8 @@ def refuse_unknown_monitors(trainer: Any, module: Any) -> None:
         mode, right = getattr(callback, "mode", None), better(name)
         if (mode == "auto" and right is None) or (mode in ("max", "min") and right not in (None, mode)):
             expected = f"expected {right or 'max or min'} for {name}, found {mode}."
-            raise ConfigError(
-                where.replace("monitor", "mode"), expected, "" if own else "Lightning's own choice is min."
-            )
+            remedy = "" if own else "Lightning's own choice is min."
+            raise ConfigError(where.replace("monitor", "mode"), expected, remedy)
     if module.options.kl_budget is not None and not held_out:
         remedy = "Set data.validation_files or data.validation_fraction."
         raise ConfigError("model.kl_budget", "expected held-out rows to measure KL on, found none.", remedy)

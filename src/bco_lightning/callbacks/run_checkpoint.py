@@ -345,11 +345,8 @@ def _recut(progress: dict[str, Any], then: int, now: int) -> None:
 def _require_one_step(trainer: Trainer) -> None:
     steps = sorted(set(gather_over_ranks(trainer.global_step, trainer)))
     if len(steps) > 1:
-        raise CheckpointError(
-            "ckpt_path",
-            f"expected one step for all processes to go on from, found {', '.join(map(str, steps))}.",
-            "Give a run_folder that all nodes see.",
-        )
+        problem = f"expected one step for all processes to go on from, found {', '.join(map(str, steps))}."
+        raise CheckpointError("ckpt_path", problem, "Give a run_folder that all nodes see.")
 
 
 def _require_one_folder(folder: Path, trainer: Trainer) -> None:
@@ -362,8 +359,5 @@ def _require_one_folder(folder: Path, trainer: Trainer) -> None:
     if trainer.is_global_zero:
         sign.unlink()
     if not all(seen):
-        raise CheckpointError(
-            str(folder),
-            f"expected a folder that all processes see, found that {seen.count(False)} of {len(seen)} do not.",
-            "Give a run_folder on a file system of all nodes.",
-        )
+        problem = f"expected a folder that all processes see, found that {seen.count(False)} of {len(seen)} do not."
+        raise CheckpointError(str(folder), problem, "Give a run_folder on a file system of all nodes.")

@@ -18,12 +18,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from typing_extensions import override
 
-from bco_lightning.callbacks.loggers import show_table, telling
+from bco_lightning.callbacks.loggers import show_figure, show_table, shows_figures
 from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import LanguageModelError
-from bco_lightning.importance.report import print_trust, trust_rows
+from bco_lightning.figures import weight_histogram
+from bco_lightning.importance.report import TrustReport, print_trust, trust_rows
 from bco_lightning.models.build import dtype_of_matrices
 from bco_lightning.models.layout import causal_lm_of, kind_of_model
 from bco_lightning.models.log_probs import tile_for
@@ -33,7 +34,6 @@ from bco_lightning.parallel.collectives import max_over_ranks
 from bco_lightning.parallel.sharding import copies_of_parameters, sharding_of
 
 if TYPE_CHECKING:
-    from bco_lightning.importance.weights import ImportanceWeights
     from bco_lightning.module import BCOModule
 
 _COMPARED = (
@@ -96,20 +96,19 @@ class RunHeader(Callback):
         if trainer.max_steps > steps:
             rank_zero_info(f"trainer.max_epochs: {trainer.max_epochs} ends the run before trainer.max_steps does")
         if pl_module.importance is not None and trainer.is_global_zero:
-            show_trust(trainer, pl_module.importance, folder)
+            show_trust(trainer, pl_module.importance.report, folder)
 
 
-def show_trust(trainer: Trainer, importance: ImportanceWeights, folder: Path | None) -> None:
-    """Prints, logs and writes a trust report; TensorBoard also gets the histogram of weights; no text of a prompt."""
-    report, step = importance.report, trainer.global_step
+def show_trust(trainer: Trainer, report: TrustReport, folder: Path | None) -> None:
+    """Prints, logs and writes a trust report, and shows the histogram of weights; no text of a prompt."""
+    step = trainer.global_step
     print_trust(report, Console())
     known = {name: getattr(report, name) for name in _OF_TRUST}
     numbers = {f"importance/{name}": getattr(n, "value", n) for name, n in known.items() if n is not None}
     for logger in trainer.loggers:
         logger.log_metrics(dict(numbers), step=step)
-        if isinstance(logger, TensorBoardLogger) and len(weights := importance.down_weights.cpu()):
-            with telling(Path(logger.log_dir) / "importance/weights", makes_folder=False):
-                logger.experiment.add_histogram("importance/weights", weights, step)
+    if report.has_evidence and shows_figures(trainer.loggers):
+        show_figure(trainer.loggers, "importance/weights", weight_histogram(report.histogram), step)
     rows = [("verdict", report.verdict), *(("warning", text) for text in report.warnings), *trust_rows(report)]
     show_table(trainer.loggers, "importance/verdict", ("what", "value"), rows, step)
     if folder is not None:

@@ -80,11 +80,8 @@ def summarize_step(trainer: Any, module: Any, optimizer: Any) -> None:
     for callback in callbacks:
         own = callback.numbers_of_step(trainer, module)
         if twice := told.keys() & own.keys():
-            raise ConfigError(
-                "trainer.callbacks",
-                f"expected one callback that tells {min(twice)!r}, found another in {type(callback).__name__}.",
-                "Leave one of them out.",
-            )
+            problem = f"expected one callback that tells {min(twice)!r}, found another in {type(callback).__name__}."
+            raise ConfigError("trainer.callbacks", problem, "Leave one of them out.")
         told.update(own)
     totals = _sum_over_ranks(told, trainer)
     module.step_summary = StepSummary(

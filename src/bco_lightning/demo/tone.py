@@ -22,9 +22,6 @@ def _analyzer() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise ConfigError(
-            "known reward 'tone'",
-            "expected the package vaderSentiment, found none.",
-            'pip install "bco-lightning[demo]"',
-        ) from error
+        problem = "expected the package vaderSentiment, found none."
+        raise ConfigError("known reward 'tone'", problem, 'pip install "bco-lightning[demo]"') from error
     return SentimentIntensityAnalyzer()

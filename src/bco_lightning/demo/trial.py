@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,14 +19,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from bco_lightning.batch import FeedbackBatch
+from bco_lightning.batch import ScoredRows
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.collate import collate
 from bco_lightning.demo.tone import tone
 from bco_lightning.errors import ConfigError
 from bco_lightning.importance.report import text_table
 from bco_lightning.models.generation import SampledCompletion, held_out_prompts, sample_completions
-from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.module import BCOModule
 from bco_lightning.options import chosen_seed
 from bco_lightning.parallel.sharding import sharding_of
@@ -36,7 +34,7 @@ _NUM_RESAMPLES = 10_000
 
 
 class Samples(NamedTuple):
-    """Fresh samples of one model: true rewards, log-probs in nats under it and under the reference, and tokens."""
+    """Fresh samples of one model: true rewards, log-probs in nats under policy and reference, and tokens."""
 
     rewards_PS: Tensor
     log_probs_PS: Tensor
@@ -141,9 +139,8 @@ class KnownRewardTrial(Callback):
         if self.reward == "none" or stage != "fit":
             return
         if sharding_of(trainer) is not None:
-            raise ConfigError(
-                "known_reward.reward", "expected whole weights to sample from, found them cut up.", "Use ddp, or none."
-            )
+            problem = "expected whole weights to sample from, found them cut up."
+            raise ConfigError("known_reward.reward", problem, "Use ddp, or none.")
         tone("")  # what the reward needs must be missed before training, not after
         if getattr(getattr(trainer, "datamodule", None), "validation_dataset", None) is None:
             raise ConfigError("known_reward.reward", "expected held-out rows to sample prompts from, found none.")
@@ -168,8 +165,7 @@ class KnownRewardTrial(Callback):
         by_policy = self._sample(module.policy, module.tokenizer, asked, "policy samples")
         with module.reference.model() as reference:
             by_reference = self._sample(reference, module.tokenizer, asked, "reference samples")
-        of_policy = self._measured(module, asked, by_policy, partial(completion_log_probs, module.policy))
-        of_reference = self._measured(module, asked, by_reference)
+        of_policy, of_reference = (self._measured(module, asked, answers) for answers in (by_policy, by_reference))
         module.reference.release()
         return measure_alignment(of_policy, of_reference, self.seed)
 
@@ -183,14 +179,8 @@ class KnownRewardTrial(Callback):
             answers += sample_completions(model, tokenizer, some, max_new_tokens=length, seed=self.seed + start)
         return answers
 
-    def _measured(
-        self,
-        module: BCOModule,
-        asked: list[list[int]],
-        answers: list[SampledCompletion],
-        score: Callable[[FeedbackBatch], Tensor] | None = None,
-    ) -> Samples:
-        """What the answers come to under the reference, and under the model that gave them if it is another."""
+    def _measured(self, module: BCOModule, asked: list[list[int]], answers: list[SampledCompletion]) -> Samples:
+        """What the answers come to under policy and reference, whichever of them gave them."""
         rows = []
         for prompt, answer in zip(asked, answers, strict=True):
             mask = [False] * len(prompt) + [True] * len(answer.token_ids)
@@ -199,20 +189,10 @@ class KnownRewardTrial(Callback):
             )
         device = next(module.policy.parameters()).device
         batches = [collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
-
-        def by_prompt(values: Iterable[Any]) -> Tensor:
-            return torch.tensor([float(value) for value in values]).view(-1, self.samples_per_prompt)
-
-        def scored(score: Callable[[FeedbackBatch], Tensor]) -> Tensor:
-            return by_prompt(torch.cat([score(batch.to(device)).cpu() for batch in batches]))
-
-        reference_log_probs_PS = scored(module.reference.log_probs)
-        return Samples(
-            rewards_PS=by_prompt(tone(answer.text) for answer in answers),
-            log_probs_PS=scored(score) if score else reference_log_probs_PS,
-            reference_log_probs_PS=reference_log_probs_PS,
-            lengths_PS=by_prompt(len(answer.token_ids) for answer in answers),
-        )
+        scored = ScoredRows.joined([module.predict_step(batch.to(device), 0) for batch in batches])
+        rewards = torch.tensor([tone(answer.text) for answer in answers])
+        of_rows = (rewards, scored.policy_log_probs_B, scored.reference_log_probs_B, scored.completion_lengths_B)
+        return Samples(*(values.cpu().float().view(-1, self.samples_per_prompt) for values in of_rows))
 
 
 def measure_alignment(policy: Samples, reference: Samples, seed: int) -> Alignment:

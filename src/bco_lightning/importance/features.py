@@ -60,18 +60,13 @@ class ReferenceEncoder:
         with reference() as model:
             num_layers = len(decoder_layers_of(causal_lm_of(model))[1])
         if not num_layers:
-            raise ConfigError(
-                f"{_OPTION}.encoder",
-                f"expected a reference with one list of decoder layers, found {type(causal_lm_of(model)).__name__}.",
-                "Name a sentence-transformers model.",
-            )
+            found = type(causal_lm_of(model)).__name__
+            problem = f"expected a reference with one list of decoder layers, found {found}."
+            raise ConfigError(f"{_OPTION}.encoder", problem, "Name a sentence-transformers model.")
         self.depth = max(1, num_layers // 2) if features.layer is None else features.layer
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or not 1 <= self.depth <= num_layers:
-            raise ConfigError(
-                f"{_OPTION}.layer",
-                f"expected a decoder layer from 1 to {num_layers}, found {features.layer!r}.",
-                "Leave it out for the middle one.",
-            )
+            problem = f"expected a decoder layer from 1 to {num_layers}, found {features.layer!r}."
+            raise ConfigError(f"{_OPTION}.layer", problem, "Leave it out for the middle one.")
         self.name = f"the reference, layer {self.depth}, {self.pooling} of the prompt's tokens"
         self.fingerprint = digest_of_values({**(depends_on or {}), "layer": self.depth, "pooling": self.pooling})
 
@@ -154,11 +149,9 @@ class SentenceEncoder:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            raise ConfigError(
-                f"{_OPTION}.encoder",
-                f"expected sentence-transformers to be installed for {name}, found that it is not.",
-                "Install it: pip install 'bco-lightning[encoder]'.",
-            ) from error
+            problem = f"expected sentence-transformers to be installed for {name}, found that it is not."
+            remedy = "Install it: pip install 'bco-lightning[encoder]'."
+            raise ConfigError(f"{_OPTION}.encoder", problem, remedy) from error
         is_path = name.startswith(("package:", "~")) or Path(name).exists()
         location = str(Path(resolve_packaged(name)).expanduser()) if is_path else name
         weights = {"dtype": torch.float32, "use_safetensors": True, "weights_only": True}
@@ -177,9 +170,8 @@ class SentenceEncoder:
             raise
         except Exception as error:  # a damaged or hostile model leads to anything
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise LanguageModelError(
-                name, f"expected a sentence-transformers model, but it could not be loaded ({said}).", _REMEDY
-            ) from error
+            problem = f"expected a sentence-transformers model, but it could not be loaded ({said})."
+            raise LanguageModelError(name, problem, _REMEDY) from error
 
     def batches(self, dataset: Any, rows: Array) -> Iterator[tuple[Array, list[str]]]:
         """The words of the prompts of some rows."""

@@ -38,6 +38,7 @@ from bco_lightning.places import cache_root
 from bco_lightning.reference.model import Reference
 
 MOST_PROMPTS = 20_000
+_OPTION = "model.importance_weights"
 METHOD_VERSION = 3  # to be raised when the same prompts and thumbs come to give other weights or another report
 ALONE = SimpleNamespace(world_size=1, global_rank=0, is_global_zero=True, progress_bar_callback=None)
 Encoder = ReferenceEncoder | SentenceEncoder
@@ -54,20 +55,12 @@ class ImportanceWeights:
     encoder: str  # fingerprint
     key: str  # digest of all that they depend on
 
-    @property
-    def down_weights(self) -> Tensor:
-        """Weights of the thumbs-down rows, float32."""
-        return self.row_weights[~self.thumbs_up]
-
     def problem(self, wanted: str) -> ConfigError | None:
         """Why a run with these weights is refused, if it is: ``on`` was asked for, and nothing could be tested."""
         if wanted != "on" or not self.report.why_not:
             return None
-        return ConfigError(
-            "model.importance_weights",
-            f"expected rows on which a classifier of prompts can be tested: {self.report.why_not}.",
-            "Set auto, which then leaves all weights at 1, or off.",
-        )
+        problem = f"expected rows on which a classifier of prompts can be tested: {self.report.why_not}."
+        return ConfigError(_OPTION, problem, "Set auto, which then leaves all weights at 1, or off.")
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, no prompt among them."""
@@ -113,9 +106,7 @@ class PromptWeighing:
         if wanted == "off":
             return
         if data is None:
-            raise ConfigError(
-                "model.importance_weights", f"expected off where no FeedbackDataModule is used, found {wanted}."
-            )
+            raise ConfigError(_OPTION, f"expected off where no FeedbackDataModule is used, found {wanted}.")
         weights = self.find(data, reference, trainer)
         self._take(weights, data)
         if problem := weights.problem(wanted):
@@ -173,11 +164,8 @@ class PromptWeighing:
             if self.weights is None or self.weights.key == state["told"]["key"]:
                 self._take(ImportanceWeights.from_state_dict(state), data)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                "checkpoint",
-                f"expected importance weights as this version writes them, found others ({error}).",
-                "Use the version that wrote it.",
-            ) from error
+            problem = f"expected importance weights as this version writes them, found others ({error})."
+            raise CheckpointError("checkpoint", problem, "Use the version that wrote it.") from error
 
 
 def _encoder_of(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bco_lightning.metrics import NORMAL_95, Array
+from bco_lightning.metrics import NORMAL_95
 
 _REFUSAL = re.compile(
     r"^\W*(?:i['’]?m (?:very |really |so )?sorry\b|sorry,|i apologi[sz]e\b|unfortunately, i\b|as an ai\b)"
@@ -71,7 +71,11 @@ def drift(policy: Sequence[str], reference: Sequence[str]) -> list[Change]:
     changes = []
     for name, measure, is_share in measures:
         policy_P, reference_P = (np.array([float(measure(text)) for text in texts]) for texts in (policy, reference))
-        changes.append(_change(name, policy_P, reference_P, is_share))
+        differences_P = policy_P - reference_P
+        spread = float(differences_P.std(ddof=1)) if len(differences_P) > 1 else math.nan
+        half, mean = NORMAL_95 * spread / math.sqrt(len(differences_P)), float(differences_P.mean())
+        means = float(policy_P.mean()), float(reference_P.mean())
+        changes.append(Change(name, *means, mean - half, mean + half, is_share))
     words = [[word for text in texts for word in _words(text)] for texts in (policy, reference)]
     same = min(map(len, words))
     distinct = [len(set(of[:same])) / same if same else math.nan for of in words]
@@ -88,14 +92,6 @@ def repetition(text: str) -> float:
     words = _words(text)
     runs = [tuple(words[start : start + _REPEATED]) for start in range(len(words) - _REPEATED + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def _change(name: str, policy_P: Array, reference_P: Array, is_share: bool) -> Change:
-    differences_P = policy_P - reference_P
-    spread = float(differences_P.std(ddof=1)) if len(differences_P) > 1 else math.nan
-    half = NORMAL_95 * spread / math.sqrt(len(differences_P))
-    mean = float(differences_P.mean())
-    return Change(name, float(policy_P.mean()), float(reference_P.mean()), mean - half, mean + half, is_share)
 
 
 def _words(text: str) -> list[str]:

@@ -194,14 +194,7 @@ def _tiles(report: DataReport) -> list[tuple[str, str, str]]:
     return [
         ("Rows used", f"{counts.used:,}", f"of {counts.read:,} read to train on"),
         ("Thumbs up", f"{counts.up / max(1, counts.used):.0%}", f"{counts.up:,} up, {counts.down:,} down"),
-        ("Tokens of an epoch", _short(cost.tokens), f"{_short(cost.completion_tokens)} of them with loss"),
+        ("Tokens of an epoch", f"{cost.tokens:,.0f}", f"{cost.completion_tokens:,.0f} of them with loss"),
         ("Optimizer steps", f"{steps:,}", f"{cost.rows_per_step:,} rows each, {cost.steps_per_epoch:,} an epoch"),
         ("Rough time", *time),
     ]
-
-
-def _short(value: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (size if unit != 'k' else 1e3):.3g}{unit}"
-    return f"{value:,.0f}"

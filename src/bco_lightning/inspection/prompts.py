@@ -60,9 +60,7 @@ class PromptShift:
 
 def drawn_rows(num_rows: int, seed: int) -> Array:
     """Positions of the rows to look at, in order: all, or 20,000 at random of more."""
-    if num_rows <= MOST_ROWS:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng(seed).choice(num_rows, MOST_ROWS, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(num_rows, min(num_rows, MOST_ROWS), replace=False))
 
 
 def prompt_shift(prompts: Sequence[str], thumbs_up: Array, seed: int) -> PromptShift:

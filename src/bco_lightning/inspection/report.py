@@ -295,18 +295,13 @@ def durations(least: float, most: float) -> str:
     """A range of seconds for people.
 
     Example:
-        >>> durations(80, 1140), durations(1, 9000)
-        ('1.3 to 19 min', '1 s to 2.5 h')
+        >>> durations(80, 1140), durations(2250, 9000)
+        ('1.3 to 19 min', '0.6 to 2.5 h')
     """
-    (first, first_unit), (last, last_unit) = _duration(least), _duration(most)
-    return f"{first}{'' if first_unit == last_unit else f' {first_unit}'} to {last} {last_unit}"
-
-
-def _duration(seconds: float) -> tuple[str, str]:
     sizes = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"))
-    size, unit = next(((size, unit) for size, unit in sizes if seconds >= size), (1.0, "s"))
-    value = seconds / size
-    return (f"{value:.1f}".removesuffix(".0") if value < 10 else f"{value:,.0f}"), unit
+    size, unit = next(((size, unit) for size, unit in sizes if most >= size), (1.0, "s"))
+    shown = (f"{seconds / size:,.{1 if seconds < 10 * size else 0}f}" for seconds in (least, most))
+    return f"{' to '.join(shown)} {unit}"
 
 
 def shortened(text: str, longest: int = _LONGEST_EXAMPLE) -> str:

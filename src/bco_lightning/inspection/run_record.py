@@ -10,41 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
-from bco_lightning.callbacks.held_out_rows import HELD_OUT_FILE
+from bco_lightning.callbacks.held_out_rows import HeldOut
 from bco_lightning.callbacks.loggers import METRICS_FILE
 from bco_lightning.callbacks.sample_writer import SAMPLES_FILE
 from bco_lightning.errors import ConfigError
 from bco_lightning.importance.report import interval
-from bco_lightning.metrics import Array, Auc, auc
 
 _FEWEST_ROWS = 20  # of the rarer class
 _AT_FIRST = {"loss": 2 * math.log(2), "auroc": 0.5, "accuracy": 0.5, "margin": 0.0, "kl": 0.0}
 Points = Sequence[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out rows at the newest validation: implicit rewards in nats, thumbs, tokens of the completion, prompts."""
-
-    step: int
-    reward_shift: float
-    rewards: Array
-    thumbs_up: Array
-    lengths: Array
-    prompts: Array  # the same number for the same prompt
-
-    @property
-    def area(self) -> Auc | None:
-        """Probability that a thumbs-up row is rewarded more than a thumbs-down one, over prompts."""
-        return auc(self.rewards, self.thumbs_up, self.prompts)
-
-    @property
-    def num_rarer(self) -> int:
-        """Rows of the rarer class."""
-        return int(min(self.thumbs_up.sum(), (~self.thumbs_up).sum()))
 
 
 class Outcome(NamedTuple):
@@ -86,7 +62,7 @@ class RunRecord:
             {name: sorted(points.items()) for name, points in curves.items()},
             _values(folder / "config.yaml"),
             _values(folder / "provenance.json"),
-            _held_out(_values(folder / HELD_OUT_FILE)),
+            HeldOut.read(folder),
             list(_lines(folder / SAMPLES_FILE)),
             _values(folder / "alignment.json") or None,
         )
@@ -146,10 +122,3 @@ def _values(path: Path) -> dict[str, Any]:
     """What a file of the run's folder holds, JSON or YAML; nothing if there is none."""
     value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return value if isinstance(value, dict) else {}
-
-
-def _held_out(values: Mapping[str, Any]) -> HeldOut | None:
-    if not values.get("rewards"):
-        return None
-    arrays = {name: np.asarray(values[name]) for name in ("rewards", "lengths", "prompts")}
-    return HeldOut(values["step"], values["reward_shift"], thumbs_up=np.asarray(values["thumbs_up"], bool), **arrays)

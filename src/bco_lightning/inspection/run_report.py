@@ -143,11 +143,7 @@ def _sections(record: RunRecord) -> list[Section]:
     held_out, both = record.held_out, ("", "before", "after")
     parts = [Section("Held-out rows", both, _outcome_rows(record), said=record.outcome.text)]
     if held_out is not None:
-        of = (held_out.rewards, held_out.thumbs_up)
-        pictures: list[Any] = [partial(figures.reward_histogram, *of, held_out.reward_shift)]
-        if held_out.num_rarer:
-            pictures += [partial(figures.roc_of_rewards, *of), partial(figures.reliability, *of, held_out.reward_shift)]
-        pictures.append(partial(figures.reward_by_length, *of, held_out.lengths))
+        pictures: list[Any] = list(held_out.pictures.values())
         rows = [("rows", f"{len(held_out.rewards):,}"), ("of the rarer class", f"{held_out.num_rarer:,}")]
         parts.append(Section(f"Their rewards at step {held_out.step:,}", ("", ""), rows, pictures=pictures))
     pictures = []
@@ -217,17 +213,9 @@ def _drift(record: RunRecord) -> list[Change]:
 
 
 def _drift_row(change: Change) -> tuple[str, ...]:
-    def shown(value: float) -> str:
-        return f"{value:.1%}" if change.is_share else f"{value:.1f}"
-
-    known = math.isfinite(change.low)
-    interval = f" ({shown(change.low)} to {shown(change.high)})" if known else ""
-    return (
-        change.name,
-        shown(change.policy),
-        shown(change.reference),
-        shown(change.policy - change.reference) + interval,
-    )
+    numbers = (change.policy, change.reference, change.policy - change.reference, change.low, change.high)
+    policy, reference, difference, low, high = (format(n, ".1%" if change.is_share else ".1f") for n in numbers)
+    return change.name, policy, reference, difference + (f" ({low} to {high})" if math.isfinite(change.low) else "")
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:

@@ -73,10 +73,8 @@ def fill_in_log_probs(
         refuse_unknown_token(causal_lm_of(reference.policy), largest or 0)
     if data is None or not tables or (stage == "fit" and "train" not in tables):
         if wanted == "before":
-            raise ConfigError(
-                "model.reference_log_probs",
-                "expected auto or online where no FeedbackDataModule is used, or data.streaming is true; found before.",
-            )
+            where = "where no FeedbackDataModule is used, or data.streaming is true"
+            raise ConfigError("model.reference_log_probs", f"expected auto or online {where}; found before.")
         reference.hold()
         return False
     known = None if wanted == "online" else _known(data, tables, stage, reference, options, trainer)
@@ -114,11 +112,9 @@ def refuse_other_start(
     def refuse() -> None:
         if off_B[worst] > 0:
             found = f"{policy_B[worst]:.3f} and {scored.reference_log_probs_B[worst]:.3f} nats"
-            raise LanguageModelError(
-                rows[worst]["place"],
-                f"expected a policy that is its own reference before step 1, found log-probs of {found}.",
-                "Remove reference_log_probs from the cache." if is_known else "Merge the adapter first.",
-            )
+            problem = f"expected a policy that is its own reference before step 1, found log-probs of {found}."
+            remedy = "Remove reference_log_probs from the cache." if is_known else "Merge the adapter first."
+            raise LanguageModelError(rows[worst]["place"], problem, remedy)
 
     by_all(refuse, trainer)
 
@@ -138,10 +134,8 @@ def _known(
     saves = passes >= 2 or (passes >= 1 and not reference.is_policy_without_adapter)
     computes = saves or options.reference_log_probs == "before"
     fate = f"{unknown:,} are computed now" if computes else "steps compute them as they need them"
-    rank_zero_info(
-        f"reference log-probs: {len(known) - unknown:,} of {len(known):,} known from {known.folder}, "
-        f"{fate if unknown else 'nothing is left to compute'}"
-    )
+    found = f"{len(known) - unknown:,} of {len(known):,} known from {known.folder}"
+    rank_zero_info(f"reference log-probs: {found}, {fate if unknown else 'nothing is left to compute'}")
     if unknown and not computes:
         return None
 
