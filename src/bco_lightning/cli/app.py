@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -199,15 +199,11 @@ class _PrintableRecord(logging.LogRecord):
         return printable(re.sub(r"\x1b\[[\d;]*m", "", super().getMessage()))  # without colors, too
 
 
-def _printable_warning(*told: Any, **more: Any) -> str:
-    return printable(_format_warning(*told, **more))
-
-
 def _quiet_libraries() -> None:
     """Hides what none of the libraries should do to a terminal; their remarks, see callbacks/remarks.py."""
     threading.excepthook = _say_of_thread
     logging.setLogRecordFactory(_PrintableRecord)
-    warnings.formatwarning = _printable_warning
+    warnings.formatwarning = lambda *told, **more: printable(_format_warning(*told, **more))
     if getattr(rank_zero_only, "rank", 0) != 0:
         disable_progress_bar()
         for name in ("fabric", "pytorch"):

@@ -138,20 +138,6 @@ def _made(kind: type, **values: Any) -> Any:
         raise Refusal(error.where, error.problem, error.remedy) from None
 
 
-def _refuse_taken_logs(trainer: Trainer, claimed: list[Path]) -> None:
-    """Lightning's CSVLogger removes what is there, wherever a config has it write."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, CSVLogger) and Path(logger.log_dir) not in claimed:
-            for name in (ExperimentWriter.NAME_METRICS_FILE, ExperimentWriter.NAME_HPARAMS_FILE):
-                require_free("trainer.logger", Path(logger.log_dir) / name)
-
-
-def _run_of_checkpoint(step: str | None, runs: Path) -> Path | None:
-    """A run goes on, and is evaluated, in its own folder."""
-    run = Path(step or "").parent.parent
-    return run if step is not None and run.parent.resolve() == runs.resolve() else None
-
-
 def _options_of(parser: argparse.ArgumentParser) -> set[str]:
     """Names of a parser's options and of those of its subcommands; argparse has no public list of them."""
     options: set[str] = set()
@@ -310,7 +296,6 @@ class BCOCLI(LightningCLI):
         if hasattr(trainer.strategy, "_timeout"):  # of the process group; half an hour, if left alone
             trainer.strategy._timeout = timedelta(seconds=options.process_timeout)
         self._claim_csv_folders(trainer, self.config[self.subcommand].trainer.logger)
-        _refuse_taken_logs(trainer, self._claimed)
         # Known is only now which process is the first of all; the others are told when they need it.
         if trainer.is_global_zero and not asked.fast_dev_run and (self.subcommand == "fit" or logs):
             self._take_run_folder(trainer, options)
@@ -319,14 +304,21 @@ class BCOCLI(LightningCLI):
         return trainer
 
     def _claim_csv_folders(self, trainer: Trainer, asked: Any) -> None:
-        """Numbers the folders of CSVLoggers like those of runs; two that start at once would take the same."""
-        configs = asked if isinstance(asked, list) else [asked]
-        for place, (config, logger) in enumerate(zip(configs, trainer.loggers, strict=False)):
-            is_free = type(logger) is CSVLogger and config.init_args.version is None
-            if is_free and trainer.is_global_zero:
+        """Numbers the folders of CSVLoggers like those of runs; two that start at once would take the same.
+
+        A CSVLogger removes what is there, wherever a config has it write.
+        """
+        if not trainer.is_global_zero:
+            return
+        configs, loggers = asked if isinstance(asked, list) else [asked], list(trainer.loggers)
+        for place, (config, logger) in enumerate(zip(configs, loggers, strict=False)):
+            if type(logger) is CSVLogger and config.init_args.version is None:
                 self._claimed.append(claim_run(Path(str(logger.save_dir), str(logger.name))))
-                options = {**vars(config.init_args), "version": self._claimed[-1].name}
-                trainer.loggers = [*trainer.loggers[:place], CSVLogger(**options), *trainer.loggers[place + 1 :]]
+                loggers[place] = CSVLogger(**{**vars(config.init_args), "version": self._claimed[-1].name})
+            elif isinstance(logger, CSVLogger):
+                for name in (ExperimentWriter.NAME_METRICS_FILE, ExperimentWriter.NAME_HPARAMS_FILE):
+                    require_free("trainer.logger", Path(logger.log_dir) / name)
+        trainer.loggers = loggers
 
     def _take_loggers(self, trainer: Trainer, options: Any, by_default: bool) -> None:
         """In every process, or they would wait for each other."""
@@ -339,8 +331,10 @@ class BCOCLI(LightningCLI):
             trainer.loggers = [*trainer.loggers, MetricsFile(self.run or options.run_folder)]
 
     def _take_run_folder(self, trainer: Trainer, options: Any) -> None:
-        runs = Path(options.run_folder)
-        self.run = _run_of_checkpoint(options.ckpt_path, runs) or claim_run(runs)
+        """A run goes on, and is evaluated, in its own folder."""
+        runs, run = Path(options.run_folder), Path(options.ckpt_path or "").parent.parent
+        goes_on = options.ckpt_path is not None and run.parent.resolve() == runs.resolve()
+        self.run = run if goes_on else claim_run(runs)
         options.checkpoint.run_folder = str(self.run)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):

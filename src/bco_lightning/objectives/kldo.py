@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ class KLDO(Objective):
         Haldar et al. 2025, "LLM Safety Alignment is Divergence Estimation in Disguise", arXiv:2502.00657.
     """
 
-    keeps = (("partition", DecayedMeans),)
+    keeps = ("partition", DecayedMeans)
     sum_names = ("sum_exp_down", "num_exp_down")
 
     @property
@@ -41,7 +40,3 @@ class KLDO(Objective):
         down_B = ~rows.thumbs_up_B
         exps_B = torch.where(down_B, rows.rewards_B.detach().double(), -torch.inf).exp()
         return dict(zip(self.sum_names, (exps_B.sum(), down_B.sum().double()), strict=True))
-
-    def update(self, sums: Mapping[str, float]) -> None:
-        """Moves Z."""
-        self.baselines["partition"].take_in([sums["sum_exp_down"]], [sums["num_exp_down"]])

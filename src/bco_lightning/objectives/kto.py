@@ -5,8 +5,6 @@ A row that is far on the wrong side moves the policy as little as one that is fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ class KTO(APOZero):
     """
 
     takes_unrelated = True
-    keeps = (("kl", DecayedMeans),)
+    keeps = ("kl", DecayedMeans)
     sum_names = ("sum_unrelated", "num_unrelated")
 
     @property
@@ -57,7 +55,3 @@ class KTO(APOZero):
         rewards_U = rows.rewards_B.new_zeros(0) if ratios_U is None else rows.beta * ratios_U.detach()
         number = torch.tensor(len(rewards_U), dtype=torch.float64, device=rewards_U.device)
         return dict(zip(self.sum_names, (rewards_U.double().sum(), number), strict=True))
-
-    def update(self, sums: Mapping[str, float]) -> None:
-        """Moves the KL."""
-        self.baselines["kl"].take_in([sums["sum_unrelated"]], [sums["num_unrelated"]])

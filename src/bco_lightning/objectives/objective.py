@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,12 +80,12 @@ class Objective:
     takes_one_class: bool = False  # is content with one
     takes_importance: bool = False  # weights of thumbs-down rows
     is_centered: bool = False  # at a threshold of 0 nats
-    keeps: tuple[tuple[str, type[DecayedMeans]], ...] = ()  # by name
-    sum_names: tuple[str, ...] = ()  # of what ``sums`` gives
+    keeps: tuple[str, Callable[[float], DecayedMeans]] | None = None  # a name, and what makes it of a decay
+    sum_names: tuple[str, ...] = ()  # of what ``sums`` gives: the sums that it keeps, then their counts
 
     def __init__(self, decay: float = 0.9) -> None:
         self.reward_shift = RewardShift(decay)
-        self.baselines: dict[str, Any] = {name: kind(decay) for name, kind in self.keeps}
+        self.baselines: dict[str, Any] = {self.keeps[0]: self.keeps[1](decay)} if self.keeps else {}
 
     @property
     def threshold(self) -> float:
@@ -105,6 +105,10 @@ class Objective:
 
     def update(self, sums: Mapping[str, float]) -> None:
         """Takes in one optimizer step by what :meth:`sums` gave of it; nothing where the step was left out."""
+        values = [sums[name] for name in self.sum_names]
+        for baseline in self.baselines.values():
+            totals, counts = values[: baseline.number], values[baseline.number :]
+            baseline.take_in(totals, counts * (len(totals) // len(counts)))  # several sums may share a count
 
     def learn(self, rows: RatedAnswers) -> None:
         """Moves reward shift and baselines by one optimizer step, where all its rows are at hand, as in a toy."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ class BCOPerPrompt(BCO):
     """
 
     takes_prompts = True
-    keeps = (("prompt_spread", PromptSpread),)
+    keeps = ("prompt_spread", PromptSpread)
     sum_names = (*(f"log_likelihood_{spread:g}" for spread in _SPREADS), "num_prompts")
 
     def losses(self, rows: RatedAnswers) -> Tensor:
@@ -59,11 +58,6 @@ class BCOPerPrompt(BCO):
         found = [self._over_offsets(rows, spread) for spread in _SPREADS]
         told = [torch.where(several_P, joint_QP.logsumexp(0), 0).sum() for _, joint_QP, _, several_P in found]
         return dict(zip(self.sum_names, [*told, found[0][3].sum().double()], strict=True))
-
-    def update(self, sums: Mapping[str, float]) -> None:
-        """Moves the spread."""
-        *totals, number = (sums[name] for name in self.sum_names)
-        self.baselines["prompt_spread"].take_in(totals, [number] * len(totals))
 
     def _over_offsets(self, rows: RatedAnswers, spread: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of offsets: log-likelihoods of rows, and of prompts with the prior; each row's prompt; which have several."""
@@ -96,11 +90,8 @@ class BCOByLength(BCO):
     What length explains of the thumbs is not asked of the rewards. A new answer is compared with :math:`\delta`.
     """
 
+    keeps = ("length_odds", lambda _: LengthOdds(0.999))  # lengths of a log stay what they are, rewards do not
     sum_names = ("log_length_up", "log_length_down", "squares_up", "squares_down", "rows_up", "rows_down")
-
-    def __init__(self, decay: float = 0.9) -> None:
-        super().__init__(decay)
-        self.baselines["length_odds"] = LengthOdds(0.999)  # lengths of a log stay what they are, rewards do not
 
     def losses(self, rows: RatedAnswers) -> Tensor:
         """:func:`bco_loss`, with importance weights, in nats."""
@@ -113,8 +104,3 @@ class BCOByLength(BCO):
         logs_B, classes_CB = rows.tokens().double().log(), torch.stack([rows.thumbs_up_B, ~rows.thumbs_up_B]).double()
         found = [classes_CB @ values_B for values_B in (logs_B, logs_B.square(), torch.ones_like(logs_B))]
         return dict(zip(self.sum_names, torch.cat(found), strict=True))
-
-    def update(self, sums: Mapping[str, float]) -> None:
-        """Moves the odds."""
-        *totals, up, down = (sums[name] for name in self.sum_names)
-        self.baselines["length_odds"].take_in(totals, [up, down] * 2)
