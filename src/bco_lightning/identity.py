@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,12 +89,10 @@ def digest_of_code(*names: str) -> str:
 @cache
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
-    found = {}
+    found = dict.fromkeys(_PACKAGES, "not installed as a package")
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
     return found
 
 

@@ -139,10 +139,8 @@ def _best_of(checkpoints: Path, share: tuple[int, int] | None) -> Path:
 def _require_folder(path: Path) -> None:
     """Before anything else looks into it."""
     if path.is_file():
-        raise UnsafeCheckpointError(
-            str(path),
-            "expected the folder of a checkpoint, found a file, which may hold objects that would run code when read.",
-            "Do not use this file.",
-        )
+        found = "found a file, which may hold objects that would run code when read"
+        problem = f"expected the folder of a checkpoint, {found}."
+        raise UnsafeCheckpointError(str(path), problem, "Do not use this file.")
     if not path.is_dir():
         raise CheckpointError(str(path), "expected a whole checkpoint to go on with, found none.")

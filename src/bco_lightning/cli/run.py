@@ -112,10 +112,6 @@ class BCOArgumentParser(LightningArgumentParser):
         raise Refusal(where, problem, f"See {parser.prog.replace(' [options]', '')} --help.")
 
 
-def _print(text: str) -> None:
-    print(printable(text))
-
-
 def _refuse_misread_sources(data: Namespace) -> None:
     """Ends with what is wrong with a list of sources that was taken for a text, and so for the name of a file."""
     for name in ("train_files", "validation_files", "test_files", "predict_files"):
@@ -385,21 +381,21 @@ class BCOCLI(LightningCLI):
             print_outcome(record, Console())
             with telling(page := run / REPORT_FILE), written_whole(page, replaces=True) as partial:
                 partial.write_text(page_of_runs([record]), encoding="utf-8")
-        _print(f"\nRun folder   {run}")
+        told = [f"\nRun folder   {run}"]
         saving = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)]
-        saved = saving[0].saved if saving else None
+        saved, best = (saving[0].saved, saving[0].best) if saving else (None, BestSteps())
         if saved is not None:
-            told = f"{self.trainer.global_step} optimizer steps, reward shift {self.model.reward_shift.value:.4f}"
-            _print(f"Checkpoint   {saved} ({told})")
-        best = saving[0].best if saving else BestSteps()
-        at_best = run / BEST if best.step not in (None, self.trainer.global_step) else run
+            steps = f"{self.trainer.global_step} optimizer steps, reward shift {self.model.reward_shift.value:.4f}"
+            told.append(f"Checkpoint   {saved} ({steps})")
         if best.step is not None:
-            _print(f"Best step    {best.step} ({best.monitor} {best.values[best.step]:.4f}): --ckpt_path {run / BEST}")
+            value = f"{best.monitor} {best.values[best.step]:.4f}"
+            told.append(f"Best step    {best.step} ({value}): --ckpt_path {run / BEST}")
         for name, file in (("Alignment", "alignment.json"), ("Report", REPORT_FILE)):
             if (run / file).exists():
-                _print(f"{name:12} {run / file}")
+                told.append(f"{name:12} {run / file}")
         commands = where_to_look(self.trainer.loggers)
         if saved is not None:
+            at_best = run / BEST if best.step not in (None, self.trainer.global_step) else run
             folder, command = quote(str(at_best)), "python -m bco_lightning"
             commands += [
                 f"{command} export --ckpt_path {folder} --output_dir {quote(f'exports/{run.name}')} --merge",
@@ -407,7 +403,8 @@ class BCOCLI(LightningCLI):
                 f"--ckpt_path {folder} --data.predict_files FILE",
             ]
         if commands:
-            _print("\n  ".join(["\nNext:", *commands]))
+            told.append("\n  ".join(["\nNext:", *commands]))
+        print(printable("\n".join(told)))
 
 
 class InspectCLI(BCOCLI):

@@ -61,11 +61,9 @@ def in_words(name_or_path: str, what: str, remedy: str = _GIVE) -> Iterator[None
             raise _needs_own_code(name_or_path, what) from error
         error = LookupError(f"nothing is named {error}") if isinstance(error, KeyError) else error
         said = " ".join(line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()[:2])
-        raise LanguageModelError(
-            name_or_path,
-            f"expected a {what}, but {'peft' if 'adapter' in what else 'transformers'} could not load one ({said}).",
-            "" if "adapter" in what else remedy,
-        ) from error
+        library, remedy = ("peft", "") if "adapter" in what else ("transformers", remedy)
+        problem = f"expected a {what}, but {library} could not load one ({said})."
+        raise LanguageModelError(name_or_path, problem, remedy) from error
 
 
 def refuse_unsafe_model(name_or_path: str, location: str) -> None:
@@ -217,11 +215,9 @@ def require_bitsandbytes(option: str, value: str) -> None:
 
 
 def _needs_own_code(name_or_path: str, what: str) -> LanguageModelError:
-    return LanguageModelError(
-        name_or_path,
-        f"expected a {what} that transformers knows, found one that needs Python code of its own, which is never run.",
-        "Give a model of an architecture that transformers supports.",
-    )
+    found = "found one that needs Python code of its own, which is never run"
+    remedy = "Give a model of an architecture that transformers supports."
+    return LanguageModelError(name_or_path, f"expected a {what} that transformers knows, {found}.", remedy)
 
 
 def _listed(names: list[str]) -> str:

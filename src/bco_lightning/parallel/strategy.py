@@ -99,11 +99,9 @@ def refuse_unknown(strategy: Any, precision: str) -> None:
     is_cut = isinstance(strategy, FSDP2Strategy)
     known = _PRECISIONS[:2] if is_cut else _PRECISIONS
     if precision not in known:
-        raise ConfigError(
-            "trainer.precision",
-            f"expected {' or '.join(known)}, found {precision}: others would cast the policy and not its reference.",
-            "Set model.dtype: bfloat16 for bfloat16 weights.",
-        )
+        found = f"found {precision}: others would cast the policy and not its reference"
+        remedy = "Set model.dtype: bfloat16 for bfloat16 weights."
+        raise ConfigError("trainer.precision", f"expected {' or '.join(known)}, {found}.", remedy)
     if not is_cut and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
         problem = f"expected one of this package, found Lightning's {type(strategy).__name__}."
         remedy = "Use fsdp2, or from Python strategy=bco_lightning.parallel.strategy.FSDP2Strategy()."
