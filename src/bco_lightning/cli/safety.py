@@ -137,10 +137,8 @@ def _refuse_place(path: tuple[str, ...], text: str, chosen: Chosen) -> None:
         raise Refusal(option, problem, remedy)
     if path in _FROM_USER_ALONE:
         problem = f"expected it on the command line alone, found {text!r} in a config file."
-        reason = (
-            "What lies there is taken for what was computed here; whoever wrote the config could have put it there."
-        )
-        raise Refusal(option, problem, reason)
+        risk = "What lies there is taken for what was computed here; whoever wrote the config could have put it there."
+        raise Refusal(option, problem, risk)
     if _leads_out(text, Path.cwd().resolve()):
         problem = f"expected a place inside the working directory, found {text!r}."
         remedy = f"A config file may not name places outside it; give this one on the command line: --{option}={text}"
