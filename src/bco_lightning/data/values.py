@@ -112,12 +112,16 @@ def from_json_text(value: Any, name: str, place: str) -> Any:
         raise FeedbackRowError(place, found, "Correct or remove the row.") from None
 
 
+def parsed(value: Any) -> Any:
+    """What a text says in JSON; a text that is none, and anything else, is itself."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
+
+
 def unpacked(value: Any) -> Any:
     """Objects and lists that were written as JSON text; any other text is itself."""
-    with suppress(ValueError, RecursionError):
-        if isinstance(value, str) and value.startswith(("{", "[")):
-            return json.loads(value)
-    return value
+    return parsed(value) if isinstance(value, str) and value.startswith(("{", "[")) else value
 
 
 def add_texts(value: Any, texts: list[str], depth: int) -> None:

@@ -18,15 +18,13 @@ Mintplex-Labs/anything-llm (``server/utils/helpers/chat/convertTo.js``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any
 
 from bco_lightning.batch import Message
 from bco_lightning.data.formats.rated_calls import USUAL_NAMES, Call, RatedCalls, Score
 from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE
-from bco_lightning.data.values import MISSING, Record, is_blank, objects_in, plain_number, unpacked, value_at
+from bco_lightning.data.values import MISSING, Record, is_blank, objects_in, parsed, plain_number, unpacked, value_at
 
 DIFY_KEEPS = 500  # characters of an answer
 TEMPLATED = "prompt that only a template tells, which the export does not hold"
@@ -36,13 +34,6 @@ _NO_SCORES = frozenset({
     "input", "output", "metadata", "tags", "traceTags", "comments", "observations", "toolCalls", "toolCallNames",
 })  # fmt: skip
 _FLAT = ".responses"  # of Argilla
-
-
-def _of_json(value: Any) -> Any:
-    """What a text says in JSON; anything else as it is."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(value) if isinstance(value, str) else value
-    return value
 
 
 def _at(*names: str) -> Callable[[Record], Call]:
@@ -118,7 +109,7 @@ def _mlflow_call(record: Record) -> Call:
     spans = objects_in(value_at(record, "data.spans"))
     root = next((span for span in spans if not span.get("parent_span_id") and not span.get("parent_id")), {})
     known = root["attributes"] if isinstance(root.get("attributes"), dict) else {}
-    return _of_json(known.get("mlflow.spanInputs")), _of_json(known.get("mlflow.spanOutputs"))
+    return parsed(known.get("mlflow.spanInputs")), parsed(known.get("mlflow.spanOutputs"))
 
 
 def _mlflow_scores(record: Record) -> Iterable[Score]:

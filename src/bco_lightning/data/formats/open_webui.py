@@ -15,7 +15,6 @@ https://docs.openwebui.com, Evaluation.
 from __future__ import annotations
 
 import html
-import json
 import re
 from contextlib import suppress
 from typing import Any
@@ -25,7 +24,7 @@ from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE, Can
 from bco_lightning.data.formats.turns import CALL, RESULT, SAID, THOUGHT, branch_to, messages_of
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import Record, objects_in, plain_number, shown, value_at
+from bco_lightning.data.values import Record, objects_in, parsed, plain_number, shown, value_at
 
 NO_SNAPSHOT = "no snapshot of the chat"
 NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
@@ -128,7 +127,9 @@ def _of_details(kind: str, attributes: dict[str, str], inside: str) -> list[Reco
         return [{"type": kind, "content": _plain(inside)}]
     if kind != "tool_calls":
         return [{"type": kind}]
-    known = {name: _json_text(attributes[name]) for name in ("arguments", "result") if name in attributes}
+    texts = {name: _unescaped(attributes[name]) for name in ("arguments", "result") if name in attributes}
+    # A text that stands there as JSON is that text; JSON of anything else is as it is written.
+    known = {name: said if isinstance(said := parsed(text), str) else text for name, text in texts.items()}
     call_id = attributes.get("id")
     call = {"type": CALL, "call_id": call_id, "name": attributes.get("name"), "arguments": known.get("arguments")}
     return [call, {"type": RESULT, "call_id": call_id, "output": known["result"]}] if "result" in known else [call]
@@ -141,14 +142,6 @@ def _plain(thought: str) -> str:
     if opening and closing:
         thought = thought[: opening.start()].rstrip() + thought[closing.end() :].lstrip()
     return _QUOTE.sub("", _unescaped(thought)).strip()
-
-
-def _json_text(value: str) -> str:
-    """The text that an attribute holds as JSON; JSON of anything else as it is written."""
-    value, found = _unescaped(value), None
-    with suppress(ValueError, RecursionError):
-        found = json.loads(value)
-    return found if isinstance(found, str) else value
 
 
 def _unescaped(text: str) -> str:
