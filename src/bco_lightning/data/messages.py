@@ -183,9 +183,8 @@ def _with_text(message: Message, role: str, where: str, place: str) -> Message:
         content = parts if all(_is_part(part) for part in parts) else content
     if isinstance(content, (dict, list)):
         parts = content if isinstance(content, list) else [content]
-        if role == "tool" and not all(
-            isinstance(part, str) or (objects_in([part]) and "type" in part) for part in parts
-        ):
+        typed = all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts)
+        if role == "tool" and not typed:
             content = json.dumps(content, ensure_ascii=False)  # what a function gave
         else:
             content = "".join(_text_of(part, where, place) for part in parts)

@@ -29,9 +29,7 @@ def format_of(record: Record, columns: Columns) -> str | None:
     found = [name for name, known in FORMATS.items() if known.matches(record, columns)]
     others = found[1:] if found[:1] == ["unpaired"] and value_at(record, columns.label) is not None else []
     if others and set(others) <= _ROWS.keys():
-        raise ConfigError(
-            "data.format",
-            "expected rated rows or pairs, found records that have the columns of both.",
-            f"Set data.format, or the source's own format, to unpaired or to {others[-1]}.",
-        )
+        found_both = "expected rated rows or pairs, found records that have the columns of both."
+        remedy = f"Set data.format, or the source's own format, to unpaired or to {others[-1]}."
+        raise ConfigError("data.format", found_both, remedy)
     return found[-1] if found else None

@@ -65,8 +65,8 @@ def _thumbs(record: Record, steps: list[Record]) -> dict[int, list[Any]]:
             around = parents[around]
     # Every feedback with the number of its step: the one that it stands in, else the one that it names.
     given = [(number, step["feedback"]) for number, step in enumerate(steps) if isinstance(step.get("feedback"), dict)]
-    for entry in objects_in(record.get("feedback")) + objects_in(record.get("feedbacks")):
-        given.append((number_of.get(str(entry.get("forId")), -1), entry))
+    beside = objects_in(record.get("feedback")) + objects_in(record.get("feedbacks"))
+    given += [(number_of.get(str(entry.get("forId")), -1), entry) for entry in beside]
     thumbs: dict[int, list[Any]] = {}
     known: set[str] = set()
     for rated, entry in given:

@@ -89,8 +89,6 @@ def said_before(record: Record, shared: list[Message], origin: Origin) -> list[M
     if all(message["content"].strip() in contents for message in before):
         return []
     if isinstance(out_of_text(given, name, origin.place), str):
-        raise origin.error(
-            f"expected {name!r} to be a message of the conversations, found another text.",
-            "Set data.columns.prompt to a name that no column has, if the conversations are whole.",
-        )
+        remedy = "Set data.columns.prompt to a name that no column has, if the conversations are whole."
+        raise origin.error(f"expected {name!r} to be a message of the conversations, found another text.", remedy)
     return before

@@ -40,11 +40,9 @@ class RowFormat:
 
     def __post_init__(self) -> None:
         if self.rating is not None and self.columns.thumbs:
-            raise ConfigError(
-                "data.rating",
-                "expected either data.rating or data.columns.thumbs for one source, found both.",
-                "Keep the one that says what its labels mean; of several sources, each can have its own.",
-            )
+            found = "expected either data.rating or data.columns.thumbs for one source, found both."
+            remedy = "Keep the one that says what its labels mean; of several sources, each can have its own."
+            raise ConfigError("data.rating", found, remedy)
 
 
 class Candidate(NamedTuple):
@@ -120,10 +118,9 @@ class Origin:
         if not prompt:
             raise self.error("expected a prompt before what the assistant says, found none.")
         if completion[0]["role"] != "assistant" or completion[-1]["role"] != "assistant":
-            raise self.error(
-                f"the completion must begin and end with an assistant message, found {len(completion)} messages, the "
-                f"first by {completion[0]['role']}, the last by {completion[-1]['role']}."
-            )
+            first, last = completion[0]["role"], completion[-1]["role"]
+            found = f"found {len(completion)} messages, the first by {first}, the last by {last}"
+            raise self.error(f"the completion must begin and end with an assistant message, {found}.")
         tools = self._given(record, self.columns.tools)
         tools = list(map(unpacked, tools)) if isinstance(tools, list) else tools
         if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

@@ -41,21 +41,14 @@ def messages_of(items: list[Record], origin: Origin) -> list[Message] | LeftOut:
     messages: list[Message] = []
     for is_result, group in groupby(items, lambda item: item.get("type") == RESULT):
         if is_result:
-            messages += [
-                {"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item, "output", origin)}
-                for item in group
-            ]
+            for item in group:
+                messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(item, origin)})
             continue
         part = list(group)
-        texts = (_text(item, "content", origin) for item in part if item["type"] == SAID)
+        texts, thoughts = ([_text(item, origin) for item in part if item["type"] == kind] for kind in (SAID, THOUGHT))
         message: Message = {"role": "assistant", "content": "\n".join(filter(str.strip, texts))}
-        thoughts = (
-            _text(item, "summary" if item.get("summary") else "content", origin)
-            for item in part
-            if item["type"] == THOUGHT
-        )
-        if said := "\n\n".join(filter(str.strip, thoughts)):
-            message["reasoning_content"] = said
+        if thought := "\n\n".join(filter(str.strip, thoughts)):
+            message["reasoning_content"] = thought
         if calls := [_call(item) for item in part if item["type"] == CALL]:
             message["tool_calls"] = calls
         messages.append(message)
@@ -69,7 +62,10 @@ def _call(item: Record) -> Message:
     return {"type": "function", "id": item.get("call_id"), "function": function}
 
 
-def _text(item: Record, key: str, origin: Origin) -> str:
+def _text(item: Record, origin: Origin) -> str:
+    """What a result, a text, or a thought or its summary says."""
+    summary = item["type"] == THOUGHT and item.get("summary")
+    key = "output" if item["type"] == RESULT else "summary" if summary else "content"
     parts = item.get(key) or []
     texts = [part.get("text", "") for part in objects_in(parts)] if isinstance(parts, list) else [parts]
     if not all(isinstance(text, str) for text in texts):

@@ -64,8 +64,5 @@ class SeekableFile(RecordFile):
 
 def changed(name: str) -> FeedbackRowError:
     """The error for a file that has other records than when their places were taken."""
-    return FeedbackRowError(
-        name,
-        "expected the records that it had when the run began, found others.",
-        "Leave the files of a run as they are, and start it anew.",
-    )
+    found = "expected the records that it had when the run began, found others."
+    return FeedbackRowError(name, found, "Leave the files of a run as they are, and start it anew.")
