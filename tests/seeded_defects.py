@@ -315,13 +315,13 @@ DEFECTS = [
     ),
     Defect(
         'S9', 'the template is put on raw text', 'data/chat.py',
-        '            self._control.shield(Conversation(row.prompt + row.completion, row.tools, row.template_options))\n',
-        '            Conversation(row.prompt + row.completion, row.tools, row.template_options)\n',
+        'told = self._control.shield(Conversation(row.prompt + row.completion, row.tools, row.template_options))\n',
+        'told = Conversation(row.prompt + row.completion, row.tools, row.template_options)\n',
         ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_are_text',),
     ),
     Defect(
         'S9', 'control tokens are parsed in user text', 'data/control_tokens.py',
-        '    other.encode_special_tokens = True\n',
+        '        other.encode_special_tokens = True\n',
         '',
         ('tests/security/test_data_control_tokens.py::test_typed_control_tokens_of_the_real_tokenizer_are_text',),
     ),
@@ -381,8 +381,8 @@ DEFECTS = [
     ),
     Defect(
         'R22', 'all rows are held in memory', 'data/row_sets.py',
-        'in self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker)):',
-        'in list(self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker))):',
+        'outcomes = self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker))',
+        'outcomes = iter(list(self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker))))',
         ('tests/reliability/test_bounded_memory.py::test_memory_does_not_grow_with_the_log',),
     ),
     Defect(

@@ -144,7 +144,7 @@ def test_the_second_start_finds_the_places(tmp_path: Path, caplog: Any) -> None:
 def test_rows_that_lie_near_each_other_are_read_together(tmp_path: Path) -> None:
     long = [{**row, "prompt": f"{n} " + "long " * 400} for n, row in enumerate(records(2000))]
     module = read(write_jsonl(tmp_path / "log.jsonl", long), shuffle_buffer=400, max_length=4000)
-    regions = rows_of(module).rows.regions()
+    regions = rows_of(module).regions()
     assert 10 < len(np.unique(regions)) < 30
     drawn = [row for batch in module.train_dataloader().batch_sampler for row in batch]  # type: ignore[union-attr]
     assert sorted(drawn) == list(range(2000))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bco_lightning import FeedbackDataModule
 from bco_lightning.batch import FeedbackRow
 from bco_lightning.data.options import Conflicts
-from bco_lightning.data.table import CONFLICTING, RowLog, held_out_prompts, prompt_key, rows_in_conflict
+from bco_lightning.data.table import CONFLICTING, RowTable, held_out_prompts, prompt_key, rows_in_conflict
 from bco_lightning.errors import FeedbackRowError
 from tests.conftest import write_jsonl
 
@@ -88,9 +88,9 @@ def test_the_prompt_key_is_that_of_what_is_said_and_of_the_tools() -> None:
     assert keys[0] == int.from_bytes(hashlib.sha256(told).digest()[:8], "big", signed=True)  # in every process
 
 
-def test_the_digest_of_rows_is_of_all_that_they_say() -> None:
+def test_the_digest_of_rows_is_of_all_that_they_say(tmp_path: Path) -> None:
     def digest(*rows: FeedbackRow) -> str:
-        log = RowLog(["x"])
+        log = RowTable(tmp_path, ["x"])
         for known in rows:
             log.note(known, 0)
         return log.digest(np.ones(len(rows), bool))

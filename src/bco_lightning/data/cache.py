@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -53,12 +53,11 @@ class FolderCache:
             # For its owner alone, as the root; it is gone once it is renamed.
             with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=self._root, ignore_cleanup_errors=True) as draft:
                 _fill(Path(draft), make)
-                if key_of() != key:
-                    rank_zero_warn("rows: files changed while they were read; what was read is used, and not kept.")
-                    return _temporary(lambda folder: _copied(Path(draft), folder), open_)
-                found = _put(Path(draft), entry, open_)
-            self._remove_unused()
-            return found
+                if key_of() == key:
+                    found = _put(Path(draft), entry, open_)
+                    self._remove_unused()
+                    return found
+            rank_zero_warn("rows: files changed while they were read; they are read once more, and not kept.")
         except OSError as error:
             rank_zero_info(
                 f"rows: not kept for the next start ({error.strerror or type(error).__name__}: {self._root})"
@@ -92,11 +91,6 @@ def _temporary(make: _Make, open_: Callable[[Path, Any], _Opened]) -> _Opened:
         raise
     weakref.finalize(opened, remove_own, folder, os.getpid())
     return opened
-
-
-def _copied(draft: Path, folder: Path) -> Mapping[str, Any]:
-    shutil.copytree(draft, folder, dirs_exist_ok=True)
-    return cast(Mapping[str, Any], values_in(draft))
 
 
 def _fill(folder: Path, make: _Make) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from bco_lightning.batch import FeedbackRow
+from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.bounded import TooLongError, clocked, ends
 from bco_lightning.data.control_tokens import CLOSE, OPEN, ControlTokens, Conversation
 from bco_lightning.data.images import IMAGES, as_told
 from bco_lightning.data.joints import Joints, Piece
+from bco_lightning.data.rows import RatedRow
 from bco_lightning.errors import ConfigError, FeedbackRowError, LanguageModelError
 
 # What a prompt and a completion look like without any markup: for base models that have no chat format.
@@ -35,7 +36,6 @@ _STAND_IN = OPEN + CLOSE
 
 _DATE = "strftime_now"  # which transformers gives to templates
 _DIRECTIVES = (*"aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZf", "-d", "-m", "-H", "-I", "-j")
-
 _ENDING = {PLAIN_TEMPLATE}  # that were tried in this process
 
 
@@ -63,35 +63,21 @@ class ChatTemplate:
         arguments = inspect.signature(tokenizer.apply_chat_template).parameters
         self._reserved = {"messages", "self", *arguments, *tokenizer.special_tokens_map} - {"documents"}
 
-    def scripts(self, rows: Sequence[FeedbackRow]) -> list[ChatScript | FeedbackRowError]:
+    def scripts(self, rows: Sequence[RatedRow]) -> list[ChatScript | LeftOut | FeedbackRowError]:
         """Lets the template speak; the error of a row is that it fails on it, or rewrites the prompt after it."""
         try:
-            if rows and self._text not in _ENDING:
-                if not ends(lambda: self._scripts(rows[:1])):
+            first = next((row for row in rows if isinstance(row, FeedbackRow)), None)
+            if first is not None and self._text not in _ENDING:
+                if not ends(lambda: self._script(first)):
                     raise TooLongError
                 _ENDING.add(self._text)
             with clocked():
-                return self._scripts(rows)
+                return [self._script(row) if isinstance(row, FeedbackRow) else row for row in rows]
         except TooLongError:
             raise LanguageModelError(
                 "chat template",
                 "expected one that renders rows in bounded time and memory, found that it goes on and on.",
             ) from None
-
-    def _scripts(self, rows: Sequence[FeedbackRow]) -> list[ChatScript | FeedbackRowError]:
-        told = [
-            self._control.shield(Conversation(row.prompt + row.completion, row.tools, row.template_options))
-            for row in rows
-        ]
-        # Most rows are one answer to one prompt: the library renders such rows together, in a third of the time.
-        plain = [at for at, row in enumerate(rows) if len(row.completion) == 1 and not (row.tools or told[at].options)]
-        plain = [at for at in plain if rows[at].prompt[-1]["role"] != "assistant"]
-        rendered: dict[int, list[str]] = {}
-        with contextlib.suppress(*TEMPLATE_FAILURES):  # rendering each alone shows whose it is
-            prompts = self._apply([told[at].messages[:-1] for at in plain], self._text, asks_next=True)
-            wholes = self._apply([told[at].messages for at in plain], self._text, asks_next=False)
-            rendered = dict(zip(plain, map(list, zip(prompts, wholes, strict=True)), strict=True))
-        return [self._script(row, told[at], rendered.get(at)) for at, row in enumerate(rows)]
 
     @cached_property
     def _in_parts(self) -> bool:
@@ -107,9 +93,15 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation, stop: int | None = None, *, asks_next: bool) -> str:
         """The messages up to ``stop`` as text; ``asks_next`` adds what comes before an answer."""
+        messages = conversation.messages[:stop]
+        told = [as_told(each) if IMAGES in each or self._in_parts else each for each in messages]
         text = self._text if conversation.tools is None else self._text_with_tools
         given = {"tools": conversation.tools, **conversation.options}
-        return str(self._apply(conversation.messages[:stop], text, asks_next=asks_next, **given))
+        return str(
+            self._tokenizer.apply_chat_template(
+                told, chat_template=text, tokenize=False, add_generation_prompt=asks_next, **given
+            )
+        )
 
     def after_last_message(self, conversation: Conversation, prompt: str, num_messages: int) -> str:
         """What the template writes after what is said last in the prompt, so that the assistant speaks."""
@@ -127,19 +119,8 @@ class ChatTemplate:
             return prompt[len(unasked) :] if prompt.startswith(unasked) else ""
         return ""
 
-    def _apply(self, messages: list[Any], text: str, *, asks_next: bool, **given: Any) -> Any:
-        nested = isinstance(messages[0], list) if messages else False
-        told = [
-            [as_told(each) if IMAGES in each or self._in_parts else each for each in conversation]
-            for conversation in (messages if nested else [messages])
-        ]
-        return self._tokenizer.apply_chat_template(
-            told if nested else told[0], chat_template=text, tokenize=False, add_generation_prompt=asks_next, **given
-        )
-
-    def _script(
-        self, row: FeedbackRow, told: Conversation, rendered: list[str] | None
-    ) -> ChatScript | FeedbackRowError:
+    def _script(self, row: FeedbackRow) -> ChatScript | FeedbackRowError:
+        told = self._control.shield(Conversation(row.prompt + row.completion, row.tools, row.template_options))
         try:
             for name in self._reserved.intersection(row.template_options):
                 raise FeedbackRowError(
@@ -150,7 +131,7 @@ class ChatTemplate:
             stops = _turns(row)
             if row.prompt[-1]["role"] == "assistant":
                 rendered = self._going_on(row, told, stops)
-            elif rendered is None:
+            else:
                 rendered = [self.render(told, len(row.prompt), asks_next=True)]
                 rendered += [self.render(told, stop, asks_next=not speaks) for stop, speaks in stops]
             texts = _added(rendered, row.place)

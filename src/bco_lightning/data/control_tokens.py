@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from bco_lightning.batch import Message
+from bco_lightning.data.values import add_texts
 
 # Unicode noncharacters, which no text should hold; where one does, it is itself put behind a mark.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -38,14 +39,12 @@ class Conversation:
     options: Mapping[str, Any] = field(default_factory=dict)
     literals: list[str] = field(default_factory=list)  # the texts behind the marks
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> list[str]:
         """Every text that the template is told."""
-        for message in self.messages:
-            yield from message
-            for part in message.values():
-                yield from (part,) if isinstance(part, str) else _texts_in(part)
-        if self.tools or self.options:
-            yield from _texts_in((self.tools, self.options))
+        found: list[str] = []
+        for part in (*self.messages, *(self.tools or ()), dict(self.options)):
+            add_texts(part, found, 1)
+        return found
 
     def restore(self, text: str) -> str:
         """``text`` with what was typed in the place of the marks."""
@@ -73,7 +72,8 @@ class ControlTokens:
         names = {token.content for token in added.values()} | set(tokenizer.all_special_tokens)
         by_length = sorted(filter(None, names), key=len, reverse=True)
         self.ids = frozenset(added) | frozenset(tokenizer.all_special_ids)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._unknown = tokenizer, (tokenizer.unk_token_id, tokenizer.unk_token)
+        self._plain_tokenizer = cache(self._without_special_tokens)
         self._typed = re.compile("|".join([*map(re.escape, by_length), f"[{OPEN}{CLOSE}]"]))
         # Looking for letters is many times faster than looking for names, and most texts hold none of these.
         self._initials = "".join({name[0] for name in by_length} | {OPEN, CLOSE})
@@ -109,38 +109,44 @@ class ControlTokens:
         bare = _MARK.sub("", text)
         if OPEN in bare or CLOSE in bare or _ESCAPED_MARK.search(bare) or not self._tokenizer.is_fast:
             raise CannotBeTextError
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         token_ids: list[int] = []
         section: list[int] = []
         start = 0
-        for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            if self._is_control(token, text[begin:end]):
+        for token, begin, end, is_control in self._tokens(text):
+            if is_control:
                 token_ids += [*self._section(text[start:begin], start, section, conversation), token]
                 start, section = end, []
             else:
                 section.append(token)
         return token_ids + self._section(text[start:], start, section, conversation)
 
+    def _tokens(self, text: str) -> Iterator[tuple[int, int, int, bool]]:
+        """Tokens of a text, where they begin and end in it, and whether they are control tokens."""
+        encoding, unknown = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True), self._unknown
+        for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            # The token for what is unknown is special too, and stands for text wherever that is not its own name.
+            yield token, begin, end, token in self.ids and (token != unknown[0] or text[begin:end] == unknown[1])
+
     def _section(self, text: str, start: int, token_ids: list[int], conversation: Conversation) -> list[int]:
         """Tokens of the text between two control tokens; ``token_ids`` if nothing in it is marked."""
         if OPEN not in text:
             return token_ids
-        tokenizer = self._inner_tokenizer if start else self._ordinary_tokenizer
+        tokenizer = self._plain_tokenizer(start > 0)
         typed: list[int] = tokenizer.encode(conversation.restore(text), add_special_tokens=False).ids
-        if self.ids.difference({self._tokenizer.unk_token_id}).intersection(typed):
+        if self.ids.difference(self._unknown[:1]).intersection(typed):
             raise CannotBeTextError
         return typed
 
-    @cached_property
-    def _ordinary_tokenizer(self) -> Tokenizer:
-        """The tokenizer as if it had no special tokens."""
-        return _without_special_tokens(self._tokenizer.backend_tokenizer.to_str())
-
-    @cached_property
-    def _inner_tokenizer(self) -> Tokenizer:
-        """The same for what is not the beginning of a text, where some tokenizers would put a space."""
+    def _without_special_tokens(self, inner: bool) -> Tokenizer:
+        """The tokenizer as if it had no special tokens; ``inner`` for what is not the beginning of a text."""
         description = self._tokenizer.backend_tokenizer.to_str()
-        return _without_special_tokens(description.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+        if inner:  # where some tokenizers would put a space
+            description = description.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        other = Tokenizer.from_str(description)
+        other.encode_special_tokens = True
+        other.no_truncation()
+        other.no_padding()
+        return other
 
     def _mark(self, text: str, literals: list[str], near: int = 0, *, edges: bool = False) -> str:
         spans: list[tuple[int, int]] = []
@@ -161,40 +167,21 @@ class ControlTokens:
         for match in self._typed.finditer(text):
             yield match.span()
         if self._normalized:
-            encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            for token, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-                if self._is_control(token, text[begin:end]):
-                    yield begin, end
+            yield from ((begin, end) for _, begin, end, is_control in self._tokens(text) if is_control)
         spoken = text.strip()  # many templates strip, too
         first = len(text) - len(text.lstrip())
-        tail, head = self._torn(spoken)
+        sizes = range(min(self._longest, len(spoken)), 0, -1)
+        tail = next((size for size in sizes if spoken[:size] in self._tails), 0)
+        head = next((size for size in sizes if spoken[-size:] in self._heads), 0)
         tail, head = (max(tail, 1), max(head, 1)) if edges and spoken else (tail, head)
         if tail:
             yield first, first + tail
         if head:
             yield first + len(spoken) - head, first + len(spoken)
 
-    def _torn(self, text: str) -> tuple[int, int]:
-        """Letters at the beginning of a text that end a name, and letters at its end that begin one."""
-        sizes = range(min(self._longest, len(text)), 0, -1)
-        tail = next((size for size in sizes if text[:size] in self._tails), 0)
-        return tail, next((size for size in sizes if text[-size:] in self._heads), 0)
-
     def _is_suspect(self, text: str) -> bool:
         """Whether a closer look is worth it."""
         return _holds(text, self._initials) or _holds(text.lstrip()[: self._longest], self._finals)
-
-    def _is_control(self, token: int, text: str) -> bool:
-        # The token for what is unknown is special too, and stands for text wherever that is not its own name.
-        return token in self.ids and (token != self._tokenizer.unk_token_id or text == self._tokenizer.unk_token)
-
-
-def _without_special_tokens(description: str) -> Tokenizer:
-    other = Tokenizer.from_str(description)
-    other.encode_special_tokens = True
-    other.no_truncation()
-    other.no_padding()
-    return other
 
 
 def _holds(text: str, letters: str) -> bool:
@@ -202,18 +189,6 @@ def _holds(text: str, letters: str) -> bool:
         if letter in text:
             return True
     return False
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _texts_in(key)
-            yield from _texts_in(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _texts_in(part)
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

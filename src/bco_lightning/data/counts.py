@@ -69,11 +69,6 @@ class RowCounts:
         """Rows that are trained on or scored."""
         return self.read - self.num_left_out - self.malformed.count
 
-    @property
-    def only_class(self) -> str:
-        """The thumb of all rows that are used, in words; an empty text where there are both, or none."""
-        return "" if bool(self.up) == bool(self.down) else "thumbs-up" if self.up else "thumbs-down"
-
     def require_used(self) -> None:
         """Raises a FeedbackRowError with the reasons for which rows were left out, if none can be used."""
         if not self.used:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
@@ -76,7 +76,6 @@ class FeedbackDataModule(LightningDataModule):
         self._tokenizer, self._day_is_given = tokenizer, True
         self._rows: dict[str, ReadRows] = {}  # by what was asked for, in the order in which it was read
         self._found: list[ReadRows] = []  # also where no row of it can be used
-        self._stream: StreamDataset | None = None
         self._training: TrainingRows | None = None
         # A process may have no row of a small evaluation set.
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -258,9 +257,7 @@ class FeedbackDataModule(LightningDataModule):
             rank=here.global_rank, world_size=here.world_size, dealt=bool(tokens), with_next=training.with_unrelated,
             current_step=lambda: trainer.global_step if trainer else 0, lengths=training.lengths if sorts else None,
         )  # fmt: skip
-        dataset = training.dataset()
-        self._stream = dataset if isinstance(dataset, StreamDataset) else None
-        return self._loader(dataset, sampler, paired=training.paired, with_unrelated=training.with_unrelated)
+        return self._loader(training.dataset(), sampler, paired=training.paired, with_unrelated=training.with_unrelated)
 
     def val_dataloader(self) -> DataLoader[FeedbackBatch] | list[Any]:
         """The held-out rows of this rank, each once, in file order; empty if nothing is held out."""
@@ -288,7 +285,8 @@ class FeedbackDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Says how many rows of a stream turned out to be unusable when their turn came, and were replaced."""
-        if self._stream is not None and stage == "fit" and (count := self._stream.num_replaced):
+        rows = self._training and self._training.dataset()
+        if stage == "fit" and isinstance(rows, StreamDataset) and (count := rows.num_replaced):
             _log.warning("process %d: %d rows of the stream were replaced by others", self._group.global_rank, count)
 
     def state_dict(self) -> dict[str, Any]:
@@ -335,19 +333,15 @@ class FeedbackDataModule(LightningDataModule):
         refuse_options(self._objective, options)
         if stage in ("fit", None):
             self._read_training()
-        elif stage == "test" and options.sources("test"):
-            self._read_once("test", options.sources("test"))
-        elif stage in ("validate", "test") and self.validation_dataset is None:
+        elif stage == "predict" or (stage == "test" and options.sources("test")):
+            self._read_once(stage)
+        elif self.validation_dataset is None:
             if options.sources("validation"):
-                self._read_once("validation", options.sources("validation"))
+                self._read_once("validation")
             elif options.sources("train") and not options.streaming:
                 self._read_training()
             if self.validation_dataset is None:
                 raise ConfigError("data.validation_files", "expected files to evaluate on, found none.")
-        elif stage == "predict":
-            if not options.sources("predict"):
-                raise ConfigError("data.predict_files", "expected files to score, found none.")
-            self._read_once("predict", options.sources("predict"))
 
     def _read_training(self) -> None:
         options = self.options
@@ -358,16 +352,21 @@ class FeedbackDataModule(LightningDataModule):
         found = self._reader.read_training(self._cache)
         rank_zero_info(str(found.summary))
         self._keep("training", found)
-        self.training.check_classes(both=not getattr(self._objective, "takes_one_class", False))
-        if (held_out := found.row_sets.get("validation")) and (kind := held_out.counts.only_class):
+        if not getattr(self._objective, "takes_one_class", False):
+            self.training.check_classes()
+        held_out = found.row_sets["validation"].counts if "validation" in found.row_sets else RowCounts("none")
+        if bool(held_out.up) != bool(held_out.down):
+            kind = "thumbs-up" if held_out.up else "thumbs-down"
             rank_zero_warn(
-                f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
+                f"validation: all {held_out.used} rows are {kind}. val/loss is that of one class; what compares "
                 "the two, such as val/auroc and val/margin, is not known (nan). Give data.validation_files with both."
             )
         if options.streaming and not options.sources("validation") and options.validation_fraction:
             rank_zero_info("validation: nothing is held out of a stream; give data.validation_files to measure it")
 
-    def _read_once(self, name: str, sources: Sequence[Source]) -> None:
+    def _read_once(self, name: str) -> None:
+        if not (sources := self.options.sources(name)):
+            raise ConfigError(f"data.{name}_files", "expected files to score, found none.")
         if name not in self._rows:
             self._keep(name, self._reader.read(name, sources, self._cache, labelled=name != "predict"))
 
@@ -394,8 +393,8 @@ class FeedbackDataModule(LightningDataModule):
         return {name: row_set for read in self._rows.values() for name, row_set in read.row_sets.items()}
 
     def _dataset(self, name: str) -> Dataset | None:
-        dataset = self._row_sets[name].dataset if name in self._row_sets else None
-        return dataset if isinstance(dataset, Dataset) else None
+        row_set = self._row_sets.get(name)
+        return row_set.dataset if row_set is not None and row_set.files is None else None
 
     @property
     def _accumulation(self) -> int:

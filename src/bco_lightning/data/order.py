@@ -160,7 +160,7 @@ def cut(lengths: Any, most: int, *, padded: bool = False, shared: Any = 0, ends:
     return found
 
 
-class EvenBatchSampler(Sampler[list[int]]):
+class EvenBatchSampler(list[list[int]]):
     """Micro-batches of one rank, every row of a data set on one rank and once, in order.
 
     Where models are sharded, all ranks have to run as many passes: a micro-batch has one row more than ``batch_size``
@@ -172,10 +172,4 @@ class EvenBatchSampler(Sampler[list[int]]):
         rows = range(rank, num_rows, world_size)
         passes = min(math.ceil(math.ceil(num_rows / world_size) / batch_size), max(1, num_rows // world_size))
         parts = np.array_split(rows, passes) if rows else []
-        self._parts = [(part if pairs is None else pairs[part].ravel()).tolist() for part in parts]
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._parts)
+        super().__init__((part if pairs is None else pairs[part].ravel()).tolist() for part in parts)

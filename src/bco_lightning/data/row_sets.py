@@ -26,8 +26,8 @@ from bco_lightning.data.records import record_file, seekable_files
 from bco_lightning.data.records.record_file import RecordFile
 from bco_lightning.data.remote import GIVEN, place_in, public_name
 from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
-from bco_lightning.data.stream import PlaceTable, RowPlace, StreamRows
-from bco_lightning.data.table import Array, RowTable, held_out_prompts
+from bco_lightning.data.stream import PlaceTable, RowPlace
+from bco_lightning.data.table import RowTable, held_out_prompts
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.values import keys_of
 from bco_lightning.errors import FeedbackRowError
@@ -51,7 +51,8 @@ class RowSet:
 
     counts: RowCounts
     digest: str
-    dataset: Dataset | StreamRows | None = None
+    dataset: Dataset | None = None  # of a stream, the places of its rows
+    files: list[dict[str, Any]] | None = None  # of a stream
 
 
 @dataclass
@@ -72,12 +73,9 @@ class ReadRows:
                 raise ValueError(name)
             if any(Path(path).stat().st_mtime_ns != mark for path, mark in told.get("images", {}).items()):
                 raise ValueError("images that have changed")
-            row_sets[name] = RowSet(counts, told["digest"])
-            if "files" in told:
-                row_sets[name].dataset = StreamRows(folder / f"{name}.places", told["files"])
-            elif counts.used:
-                row_sets[name].dataset = Dataset.from_file(str(folder / f"{name}.arrow"))
-        return cls(folder, row_sets, FeedbackSummary(**values["summary"]) if values["summary"] else None)
+            dataset = Dataset.from_file(str(folder / f"{name}.arrow")) if counts.used else None
+            row_sets[name] = RowSet(counts, told["digest"], dataset, told.get("files"))
+        return cls(folder, row_sets, FeedbackSummary(**values["summary"]) if "summary" in values else None)
 
     def bad_rows(self) -> list[dict[str, str]]:
         """Each malformed row that was left out."""
@@ -100,7 +98,8 @@ class RowReader:
         """All rows of ``sources`` as one data set."""
 
         def make(folder: Path) -> dict[str, Any]:
-            return {"row_sets": self._whole(folder, name, sources, labelled=labelled)[0], "summary": None}
+            log = self._fill(RowTable, folder, sources, labelled=labelled)
+            return {"row_sets": log.divide({name: log.all})}
 
         return rows.get(lambda: self._key({name: sources}, labelled=labelled), make, ReadRows.opened)
 
@@ -110,20 +109,18 @@ class RowReader:
         sources = {name: options.sources(name) for name in ("train", "validation")}
 
         def make(folder: Path) -> dict[str, Any]:
-            log = (PlaceTable if options.streaming else RowTable)(folder, [source.label for source in sources["train"]])
-            others = self._fill(log, sources["train"], folder)
+            log = self._fill(PlaceTable if options.streaming else RowTable, folder, sources["train"])
             summary = log.summary()
             log.leave_out_conflicts(options.conflicts)
-            row_sets: dict[str, Any] = {}
-            chosen = {"train": np.ones(len(log), bool)}
+            chosen, row_sets, keys = {"train": log.all}, dict[str, Any](), log.rows["prompt"]
             if sources["validation"]:
-                row_sets, prompt_keys = self._whole(folder, "validation", sources["validation"])
-                summary.validation_prompts_in_training = int(np.isin(prompt_keys, log.rows["prompt"]).sum())
+                held_out = self._fill(RowTable, folder, sources["validation"])
+                row_sets = held_out.divide({"validation": held_out.all})
+                summary.validation_prompts_in_training = int(np.isin(held_out.rows["prompt"], keys).sum())
             elif options.validation_fraction and not options.streaming:
-                fraction, keys = options.validation_fraction, log.rows["prompt"]
-                held_out = held_out_prompts(keys, fraction, options.row_seed, log.classes())
-                chosen = {"train": ~held_out, **({"validation": held_out} if held_out.any() else {})}
-            return {"row_sets": {**_divided(log, chosen, others), **row_sets}, "summary": asdict(summary)}
+                out = held_out_prompts(keys, options.validation_fraction, options.row_seed, log.classes())
+                chosen = {"train": ~out, **({"validation": out} if out.any() else {})}
+            return {"row_sets": {**log.divide(chosen), **row_sets}, "summary": asdict(summary)}
 
         fraction = options.validation_fraction
         return rows.get(lambda: self._key(sources, validation_fraction=fraction), make, ReadRows.opened)
@@ -136,26 +133,18 @@ class RowReader:
             for number, (row, outcome) in zip(numbers, self.row_tokenizer.tokenize(rows), strict=True):
                 if not isinstance(outcome, FeedbackRowError):
                     log.append(row, number, outcome)
-            row_sets = _divided(log, {"train": np.ones(len(log), bool)}, RowCounts("others"))
-            return {"row_sets": row_sets, "summary": None}
+            return {"row_sets": log.divide({"train": log.all})}
 
         found = FolderCache(None).get(lambda: None, make, ReadRows.opened).row_sets["train"]
         found.counts.require_used()
         return found.dataset
 
-    def _whole(
-        self, folder: Path, name: str, sources: Sequence[Source], *, labelled: bool = True
-    ) -> tuple[dict[str, Any], Array]:
-        """All rows of sources as one data set, and the keys of their prompts."""
-        log = RowTable(folder, [source.label for source in sources])
-        others = self._fill(log, sources, folder, labelled=labelled)
-        return _divided(log, {name: np.ones(len(log), bool)}, others), log.rows["prompt"]
-
     def _fill(
-        self, log: RowTable | PlaceTable, sources: Sequence[Source], folder: Path, *, labelled: bool = True
-    ) -> RowCounts:
-        """Appends the rows of all sources, and returns what else there was; malformed ones go into a file."""
-        others, malformed = RowCounts("others"), list[FeedbackRowError]()
+        self, kind: type[RowTable], folder: Path, sources: Sequence[Source], *, labelled: bool = True
+    ) -> RowTable:
+        """The rows of all sources; malformed ones go into a file."""
+        log, malformed = kind(folder, [source.label for source in sources]), list[FeedbackRowError]()
+        others = log.others
         for number, source in enumerate(sources):
             before = len(log) + others.read
             maker = maker_of(self._options, source, labelled)
@@ -185,23 +174,20 @@ class RowReader:
                 f"{bad.count} of {read}, the first of them at {', '.join(bad.places)}.",
                 f"The first reads: {malformed[0]} {SEE_ALL}",
             ) from malformed[0]
-        return others
+        return log
 
     def _append(
-        self, log: RowTable | PlaceTable, source: Source, number: int, maker: RowMaker
+        self, log: RowTable, source: Source, number: int, maker: RowMaker
     ) -> Iterator[LeftOut | FeedbackRowError]:
         """Appends the rows of a source, with their tokens or places, and gives the others."""
+        outcomes: Iterable[tuple[RatedRow, Any]]
         if isinstance(log, PlaceTable):
-            found = seekable_files(source.path)
-            first = log.begin(found, number)
-            for row, place in self._read(found, maker):
-                if isinstance(row, FeedbackRow):
-                    log.append(row, number, place._replace(file=first + place.file))
-                else:
-                    yield row
-            return
-        files = [record_file(path, maker.cells) for path in expand(source.path)]
-        for row, outcome in self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker)):
+            seekable = seekable_files(source.path)
+            outcomes = self._read(seekable, maker, log.begin(seekable, number))
+        else:
+            files = [record_file(path, maker.cells) for path in expand(source.path)]
+            outcomes = self.row_tokenizer.tokenize(row for row, _ in self._read(files, maker))
+        for row, outcome in outcomes:
             if isinstance(outcome, FeedbackRowError):
                 yield outcome
             elif isinstance(row, FeedbackRow):
@@ -209,7 +195,9 @@ class RowReader:
             else:
                 yield row
 
-    def _read(self, files: Sequence[RecordFile], maker: RowMaker) -> Iterator[tuple[RatedRow, RowPlace]]:
+    def _read(
+        self, files: Sequence[RecordFile], maker: RowMaker, first: int = 0
+    ) -> Iterator[tuple[RatedRow, RowPlace]]:
         """The rows of one source with their places, to the first malformed one where that is not to be skipped."""
         finders = [ImageFinder.of(file.path, self._options) for file in files]
         records = (((number, place), record) for number, file in enumerate(files) for place, record in file)
@@ -217,7 +205,7 @@ class RowReader:
             where = place_in(files[number].name, place.line)
             rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where, finders[number])
             for part, row in enumerate(map(self.row_tokenizer.seen, rows)):
-                yield row, RowPlace(number, place, part)
+                yield row, RowPlace(first + number, place, part)
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
                     return
 
@@ -251,14 +239,6 @@ class RowReader:
                 **others,
             }
         )
-
-
-def _divided(log: RowTable | PlaceTable, chosen: Mapping[str, Array], others: RowCounts) -> dict[str, dict[str, Any]]:
-    """Plain values of each data set that rows are divided into; what else there was is counted to the first."""
-    counts = log.divide(chosen)
-    next(iter(counts.values())).add(others)
-    told: dict[str, Any] = {"files": log.files} if isinstance(log, PlaceTable) else {"images": log.image_files}
-    return {name: {"counts": asdict(counts[name]), "digest": log.digest(rows), **told} for name, rows in chosen.items()}
 
 
 def row_format_of(options: DataOptions, source: Source) -> RowFormat:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
@@ -24,15 +26,13 @@ from bco_lightning.data.records import RecordStore, seekable_file
 from bco_lightning.data.records.record_file import Place, SeekableFile, changed
 from bco_lightning.data.remote import place_in, public_name
 from bco_lightning.data.rows import RowMaker
-from bco_lightning.data.table import Array, RowLog, prompt_key
+from bco_lightning.data.table import Array, RowTable, prompt_key
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 
-# Of each row: where its record is, in which file; which row of the record it is; and its thumb.
-_ROW = np.dtype([("offset", "i8"), ("line", "u4"), ("check", "u4"), ("file", "u4"), ("part", "u2"), ("up", "?")])
-_PACKED = struct.Struct("<qIIIH?")  # the same
 _TRIES_IN_SOURCE, _TRIES, _AT_A_TIME = 50, 1000, 4096
 _MALFORMED = "malformed"
+_ROW_BYTES = 32  # in a table of places, about
 _WORKERS = 128  # that count in places of their own
 _log = logging.getLogger("lightning.pytorch")
 
@@ -45,87 +45,44 @@ class RowPlace(NamedTuple):
     part: int
 
 
-class PlaceTable(RowLog):
-    """Places of rows on disk in the order of their sources, then divided as :class:`RowTable` divides rows."""
+class PlaceTable(RowTable):
+    """Places of rows instead of their tokens: where a record is, in which file, and which row of the record it is."""
+
+    schema = pa.schema(
+        {
+            "row_id": pa.int64(),
+            "offset": pa.int64(),
+            "line": pa.uint32(),
+            "check": pa.uint32(),
+            "file": pa.uint32(),
+            "part": pa.uint16(),
+            "thumbs_up": pa.bool_(),
+            "source": pa.int16(),
+        }
+    )
 
     def __init__(self, folder: Path, sources: Sequence[str]) -> None:
-        super().__init__(sources)
-        self._folder, self._draft = folder, folder / ".places"
-        self._sink = self._draft.open("wb", buffering=2**20)
+        super().__init__(folder, sources)
         self.files: list[dict[str, Any]] = []
+        self.told = {"files": self.files}
 
     def begin(self, files: Sequence[SeekableFile], source: int) -> int:
         """Adds the files of a source, and returns the number of the first."""
         self.files += [{"path": file.path, "mark": file.mark(), "source": source} for file in files]
         return len(self.files) - len(files)
 
-    def append(self, row: FeedbackRow, source: int, place: RowPlace) -> None:
-        """Adds a row of the source with that number."""
+    def append(self, row: FeedbackRow, source: int, outcome: Any) -> None:
+        """Adds a row of the source with that number, with its :class:`RowPlace`."""
         self.note(row, source)
-        self._sink.write(_PACKED.pack(*place.record, place.file, place.part, bool(row.thumbs_up)))
+        place, file, part = outcome.record._asdict(), outcome.file, outcome.part
+        self._add(_ROW_BYTES, **place, file=file, part=part, thumbs_up=bool(row.thumbs_up), source=source)
 
-    def divide(self, chosen: Mapping[str, Array]) -> dict[str, RowCounts]:
-        """As :meth:`RowTable.divide`; what tokens alone tell is not known yet."""
-        self._sink.close()
-        counts, places, reasons = {}, np.fromfile(self._draft, _ROW), self.rows["reason"]
-        for name, rows in chosen.items():
-            counts[name] = self.counts(name, rows)
-            counts[name].cut = {}
-            for row in np.flatnonzero(rows & (reasons > 0)).tolist():
-                counts[name].left_out[self.reasons[reasons[row]]].take(1, [_place_of(places[row], self.files)])
-            places[rows & (reasons == 0)].tofile(self._folder / f"{name}.places")
-        self._draft.unlink()
-        return counts
+    def counts(self, name: str, chosen: Array) -> RowCounts:
+        """As of rows with tokens; which are cut is not known yet."""
+        return replace(super().counts(name, chosen), cut={})
 
-
-class StreamRows:
-    """Rows of a stream by number, as a table of their places on disk has them. It pickles by the path of that table."""
-
-    def __init__(self, path: Path, files: Sequence[Mapping[str, Any]]) -> None:
-        self.files, self._path = files, path
-        self.places = np.memmap(path, _ROW, "r")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StreamRows, (self._path, self.files)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def column(self, name: str) -> Array:
-        """The thumb (``thumbs_up``) or the number of the source (``source``) of each row."""
-        if name == "thumbs_up":
-            return np.array(self.places["up"])
-        return np.repeat(np.array([file["source"] for file in self.files], np.int16), np.diff(self.borders))
-
-    @cached_property
-    def borders(self) -> list[int]:
-        """The first row of each file, and the number of rows."""
-        return np.searchsorted(self.places["file"], np.arange(len(self.files) + 1)).tolist()  # type: ignore[no-any-return]
-
-    def range_of(self, source: int) -> range:
-        """The rows of a source."""
-        files = [number for number, file in enumerate(self.files) if file["source"] == source]
-        return range(self.borders[files[0]], self.borders[files[-1] + 1])
-
-    def place_of(self, number: int) -> str:
-        """File and line of a row."""
-        return _place_of(self.places[number], self.files)
-
-    def regions(self) -> Array:
-        """A number for each row of the neighbourhood that is best read together: rows of one have the same."""
-        begins = np.zeros(len(self), bool)
-        for file, (start, stop) in zip(self.files, pairwise(self.borders), strict=True):
-            if start < stop:
-                units = seekable_file(file["path"]).units(self.places["offset"][start:stop])
-                begins[start:stop] = np.diff(units, prepend=-1) != 0
-        return np.subtract(np.cumsum(begins, dtype=np.int32), 1)
-
-    def drawn_evenly(self, count: int) -> list[int]:
-        """Numbers of about ``count`` rows, in a thousand runs of neighbours from all over."""
-        length = min(-(-count // 1000), len(self))
-        starts = np.linspace(0, len(self) - length, -(-count // length)).astype(np.int64)
-        numbers: list[int] = np.unique(starts[:, None] + np.arange(length)).tolist()
-        return numbers
+    def _place(self, batch: pa.RecordBatch, row: int) -> str:
+        return place_of(batch.slice(row, 1).to_pylist()[0], self.files)
 
 
 class StreamDataset(Dataset[dict[str, Any]]):
@@ -137,15 +94,17 @@ class StreamDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, rows: StreamRows, makers: Sequence[RowMaker], row_tokenizer: RowTokenizer, options: DataOptions
-    ) -> None:
-        self.rows, self._makers, self._row_tokenizer, self._options = rows, makers, row_tokenizer, options
-        self._store = RecordStore([file["path"] for file in rows.files], [file["mark"] for file in rows.files])
+        self, places: datasets.Dataset, files: Sequence[Mapping[str, Any]], makers: Sequence[RowMaker],
+        row_tokenizer: RowTokenizer, options: DataOptions,
+    ) -> None:  # fmt: skip
+        self._places, self._files, self._makers = places, files, makers
+        self._row_tokenizer, self._options = row_tokenizer, options
+        self._store = RecordStore([file["path"] for file in files], [file["mark"] for file in files])
         self._replaced = torch.zeros(1 + _WORKERS, dtype=torch.int64).share_memory_()
         self._told: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._places)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """One row, or the one in its place."""
@@ -167,18 +126,31 @@ class StreamDataset(Dataset[dict[str, Any]]):
         """Rows that were unusable when their turn came, here and in all loader workers."""
         return int(self._replaced.sum())
 
+    def regions(self) -> Array:
+        """A number for each row of the neighbourhood that is best read together: rows of one have the same."""
+        offsets, begins = self._column("offset"), np.zeros(len(self), bool)
+        borders = np.searchsorted(self._column("file"), np.arange(len(self._files) + 1))
+        for file, (start, stop) in zip(self._files, pairwise(borders), strict=True):
+            if start < stop:
+                begins[start:stop] = np.diff(seekable_file(file["path"]).units(offsets[start:stop]), prepend=-1) != 0
+        return np.subtract(np.cumsum(begins, dtype=np.int32), 1)
+
+    def place_of(self, number: int) -> str:
+        """File and line of a row."""
+        return place_of(self._known(number), self._files)
+
     def row(self, number: int) -> FeedbackRow:
         """One row, which may yet turn out to be unusable; a FeedbackRowError if its file has changed."""
-        known = self.rows.places[number]
-        file = self.rows.files[known["file"]]
-        record = self._store.at(int(known["file"]), Place(*(int(known[name]) for name in Place._fields)))
+        known = self._known(number)
+        path, place = self._files[known["file"]]["path"], Place(*(known[name] for name in Place._fields))
+        record = self._store.at(known["file"], place)
         if not isinstance(record, FeedbackRowError):
-            images = ImageFinder.of(file["path"], self._options)
-            rows = self._makers[file["source"]].rows(record, self.rows.place_of(number), images)
+            images = ImageFinder.of(path, self._options)
+            rows = self._makers[known["source"]].rows(record, place_of(known, self._files), images)
             found = rows[known["part"] :]
-            if found and isinstance(found[0], FeedbackRow) and found[0].thumbs_up == known["up"]:
+            if found and isinstance(found[0], FeedbackRow) and found[0].thumbs_up == known["thumbs_up"]:
                 return found[0]
-        raise changed(public_name(file["path"]))
+        raise changed(public_name(path))
 
     def _usable(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         samples: dict[int, dict[str, Any]] = {}
@@ -190,7 +162,8 @@ class StreamDataset(Dataset[dict[str, Any]]):
                 if isinstance(outcome, TokenizedSample):
                     samples[at] = {
                         "row_id": number, "input_ids": outcome.input_ids, "completion_mask": outcome.completion_mask,
-                        "thumbs_up": row.thumbs_up, "source": self._source(number), "prompt_key": prompt_key(row),
+                        "thumbs_up": row.thumbs_up, "source": self._known(number)["source"],
+                        "prompt_key": prompt_key(row),
                         "prompt": words_of(row.prompt), "images": outcome.images,
                     }  # fmt: skip
                 else:
@@ -199,8 +172,18 @@ class StreamDataset(Dataset[dict[str, Any]]):
             tries += 1
         return [samples[at] for at in range(len(numbers))]
 
-    def _source(self, number: int) -> int:
-        return int(self.rows.files[self.rows.places[number]["file"]]["source"])
+    def _column(self, name: str) -> Array:
+        return np.asarray(self._places.data.column(name))
+
+    def _known(self, number: int) -> dict[str, Any]:
+        # Four times as fast as asking the data set for its row.
+        table = self._places.data
+        return {name: table.column(name)[number].as_py() for name in table.column_names}
+
+    @cached_property
+    def _borders(self) -> list[int]:
+        """The first row of each source, and the number of rows."""
+        return np.searchsorted(self._column("source"), np.arange(len(self._makers) + 1)).tolist()  # type: ignore[no-any-return]
 
     def _note(self, row: FeedbackRow, outcome: LeftOut | FeedbackRowError) -> None:
         if isinstance(outcome, FeedbackRowError) and self._options.bad_rows == "strict":
@@ -217,22 +200,25 @@ class StreamDataset(Dataset[dict[str, Any]]):
         """The row to try next in the place of one."""
         if tries >= _TRIES:
             raise FeedbackRowError(
-                self.rows.place_of(number),
+                self.place_of(number),
                 f"expected a usable row in the place of this one, found {_TRIES} others that are not.",
                 "See which rows are left out and why: python -m bco_lightning inspect.",
             )
-        places, random = self.rows.places, np.random.default_rng([self._options.row_seed, number, tries])
-        rows = self.rows.range_of(self._source(number)) if tries < _TRIES_IN_SOURCE else range(len(places))
-        begin = int(random.integers(rows.start, rows.stop))
+        random, known = np.random.default_rng([self._options.row_seed, number, tries]), self._known(number)
+        start, stop = 0, len(self)
+        if tries < _TRIES_IN_SOURCE:
+            start, stop = self._borders[known["source"] :][:2]
+        begin, thumbs_up = int(random.integers(start, stop)), self._places.data.column("thumbs_up")
         # From a random row on, and from the front after the last, the first of the same class.
-        for first in (*range(begin, rows.stop, _AT_A_TIME), *range(rows.start, begin, _AT_A_TIME)):
-            alike = np.flatnonzero(places["up"][first : min(first + _AT_A_TIME, rows.stop)] == places["up"][number])
+        for first in (*range(begin, stop, _AT_A_TIME), *range(start, begin, _AT_A_TIME)):
+            alike = np.flatnonzero(np.asarray(thumbs_up[first : min(first + _AT_A_TIME, stop)]) == known["thumbs_up"])
             if len(alike):
                 return int(first + alike[0])
         return number
 
 
-def _place_of(known: Any, files: Sequence[Mapping[str, Any]]) -> str:
+def place_of(known: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> str:
+    """File and line of a row, by what a table of places knows of it."""
     return place_in(public_name(files[known["file"]]["path"]), known["line"])
 
 

@@ -7,6 +7,7 @@ import json
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,84 +22,98 @@ from bco_lightning.data.options import Conflicts
 Array = np.ndarray[Any, Any]
 CONFLICTING = "conflicting thumbs on one answer (data.conflicts)"
 
-_UP, _DOWN, _PROMPT_CUT, _COMPLETION_CUT, _TRAILING_CUT = (1 << bit for bit in range(5))
-_CUTS = {
-    "prompts cut": _PROMPT_CUT,
-    "completions cut": _COMPLETION_CUT,
-    "messages after the rated turn left out": _TRAILING_CUT,
-}
+_UP, _DOWN = 1, 2
 _THUMBS = {True: _UP, False: _DOWN, None: 0}
-_KEPT = np.dtype([("prompt", "<i8"), ("answer", "<i8"), ("flags", "u1"), ("reason", "u1"), ("source", "<u2")])
-_PACK = struct.Struct("<qqBBH").pack  # the same
+_CUTS = ("prompts cut", "completions cut", "messages after the rated turn left out")
+_NUMBERS = ("prompt", "<i8"), ("answer", "<i8"), ("source", "<u2"), ("reason", "u1"), ("thumb", "u1")
+_KEPT = np.dtype([*_NUMBERS, *((cut, "?") for cut in _CUTS)])
+_PACK = struct.Struct("<qqHBB???").pack  # the same
 # Opening a file touches each of its batches, and every touch makes some pages of it resident.
 _BATCH_BYTES = 2**21
-_SCHEMA = pa.schema(
-    {
-        "row_id": pa.int64(),
-        "input_ids": pa.list_(pa.int32()),
-        "completion_mask": pa.list_(pa.bool_()),
-        "thumbs_up": pa.bool_(),
-        "prompt": pa.string(),
-        "place": pa.string(),
-        "source": pa.int16(),
-        "prompt_key": pa.int64(),
-        "prompt_length": pa.int32(),
-        "completion_length": pa.int32(),
-        "score": pa.float64(),
-        "images": pa.list_(pa.binary()),
-    }
-)
 _NO_TOKENS = TokenizedSample([], [])
 # An encoder for each call would take half of the time.
 _sorted_json = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True).encode
 
 
-class RowLog:
-    """What is kept of each row in memory, by the names of its sources: 20 bytes."""
+class RowTable:
+    """Tokenized rows on disk in the order of their sources, then divided into data sets with a file each.
 
-    def __init__(self, sources: Sequence[str]) -> None:
-        self._sources, self.reasons, self._kept = list(sources), [""], bytearray()
+    They pass the disk twice, since which prompts are held out is known only when all of them are. In memory is kept of
+    each row what that takes: 23 bytes.
+    """
+
+    schema = pa.schema(
+        {
+            "row_id": pa.int64(),
+            "input_ids": pa.list_(pa.int32()),
+            "completion_mask": pa.list_(pa.bool_()),
+            "thumbs_up": pa.bool_(),
+            "prompt": pa.string(),
+            "place": pa.string(),
+            "source": pa.int16(),
+            "prompt_key": pa.int64(),
+            "prompt_length": pa.int32(),
+            "completion_length": pa.int32(),
+            "score": pa.float64(),
+            "images": pa.list_(pa.binary()),
+        }
+    )
+
+    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+        self._sources, self._reasons, self._kept = list(sources), {"": 0}, bytearray()
+        self._folder, self._draft = folder, folder / f".rows-{secrets.token_hex(4)}"
+        # It is written once and read once, so the disk's time counts for more than that of packing.
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        self._writer = pa.ipc.new_stream(str(self._draft), self.schema, options=options)
+        self._pending: list[dict[str, Any]] = []
+        self._pending_bytes = 0
+        self._columns = [name for name in self.schema.names if name != "images"]  # tables of text have none for them
+        self._image_files: dict[str, int] = {}  # by path, when each was written
+        self.told: dict[str, Any] = {"images": self._image_files}  # to be kept with the rows
+        self.others = RowCounts("others")  # what became of rows that have no place here
 
     def __len__(self) -> int:
         return len(self._kept) // _KEPT.itemsize
 
     @property
+    def all(self) -> Array:
+        """A choice of all rows."""
+        return np.ones(len(self), bool)
+
+    @property
     def rows(self) -> Array:
-        """Of each row the keys of its prompt and of all that it says, flags, why it is left out, and its source."""
+        """Of each row the keys of its prompt and of all it says, its source, why it is left out, thumb, and cuts."""
         return np.frombuffer(bytes(self._kept), _KEPT)
 
     def note(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut = _NO_TOKENS) -> tuple[int, str]:
         """Takes note of a row; gives its prompt's key, and the prompt's messages as JSON."""
         said, prompt = _prompt_digest(row), _sorted_json(row.prompt)
-        key, reason = _first_bytes(said), ""
+        key = _first_bytes(said)
         said.update(f"{prompt}{_sorted_json([row.completion, dict(row.template_options)])}".encode())
-        flags = _THUMBS[row.thumbs_up] | bool(row.num_trailing) * _TRAILING_CUT
-        if isinstance(outcome, LeftOut):
-            reason = outcome.reason
-        else:
-            flags |= outcome.prompt_cut * _PROMPT_CUT | outcome.completion_cut * _COMPLETION_CUT
-        self._kept += _PACK(key, _first_bytes(said), flags, self._reason_number(reason), source)
+        sample, reason = (_NO_TOKENS, outcome.reason) if isinstance(outcome, LeftOut) else (outcome, "")
+        cuts = sample.prompt_cut, sample.completion_cut, bool(row.num_trailing)
+        self._kept += _PACK(key, _first_bytes(said), source, self._number_of(reason), _THUMBS[row.thumbs_up], *cuts)
         return key, prompt
 
     def leave_out_conflicts(self, rule: Conflicts) -> None:
         """Leaves out rows whose answer has thumbs of both kinds, as far as the rule says so."""
         rows = np.array(self.rows)
         used = np.flatnonzero(rows["reason"] == 0)
-        losing = used[rows_in_conflict(rows["answer"][used], rows["flags"][used] & _UP > 0, rule)]
+        losing = used[rows_in_conflict(rows["answer"][used], rows["thumb"][used] == _UP, rule)]
         if len(losing):
-            rows["reason"][losing] = self._reason_number(CONFLICTING)
+            rows["reason"][losing] = self._number_of(CONFLICTING)
             self._kept = bytearray(rows.tobytes())
 
     def classes(self) -> list[Array]:
         """Which rows can be used and are thumbs-up, and which thumbs-down."""
         rows = self.rows
-        return [(rows["reason"] == 0) & (rows["flags"] & flag > 0) for flag in (_UP, _DOWN)]
+        return [(rows["reason"] == 0) & (rows["thumb"] == thumb) for thumb in (_UP, _DOWN)]
 
     def summary(self) -> FeedbackSummary:
         """What the rows look like as a whole."""
         rows = self.rows
         sources = np.bincount(rows["source"], minlength=len(self._sources)).tolist()
-        up, down = (np.unique(rows["answer"][rows["flags"] & flag > 0]) for flag in (_UP, _DOWN))
+        up, down = (np.unique(rows["answer"][rows["thumb"] == thumb]) for thumb in (_UP, _DOWN))
         return FeedbackSummary(
             rows=len(rows),
             duplicates=len(rows) - len(up) - len(down),
@@ -109,102 +124,93 @@ class RowLog:
     def digest(self, chosen: Array) -> str:
         """SHA-256 over a key of what was said (not of the tokens made of it) and the thumb of each of some rows."""
         rows = self.rows[chosen]
-        return hashlib.sha256(rows["answer"].tobytes() + (rows["flags"] & (_UP | _DOWN)).tobytes()).hexdigest()
+        return hashlib.sha256(rows["answer"].tobytes() + rows["thumb"].tobytes()).hexdigest()
 
     def counts(self, name: str, chosen: Array) -> RowCounts:
         """What became of some rows; the places of those left out are still to be added."""
-        rows = self.rows[chosen]
+        rows, reasons = self.rows[chosen], list(self._reasons)
         used = rows[rows["reason"] == 0]
         up, down = (
-            np.bincount(used["source"][used["flags"] & flag > 0], minlength=len(self._sources)).tolist()
-            for flag in (_UP, _DOWN)
+            np.bincount(used["source"][used["thumb"] == thumb], minlength=len(self._sources)).tolist()
+            for thumb in (_UP, _DOWN)
         )
         return RowCounts(
             name,
             read=len(rows),
             up=sum(up),
             down=sum(down),
-            left_out={self.reasons[number]: Counted() for number in np.unique(rows["reason"]) if number},
-            cut={what: int((used["flags"] & flag > 0).sum()) for what, flag in _CUTS.items()},
+            left_out={reasons[number]: Counted() for number in np.unique(rows["reason"]) if number},
+            cut={what: int(used[what].sum()) for what in _CUTS},
             by_source={source: (up[n], down[n]) for n, source in enumerate(self._sources)},
         )
 
-    def _reason_number(self, reason: str) -> int:
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-        return self.reasons.index(reason)
+    def _number_of(self, reason: str) -> int:
+        return self._reasons.setdefault(reason, len(self._reasons))
 
-
-class RowTable(RowLog):
-    """Tokenized rows on disk in the order of their sources, then divided into data sets with a file each.
-
-    They pass the disk twice, since which prompts are held out is known only when all of them are.
-    """
-
-    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
-        super().__init__(sources)
-        self._folder, self._draft = folder, folder / f".rows-{secrets.token_hex(4)}"
-        # It is written once and read once, so the disk's time counts for more than that of packing.
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        self._writer = pa.ipc.new_stream(str(self._draft), _SCHEMA, options=options)
-        self._pending: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        self._pending_bytes, self._schema = 0, _SCHEMA.remove(_SCHEMA.get_field_index("images"))
-        self.image_files: dict[str, int] = {}  # by path, when each was written
-
-    def append(self, row: FeedbackRow, source: int, outcome: TokenizedSample | LeftOut) -> None:
-        """Adds a row of the source with that number, with its tokens, or why it is left out."""
+    def append(self, row: FeedbackRow, source: int, outcome: Any) -> None:
+        """Adds a row of the source with that number, with its :class:`TokenizedSample`, or :class:`LeftOut`."""
         sample = outcome if isinstance(outcome, TokenizedSample) else _NO_TOKENS
-        number, (key, prompt) = len(self), self.note(row, source, outcome)
-        # Arrow takes ten times longer to look at each number by itself.
-        ids, mask = np.array(sample.input_ids, np.int32), np.frombuffer(bytes(sample.completion_mask), bool)
-        values = (
-            number, ids, mask, row.thumbs_up, prompt, row.place, source, key, sample.prompt_length,
-            sample.completion_length, row.score, sample.images,
-        )  # fmt: skip
+        key, prompt = self.note(row, source, outcome)
         if sample.images:
-            self._schema = _SCHEMA  # tables of text have no column for them
+            self._columns = self.schema.names
             paths = filter(None, (file_of(image)[1] for image in sample.images))
-            self.image_files |= {path: Path(path).stat().st_mtime_ns for path in paths}
-        for pending, value in zip(self._pending.values(), values, strict=True):
-            pending.append(value)
-        self._pending_bytes += ids.nbytes + mask.nbytes + len(prompt) + sum(map(len, sample.images))
-        if self._pending_bytes >= _BATCH_BYTES:
-            self._flush()
+            self._image_files |= {path: Path(path).stat().st_mtime_ns for path in paths}
+        # Lists of numbers would take many times the memory until they are written.
+        ids, mask = np.array(sample.input_ids, np.int32), np.frombuffer(bytes(sample.completion_mask), bool)
+        self._add(
+            ids.nbytes + mask.nbytes + len(prompt) + sum(map(len, sample.images)),
+            input_ids=ids, completion_mask=mask, thumbs_up=row.thumbs_up, prompt=prompt, place=row.place, source=source,
+            prompt_key=key, prompt_length=sample.prompt_length, completion_length=sample.completion_length,
+            score=row.score, images=sample.images,
+        )  # fmt: skip
 
-    def divide(self, chosen: Mapping[str, Array]) -> dict[str, RowCounts]:
-        """Leaves a file for each named choice of rows, a mask over them, with those that are used; counts them all."""
+    def divide(self, chosen: Mapping[str, Array]) -> dict[str, dict[str, Any]]:
+        """Leaves a file for each named choice of rows, a mask over them, with those that are used.
+
+        Returns:
+            Plain values of each: counts, to the first of which those of ``others`` are added, a digest of what its rows
+            say, and what is ``told``.
+        """
         self._flush()
         self._writer.close()
         counts = {name: self.counts(name, rows) for name, rows in chosen.items()}
-        files = {name: pa.ipc.new_stream(str(self._folder / f"{name}.arrow"), self._schema) for name in chosen}
-        start, reasons, numbers = 0, self.rows["reason"], dict.fromkeys(chosen, 0)
+        schema = pa.schema([self.schema.field(name) for name in self._columns])
+        files = {name: pa.ipc.new_stream(str(self._folder / f"{name}.arrow"), schema) for name in chosen}
+        start, left_out, names, numbers = 0, self.rows["reason"], list(self._reasons), dict.fromkeys(chosen, 0)
         # Read, not memory-mapped: what passes through should not stay in resident memory.
         with pa.OSFile(str(self._draft)) as draft:
             for batch in pa.ipc.open_stream(draft):
-                mine = slice(start, start + len(batch))
+                reasons, mine = left_out[start : start + len(batch)], slice(start, start + len(batch))
                 for name, rows in chosen.items():
-                    used = batch.filter(pa.array(rows[mine] & (reasons[mine] == 0)))
+                    used = batch.filter(pa.array(rows[mine] & (reasons == 0))).select(self._columns)
                     row_ids = pa.array(np.arange(numbers[name], numbers[name] + len(used)))
-                    columns = [row_ids, *used.columns[1 : len(self._schema)]]
-                    files[name].write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+                    files[name].write_batch(used.set_column(0, schema.field(0), row_ids))
                     numbers[name] += len(used)
-                    for row in np.flatnonzero(rows[mine] & (reasons[mine] > 0)).tolist():
-                        reason, place = self.reasons[reasons[start + row]], batch.column("place")[row].as_py()
-                        counts[name].left_out[reason].take(1, [place])
+                    for row in np.flatnonzero(rows[mine] & (reasons > 0)).tolist():
+                        counts[name].left_out[names[reasons[row]]].take(1, [self._place(batch, row)])
                 start = mine.stop
         for file in files.values():
             file.close()
         self._draft.unlink()
         pa.default_memory_pool().release_unused()
-        return counts
+        next(iter(counts.values())).add(self.others)
+        return {
+            name: {"counts": asdict(counts[name]), "digest": self.digest(rows), **self.told}
+            for name, rows in chosen.items()
+        }
+
+    def _place(self, batch: pa.RecordBatch, row: int) -> str:
+        return str(batch.column("place")[row])
+
+    def _add(self, num_bytes: int, **values: Any) -> None:
+        self._pending.append(values)
+        self._pending_bytes += num_bytes
+        if self._pending_bytes >= _BATCH_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
-        if self._pending["place"]:
-            lists = {name: _lists(self._pending[name]) for name in ("input_ids", "completion_mask")}
-            self._writer.write_batch(pa.RecordBatch.from_pydict({**self._pending, **lists}, schema=_SCHEMA))
-        for values in self._pending.values():
-            values.clear()
-        self._pending_bytes = 0
+        self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, self.schema))
+        self._pending, self._pending_bytes = [], 0
 
 
 def prompt_key(row: FeedbackRow) -> int:
@@ -263,11 +269,6 @@ def rows_in_conflict(answer_keys: Array, thumbs_up: Array, rule: Conflicts) -> A
         np.maximum.at(last, answers, np.arange(len(answers)))
         losing = thumbs_up != thumbs_up[last[answers]]
     return np.logical_and(conflicting, losing)
-
-
-def _lists(values: Sequence[Array]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(values))
 
 
 def _prompt_digest(row: FeedbackRow) -> Any:

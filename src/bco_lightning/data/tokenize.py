@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain, compress
+from itertools import chain, compress, repeat
 from typing import Any, TypeVar
 
 from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
@@ -77,22 +77,15 @@ class RowTokenizer:
         """
         with ThreadPoolExecutor(max_workers=1) as thread:
             waiting: deque[tuple[list[Row], list[Script], Future[TokenIds]]] = deque()
-            for batch in _batches(rows):
+            for batch in chain(_batches(rows), repeat([], _AHEAD)):
                 self._encode("")  # takes back truncation and padding of an earlier call, which stay with the tokenizer
-                made = iter(self._template.scripts([row for row in batch if isinstance(row, FeedbackRow)]))
-                scripts: list[Any] = [next(made) if isinstance(row, FeedbackRow) else row for row in batch]
+                scripts = self._template.scripts(batch)
                 waiting.append((batch, scripts, thread.submit(self._encode_all, scripts)))
                 if len(waiting) > _AHEAD:
-                    yield from self._finished(*waiting.popleft())
-            while waiting:
-                yield from self._finished(*waiting.popleft())
-
-    def _finished(
-        self, rows: list[Row], scripts: list[Script], token_ids: Future[TokenIds]
-    ) -> Iterator[tuple[Row, Outcome]]:
-        known = token_ids.result()
-        for row, script in zip(rows, scripts, strict=True):
-            yield row, self._outcome(script, known) if isinstance(script, ChatScript) else script
+                    batch, scripts, token_ids = waiting.popleft()
+                    known = token_ids.result()
+                    for row, script in zip(batch, scripts, strict=True):
+                        yield row, self._outcome(script, known) if isinstance(script, ChatScript) else script
 
     def seen(self, row: RatedRow) -> RatedRow:
         """A row, or that it is left out since it has images and the model sees none."""
@@ -107,18 +100,26 @@ class RowTokenizer:
                 texts = self._inputs.expanded(script.texts, pictures, row.place)
                 script = replace(script, texts=texts, pieces=self._joints.pieces(texts))
             token_ids = self._encode_pieces(script, script.pieces, {} if script.conversation.literals else known)
-            sample = self._sample(script, token_ids)
+            prompt_ids = self._own_bos * (self.chat_template == PLAIN_TEMPLATE) + token_ids[0]
+            completion_ids, mask = self._completion(token_ids[1:], script.speakers)
+            if not self._says_something(completion_ids, mask):
+                return FeedbackRowError(
+                    row.place,
+                    "expected a completion of which the chat template leaves tokens to learn from, found none.",
+                    "Remove the row, or set data.chat_template to one that prints what the assistant says.",
+                )
+            sample = self._within_limits(script, prompt_ids, completion_ids, mask)
         except CannotBeTextError:
-            return LeftOut(script.row.place, CANNOT_BE_TEXT)
+            return LeftOut(row.place, CANNOT_BE_TEXT)
         except NoEdgeError:
-            return LeftOut(script.row.place, NO_EDGE)
+            return LeftOut(row.place, NO_EDGE)
         except FeedbackRowError as error:
             return error
         if self._to_read_again and not script.conversation.literals:
             self._to_read_again -= 1
             if not self._joints.hold(script.texts, token_ids):
                 raise FeedbackRowError(
-                    script.row.place,
+                    row.place,
                     "expected token ids that read as the text that the chat template makes of the row, found others.",
                     "Set data.chat_template to one that ends prompts with a control token.",
                 )
@@ -128,41 +129,22 @@ class RowTokenizer:
             return replace(sample, images=tuple(picture.stored for picture in pictures))
         return sample
 
-    def _sample(self, script: ChatScript, token_ids: list[list[int]]) -> TokenizedSample | LeftOut:
-        prompt_ids, *turns = token_ids
-        if self.chat_template == PLAIN_TEMPLATE:
-            prompt_ids = self._own_bos + prompt_ids
-        completion_ids, mask = self._completion(turns, script.speakers)
-        if not self._says_something(completion_ids, mask):
-            raise FeedbackRowError(
-                script.row.place,
-                "expected a completion of which the chat template leaves tokens to learn from, found none.",
-                "Remove the row, or set data.chat_template to one that prints what the assistant says.",
-            )
-        return self._within_limits(script, prompt_ids, completion_ids, mask)
-
     def _completion(self, turns: list[list[int]], speakers: list[bool]) -> tuple[list[int], list[bool]]:
-        """Tokens of the completion, and which of them carry loss."""
+        """Tokens of the completion, and which of them carry loss: what the assistant says, and that its turn ends."""
         token_ids: list[int] = []
         mask: list[bool] = []
         for number, (turn, speaks) in enumerate(zip(turns, speakers, strict=True), 1):
-            said, rest = self._said(turn, number == len(turns)) if speaks else ([], turn)
-            token_ids += said + rest
-            mask += [True] * len(said) + [False] * len(rest)
+            last, said = number == len(turns), len(turn) if speaks else 0
+            # The special token that closes the turn, if the template wrote one.
+            end = next((place for place in range(said, 0, -1) if turn[place - 1] in self._closing), 0)
+            if end and self._is_blank(tuple(turn[end:])):
+                # Templates write a line break after it; the model never has to produce it.
+                turn, said = turn[:end] if last else turn, end
+            elif speaks and last:
+                turn, said = [*turn, self.tokenizer.eos_token_id], said + 1
+            token_ids += turn
+            mask += [True] * said + [False] * (len(turn) - said)
         return token_ids, mask
-
-    def _said(self, turn: list[int], last: bool) -> tuple[list[int], list[int]]:
-        """What the assistant says in its turn, and what the template writes after that."""
-        end = self._end_of_turn(turn)
-        if end is None:
-            return [*turn, self.tokenizer.eos_token_id] if last else turn, []
-        # Templates write a line break after the end token; the model never has to produce it.
-        return turn[:end], [] if last else turn[end:]
-
-    def _end_of_turn(self, turn: list[int]) -> int | None:
-        """Length up to and including the special token that closes the turn, if the template wrote one."""
-        end = next((place for place in range(len(turn), 0, -1) if turn[place - 1] in self._closing), None)
-        return end if end is not None and self._is_blank(tuple(turn[end:])) else None
 
     def _says_something(self, token_ids: Sequence[int], mask: Sequence[bool]) -> bool:
         """Whether a token carries loss that is not merely markup."""
@@ -171,26 +153,24 @@ class RowTokenizer:
     def _within_limits(
         self, script: ChatScript, prompt_ids: list[int], completion_ids: list[int], mask: list[bool]
     ) -> TokenizedSample | LeftOut:
-        num_prompt, num_completion = len(prompt_ids), len(completion_ids)
+        num_prompt, num_completion, place = len(prompt_ids), len(completion_ids), script.row.place
         most, options = self._options.max_length, self._options
         # What the completion leaves, and at least half.
         prompt_room = options.max_prompt_length or max(most - num_completion, most // 2)
         if num_prompt > prompt_room:
             if options.long_prompts == "drop":
-                return LeftOut(
-                    script.row.place, PROMPT_OVER_ITS_LIMIT if options.max_prompt_length else PROMPT_TOO_LONG
-                )
+                return LeftOut(place, PROMPT_OVER_ITS_LIMIT if options.max_prompt_length else PROMPT_TOO_LONG)
             prompt_ids = self._cut(script, prompt_ids, prompt_room)
             if not prompt_ids:
-                return LeftOut(script.row.place, NO_ROOM_FOR_PROMPT)
+                return LeftOut(place, NO_ROOM_FOR_PROMPT)
         room = most - len(prompt_ids)
         if num_completion > room and options.long_completions == "drop":
-            return LeftOut(script.row.place, COMPLETION_TOO_LONG)
+            return LeftOut(place, COMPLETION_TOO_LONG)
         # The first token of all is predicted from nothing, so there is nothing to learn from it.
         first = 0 if prompt_ids else 1
         is_whole = num_completion <= room and not first
         if not is_whole and not self._says_something(completion_ids[first:room], mask[first:room]):
-            return LeftOut(script.row.place, NO_ROOM_FOR_COMPLETION)
+            return LeftOut(place, NO_ROOM_FOR_COMPLETION)
         return TokenizedSample(
             prompt_ids + completion_ids[:room],
             [False] * len(prompt_ids) + mask[:room],
@@ -271,5 +251,4 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         if len(pending) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield pending
             pending, characters = [], 0
-    if pending:
-        yield pending
+    yield pending

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import lru_cache
 from typing import Any, cast
 
@@ -12,11 +11,11 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 
 from bco_lightning.data.demands import pairs_of
-from bco_lightning.data.options import DataOptions, FormatName
+from bco_lightning.data.options import DataOptions
 from bco_lightning.data.order import RowOrder, pools_of
 from bco_lightning.data.remote import public_name
 from bco_lightning.data.row_sets import RowReader, RowSet, maker_of
-from bco_lightning.data.stream import StreamDataset, StreamRows
+from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.table import Array
 from bco_lightning.errors import FeedbackRowError
 
@@ -26,10 +25,11 @@ class TrainingRows:
 
     def __init__(self, row_set: RowSet, options: DataOptions, reader: RowReader, objective: Any = None) -> None:
         self.row_set, self._options, self._reader = row_set, options, reader
+        self._stream = None if row_set.files is None else self._streamed(row_set.files)
         self.paired = bool(getattr(objective, "takes_pairs", False))
         self.by_prompt = bool(getattr(objective, "takes_prompts", False))
         self.with_unrelated = bool(getattr(objective, "takes_unrelated", False))
-        self._pairs = pairs_of(cast(Dataset, row_set.dataset)) if self.paired else None
+        self._pairs = pairs_of(self._table) if self.paired else None
         self.weights = [source.weight for source in options.sources("train")]
         self.order = lru_cache(maxsize=1)(self._order)
         self._drawn = lru_cache(maxsize=1)(self._draw)  # several trials ask for the same
@@ -46,14 +46,13 @@ class TrainingRows:
     @property
     def lengths(self) -> Array | None:
         """Tokens of each row; ``None`` of a stream."""
-        rows = self.row_set.dataset
-        return np.asarray(pc.list_value_length(rows.data.column("input_ids"))) if isinstance(rows, Dataset) else None
+        return None if self._stream else np.asarray(pc.list_value_length(self._table.data.column("input_ids")))
 
     def _order(self, rows_per_step: int) -> RowOrder:
         """Which rows each optimizer step trains on; it also says how many steps an epoch has."""
-        rows, options, near = self.row_set.dataset, self._options, {}
-        if isinstance(rows, StreamRows):
-            near = {"regions": rows.regions(), "window": options.shuffle_buffer}
+        options, near = self._options, dict[str, Any]()
+        if self._stream:
+            near = {"regions": self._stream.regions(), "window": options.shuffle_buffer}
         elif options.group_by_prompt:
             near = {"groups": self._column("prompt_key")}
         by_class, at_once = options.balanced_sampling, 1 if self._pairs is None else 2
@@ -65,37 +64,41 @@ class TrainingRows:
 
     def _say_what_is_cut(self, order: RowOrder) -> None:
         """Says how many prompts of the first hundred steps lie in several micro-batches of a step."""
-        keys, size = self._column("prompt_key"), self._options.batch_size
-        steps = enumerate(keys[order.rows_of_step(step)] for step in range(min(100, order.steps_per_epoch)))
-        pieces = ((step, own[at : at + size].tolist()) for step, own in steps for at in range(0, len(own), size))
-        parts = Counter((step, key) for step, piece in pieces for key in set(piece))
-        if cut := sum(number > 1 for number in parts.values()):
-            told = (
-                f"{cut:,} of {len(parts):,} prompts of the first steps are cut by the ends of micro-batches; each part"
-            )
+        keys, size, cut, prompts = self._column("prompt_key"), self._options.batch_size, 0, 0
+        for step in range(min(100, order.steps_per_epoch)):
+            own = keys[order.rows_of_step(step)]
+            before, after = own[size - 1 : -1 : size], own[size::size]  # where a micro-batch ends
+            cut, prompts = cut + len(np.unique(after[before == after])), prompts + len(np.unique(own))
+        if cut:
+            told = f"{cut:,} of {prompts:,} prompts of the first steps are cut by the ends of micro-batches; each part"
             rank_zero_info(f"model.reward_shift: {told} has an offset of its own. A larger data.batch_size cuts fewer.")
 
-    def dataset(self) -> Dataset | StreamDataset:
-        """The rows by number."""
-        rows, formats = self.row_set.dataset, self.row_set.counts.formats
-        if not isinstance(rows, StreamRows):
-            return rows
+    def _streamed(self, files: list[dict[str, Any]]) -> StreamDataset:
         makers = []
         for source in self._options.sources("train"):
             makers.append(maker_of(self._options, source))
-            makers[-1].format = cast(FormatName, formats[source.label])
-        return StreamDataset(rows, makers, self._reader.row_tokenizer, self._options)
+            makers[-1].format = self.row_set.counts.formats[source.label]
+        return StreamDataset(self._table, files, makers, self._reader.row_tokenizer, self._options)
+
+    @property
+    def _table(self) -> Dataset:
+        return self.row_set.dataset  # another one once a column is added
+
+    def dataset(self) -> Dataset | StreamDataset:
+        """The rows by number."""
+        return self._stream or self._table
 
     def table(self, most: int) -> Dataset:
-        """The rows as a table; of a stream the usable ones of about ``most``, drawn evenly from all over."""
-        dataset = self.dataset()
-        return self._drawn(most) if isinstance(dataset, StreamDataset) else dataset
+        """The rows as a table; of a stream the usable ones of about ``most``, in a thousand runs from all over."""
+        return self._drawn(most) if self._stream else self._table
 
     def _draw(self, most: int) -> Dataset:
-        rows, dataset = cast(StreamRows, self.row_set.dataset), cast(StreamDataset, self.dataset())
-        drawn = rows.drawn_evenly(most)
-        sources = rows.column("source")[drawn].tolist()
-        return self._reader.tokenized(map(dataset.row, drawn), sources, self._options.sources("train"))
+        stream = cast(StreamDataset, self._stream)
+        length = min(-(-most // 1000), len(stream))
+        starts = np.linspace(0, len(stream) - length, -(-most // length)).astype(np.int64)
+        drawn = np.unique(starts[:, None] + np.arange(length))
+        sources = self._column("source")[drawn].tolist()
+        return self._reader.tokenized(map(stream.row, drawn.tolist()), sources, self._options.sources("train"))
 
     def passes_of(self, table: Dataset) -> Array | None:
         """How often an epoch draws each row of a table of them, about; ``None`` if all alike."""
@@ -104,14 +107,11 @@ class TrainingRows:
 
     def place_of(self, row_id: int) -> str:
         """File and line of a row."""
-        rows: Any = self.row_set.dataset
-        return rows.place_of(row_id) if isinstance(rows, StreamRows) else str(rows[row_id]["place"])
+        return self._stream.place_of(row_id) if self._stream else str(self._table[row_id]["place"])
 
-    def check_classes(self, *, both: bool = True) -> None:
-        """Says what is unusual about the classes; a FeedbackRowError if there is only one where both are needed."""
+    def check_classes(self) -> None:
+        """Says what is unusual about the classes; a FeedbackRowError if there is only one."""
         num_up, num_down = self.class_counts
-        if not both:
-            return
         if not (num_up and num_down):
             raise FeedbackRowError(
                 ", ".join(public_name(source.path) for source in self._options.sources("train")),
@@ -125,12 +125,15 @@ class TrainingRows:
                 "loss balanced; data.balanced_sampling: true also makes every step see both classes."
             )
         if self._options.balanced_sampling:
-            rank_zero_info(_balance_in_words(num_up, num_down))
+            (fewer, rarer), (more, _) = sorted([(num_up, "thumbs-up"), (num_down, "thumbs-down")])
+            rank_zero_info(
+                f"balanced sampling: an epoch draws {more:.0f} rows of each class; the {fewer:.0f} of {rarer} are "
+                f"drawn {more / fewer:.2f} times each, none more than once oftener than another"
+            )
 
     def _column(self, name: str) -> Array:
         """What is known of each row that is drawn; of pairs, which are drawn as one, of the better row."""
-        rows: Any = self.row_set.dataset
-        values = rows.column(name) if isinstance(rows, StreamRows) else np.asarray(rows.data.column(name))
+        values = np.asarray(self._table.data.column(name))
         return values if self._pairs is None else values[self._pairs[:, 0]]
 
     def _by_source(self) -> dict[str, Any]:
@@ -147,13 +150,3 @@ def telling_rows(table: Dataset | None) -> list[dict[str, Any]]:
         lengths = np.asarray(pc.list_value_length(table.data.column(name)))
         chosen |= {int(lengths.argmin()), int(lengths.argmax())}
     return [table[number] for number in sorted(chosen)]
-
-
-def _balance_in_words(num_up: float, num_down: float) -> str:
-    rarer, fewer, more = ("thumbs-up", num_up, num_down) if num_up < num_down else ("thumbs-down", num_down, num_up)
-    if fewer == more:
-        return "balanced sampling: both classes are as frequent; an epoch draws each row once"
-    return (
-        f"balanced sampling: an epoch draws {more:.0f} rows of each class; the {fewer:.0f} of {rarer} are drawn "
-        f"{more / fewer:.2f} times each, none more than once oftener than another"
-    )
