@@ -24,7 +24,7 @@ from typing import Any
 from bco_lightning.batch import Message
 from bco_lightning.data.formats.rated_calls import USUAL_NAMES, Call, RatedCalls, Score
 from bco_lightning.data.formats.record_format import UNFINISHED, WITH_IMAGE
-from bco_lightning.data.values import MISSING, Record, is_blank, objects_in, parsed, plain_number, unpacked, value_at
+from bco_lightning.data.values import Record, is_blank, objects_in, parsed, plain_number, unpacked, value_at
 
 DIFY_KEEPS = 500  # characters of an answer
 TEMPLATED = "prompt that only a template tells, which the export does not hold"
@@ -49,26 +49,25 @@ def _langfuse_scores(record: Record) -> Iterable[Score]:
                 value = bool(value)
             elif kind == "CATEGORICAL" and text is not None:
                 value = text
-            yield Score(score.get("name"), MISSING if value is None else value)
+            yield Score(score.get("name"), value)
         return
     # The table has a column for each score of the project, so one that was not given is known all the same.
     for name, value in ((name, unpacked(value)) for name, value in record.items() if name not in _NO_SCORES):
         if isinstance(value, list) and all(isinstance(one, (int, float, str)) for one in value):
-            yield from (Score(name, one) for one in value or [MISSING])
+            yield from (Score(name, one) for one in value or [None])
         elif name in USUAL_NAMES:
-            yield Score(name, MISSING if is_blank(value) else value)
+            yield Score(name, None if is_blank(value) else value)
 
 
 def _langsmith_scores(record: Record) -> Iterable[Score]:
     """Every user's own, where ``Client.list_feedback`` stands beside a run; else what its statistics say of them."""
     if isinstance(record.get("feedback"), list):
         for entry in objects_in(record["feedback"]):
-            value = entry.get("value" if entry.get("score") is None else "score")
-            yield Score(entry.get("key"), MISSING if value is None else value)
+            yield Score(entry.get("key"), entry.get("value" if entry.get("score") is None else "score"))
         return
     stats = record["feedback_stats"] if isinstance(record.get("feedback_stats"), dict) else {}
     for name, stat in ((name, stat) for name, stat in stats.items() if isinstance(stat, dict)):
-        yield Score(name, MISSING)
+        yield Score(name, None)
         if (mean := stat.get("avg")) is not None:
             # The mean of +1 and -1 looks like a thumb, too.
             least, most = stat.get("min"), stat.get("max")
@@ -84,7 +83,7 @@ def _argilla_scores(record: Record) -> Iterable[Score]:
     nested = record.get("responses")
     given = nested.items() if isinstance(nested, dict) else _flat_responses(record)
     for question, listed in given:
-        yield Score(question, MISSING)
+        yield Score(question, None)
         for response in objects_in(listed):
             if response.get("status") in (None, "submitted"):
                 yield Score(question, response.get("value"), response.get("user_id"))
@@ -140,24 +139,21 @@ def _phoenix_scores(entry: Record) -> Iterable[Score]:
     yield Score(entry.get("name", entry.get("annotation_name")), label if score is None else score)
 
 
-def _weave_score(entry: Record) -> Iterable[Score]:
-    kind, payload = entry.get("feedback_type"), unpacked(entry.get("payload"))
-    if isinstance(kind, str) and isinstance(payload, dict):
-        keys = ("detoned", "emoji", "value", "output")  # an emoji first without the colour of its skin
-        value = next((payload[key] for key in keys if payload.get(key) is not None), None)
-        yield Score(kind.removeprefix("wandb.").removesuffix(".1"), value, entry.get("creator"))
-
-
-def _weave_scores(record: Record) -> Iterable[Score]:
-    for entry in objects_in(value_at(record, "summary.weave.feedback")):
-        yield from _weave_score(entry)
+def _weave_scores(entries: Any) -> Iterable[Score]:
+    for entry in objects_in(entries):
+        kind, payload = entry.get("feedback_type"), unpacked(entry.get("payload"))
+        if isinstance(kind, str) and isinstance(payload, dict):
+            keys = ("detoned", "emoji", "value", "output")  # an emoji first without the colour of its skin
+            value = next((payload[key] for key in keys if payload.get(key) is not None), None)
+            yield Score(kind.removeprefix("wandb.").removesuffix(".1"), value, entry.get("creator"))
 
 
 def _helicone_scores(record: Record) -> Iterable[Score]:
     given = unpacked(record.get("scores"))
     scores = dict(given) if isinstance(given, dict) else {}
     thumb, rating = scores.pop("helicone-score-feedback", None), record.get("feedback_rating")
-    yield Score("feedback", thumb if rating is None else int(rating) if isinstance(rating, bool) else rating)
+    thumb = thumb if rating is None else int(rating) if isinstance(rating, bool) else rating
+    yield from () if thumb is None else [Score("feedback", thumb)]
     yield from (Score(name.removesuffix("-hcone-bool"), value) for name, value in scores.items())
 
 
@@ -266,8 +262,8 @@ EXPORTS: dict[str, RatedCalls] = {
     "weave": RatedCalls(
         (("op_name", "inputs"),),
         _at("inputs", "output"),
-        _weave_scores,
-        beside=("id", _weave_score),
+        lambda record: _weave_scores(value_at(record, "summary.weave.feedback")),
+        beside=("id", lambda entry: _weave_scores([entry])),
         failed=lambda record: record.get("exception"),
         usual=("reaction", "agent_user_feedback"),
         only=("👍", "👎"),

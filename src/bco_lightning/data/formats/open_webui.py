@@ -33,7 +33,6 @@ NOT_IN_SNAPSHOT = "rated message is not in the snapshot"
 _DETAILS = re.compile(r'<details\s+type="(\w+)"', re.IGNORECASE)
 _ATTRIBUTE = re.compile(r'(\w+)="([^"]*)"')
 _DETAILS_END = re.compile(r"</details>\s*", re.IGNORECASE)
-_SUMMARY, _SUMMARY_END = re.compile("<summary>", re.IGNORECASE), re.compile("</summary>", re.IGNORECASE)
 _QUOTE = re.compile(r"^> ?", re.MULTILINE)
 _THUMBS = {"1": 1, "-1": -1, 0: None, "0": None}
 
@@ -137,10 +136,9 @@ def _of_details(kind: str, attributes: dict[str, str], inside: str) -> list[Reco
 
 def _plain(thought: str) -> str:
     """A thought without the summary, quotation marks and escapes that the interface puts around it."""
-    opening = _SUMMARY.search(thought)
-    closing = _SUMMARY_END.search(thought, opening.end()) if opening else None
-    if opening and closing:
-        thought = thought[: opening.start()].rstrip() + thought[closing.end() :].lstrip()
+    before, _, summary = thought.partition("<summary>")
+    _, closing, after = summary.partition("</summary>")
+    thought = before.rstrip() + after.lstrip() if closing else thought
     return _QUOTE.sub("", _unescaped(thought)).strip()
 
 

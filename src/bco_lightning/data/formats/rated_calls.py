@@ -5,7 +5,7 @@ What was said is understood in the layouts of :mod:`~.traces`; scores may also s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Score(NamedTuple):
     """One rating of a call."""
 
     name: Any
-    value: Any  # ``None`` is no score at all, ``MISSING`` one that was asked for and not given
+    value: Any  # ``None`` where one could have been given, and was not
     user: Any = None  # who gave it, where that is known
     is_mean: bool = False  # of different ratings, so only a rule can say what it means
 
@@ -91,7 +91,7 @@ class RatedCalls:
             yield Candidate(row, {**ratings, origin.columns.label: label})
 
     def _scores(self, record: Record, origin: Origin) -> dict[str, list[Score]]:
-        """All scores by their name, also those that were asked for and not given."""
+        """All scores by their name; an empty list of one that could have been given."""
         given = self.scores(record)
         for key, read in [self.beside] if self.beside else ():
             given = chain(given, *map(read, origin.options.feedback.on(value_at(record, key))))
@@ -101,21 +101,21 @@ class RatedCalls:
                 raise origin.error(f"expected at most {MAX_RATINGS:,} ratings of one run, found more.")
             name, value = score.name, score.value
             no_thumb = self.only and name in self.usual and value not in self.only and not origin.columns.thumbs
-            if isinstance(name, str) and value is not None and not no_thumb:
-                scores.setdefault(name, []).extend([] if value is MISSING else [score])
+            if isinstance(name, str) and not no_thumb:
+                scores.setdefault(name, []).extend([] if value is None else [score])
         return scores
 
-    def _chosen(self, scores: Iterable[str], origin: Origin) -> str:
+    def _chosen(self, scores: Mapping[str, list[Score]], origin: Origin) -> str:
         """The score of the rule of ratings, else that of ``columns.label``, else the first of the usual names."""
         label, rating = origin.columns.label, origin.options.rating
         if rating is not None and rating.column is not None:
             return rating.column
-        known = list(scores)
-        if label != Columns().label or not known:
+        given = sorted(name for name, of in scores.items() if of)
+        if label != Columns().label or not given:
             return label
-        usual = next((name for name in (*USUAL_NAMES, *self.usual) if name in known), None)
+        usual = next((name for name in (*USUAL_NAMES, *self.usual) if name in scores), None)
         if usual is None:
-            expected = f"expected a score {(*self.usual, USUAL_NAMES[1])[0]!r}, found {keys_of(sorted(known))}."
+            expected = f"expected a score {(*self.usual, USUAL_NAMES[1])[0]!r}, found {keys_of(given)}."
             raise origin.error(expected, "Name the score by data.columns.label.")
         return usual
 
