@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import TypeVar
+from typing import Any
 
 from bco_lightning.batch import FeedbackRow, LeftOut
 from bco_lightning.data.formats import FORMATS, format_of
@@ -22,8 +22,7 @@ RatedRow = FeedbackRow | LeftOut | FeedbackRowError
 _MOST_UNCLEAR = 100
 _MOST_NAMES = 1000
 _LARGEST_RATING = 100  # other numbers are ids and times
-_Place = TypeVar("_Place")
-_Records = Iterator[tuple[_Place, Record | FeedbackRowError]]
+_Records = Iterator[tuple[Any, Record | FeedbackRowError]]  # each with its place
 
 
 class RowMaker:
@@ -53,12 +52,12 @@ class RowMaker:
         rated = (rule.column or columns.label, *rule.untouched) if rule else ()
         return {**({} if columns.thumbs else {columns.label: thumb_in}), **dict.fromkeys(rated, number_in)}
 
-    def learn(self, records: _Records[_Place]) -> _Records[_Place]:
+    def learn(self, records: _Records) -> _Records:
         """Finds out the format, where it is ``auto``, by the first record that tells; gives all records.
 
         One that is malformed, empty or a row without any rating may be of another format, too.
         """
-        seen: list[tuple[_Place, Record | FeedbackRowError]] = []
+        seen: list[tuple[Any, Record | FeedbackRowError]] = []
         while self.format is None and len(seen) <= _MOST_UNCLEAR and (item := next(records, None)) is not None:
             seen.append(item)
             if not isinstance(item[1], FeedbackRowError):

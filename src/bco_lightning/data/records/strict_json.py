@@ -45,16 +45,15 @@ def parse_line(line: bytes, place: str) -> Record | FeedbackRowError | None:
         if not text or text.isspace():
             return None
         record = _STRICT.decode(text.rstrip("\r\n"))  # or a text cut off would be said to hold a line break
-        if "\\" in text and ("\\ud" in text or "\\uD" in text):  # the first alone is found in no time
-            json.dumps(record, ensure_ascii=False).encode()
+        escaped = "\\" in text and ("\\ud" in text or "\\uD" in text)  # the first alone is found in no time
+        if escaped and HALF_PAIR.search(json.dumps(record, ensure_ascii=False)):
+            return FeedbackRowError(place, SURROGATE)
     except FeedbackRowError as error:
         return error.without_cause()
     except json.JSONDecodeError as error:
         found = f"malformed JSON ({error.msg}, column {error.colno})"
         remedy = "" if text.endswith("\n") else "The file ends within this line; it may have been cut off."
         return FeedbackRowError(place, f"expected one JSON object per line, found {found}.", remedy)
-    except UnicodeEncodeError:
-        return FeedbackRowError(place, SURROGATE)
     except RecursionError:
         return FeedbackRowError(place, NESTED)
     except ValueError as error:
