@@ -125,10 +125,8 @@ def _internal(error: Exception) -> str:
     ours = [frame for frame in frames if frame[0].is_relative_to(Path(__file__).parents[1])] or frames
     place = f" at {ours[-1][0].name}:{ours[-1][1]}" if ours else ""
     said = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
-    return (
-        f"internal error: {type(error).__name__}{said}{place}. Run the same command again with {DEBUG} for the "
-        "traceback, and report it."
-    )
+    remedy = f"Run the same command again with {DEBUG} for the traceback, and report it."
+    return f"internal error: {type(error).__name__}{said}{place}. {remedy}"
 
 
 def _dispatch(given: list[str]) -> None:

@@ -152,12 +152,9 @@ def _watch(processes: list[subprocess.Popen[Any]], over: threading.Event) -> Non
     if over.wait(_LAST_WORDS):  # mostly this process meets an error of its own
         return
     ended = f"ended with status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
-    fault = FaultError(
-        "processes",
-        f"expected process {number} to live, found that it {ended} {_LAST_WORDS:g} s ago.",
-        "Look for the first error in its output; one without any may have been killed for want of memory.",
-    )
-    print(f"error: {fault}", file=sys.stderr, flush=True)
+    problem = f"expected process {number} to live, found that it {ended} {_LAST_WORDS:g} s ago."
+    remedy = "Look for the first error in its output; one without any may have been killed for want of memory."
+    print(f"error: {FaultError('processes', problem, remedy)}", file=sys.stderr, flush=True)
     for other in processes:
         other.kill()
     os._exit(2)  # the main thread may wait for a device, where no exception reaches it

@@ -35,10 +35,8 @@ class PackedRows:
         self.spans = torch.tensor([(s.start, s.stop, *prefix) for s, prefix in zip(spans, prefixes, strict=True)])
         queries, keys = [span.stop - span.start for span in spans], [span.length for span in spans]
         self.most_queries, self.most_keys = max(queries), max(keys)
-        self.queries, self.keys = (
-            torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32, non_blocking=True)
-            for lengths in (queries, keys)
-        )
+        bounds = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys))
+        self.queries, self.keys = (each.to(device, torch.int32, non_blocking=True) for each in bounds)
         self.places: Tensor | None = None  # where spans have prefixes
         if queries != keys:
             places = torch.tensor([place for span in spans for place in span.places()])

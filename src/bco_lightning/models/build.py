@@ -74,16 +74,10 @@ class ModelBuilder:
     def _prepare(self, model: Any, recomputed: bool | str = False) -> Preparation:
         if self.sharding is None:
             model.to(self.device)
-        options, data = self.options, self.data
-        return prepare(
-            model,
-            options.layout,
-            compiled=options.compile,
-            recomputed=recomputed,
-            rows=data.telling_rows() if data is not None else (),
-            longest=data.options.max_length if data is not None else None,
-            precision=self.precision,
-        )
+        how: dict[str, Any] = {"compiled": self.options.compile, "recomputed": recomputed, "precision": self.precision}
+        if self.data is not None:
+            how |= {"rows": self.data.telling_rows(), "longest": self.data.options.max_length}
+        return prepare(model, self.options.layout, **how)
 
 
 def require_sharded(model: nn.Module, sharding: Sharding | None) -> None:

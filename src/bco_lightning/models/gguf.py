@@ -43,15 +43,9 @@ def converted(file: Path, cache: Path) -> Path:
 
 def read_gguf(file: Path, config: PreTrainedConfig | None = None) -> Any:
     """The model of a GGUF file in float32, and what transformers says of its weights."""
-    return AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        config=config,
-        gguf_file=file.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),  # packed blocks can neither be trained nor saved
-        trust_remote_code=False,
-        **LACKS_ARE_TOLD,
-    )
+    whole = GgufConfig(dequantize=True)  # packed blocks can neither be trained nor saved
+    how = {"config": config, "gguf_file": file.name, "dtype": torch.float32, "quantization_config": whole}
+    return AutoModelForCausalLM.from_pretrained(file.parent, trust_remote_code=False, **how, **LACKS_ARE_TOLD)
 
 
 @lru_cache

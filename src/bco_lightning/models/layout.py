@@ -144,12 +144,8 @@ def predicting_states(causal_lm: Any, batch: FeedbackBatch, trunk_states_SH: Ten
     else:
         places_BT = pad_sequence(places, True, -1)
         ids_BT = batch.input_ids_S[places_BT]  # padding repeats the last token, which nothing looks at
-        hidden_BTH = decoder(
-            input_ids=ids_BT,
-            attention_mask=(places_BT >= 0).long(),
-            use_cache=False,
-            **images_of(causal_lm, batch, ids_BT, range(len(batch))),
-        ).last_hidden_state
+        images, mask_BT = images_of(causal_lm, batch, ids_BT, range(len(batch))), (places_BT >= 0).long()
+        hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **images).last_hidden_state
     return hidden_BTH[batch.rows_N, batch.position_ids_S[batch.predictors_N]]
 
 

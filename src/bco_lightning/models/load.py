@@ -89,10 +89,8 @@ def locate_model(name_or_path: str) -> ModelSource:
             return ModelSource(str(path))
         gguf_files = sorted(path.glob("*.gguf"))
         if len(gguf_files) != 1:
-            raise LanguageModelError(
-                str(path),
-                f"expected config.json, adapter_config.json or one .gguf file, found {len(gguf_files)} .gguf files.",
-            )
+            expected = "expected config.json, adapter_config.json or one .gguf file"
+            raise LanguageModelError(str(path), f"{expected}, found {len(gguf_files)} .gguf files.")
         return ModelSource(str(path), gguf_file=gguf_files[0].name)
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise LanguageModelError(name_or_path, "expected a model folder or .gguf file, found nothing there.")

@@ -78,7 +78,7 @@ def prepare(
     Decoder layers of the same kind are tried once, so that a large model is not kept waiting. What is tried first is
     ``layout``, and ``compiled``; ``rows`` are tried, made-up ones if there are none, in the ``precision`` of a step;
     no row has more than ``longest`` tokens. Activations are ``recomputed`` in the backward pass from then on, or the
-    ``selective`` part of them. What was chosen becomes the model's ``preparation`` too.
+    ``selective`` part of them.
     """
     with precision(), _adapters_at_work(model):
         causal_lm = causal_lm_of(model)
@@ -99,8 +99,7 @@ def prepare(
             trouble = _trouble(causal_lm, batch, expected)
             if not trouble:
                 words = _words(way, layout, compiled, excluded) + _freeze_unreached(causal_lm, expected.reached)
-                causal_lm.preparation = replace(way, words=words)
-                return causal_lm.preparation  # type: ignore[no-any-return]
+                return replace(way, words=words)
             if way.compiled:
                 _compile(model, disable=True)
             if not way.fused:  # nor was it right before

@@ -1,8 +1,7 @@
 """What a run can train on, by the names of ``model.objective``; ``bco.py`` is the method."""
 
 from bco_lightning.objectives.baselines import DecayedMeans, RewardShift
-from bco_lightning.objectives.bce import bce_loss
-from bco_lightning.objectives.bco import bco_loss, class_weights_of, mean_over_rows
+from bco_lightning.objectives.bco import bce_loss, bco_loss, class_weights_of, mean_over_rows
 from bco_lightning.objectives.mix import Mix
 from bco_lightning.objectives.named import OBJECTIVES, chosen_class_weights, make_objective, objective_of
 from bco_lightning.objectives.objective import Objective, RatedAnswers, sums_of_rewards

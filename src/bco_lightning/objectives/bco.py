@@ -60,13 +60,32 @@ def bco_loss(
     if isinstance(reward_shift, Tensor) and reward_shift.requires_grad:
         raise ValueError("reward_shift must not require a gradient, found one that does. Detach it.")
     if rewards.shape != thumbs_up.shape or thumbs_up.dtype != torch.bool:
-        raise ValueError(
-            f"thumbs_up must be bool of shape {tuple(rewards.shape)}, "
-            f"found {thumbs_up.dtype} of {tuple(thumbs_up.shape)}."
-        )
+        found = f"{thumbs_up.dtype} of {tuple(thumbs_up.shape)}"
+        raise ValueError(f"thumbs_up must be bool of shape {tuple(rewards.shape)}, found {found}.")
     shifted = rewards - reward_shift
     losses = -logsigmoid(torch.where(thumbs_up, shifted, -shifted))
     return losses if importance_weights is None else losses * importance_weights
+
+
+def bce_loss(
+    rewards: Tensor,
+    thumbs_up: Tensor,
+    *,
+    reward_shift: Tensor | float = 0.0,
+    importance_weights: Tensor | None = None,
+) -> Tensor:
+    r"""Per-row loss :math:`-w_i \log \sigma(s_i r_i)`: :func:`bco_loss` with :math:`\delta = 0` (Theorem 1).
+
+    Args:
+        rewards: As for :func:`bco_loss`.
+        thumbs_up: As for :func:`bco_loss`.
+        reward_shift: Ignored, so that objectives can be exchanged.
+        importance_weights: As for :func:`bco_loss`.
+
+    Returns:
+        The loss of each row, shape ``(B,)``, in nats.
+    """
+    return bco_loss(rewards, thumbs_up, reward_shift=0.0, importance_weights=importance_weights)
 
 
 def class_weights_of(share_up: float, share_down: float) -> tuple[float, float]:
@@ -103,3 +122,9 @@ class BCO(Objective):
     def losses(self, rows: RatedAnswers) -> Tensor:
         """:func:`bco_loss`, with importance weights, in nats."""
         return weighed(bco_loss(rows.rewards_B, rows.thumbs_up_B, reward_shift=self.threshold), rows)
+
+
+class BCE(BCO):
+    """BCO without a reward shift (:func:`bce_loss`); the shift is measured all the same, to be looked at."""
+
+    is_centered = True

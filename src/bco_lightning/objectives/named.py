@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from bco_lightning.errors import ConfigError, check_choice
-from bco_lightning.objectives.bce import BCE
-from bco_lightning.objectives.bco import BCO, class_weights_of
+from bco_lightning.objectives.bco import BCE, BCO, class_weights_of
 from bco_lightning.objectives.kldo import KLDO
 from bco_lightning.objectives.kto import KTO, APOZero
 from bco_lightning.objectives.mix import Mix

@@ -80,12 +80,8 @@ def made_once_per_node(make: Callable[[], Any], trainer: Any) -> list[Any]:
     # gloo, whatever the processes speak otherwise: it can wait for long, and notices when one of them is gone. The
     # group stays until the process ends, since another one with its name would find its addresses; and those outside
     # of it must not be asked to join in making it: over NCCL that would split their communicator, and hang.
-    node = torch.distributed.new_group(
-        [rank for rank, other in enumerate(nodes) if other == trainer.node_rank],
-        timeout=timedelta(days=365),
-        backend="gloo",
-        use_local_synchronization=True,
-    )
+    ranks = [rank for rank, other in enumerate(nodes) if other == trainer.node_rank]
+    node = torch.distributed.new_group(ranks, timedelta(days=365), "gloo", use_local_synchronization=True)
     made = [make()] if trainer.local_rank == 0 else []
     waiting = torch.distributed.all_reduce(torch.zeros(1), group=node, async_op=True)
     while not waiting.is_completed():  # a signal is heard between two looks

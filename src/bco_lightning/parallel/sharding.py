@@ -61,6 +61,7 @@ def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> No
     ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     later = {end: final_dtype(end.weight) for end in ends if type(end) in (nn.Embedding, nn.Linear)}  # if not adapted
     pinned = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
+    offload = pinned if sharding.cpu_offload else OffloadPolicy()
     done: set[nn.Module] = set()
     for unit in [*reversed(units), causal_lm]:  # the inner before the outer
         own = [module for module in unit.modules() if module not in done]
@@ -69,12 +70,8 @@ def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> No
             for parameter in module.parameters(recurse=False) if module not in later else ():
                 take_final_dtype(parameter)
         dtype = sharding.compute_dtype if unit is not causal_lm else None
-        fully_shard(
-            unit,
-            mesh=sharding.mesh,
-            mp_policy=MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False),
-            offload_policy=pinned if sharding.cpu_offload else OffloadPolicy(),
-        )
+        precision = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
+        fully_shard(unit, mesh=sharding.mesh, mp_policy=precision, offload_policy=offload)
     for module, dtype in later.items():
         module.to(dtype)
     # Functions of the model enter it by a side door; FSDP2 gathers weights for the doors it knows.
