@@ -75,9 +75,8 @@ def refuse_unsafe_model(name_or_path: str, location: str) -> None:
         remedy = "Binary classifier optimization here scores a completion as the continuation of its prompt."
         raise LanguageModelError(name_or_path, problem, remedy)
     folder, named = Path(location), str(getattr(config, "transformers_weights", None) or ".safetensors")
-    if not named.endswith((".safetensors", ".safetensors.index.json")):  # the config's choice goes before ours
-        raise _no_safetensors(name_or_path, folder)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+    is_safe = named.endswith((".safetensors", ".safetensors.index.json"))  # the config's choice goes before ours
+    if not is_safe or (folder.is_dir() and not any(folder.glob("*.safetensors"))):
         raise _no_safetensors(name_or_path, folder)
     refuse_oversized_model(name_or_path, config, folder)
 
