@@ -220,10 +220,10 @@ class BCOModule(LightningModule):
         unrelated_log_ratios_U = None
         if batch.unrelated is not None:
             with torch.no_grad():
-                policy_U, reference_U = self._log_probs(batch.unrelated)
+                policy_U, reference_U = self.log_probs(batch.unrelated)
                 unrelated_log_ratios_U = (policy_U - reference_U)[batch.unrelated.importance_weights_B > 0]
         with weigher.watching(self.reference.own_model or self.policy) if weigher else nullcontext():
-            policy_log_probs_B, reference_log_probs_B = self._log_probs(batch)
+            policy_log_probs_B, reference_log_probs_B = self.log_probs(batch)
         answers = RatedAnswers(
             policy_log_probs_B,
             reference_log_probs_B,
@@ -251,7 +251,7 @@ class BCOModule(LightningModule):
             routing_sums=cast(Routing, self._routing).sums,
         )
 
-    def _log_probs(self, batch: FeedbackBatch) -> tuple[Tensor, Tensor]:
+    def log_probs(self, batch: FeedbackBatch) -> tuple[Tensor, Tensor]:
         """Those of policy and reference, shape ``(B,)``."""
         policy, trunk, routing = self.policy, self._trunk, cast(Routing, self._routing)  # the first makes the others
         with routing.watched(batch):

@@ -74,7 +74,7 @@ class FiniteGuard(StepCallback):
             raise NonFiniteError(place, problem + limit, f"{kept} A lower model.learning_rate often helps.")
         self.skipped += 1
         rank_zero_warn(f"{place}: {problem} Skipped ({self.skipped} of at most {self.max_skipped}).")
-        log_step(trainer, module, {"train/skipped_steps": float(self.skipped)}, trainer.global_step)
+        log_step(trainer, {"train/skipped_steps": float(self.skipped)}, trainer.global_step)
         # Parameters without a gradient are passed over by optimizers: neither they nor their moments change.
         optimizer.zero_grad(set_to_none=True)
         module.step_rows.clear()

@@ -107,7 +107,7 @@ class ImplicitRewardMonitor(StepCallback):
         if (square := summary.totals.get("gradient_square")) is not None:
             values["train/gradient_norm"] = math.sqrt(square)
         metrics.reset()
-        log_step(trainer, module, values, summary.step)
+        log_step(trainer, values, summary.step)
         shown = {"loss": "train/loss", "delta": "train/reward_shift", "margin": "train/margin"}
         module.log_dict({short: values[name] for short, name in shown.items()}, prog_bar=True, logger=False)
         self._warn(values, module.beta)

@@ -74,10 +74,9 @@ class MetricsFile(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
-        if not values or step is None:
+        plain = {name: float(v) if math.isfinite(v) else None for name, v in metrics.items() if name != "epoch"}
+        if not plain or step is None:
             return
-        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with telling(file := self.folder / METRICS_FILE), file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, **plain}) + "\n")
 

@@ -135,24 +135,14 @@ class PredictionWriter(Callback):
         seen = ImageInputs(module.tokenizer)(given.get("images"))
         for start in range(0, self.completions, _AT_ONCE):
             many = min(_AT_ONCE, self.completions - start)
-            made = sample_completions(
-                module.policy,
-                module.tokenizer,
-                [prompt] * many,
-                max_new_tokens=self.max_new_tokens,
-                seed=seed + start * 1_000_003,
-                images=[seen] * many,
-            )
-            samples = [
-                {
-                    "input_ids": [*prompt, *each.token_ids],
-                    "completion_mask": [False] * len(prompt) + [True] * len(each.token_ids),
-                    "thumbs_up": False,
-                    "row_id": row,
-                    "seen": seen,
-                }
-                for each in made
-            ]
+            asked: _Line = {"max_new_tokens": self.max_new_tokens, "seed": seed + start * 1_000_003}
+            asked["images"] = [seen] * many
+            made = sample_completions(module.policy, module.tokenizer, [prompt] * many, **asked)
+            samples = []
+            for each in made:
+                mask = [False] * len(prompt) + [True] * len(each.token_ids)
+                tokens = {"input_ids": [*prompt, *each.token_ids], "completion_mask": mask}
+                samples.append({**tokens, "thumbs_up": False, "row_id": row, "seen": seen})
             scores = _scores(module.predict_step(collate(samples).to(module.device), 0))
             for each, line in zip(made, scores, strict=True):
                 yield {**line, "completion": each.text, "finished": each.finished}

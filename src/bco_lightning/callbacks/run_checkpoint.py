@@ -183,12 +183,8 @@ class RunCheckpoint(Checkpoint, StepCallback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if (
-            self.monitor is None
-            or trainer.state.fn != TrainerFn.FITTING
-            or trainer.sanity_checking
-            or _is_trial(trainer)
-        ):
+        is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if self.monitor is None or not is_fit or _is_trial(trainer):
             return
         found, name = trainer.callback_metrics, str(self.best.monitor)
         if name not in found:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from typing_extensions import override
 
-from bco_lightning.callbacks.loggers import show_figure, show_table, shows_figures
+from bco_lightning.callbacks.loggers import show_figure, show_table
 from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.datamodule import FeedbackDataModule
@@ -107,7 +107,7 @@ def show_trust(trainer: Trainer, report: TrustReport, folder: Path | None) -> No
     numbers = {f"importance/{name}": getattr(n, "value", n) for name, n in known.items() if n is not None}
     for logger in trainer.loggers:
         logger.log_metrics(dict(numbers), step=step)
-    if report.has_evidence and shows_figures(trainer.loggers):
+    if report.has_evidence:
         show_figure(trainer.loggers, "importance/weights", weight_histogram(report.histogram), step)
     rows = [("verdict", report.verdict), *(("warning", text) for text in report.warnings), *trust_rows(report)]
     show_table(trainer.loggers, "importance/verdict", ("what", "value"), rows, step)

@@ -97,19 +97,12 @@ class SampleWriter(Callback):
         return found
 
     def _write(self, trainer: Trainer, by_policy: list[SampledCompletion], folder: Path | None) -> None:
-        rows = [
-            {
-                "step": trainer.global_step,
-                "prompt": prompt,
-                "policy": policy.text,
-                "reference": reference.text,
-                "policy_tokens": len(policy.token_ids),
-                "reference_tokens": len(reference.token_ids),
-                "policy_ended": policy.finished,
-                "reference_ended": reference.finished,
-            }
-            for prompt, policy, reference in zip(self._said, by_policy, self._by_reference, strict=True)
-        ]
+        rows = []
+        for prompt, policy, reference in zip(self._said, by_policy, self._by_reference, strict=True):
+            row = {"step": trainer.global_step, "prompt": prompt, "policy": policy.text, "reference": reference.text}
+            for name, answer in (("policy", policy), ("reference", reference)):
+                row |= {f"{name}_tokens": len(answer.token_ids), f"{name}_ended": answer.finished}
+            rows.append(row)
         if folder is not None:
             with telling(path := folder / SAMPLES_FILE), path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

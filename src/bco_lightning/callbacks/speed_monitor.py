@@ -112,7 +112,7 @@ class SpeedMonitor(StepCallback):
         if self._peak_flops:
             values["speed/mfu"] = self._total["flops"] / seconds / self._peak_flops
         self._seconds, self._total = 0.0, Counter()
-        log_step(trainer, module, values, summary.step)
+        log_step(trainer, values, summary.step)
         module.log("tok/s", values["speed/tokens_per_second"], prog_bar=True, logger=False)
 
     @override

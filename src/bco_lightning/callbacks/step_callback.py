@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -120,7 +120,7 @@ def loss_in_passes(loss_of: Callable[..., Tensor], batch: Any, trainer: Any, *, 
     return sum(losses, start=loss_of(*last))
 
 
-def log_step(trainer: Trainer, module: LightningModule, values: Mapping[str, float], step: int) -> None:
+def log_step(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
     """Logs numbers that are the same on every process under the number of an optimizer step.
 
     Lightning's loggers and its callbacks that monitor a name get the same numbers; by ``log`` alone the former would

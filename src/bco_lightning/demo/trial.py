@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from bco_lightning.batch import ScoredRows
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.collate import collate
 from bco_lightning.demo.tone import tone
@@ -184,14 +183,13 @@ class KnownRewardTrial(Callback):
         rows = []
         for prompt, answer in zip(asked, answers, strict=True):
             mask = [False] * len(prompt) + [True] * len(answer.token_ids)
-            rows.append(
-                {"input_ids": prompt + answer.token_ids, "completion_mask": mask, "thumbs_up": None, "row_id": 0}
-            )
+            tokens = {"input_ids": prompt + answer.token_ids, "completion_mask": mask}
+            rows.append({**tokens, "thumbs_up": None, "row_id": 0})
         device = next(module.policy.parameters()).device
         batches = [collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
-        scored = ScoredRows.joined([module.predict_step(batch.to(device), 0) for batch in batches])
-        rewards = torch.tensor([tone(answer.text) for answer in answers])
-        of_rows = (rewards, scored.policy_log_probs_B, scored.reference_log_probs_B, scored.completion_lengths_B)
+        scored = zip(*(module.log_probs(batch.to(device)) for batch in batches), strict=True)
+        rewards, lengths = zip(*((tone(answer.text), len(answer.token_ids)) for answer in answers), strict=True)
+        of_rows = (torch.tensor(rewards), *map(torch.cat, scored), torch.tensor(lengths))
         return Samples(*(values.cpu().float().view(-1, self.samples_per_prompt) for values in of_rows))
 
 

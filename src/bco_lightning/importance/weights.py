@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule
-from bco_lightning.errors import CheckpointError, ConfigError
+from bco_lightning.errors import CheckpointError, ConfigError, FaultError
 from bco_lightning.identity import digest_of_tensors, digest_of_values
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
 from bco_lightning.importance.ratio import DensityRatio, FittedRatio, clipped_ratios, fit_density_ratio, too_few
@@ -119,7 +119,7 @@ class PromptWeighing:
         one fits, and where it cannot, all fail.
         """
         options, began = self._options, time.monotonic()
-        encoder = _encoder_of(options.prompt_features, reference, partial(reference.before_training, trainer))
+        encoder = _encoder_of(options.prompt_features, reference, trainer)
         self._encoder, trainer = encoder, trainer or ALONE
         prompts = _Prompts(data, encoder, trainer)
         key = prompts.key(options.importance_clip)
@@ -168,13 +168,11 @@ class PromptWeighing:
             raise CheckpointError("checkpoint", problem, "Use the version that wrote it.") from error
 
 
-def _encoder_of(
-    features: PromptFeatures, reference: Reference, before_training: Callable[[], AbstractContextManager[Any]]
-) -> Encoder:
+def _encoder_of(features: PromptFeatures, reference: Reference, trainer: Any) -> Encoder:
     if features.encoder == REFERENCE:
         depends_on = {"weights": reference.digest, "dtype": str(dtype_of_matrices(reference.policy))}
-        return ReferenceEncoder(features, before_training, depends_on)
-    with before_training() as model:
+        return ReferenceEncoder(features, partial(reference.before_training, trainer), depends_on)
+    with reference.before_training(trainer) as model:
         device = next(model.parameters()).device
     return SentenceEncoder(features.encoder, device)
 
@@ -207,7 +205,14 @@ class _Prompts:
         counts = self.num_up_P[fitted_on], self.num_down_P[fitted_on], self.keys_P[fitted_on]
         # Features take long, and are not needed to see that there are too few rows.
         features = torch.zeros(len(fitted_on), 0) if too_few(*counts) else self._apply(lambda of, _: of, fitted_on)
-        fit = partial(fit_density_ratio, features, *counts, clip=clip, encoder=self._encoder.name)
+
+        def fit() -> FittedRatio:
+            try:
+                return fit_density_ratio(features, *counts, clip=clip, encoder=self._encoder.name)
+            except Exception as error:  # whatever it is, the other processes end with the same words
+                problem = f"expected to find them, found that it failed ({type(error).__name__}: {error})."
+                raise FaultError(_OPTION, problem, "Set off to train without them.") from error
+
         ratio, log_ratios_P, report = by_all(fit if self._trainer.is_global_zero else dict, self._trainer)[0]
         num_up, num_down = float(self.num_up_P.sum()), float(self.num_down_P.sum())
         report = replace(report, num_prompts=len(self.keys_P), num_up=num_up, num_down=num_down)

@@ -34,6 +34,16 @@ class Cost:
     machine: str = ""
     why_not: str = ""
 
+    @property
+    def duration(self) -> str:
+        """The time that it takes, for people, such as ``1.3 to 19 min``."""
+        if self.seconds is None:
+            return "not known"
+        sizes, (least, most) = ((86400.0, "days"), (3600.0, "h"), (60.0, "min")), self.seconds
+        size, unit = next(((size, unit) for size, unit in sizes if most >= size), (1.0, "s"))
+        shown = (f"{seconds / size:,.{1 if seconds < 10 * size else 0}f}" for seconds in (least, most))
+        return f"{' to '.join(shown)} {unit}"
+
 
 def cost_of(
     arrays: RowArrays,

@@ -22,15 +22,7 @@ from bco_lightning.inspection.cost import cost_of
 from bco_lightning.inspection.numbers import RowArrays, texts_of
 from bco_lightning.inspection.personal_data import count_personal_data
 from bco_lightning.inspection.prompts import drawn_rows, prompt_shift
-from bco_lightning.inspection.report import (
-    DataReport,
-    Finding,
-    durations,
-    examples_of,
-    length_bias,
-    rendered,
-    write_text,
-)
+from bco_lightning.inspection.report import DataReport, Finding, examples_of, length_bias, rendered, write_text
 from bco_lightning.metrics import auc
 from bco_lightning.module import BCOModule
 from bco_lightning.places import require_free
@@ -190,11 +182,10 @@ def _tiles(report: DataReport) -> list[tuple[str, str, str]]:
     """Name, value and remark of what is shown in large."""
     counts, cost = report.trained_on, report.cost
     steps = cost.steps_per_epoch if cost.steps is None else cost.steps
-    time = ("not known", cost.why_not) if cost.seconds is None else (durations(*cost.seconds), f"on {cost.machine}")
     return [
         ("Rows used", f"{counts.used:,}", f"of {counts.read:,} read to train on"),
         ("Thumbs up", f"{counts.up / max(1, counts.used):.0%}", f"{counts.up:,} up, {counts.down:,} down"),
         ("Tokens of an epoch", f"{cost.tokens:,.0f}", f"{cost.completion_tokens:,.0f} of them with loss"),
         ("Optimizer steps", f"{steps:,}", f"{cost.rows_per_step:,} rows each, {cost.steps_per_epoch:,} an epoch"),
-        ("Rough time", *time),
+        ("Rough time", cost.duration, cost.why_not or f"on {cost.machine}"),
     ]

@@ -287,21 +287,8 @@ def _cost_rows(cost: Cost) -> list[tuple[str, ...]]:
         return [*rows, ("rough time", f"not known: {cost.why_not}")]
     of = "an epoch" if cost.steps is None else "the run"
     share = f"{EFFICIENCY[0]:.0%} to {EFFICIENCY[1]:.0%} of the speed that matrix products reach"
-    time = f"{of} takes {durations(*cost.seconds)} on {cost.machine}, at {share}; without validation and loading"
+    time = f"{of} takes {cost.duration} on {cost.machine}, at {share}; without validation and loading"
     return [*rows, ("useful FLOPs of an epoch", f"{cost.flops:.2e}"), ("rough time", time)]
-
-
-def durations(least: float, most: float) -> str:
-    """A range of seconds for people.
-
-    Example:
-        >>> durations(80, 1140), durations(2250, 9000)
-        ('1.3 to 19 min', '0.6 to 2.5 h')
-    """
-    sizes = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"))
-    size, unit = next(((size, unit) for size, unit in sizes if most >= size), (1.0, "s"))
-    shown = (f"{seconds / size:,.{1 if seconds < 10 * size else 0}f}" for seconds in (least, most))
-    return f"{' to '.join(shown)} {unit}"
 
 
 def shortened(text: str, longest: int = _LONGEST_EXAMPLE) -> str:

@@ -324,9 +324,8 @@ def write_records(folder: Path, records: _Array) -> None:
         if len(files) > _MOST_FILES:
             records = read_records(folder)
             whole = _write_whole(folder, records[np.unique(records["key"], return_index=True)[1]])
-            for file in files:
-                if file != whole:
-                    file.unlink(missing_ok=True)
+            for file in {*files} - {whole}:
+                file.unlink(missing_ok=True)
     except OSError as error:
         rank_zero_warn(
             f"{folder}: reference log-probs could not be written ({error.strerror}); this run goes on with them, a "
