@@ -25,55 +25,49 @@ _DAYS_UNUSED, _DAYS_UNFINISHED = 30, 1
 _MANIFEST, _DRAFT = "manifest.json", ".draft-"
 
 
-class FolderCache:
-    """One folder for each content, which only its owner can look into; one that nobody used for 30 days is removed.
+def kept_folder(
+    root: Path | None, key_of: Callable[[], str | None], make: _Make, open_: Callable[[Path, Any], _Opened]
+) -> _Opened:
+    """What the folder of a key holds, a digest of all that it depends on, if known; it is made if there is none.
 
-    Without a ``root`` to keep them in, a folder goes with what was opened of it.
+    Only its owner can look into it, and one that nobody used for 30 days is removed. Without a ``root`` to keep it in,
+    it goes with what was opened of it. ``make`` leaves files in a folder and returns plain values to be kept with them,
+    by which ``open_`` opens them.
     """
-
-    def __init__(self, root: Path | None) -> None:
-        self._root = root
-
-    def get(self, key_of: Callable[[], str | None], make: _Make, open_: Callable[[Path, Any], _Opened]) -> _Opened:
-        """What the folder of a key holds, a digest of all that it depends on, if known; it is made if there is none.
-
-        ``make`` leaves files in a folder and returns plain values to be kept with them, by which ``open_`` opens them.
-        """
-        if self._root is None or (key := key_of()) is None:
-            return _temporary(make, open_)
-        entry = self._root / key
-        found = _opened(entry, open_)
-        if found is not None:
-            rank_zero_info(f"rows: found as they were tokenized before, in {entry} (data.cache_rows)")
-            with contextlib.suppress(OSError):
-                os.utime(entry)
-            return found
-        try:
-            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # For its owner alone, as the root; it is gone once it is renamed.
-            with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=self._root, ignore_cleanup_errors=True) as draft:
-                _fill(Path(draft), make)
-                if key_of() == key:
-                    found = _put(Path(draft), entry, open_)
-                    self._remove_unused()
-                    return found
-            rank_zero_warn("rows: files changed while they were read; they are read once more, and not kept.")
-        except OSError as error:
-            rank_zero_info(
-                f"rows: not kept for the next start ({error.strerror or type(error).__name__}: {self._root})"
-            )
+    if root is None or (key := key_of()) is None:
         return _temporary(make, open_)
+    entry = root / key
+    found = _opened(entry, open_)
+    if found is not None:
+        rank_zero_info(f"rows: found as they were tokenized before, in {entry} (data.cache_rows)")
+        with contextlib.suppress(OSError):
+            os.utime(entry)
+        return found
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # For its owner alone, as the root; it is gone once it is renamed.
+        with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=root, ignore_cleanup_errors=True) as draft:
+            _fill(Path(draft), make)
+            if key_of() == key:
+                found = _put(Path(draft), entry, open_)
+                _remove_unused(root)
+                return found
+        rank_zero_warn("rows: files changed while they were read; they are read once more, and not kept.")
+    except OSError as error:
+        rank_zero_info(f"rows: not kept for the next start ({error.strerror or type(error).__name__}: {root})")
+    return _temporary(make, open_)
 
-    def _remove_unused(self) -> None:
-        """Removes what this class has made, and nothing else that may lie there."""
-        for path in self._root.iterdir() if self._root else ():
-            is_entry = re.fullmatch(r"[0-9a-f]{64}", path.name) is not None and (path / _MANIFEST).is_file()
-            if not is_entry and not path.name.startswith(_DRAFT):
-                continue
-            days = _DAYS_UNUSED if is_entry else _DAYS_UNFINISHED
-            with contextlib.suppress(OSError):
-                if not path.is_symlink() and time.time() - path.stat().st_mtime > days * 24 * 3600:
-                    shutil.rmtree(path, ignore_errors=True)
+
+def _remove_unused(root: Path) -> None:
+    """Removes what was made here, and nothing else that may lie there."""
+    for path in root.iterdir():
+        is_entry = re.fullmatch(r"[0-9a-f]{64}", path.name) is not None and (path / _MANIFEST).is_file()
+        if not is_entry and not path.name.startswith(_DRAFT):
+            continue
+        days = _DAYS_UNUSED if is_entry else _DAYS_UNFINISHED
+        with contextlib.suppress(OSError):
+            if not path.is_symlink() and time.time() - path.stat().st_mtime > days * 24 * 3600:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def values_in(folder: Path) -> Any:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.cache import FolderCache
 from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.collate import COLUMNS, collate_cut, select_known
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
@@ -180,7 +180,8 @@ class FeedbackDataModule(LightningDataModule):
     @property
     def class_frequencies(self) -> tuple[float, float]:
         """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
-        return self.training.class_frequencies
+        up, down = self.training.class_counts
+        return (0.5, 0.5) if self.options.balanced_sampling else (up / (up + down), down / (up + down))
 
     @property
     def rows_per_step(self) -> int:
@@ -354,11 +355,11 @@ class FeedbackDataModule(LightningDataModule):
         self._keep("training", found)
         if not getattr(self._objective, "takes_one_class", False):
             self.training.check_classes()
-        held_out = found.row_sets["validation"].counts if "validation" in found.row_sets else RowCounts("none")
-        if bool(held_out.up) != bool(held_out.down):
-            kind = "thumbs-up" if held_out.up else "thumbs-down"
+        held_out = found.row_sets.get("validation")
+        if held_out and bool(held_out.counts.up) != bool(held_out.counts.down):
+            kind = "thumbs-up" if held_out.counts.up else "thumbs-down"
             rank_zero_warn(
-                f"validation: all {held_out.used} rows are {kind}. val/loss is that of one class; what compares "
+                f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
                 "the two, such as val/auroc and val/margin, is not known (nan). Give data.validation_files with both."
             )
         if options.streaming and not options.sources("validation") and options.validation_fraction:
@@ -384,9 +385,8 @@ class FeedbackDataModule(LightningDataModule):
         return RowReader(self.options, self.tokenizer)
 
     @property
-    def _cache(self) -> FolderCache:
-        folder = cache_root(self.options.cache_folder) / "tokenized_rows"
-        return FolderCache(folder if self.options.cache_rows else None)
+    def _cache(self) -> Path | None:
+        return cache_root(self.options.cache_folder) / "tokenized_rows" if self.options.cache_rows else None
 
     @property
     def _row_sets(self) -> dict[str, RowSet]:

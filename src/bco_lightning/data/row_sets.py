@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset
 
 from bco_lightning.batch import FeedbackRow, LeftOut
-from bco_lightning.data.cache import FolderCache
+from bco_lightning.data.cache import kept_folder
 from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.feedback_beside import FeedbackBeside
@@ -94,16 +94,16 @@ class RowReader:
         self._options, self._tokenizer = options, tokenizer
         self.row_tokenizer = RowTokenizer(tokenizer, options)
 
-    def read(self, name: str, sources: Sequence[Source], rows: FolderCache, *, labelled: bool = True) -> ReadRows:
+    def read(self, name: str, sources: Sequence[Source], cache: Path | None, *, labelled: bool = True) -> ReadRows:
         """All rows of ``sources`` as one data set."""
 
         def make(folder: Path) -> dict[str, Any]:
             log = self._fill(RowTable, folder, sources, labelled=labelled)
             return {"row_sets": log.divide({name: log.all})}
 
-        return rows.get(lambda: self._key({name: sources}, labelled=labelled), make, ReadRows.opened)
+        return kept_folder(cache, lambda: self._key({name: sources}, labelled=labelled), make, ReadRows.opened)
 
-    def read_training(self, rows: FolderCache) -> ReadRows:
+    def read_training(self, cache: Path | None) -> ReadRows:
         """Rows to train on, and those to validate with: of their own sources, or held out by prompt."""
         options = self._options
         sources = {name: options.sources(name) for name in ("train", "validation")}
@@ -122,8 +122,8 @@ class RowReader:
                 chosen = {"train": ~out, **({"validation": out} if out.any() else {})}
             return {"row_sets": {**log.divide(chosen), **row_sets}, "summary": asdict(summary)}
 
-        fraction = options.validation_fraction
-        return rows.get(lambda: self._key(sources, validation_fraction=fraction), make, ReadRows.opened)
+        others = {"validation_fraction": options.validation_fraction}
+        return kept_folder(cache, lambda: self._key(sources, **others), make, ReadRows.opened)
 
     def tokenized(self, rows: Iterable[FeedbackRow], numbers: Sequence[int], sources: Sequence[Source]) -> Dataset:
         """The usable ones of some rows, given with the numbers of their sources, as a table."""
@@ -135,7 +135,7 @@ class RowReader:
                     log.append(row, number, outcome)
             return {"row_sets": log.divide({"train": log.all})}
 
-        found = FolderCache(None).get(lambda: None, make, ReadRows.opened).row_sets["train"]
+        found = kept_folder(None, lambda: None, make, ReadRows.opened).row_sets["train"]
         found.counts.require_used()
         return found.dataset
 
@@ -205,7 +205,7 @@ class RowReader:
             where = place_in(files[number].name, place.line)
             rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where, finders[number])
             for part, row in enumerate(map(self.row_tokenizer.seen, rows)):
-                yield row, RowPlace(first + number, place, part)
+                yield row, RowPlace(first + number, *place, part)
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
                     return
 

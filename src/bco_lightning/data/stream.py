@@ -32,16 +32,18 @@ from bco_lightning.errors import FeedbackRowError
 
 _TRIES_IN_SOURCE, _TRIES, _AT_A_TIME = 50, 1000, 4096
 _MALFORMED = "malformed"
-_ROW_BYTES = 32  # in a table of places, about
+_ROW_BYTES = 128  # that a row is counted as while it waits to be written
 _WORKERS = 128  # that count in places of their own
 _log = logging.getLogger("lightning.pytorch")
 
 
 class RowPlace(NamedTuple):
-    """Where a row stands: the number of its file, the place of its record there, and which row of the record it is."""
+    """Where a row stands: the number of its file, the place of its record there, and which row of that it is."""
 
     file: int
-    record: Place
+    offset: int
+    line: int
+    check: int
     part: int
 
 
@@ -74,8 +76,7 @@ class PlaceTable(RowTable):
     def append(self, row: FeedbackRow, source: int, outcome: Any) -> None:
         """Adds a row of the source with that number, with its :class:`RowPlace`."""
         self.note(row, source)
-        place, file, part = outcome.record._asdict(), outcome.file, outcome.part
-        self._add(_ROW_BYTES, **place, file=file, part=part, thumbs_up=bool(row.thumbs_up), source=source)
+        self._add(_ROW_BYTES, **outcome._asdict(), thumbs_up=bool(row.thumbs_up), source=source)
 
     def counts(self, name: str, chosen: Array) -> RowCounts:
         """As of rows with tokens; which are cut is not known yet."""

@@ -31,17 +31,12 @@ class TrainingRows:
         self.with_unrelated = bool(getattr(objective, "takes_unrelated", False))
         self._pairs = pairs_of(self._table) if self.paired else None
         self.weights = [source.weight for source in options.sources("train")]
+        self._by_source = {"sources": self._column("source"), "weights": self.weights}
         self.order = lru_cache(maxsize=1)(self._order)
         self._drawn = lru_cache(maxsize=1)(self._draw)  # several trials ask for the same
-        pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=True, **self._by_source())
+        pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=True, **self._by_source)
         # Of an epoch, weights of sources included.
         self.class_counts = len(pools[0]), len(pools[0 if self.paired else 1])
-
-    @property
-    def class_frequencies(self) -> tuple[float, float]:
-        """Shares of thumbs-up and thumbs-down among the rows that a step draws."""
-        up, down = (1, 1) if self._options.balanced_sampling else self.class_counts
-        return up / (up + down), down / (up + down)
 
     @property
     def lengths(self) -> Array | None:
@@ -56,7 +51,7 @@ class TrainingRows:
         elif options.group_by_prompt:
             near = {"groups": self._column("prompt_key")}
         by_class, at_once = options.balanced_sampling, 1 if self._pairs is None else 2
-        pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=by_class, **self._by_source(), **near)
+        pools = pools_of(self._column("thumbs_up"), options.row_seed, by_class=by_class, **self._by_source, **near)
         order = RowOrder(pools, [rows_per_step // len(pools) // at_once] * len(pools), self._pairs)
         if self.by_prompt:
             self._say_what_is_cut(order)
@@ -135,9 +130,6 @@ class TrainingRows:
         """What is known of each row that is drawn; of pairs, which are drawn as one, of the better row."""
         values = np.asarray(self._table.data.column(name))
         return values if self._pairs is None else values[self._pairs[:, 0]]
-
-    def _by_source(self) -> dict[str, Any]:
-        return {"sources": self._column("source"), "weights": self.weights}
 
 
 def telling_rows(table: Dataset | None) -> list[dict[str, Any]]:
