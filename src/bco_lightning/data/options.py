@@ -89,8 +89,7 @@ class Columns(Options):
     )
 
     def check(self) -> None:
-        """Also looks at what labels mean."""
-        super().check()
+        """Looks at what labels mean."""
         for label, thumb in (self.thumbs or {}).items():
             if thumb not in ("up", "down", "drop"):
                 raise ConfigError("data.columns.thumbs", f"expected up, down or drop for {label!r}, found {thumb!r}.")
@@ -119,8 +118,7 @@ class Rating(Options):
     )
 
     def check(self) -> None:
-        """Also refuses a rule without its two limits, or with limits that do not divide."""
-        super().check()
+        """Refuses a rule without its two limits, or with limits that do not divide."""
         up, down = self.limits
         ranks = (self.column or "").rpartition(".")[2] == "rank"
         if not (up < down if ranks else down < up):
@@ -189,8 +187,7 @@ class Source(Options):
     )
 
     def check(self) -> None:
-        """Also refuses a source without a path, or with a weight that is not above 0."""
-        super().check()
+        """Refuses a source without a path, or with a weight that is not above 0."""
         if not self.path:
             raise ConfigError("data", "expected a path or URL of each feedback log, found an empty one.")
         if not 0 < self.weight < math.inf:
@@ -365,8 +362,7 @@ class DataOptions(Options):
         return self.seed or 0
 
     def check(self) -> None:
-        """Also refuses options that do not go together."""
-        super().check()
+        """Refuses options that do not go together."""
         for name, fits, expected in (
             (
                 "group_by_prompt", not (self.group_by_prompt and (self.balanced_sampling or self.streaming)),
