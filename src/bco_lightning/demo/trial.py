@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from typing_extensions import override
 
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
@@ -168,9 +167,7 @@ class KnownRewardTrial(Callback):
         module.reference.release()
         return measure_alignment(of_policy, of_reference, self.seed)
 
-    def _sample(
-        self, model: PreTrainedModel, tokenizer: Any, asked: list[list[int]], name: str
-    ) -> list[SampledCompletion]:
+    def _sample(self, model: Any, tokenizer: Any, asked: list[list[int]], name: str) -> list[SampledCompletion]:
         answers: list[SampledCompletion] = []
         for start in tqdm(range(0, len(asked), self.batch_size), desc=name):
             some, length = asked[start : start + self.batch_size], self.max_new_tokens

@@ -50,12 +50,11 @@ class RowText(NamedTuple):
     place: str
 
 
-def texts_of(dataset: Any, tokenizer: Any, rows: Sequence[int] | None = None) -> Iterator[RowText]:
-    """Rows of a data set, all in order if none are named, as texts; a few hundred of them in memory."""
-    chosen = list(range(len(dataset))) if rows is None else rows
+def texts_of(dataset: Any, tokenizer: Any, rows: Sequence[int]) -> Iterator[RowText]:
+    """Some rows of a data set as texts; a few hundred of them in memory."""
     columns = dataset.select_columns(["input_ids", "completion_mask", "prompt", "thumbs_up", "place"])
-    for start in range(0, len(chosen), _BATCH_ROWS):
-        batch = columns[chosen[start : start + _BATCH_ROWS]]
+    for start in range(0, len(rows), _BATCH_ROWS):
+        batch = columns[rows[start : start + _BATCH_ROWS]]
         ids = [ids[mask.index(True) :] for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
         completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
         prompts = map(said_in, batch["prompt"])

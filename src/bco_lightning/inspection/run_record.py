@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,13 +110,9 @@ class RunRecord:
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            found.append(value)
-    return found
+        with suppress(ValueError):  # it was cut off
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict) and isinstance(value.get("step"), int)]
 
 
 def _values(path: Path) -> dict[str, Any]:
