@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import gguf
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -139,16 +141,38 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
         write_gguf(tiny(kind, len(own), **options), own, tmp_path / "a.gguf", "f16")
 
 
-def test_a_modelfile_says_where_to_stop_and_how_to_sample(own: Any) -> None:
+DEFAULT = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}" + TEMPLATES["ChatML"][0]
+)
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Llama 3", "Zephyr", "Phi-3", "DeepSeek", "default"])
+def test_ollamas_template_says_what_the_chat_template_says(name: str) -> None:
+    own = made_tokenizer("bytes", *TEMPLATES.get(name, (DEFAULT, [])))
     text = modelfile(Path("a/b.gguf"), own, GenerationConfig(temperature=0.6, top_k=20, repetition_penalty=1.05))
-    said = [line for line in text.splitlines() if not line.startswith("#")]
-    assert said == [
-        "FROM ./b.gguf",
-        'PARAMETER stop "<|im_end|>"',
-        "PARAMETER temperature 0.6",
-        "PARAMETER top_k 20",
-        "PARAMETER repeat_penalty 1.05",
-    ]
+    assert text.startswith("FROM ./b.gguf\n")
+    assert text.endswith("temperature 0.6\nPARAMETER top_k 20\nPARAMETER repeat_penalty 1.05\n")
+    assert f'PARAMETER stop "{own.eos_token}"' in text
+    told = dict(re.findall(r'^(TEMPLATE|SYSTEM) """(.*?)"""$', text, flags=re.DOTALL | re.MULTILINE))
+    assert told.get("SYSTEM") == ("Be brief." if name == "default" else None)
+    body = told["TEMPLATE"].replace("{{ range .Messages }}", "{% for m in messages %}")
+    body = re.sub(r'{{ if eq \.Role "(\w+)" }}', r'{% if m.role == "\1" %}', body).replace(".Content", "m.content")
+    body = body.replace("{{ end }}", "{% endif %}", 3).replace("{{ end }}", "{% endfor %}")
+    go = jinja2.Environment(keep_trailing_newline=True, autoescape=False).from_string(body)  # noqa: S701
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be kind."}
+    for chat in ([user], [system, user], [system, user, {"role": "assistant", "content": "Yes?"}, user]):
+        expected = own.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        first = [{"role": "system", "content": told["SYSTEM"]}] if "SYSTEM" in told and chat[0] is user else []
+        assert go.render(messages=[*first, *chat]) == expected
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no system') }}", "{{ messages[-1].content | upper }}", "{{ '{{' }}", "{{ 1 }"]
+)
+def test_a_template_that_ollama_cannot_say_is_left_to_it(template: str) -> None:
+    text = modelfile(Path("b.gguf"), made_tokenizer("bytes", template), GenerationConfig())
+    assert "cannot be said" in text
+    assert "TEMPLATE " not in text
 
 
 def test_a_gguf_export_is_the_policy_and_is_loaded_from_its_folder(own: Any, log: str, tmp_path: Path) -> None:

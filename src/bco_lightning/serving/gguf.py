@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import gguf
 import torch
+from jinja2 import TemplateError
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from bco_lightning.errors import LanguageModelError
@@ -26,8 +28,13 @@ _CUTS = {
     "llama-bpe": ([_WORDS + "{1,3}" + _OTHERS, "ByteLevel"], True),
 }
 _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "penalty_repeat"}
-# Without a template, Ollama looks among those that it knows for the one that the file names.
-_TEMPLATE = "# The chat template is Ollama's own for that of the file: see `ollama show --template NAME`."
+_ROLES = {"\x11": "system", "\x12": "user", "\x13": "assistant"}  # by a mark in the place of what is said
+_T = r"[^\x11-\x14]*?)"
+_PARTS = re.compile(  # what a chat template puts first, and before and after each, in four chats
+    rf"(?P<first>{_T}(?P<s>{_T}\x11(?P<S>{_T}(?P<u>{_T}\x12(?P<U>{_T}(?P<a>{_T}\x13(?P<A>{_T}(?P=u)\x12(?P=U)(?P<end>{_T}"
+    rf"\x14(?P=first)((?P=s)(?P<default>{_T}(?P=S))?(?P=u)\x12(?P=U)(?P=end)\x14(?P=first)(?P=s)\x11(?P=S)(?P=u)\x12(?P=U)"
+    r"\x14(?P=first)(?P=s)\x11(?P=S)"
+)
 
 
 def write_gguf(model: Any, tokenizer: Any, file: Path, dtype: GgufDtype) -> None:
@@ -97,10 +104,29 @@ def _add_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
 
 
 def modelfile(file: Path, tokenizer: Any, generation: Any) -> str:
-    """What ``ollama create`` reads: the file, where to stop and how to sample."""
+    """What ``ollama create`` reads: the file, the chat template in Ollama's words, where to stop and how to sample."""
+
+    def said(marks: str, ends: bool = False) -> str:
+        turns = [{"role": _ROLES[mark], "content": mark} for mark in marks]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ends))
+        return text.removeprefix(tokenizer.decode(tokenizer("").input_ids))  # what the server adds, too
+
+    found, template = None, ["# This chat template cannot be said in Ollama's words: see that Ollama knows it."]
+    with contextlib.suppress(TemplateError, ValueError):
+        chats = said("\x11\x12\x13\x12", ends=True), said("\x12", ends=True), said("\x11\x12"), said("\x11")
+        found = _PARTS.fullmatch("\x14".join(chats))
+    if found and not any(mark in found.string for mark in ('"""', "{{")):
+        cases = (
+            f'{{{{ if eq .Role "{role}" }}}}{found[role[0]]}{{{{ .Content }}}}{found[role[0].upper()]}{{{{ end }}}}'
+            for role in _ROLES.values()
+        )
+        template = [
+            f'TEMPLATE """{found["first"]}{{{{ range .Messages }}}}{"".join(cases)}{{{{ end }}}}{found["end"]}"""'
+        ]
+        template += [f'SYSTEM """{found["default"]}"""'] if found["default"] else []
     told = [(name.replace("repetition", "repeat"), getattr(generation, name)) for name in _SAMPLING]
     numbers = [f"PARAMETER {name} {value}" for name, value in told if value is not None]
-    return "\n".join([f"FROM ./{file.name}", _TEMPLATE, f'PARAMETER stop "{tokenizer.eos_token}"', *numbers, ""])
+    return "\n".join([f"FROM ./{file.name}", *template, f'PARAMETER stop "{tokenizer.eos_token}"', *numbers]) + "\n"
 
 
 def _refused(expected: str, found: str) -> LanguageModelError:
