@@ -46,10 +46,9 @@ def _run(program: Callable[[], object]) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CPU, (used + _CPU_SECONDS, used + _CPU_SECONDS))
         try:
             program()
+            status = 0
         except Exception as error:
             status = int(isinstance(error, MemoryError))
-        else:
-            status = 0
     finally:
         os._exit(status)
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from bco_lightning.data.presets import PRESETS
 from bco_lightning.data.remote import public_name
 from bco_lightning.errors import ConfigError
 from bco_lightning.options import DAY, SHARE, SHARE_BELOW_1, Options, Range, at_least, chosen_seed, option, options
@@ -147,17 +146,6 @@ class Rating(Options):
                 "Say which ratings are thumbs-up and which thumbs-down, for instance {column: stars, up: 4, down: 2}.",
             )
         return self.up, self.down
-
-
-def with_preset(
-    preset: PresetName | None, layout: FormatName | None, columns: Columns | None, rating: Rating | None
-) -> tuple[FormatName, Columns, Rating | None]:
-    """Format, columns and rule of ratings; where one is left at its default, it is that of the preset."""
-    known, usual = PRESETS[preset] if preset else {}, Columns().plain()
-    given = {name: value for name, value in (columns or Columns()).plain().items() if value != usual[name]}
-    layout = known.get("format", "auto") if layout in (None, "auto") else layout
-    rule = Rating(**known["rating"]) if "rating" in known else None
-    return layout or "auto", Columns(**{**known.get("columns", {}), **given}), rating or rule
 
 
 @options("data")

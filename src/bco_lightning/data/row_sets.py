@@ -21,7 +21,8 @@ from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.files import content_key, expand
 from bco_lightning.data.images import ImageFinder, ImageInputs
-from bco_lightning.data.options import DataOptions, Source, with_preset
+from bco_lightning.data.options import Columns, DataOptions, Rating, Source
+from bco_lightning.data.presets import PRESETS
 from bco_lightning.data.records import record_file, seekable_files
 from bco_lightning.data.records.record_file import RecordFile
 from bco_lightning.data.remote import GIVEN, place_in, public_name
@@ -205,7 +206,7 @@ class RowReader:
             where = place_in(files[number].name, place.line)
             rows = [record] if isinstance(record, FeedbackRowError) else maker.rows(record, where, finders[number])
             for part, row in enumerate(map(self.row_tokenizer.seen, rows)):
-                yield row, RowPlace(first + number, *place, part)
+                yield row, RowPlace(first + number, place.offset, place.line, place.check, part)
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
                     return
 
@@ -242,13 +243,18 @@ class RowReader:
 
 
 def row_format_of(options: DataOptions, source: Source) -> RowFormat:
-    """How the records of one source become rows."""
-    if source.preset:
-        read_as = with_preset(source.preset, source.format, source.columns, source.rating)
-    else:
-        columns, rating = source.columns or options.columns, source.rating or options.rating
-        read_as = with_preset(options.preset, source.format or options.format, columns, rating)
-    return RowFormat(*read_as, options.loss_on)
+    """How the records of one source become rows; where something is left at its default, it is that of the preset."""
+    preset, layout, columns, rating = source.preset, source.format, source.columns, source.rating
+    if not preset:
+        preset, layout = options.preset, layout or options.format
+        columns, rating = columns or options.columns, rating or options.rating
+    known, usual = PRESETS[preset] if preset else {}, Columns().plain()
+    given = {name: value for name, value in (columns or Columns()).plain().items() if value != usual[name]}
+    if layout in (None, "auto"):
+        layout = known.get("format", "auto")
+    if rating is None and "rating" in known:
+        rating = Rating(**known["rating"])
+    return RowFormat(layout or "auto", Columns(**{**known.get("columns", {}), **given}), rating, options.loss_on)
 
 
 def maker_of(options: DataOptions, source: Source, labelled: bool = True) -> RowMaker:

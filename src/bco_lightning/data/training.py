@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -69,10 +70,9 @@ class TrainingRows:
             rank_zero_info(f"model.reward_shift: {told} has an offset of its own. A larger data.batch_size cuts fewer.")
 
     def _streamed(self, files: list[dict[str, Any]]) -> StreamDataset:
-        makers = []
-        for source in self._options.sources("train"):
-            makers.append(maker_of(self._options, source))
-            makers[-1].format = self.row_set.counts.formats[source.label]
+        formats: Any = self.row_set.counts.formats
+        sources = self._options.sources("train")
+        makers = [maker_of(self._options, replace(each, format=formats[each.label])) for each in sources]
         return StreamDataset(self._table, files, makers, self._reader.row_tokenizer, self._options)
 
     @property
