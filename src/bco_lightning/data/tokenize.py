@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, compress, repeat
 from typing import Any, TypeVar
 
@@ -99,7 +99,7 @@ class RowTokenizer:
             if pictures:
                 texts = self._inputs.expanded(script.texts, pictures, row.place)
                 script = replace(script, texts=texts, pieces=self._joints.pieces(texts))
-            token_ids = self._encode_pieces(script, script.pieces, {} if script.conversation.literals else known)
+            token_ids = self._encode_pieces(script, script.pieces, known)
             prompt_ids = self._own_bos * (self.chat_template == PLAIN_TEMPLATE) + token_ids[0]
             completion_ids, mask = self._completion(token_ids[1:], script.speakers)
             if not self._says_something(completion_ids, mask):
@@ -194,7 +194,7 @@ class RowTokenizer:
         if script.row.prompt[0]["role"] == "system" and len(script.row.prompt) > 1:
             with contextlib.suppress(*TEMPLATE_FAILURES):  # some templates refuse a system message alone
                 system = self._template.render(script.conversation, 1, asks_next=False)
-                system_ids = self._encode_apart(system, script)
+                system_ids = self._encode_apart(system, script, {})
                 if prompt_ids[: len(system_ids)] == system_ids:
                     return system_ids
         return self._own_bos if prompt_ids[:1] == self._own_bos else []
@@ -220,18 +220,15 @@ class RowTokenizer:
         return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
 
     def _encode_pieces(self, script: ChatScript, pieces: Sequence[Piece], known: TokenIds) -> list[list[int]]:
-        """Token ids of rendered texts that go on."""
-
-        def encode(text: str) -> list[int]:
-            return known[text] if text in known else self._encode_apart(text, script)
-
+        """Token ids of rendered texts that go on, of which some are known."""
+        encode = partial(self._encode_apart, script=script, known=known)
         return [self._joints.token_ids(piece, encode) for piece in pieces]
 
-    def _encode_apart(self, text: str, script: ChatScript) -> list[int]:
+    def _encode_apart(self, text: str, script: ChatScript, known: TokenIds) -> list[int]:
         """Token ids of a rendered text, with what was typed kept apart from control tokens."""
-        if not script.conversation.literals:
-            return self._encode(text)
-        return self._control.encode(text, script.conversation)
+        if script.conversation.literals:
+            return self._control.encode(text, script.conversation)
+        return known[text] if text in known else self._encode(text)
 
 
 def require_end_token(tokenizer: Any, name: str) -> None:
