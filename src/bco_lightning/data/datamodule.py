@@ -334,8 +334,10 @@ class FeedbackDataModule(LightningDataModule):
         refuse_options(self._objective, options)
         if stage in ("fit", None):
             self._read_training()
-        elif stage == "predict" or (stage == "test" and options.sources("test")):
-            self._read_once(stage)
+        elif stage == "predict":
+            self._read_once("predict")
+        elif stage == "test" and options.sources("test"):
+            self._read_once("test")
         elif self.validation_dataset is None:
             if options.sources("validation"):
                 self._read_once("validation")
