@@ -101,5 +101,5 @@ def _rated(prompt: list[Message], answers: list[Record], record: Record, origin:
         name = next((name for name in _TEXTS if answer.get(name) is not None), _TEXTS[0])
         row = origin.row(asked, origin.messages(origin.required(answer, name), name, "assistant"), record)
         row = replace(row, thumbs_up=ranks[number] == best) if known else row
-        label = {} if labels[number] is MISSING else {origin.columns.label: labels[number]}
-        yield Candidate(row, answer | label)
+        chosen = origin.options.rating is None and labels[number] is not MISSING
+        yield Candidate(row, answer | {origin.columns.label: labels[number]} if chosen else answer)

@@ -16,7 +16,7 @@ from bco_lightning.data.formats.traces import traced_row
 from bco_lightning.data.formats.unpaired import unrated_row
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.data.options import Columns
-from bco_lightning.data.values import MISSING, Record, from_json_text, keys_of, plain_number, value_at
+from bco_lightning.data.values import MISSING, Record, from_json_text, is_blank, keys_of, plain_number, value_at
 
 FAILED = "call that failed"
 MIXED = "mean of several users' feedback"
@@ -62,7 +62,7 @@ class RatedCalls:
 
         The row is only made if there is feedback, as traces hold much that is no conversation.
         """
-        texts = {name: record[name] for name in self.json if name in record}
+        texts = {name: record[name] for name in self.json if not is_blank(record.get(name))}
         record = record | {name: from_json_text(text, name, origin.place) for name, text in texts.items()}
         scores, chosen = self._scores(record, origin), ""
         with origin.label_is_optional():
