@@ -163,8 +163,8 @@ def test_a_step_whose_mismatched_rows_are_not_finite_is_left_out_before_the_base
 ) -> None:
     class Spoil(Callback):
         def on_train_batch_start(self, trainer: Any, module: BCOModule, batch: Any, batch_idx: int) -> None:
-            score, spoiled = module._log_probs, trainer.global_step == 2
-            module._log_probs = lambda rows: [value * (math.nan if rows is batch.unrelated and spoiled else 1)
+            score, spoiled = module.log_probs, trainer.global_step == 2
+            module.log_probs = lambda rows: [value * (math.nan if rows is batch.unrelated and spoiled else 1)
                                               for value in score(rows)]  # fmt: skip
 
     module = BCOModule(byte_model, objective="kto", learning_rate=1e-2, dtype="float32", reference_log_probs="online")
