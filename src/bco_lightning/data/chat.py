@@ -94,7 +94,9 @@ class ChatTemplate:
     def render(self, conversation: Conversation, stop: int | None = None, *, asks_next: bool) -> str:
         """The messages up to ``stop`` as text; ``asks_next`` adds what comes before an answer."""
         messages = conversation.messages[:stop]
-        told = [as_told(each) if IMAGES in each or self._in_parts else each for each in messages]
+        # With transformers 5.20 a template prints None where a message is a call of tools alone.
+        said = [{**each, "content": ""} if each.get("content", "") is None else each for each in messages]
+        told = [as_told(each) if IMAGES in each or self._in_parts else each for each in said]
         text = self._text if conversation.tools is None else self._text_with_tools
         given = {"tools": conversation.tools, **conversation.options}
         return str(

@@ -131,10 +131,12 @@ def _lora_config(
     settings: LoraSettings, base: PreTrainedModel, train_router: bool | None, vision_tower: bool
 ) -> LoraConfig:
     words = [name.strip() for name in settings.target_modules.split(",")]
-    num_layers = base.config.get_text_config().num_hidden_layers
-    layers = list(range(max(0, num_layers - settings.top_layers), num_layers)) if settings.top_layers else None
     head, kind = base.get_output_embeddings(), base.config.model_type
     linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    # A layer of LongCat-Flash is two by its config. Towers may have more layers than the decoder.
+    last = max((int(n[1]) for name in linear if (n := re.search(r"\.(\d+)\.", name))), default=0)
+    num_layers = min(base.config.get_text_config().num_hidden_layers, last + 1)
+    layers = list(range(max(0, num_layers - settings.top_layers), num_layers)) if settings.top_layers else None
     # PEFT expects a product, and not that kernels read a weight past its adapter.
     seeing = {id(each) for part in seeing_parts_of(base).values() for each in part.modules() if not vision_tower}
     past = {name for name in linear if kind in _MAMBA and name.endswith(".out_proj")}

@@ -36,8 +36,12 @@ def routers_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
     named = [(getattr(type(part), "_can_record_outputs", None) or {}).get("router_logits", ()) for part in models]
     kinds = [kind for each in named for kind in (each if isinstance(each, (list, tuple)) else (each,))]
-    places = {kind.target_class: kind.index for kind in kinds}
-    found = {name: (part, places[type(part)]) for name, part in model.named_modules() if type(part) in places}
+    found = {
+        name: (part, kind.index)
+        for name, part in model.named_modules()
+        for kind in kinds
+        if type(part) is kind.target_class and (kind.layer_name or "") in name
+    }
     inner = {part for part, _ in found.values()}  # a layer that hands on what its router gives is none
     # Nor is one that finds experts by products of keys, among embeddings (Doge).
     return {

@@ -51,7 +51,9 @@ class Speakers:
         if (ckpt_path is None) == (name_or_path is None) or (ckpt_path and reference):
             expected = "expected either --ckpt_path, or --name_or_path and perhaps --reference_name_or_path"
             raise ConfigError("chat", f"{expected}, found {'both' if ckpt_path else 'neither'}.")
-        device, told = torch.accelerator.current_accelerator() or torch.device("cpu"), dict[str, Any]()
+        # A CUDA build of PyTorch names its accelerator on a machine that has none, too.
+        found, told = torch.accelerator.current_accelerator(check_available=True), dict[str, Any]()
+        device = found or torch.device("cpu")
         if ckpt_path is not None:
             module, told = opened(ckpt_path, None, runs)
         else:
