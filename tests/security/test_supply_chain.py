@@ -13,30 +13,27 @@ from packaging.version import Version
 
 from tests.trials import Trials
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # of pytest
+
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "requirements.lock"
 
 
 def declared() -> list[Requirement]:
     """Requirements of pyproject.toml that hold on this Python, those of the extras for demo and tests included."""
-    if sys.version_info < (3, 11):
-        texts = [
-            re.sub(r"""\s*;?\s*(and )?extra == ['"].*""", "", t)
-            for t in importlib.metadata.requires("bco-lightning") or []
-        ]
-    else:
-        import tomllib
-
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        texts = [
-            *project["dependencies"],
-            *(
-                text
-                for name, extra in project["optional-dependencies"].items()
-                if name not in ("fuzz", "quantized", "ui", "docs", "completion")  # what nobody needs for a run
-                for text in extra
-            ),
-        ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [
+        *project["dependencies"],
+        *(
+            text
+            for name, extra in project["optional-dependencies"].items()
+            if name not in ("fuzz", "quantized", "ui", "docs", "completion")  # what nobody needs for a run
+            for text in extra
+        ),
+    ]
     requirements = [Requirement(text) for text in texts]
     return [requirement for requirement in requirements if requirement.marker is None or requirement.marker.evaluate()]
 
