@@ -87,6 +87,7 @@ class BCOArgumentParser(LightningArgumentParser):
     def add_function(self, function: Callable[..., Any], *skip: str, **flags: str) -> None:
         """Adds what a function takes; those of its arguments that are ``flags``, with their help, take no value."""
         self.add_function_arguments(function, skip={*skip, *flags})
+        self.description = str(function.__doc__).partition("\n")[0]
         for name, told in flags.items():
             self.add_argument(f"--{name}", action="store_true", help=told)
 
