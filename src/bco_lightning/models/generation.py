@@ -55,13 +55,15 @@ def sample_completions(
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     told = {name: each.to(device) for name, each in joined_images(inner, images, ids).items()}
-    generator, given = torch.Generator(device).manual_seed(seed), inner.generation_config
+    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    generator, given = torch.Generator(place).manual_seed(seed), inner.generation_config
 
     def draw(_: Tensor, scores_BV: Tensor) -> Tensor:
         """Has one token of each row win; ``do_sample`` draws a number for each token of the vocabulary instead."""
-        share_BV = scores_BV.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
-        at_B1 = torch.rand(len(share_BV), 1, generator=generator, device=device, dtype=torch.float64)
-        return scores_BV.scatter(1, torch.searchsorted(share_BV, at_B1 * share_BV[:, -1:], right=True), torch.inf)
+        share_BV = scores_BV.to(place).softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+        at_B1 = torch.rand(len(share_BV), 1, generator=generator, device=place, dtype=torch.float64)
+        drawn_B1 = torch.searchsorted(share_BV, at_B1 * share_BV[:, -1:], right=True)
+        return scores_BV.scatter(1, drawn_B1.to(device), torch.inf)
 
     # PyTorch copies the head's weight for each row where the states of last tokens are a view, in bfloat16 on a CPU.
     whole = inner.get_output_embeddings().register_forward_pre_hook(lambda _, states: (states[0].contiguous(),))
