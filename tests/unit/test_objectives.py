@@ -49,7 +49,7 @@ def test_error_term_is_smallest_at_the_midpoint(r_w: float, r_l: float, distance
         return math.exp(-(r_w - shift)) + math.exp(r_l - shift)
 
     assert error_term(midpoint) < min(error_term(midpoint - distance), error_term(midpoint + distance))
-    assert pair_loss(r_w, r_l, midpoint) <= pair_loss(r_w, r_l, midpoint + distance)
+    assert pair_loss(r_w, r_l, midpoint) <= pair_loss(r_w, r_l, midpoint + distance) * (1 + 1e-12)  # rounding
 
 
 @many
