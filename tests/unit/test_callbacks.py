@@ -17,7 +17,7 @@ from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.demo.trial import KnownRewardTrial
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.generation import sample_completions
+from bco_lightning.models.generation import end_tokens, sample_completions
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 
 
@@ -90,6 +90,12 @@ def test_a_sample_ends_at_each_end_token_that_the_model_names(tiny_model: str) -
     for sample in sample_completions(module.policy, module.tokenizer, prompts, max_new_tokens=30, seed=0):
         assert [token in ends for token in sample.token_ids] == [False] * (len(sample.token_ids) - 1) + [True]
         assert sample.finished
+
+
+def test_token_0_is_an_end_token_where_the_model_says_so(tiny_model: str) -> None:
+    module = tiny_module(tiny_model)
+    module.policy.generation_config.eos_token_id = 0
+    assert end_tokens(module.policy, module.tokenizer) == [module.tokenizer.eos_token_id, 0]
 
 
 def test_the_head_is_given_states_of_which_its_weight_is_not_copied_for_each_row(tiny_model: str) -> None:

@@ -50,9 +50,9 @@ def sample_completions(
     another distribution than the one whose log-probs are compared. Every process of a model that is cut up has to ask
     for the same.
     """
-    width, inner = max(map(len, prompts)), causal_lm_of(model)
+    width, inner, pad = max(map(len, prompts)), causal_lm_of(model), tokenizer.pad_token_id
     ends, device = end_tokens(inner, tokenizer), next(model.parameters()).device
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     told = {name: each.to(device) for name, each in joined_images(inner, images, ids).items()}
     place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
@@ -67,9 +67,7 @@ def sample_completions(
 
     # PyTorch copies the head's weight for each row where the states of last tokens are a view, in bfloat16 on a CPU.
     whole = inner.get_output_embeddings().register_forward_pre_hook(lambda _, states: (states[0].contiguous(),))
-    inner.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-    )
+    inner.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad)
     try:
         with evaluating(model):
             output_ids: Tensor = inner.generate(
@@ -93,7 +91,8 @@ def sample_completions(
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and the model's own, such as that which ends a turn."""
     own = model.generation_config.eos_token_id
-    return list(dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own else [])]))
+    named = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return [token for token in dict.fromkeys(named) if token is not None]
 
 
 @contextmanager
