@@ -18,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from typing_extensions import override
 
-from bco_lightning.callbacks.loggers import show_figure, show_table
+from bco_lightning.callbacks.loggers import show_figure, show_table, telling
 from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import LanguageModelError
 from bco_lightning.figures import weight_histogram
@@ -112,9 +113,9 @@ def show_trust(trainer: Trainer, report: TrustReport, folder: Path | None) -> No
     rows = [("verdict", report.verdict), *(("warning", text) for text in report.warnings), *trust_rows(report)]
     show_table(trainer.loggers, "importance/verdict", ("what", "value"), rows, step)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         written = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"
-        (folder / "importance.json").write_text(written, encoding="utf-8")
+        with telling(file := folder / "importance.json"), written_whole(file, replaces=True) as unfinished:
+            unfinished.write_text(written, encoding="utf-8")
 
 
 def hyper_parameters(trainer: Trainer, module: BCOModule) -> dict[str, Any]:
