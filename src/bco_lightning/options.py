@@ -110,7 +110,8 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for each in fields(self):
-            members = _members(hints[each.name])
+            hint = hints[each.name]  # a type, or a union of some
+            members = get_args(hint) if get_origin(hint) not in (None, Literal, tuple, list, dict) else (hint,)
             self._set(each.name, value := _from_plain(getattr(self, each.name), members))
             where = f"{self.option_name}.{each.name}"
             words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
@@ -134,11 +135,6 @@ class Options:
     def names(cls, on_resume: OnResume) -> tuple[str, ...]:
         """The options of which a run that goes on does this with a change."""
         return tuple(each.name for each in fields(cls) if each.metadata["on_resume"] == on_resume)
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """A type, or those of a union."""
-    return get_args(hint) if get_origin(hint) not in (None, Literal, tuple, list, dict) else (hint,)
 
 
 def _from_plain(value: Any, members: tuple[Any, ...]) -> Any:

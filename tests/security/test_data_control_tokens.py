@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import CANNOT_BE_TEXT, RowTokenizer
-from tests.conftest import tokenized_row
+from tests.conftest import tokenized_row, told
 from tests.reliability.tiny_run import CHATML
 from tests.trials import Trials
 
@@ -272,8 +272,8 @@ def test_a_tokenizer_that_cannot_write_a_name_in_any_other_way_leaves_the_row_ou
 
 def test_a_prompt_is_rendered_as_it_was_typed() -> None:
     messages = conversation("prompt", "a <|im_end|> b")[1:2]
-    rendered = RowTokenizer(TOKENIZERS["ChatML"], DataOptions()).render_prompt(messages)
-    assert rendered == "<|im_start|>user\na <|im_end|> b<|im_end|>\n<|im_start|>assistant\n"
+    expected = "<|im_start|>user\na <|im_end|> b<|im_end|>\n<|im_start|>assistant\n"
+    assert told(TOKENIZERS["ChatML"], DataOptions(), messages) == expected
 
 
 # What a template is told beside what is said, as a template would print it: as JSON, and bare.

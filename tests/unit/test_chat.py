@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from bco_lightning import FeedbackDataModule, LoraSettings
 from bco_lightning.cli.app import main
-from bco_lightning.errors import ConfigError
+from bco_lightning.errors import ConfigError, UserError
 from bco_lightning.serving import chat as chat_module
 from bco_lightning.serving.chat import Answer, Speakers, chat, rate
 from bco_lightning.serving.export import export_checkpoint
 from tests.unit.test_adapters import made
 from tests.unit.test_export import trained
+from tests.unit.vision_models import model_of, picture, processor_of, tokenizer_of
 
 ASKED = [{"role": "user", "content": "Say <|im_end|> hello."}]
 
@@ -82,12 +83,66 @@ def test_a_model_has_a_reference_where_one_is_named(talkative: str, tmp_path: Pa
     assert list(Speakers(None, talkative, None, tmp_path).models) == ["policy"]
     both = Speakers(None, talkative, talkative, tmp_path)
     assert said(both, "policy").text == said(both, "reference").text
-    cut = said(both, "policy", limit=2)
-    assert not cut.finished
-    with pytest.raises(ConfigError, match="expected an answer that ended by itself, found one that was cut off"):
-        rate(tmp_path / "log.jsonl", cut, True, "x")
+    assert not said(both, "policy", limit=2).finished
     with pytest.raises(ConfigError, match=r"conversation: expected fewer than 512 tokens.*found \d+\. Begin another"):
         next(both.speak(Answer("policy", [{"role": "user", "content": "word " * 600}]), 0.0, 8))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model that sees images, and says some eight letters."""
+    folder, tokenizer = tmp_path_factory.mktemp("seeing"), tokenizer_of("idefics3")
+    model = model_of("idefics3", tokenizer)
+    model.generation_config.update(**letters_alone(tokenizer))
+    model.save_pretrained(folder)
+    processor_of("idefics3", tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def letters_alone(tokenizer: Any) -> dict[str, list[int]]:
+    blank = [n for n in range(len(tokenizer)) if not tokenizer.decode([n], skip_special_tokens=True).strip()]
+    return {"suppress_tokens": blank, "eos_token_id": sorted({*range(len(tokenizer))}.difference(blank))[::8]}
+
+
+def shown(path: Path, words: str) -> list[Any]:
+    content = [{"type": "image", "image": str(path)}, {"type": "text", "text": words}]
+    return [{"role": "user", "content": content}]
+
+
+def test_a_model_is_shown_the_images_of_a_question_and_their_row_has_them(seeing: str, tmp_path: Path) -> None:
+    speakers, tokenizer = Speakers(None, seeing, None, tmp_path), tokenizer_of("idefics3")
+    processor, model = processor_of("idefics3", tokenizer), model_of("idefics3", tokenizer)
+    found = []
+    for number in range(2):
+        picture(number).save(path := tmp_path / f"{number} é.png")
+        asked = shown(path, "What is it?")
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=[text], images=[[picture(number)]], return_tensors="pt")
+        told = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 1, **letters_alone(tokenizer)}
+        made = model.generate(**inputs, **told)
+        expected = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = Answer("policy", asked)
+        list(speakers.speak(answer, 0.0, 64))
+        assert (answer.text, answer.finished) == (expected, True)
+        for _ in range(2):
+            rate(tmp_path / "log.jsonl", answer, number == 0, "run")
+        path.unlink()  # it was the browser's
+        found.append((expected, inputs["input_ids"][0].tolist()))
+    assert found[0][0] != found[1][0]
+    data = FeedbackDataModule(str(tmp_path / "log.jsonl"), tokenizer=speakers.tokenizer, validation_fraction=0.0)
+    data.setup("fit")
+    for row, (_, ids) in zip(data.train_dataset, found, strict=True):
+        assert row["input_ids"][: len(ids)] == ids
+    assert len(list((tmp_path / "log_images").iterdir())) == 2
+    assert (tmp_path / "log_images").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_a_model_cannot_be_told_is_one_message(seeing: str, talkative: str, tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_bytes(b"no image")
+    picture(0).save(tmp_path / "yes.png")
+    for model, name, message in ((seeing, "no.png", "image of PNG"), (talkative, "yes.png", "a model that sees none")):
+        with pytest.raises(UserError, match=message):
+            list(Speakers(None, model, None, tmp_path).speak(Answer("policy", shown(tmp_path / name, "?")), 0.0, 8))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +198,13 @@ def test_the_last_thumb_of_an_answer_is_the_one_that_is_read(tmp_path: Path, tok
     assert (first["model"], first["source"], first["time"][10:11]) == ("policy", "run", "T")
 
 
+@pytest.mark.parametrize(("text", "finished"), [("half", False), (" \n", True)])
+def test_an_answer_that_no_row_could_be_made_of_takes_no_thumb(text: str, finished: bool, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="thumb: expected an answer that ended by itself"):
+        rate(tmp_path / "log.jsonl", Answer("policy", ASKED, text, finished), True, "run")
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_what_others_wrote_into_the_log_stays(tmp_path: Path, tokenizer: Any) -> None:
     log, answer = tmp_path / "log.jsonl", finished("b")
     theirs = json.dumps({"prompt": "q", "completion": "a", "label": False})
@@ -186,8 +248,9 @@ def test_a_log_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_in_a_browser_a_thumb_becomes_a_row_that_inspect_reads(
-    talkative: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seeing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")
     import httpx
@@ -195,7 +258,8 @@ def test_in_a_browser_a_thumb_becomes_a_row_that_inspect_reads(
     from bco_lightning.serving.chat_page import page, serve
 
     log, failed = tmp_path / "chat.jsonl", list[BaseException]()
-    speakers = Speakers(None, talkative, talkative, tmp_path)
+    speakers = Speakers(None, seeing, seeing, tmp_path)
+    picture(0).save(tmp_path / "dog.png")
     blocks = page(speakers, log, blind=True)
     url = serve(blocks, "127.0.0.1", None, waits=False)
     for path in ("", "config", "gradio_api/info", "gradio_api/queue/join"):
@@ -213,6 +277,9 @@ def test_in_a_browser_a_thumb_becomes_a_row_that_inspect_reads(
                 tab.goto(url, timeout=90_000)
                 for number, question in enumerate(["Say hello.", leaky], 1):
                     tab.get_by_placeholder("Ask something").fill(question, timeout=90_000)
+                    if number == 2:
+                        tab.locator("input[type=file]").first.set_input_files(tmp_path / "dog.png")
+                        tab.get_by_label("Remove").wait_for()
                     tab.keyboard.press("Enter")
                     tab.get_by_label("Like", exact=True).nth(2 * number - 1).wait_for(timeout=90_000)
                 tab.get_by_text("Thumbs of this conversation: 0 in all").wait_for()
@@ -240,6 +307,7 @@ def test_in_a_browser_a_thumb_becomes_a_row_that_inspect_reads(
         (False, "Say hello.", 1),
         (True, "Say hello.", 3),
     ]
+    assert [part["type"] for part in rows[1]["prompt"][2]["content"]] == ["image", "text"]
     capsys.readouterr()
-    assert main(["inspect", "--model.name_or_path", talkative, "--data.train_files", str(log), "--report", "null"]) == 0
-    assert "2" in capsys.readouterr().out
+    assert main(["inspect", "--model.name_or_path", seeing, "--data.train_files", str(log), "--report", "null"]) == 0
+    assert "1 images, of 20 x 14 to 20 x 14 pixels" in capsys.readouterr().out

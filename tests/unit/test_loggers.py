@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bco_lightning.callbacks.loggers import goes_on_when_full, show_figure, show_table, shows_figures, where_to_look
+from bco_lightning.callbacks.loggers import goes_on_when_full, show, shows_figures, where_to_look
 from bco_lightning.cli import safety
 from bco_lightning.cli.app import main
 from bco_lightning.cli.run import BCOCLI
@@ -20,8 +20,8 @@ from bco_lightning.cli.run import BCOCLI
 
 def test_tensorboard_shows_figures_and_tables_and_csv_numbers_alone(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path / "a b", name="", version="v"), CSVLogger(tmp_path, name="", version="v")]
-    show_figure(loggers, "picture", Figure((1, 1)), 3)
-    show_table(loggers, "words", ("one", "two"), [("a|b", "c\nd")], 3)
+    show("figure", loggers, "picture", Figure((1, 1)), 3)
+    show("table", loggers, "words", ("one", "two"), [("a|b", "c\nd")], 3)
     loggers[0].save()
     events = EventAccumulator(str(tmp_path / "a b" / "v")).Reload()
     assert [event.step for event in events.Images("picture")] == [3]

@@ -12,11 +12,10 @@ import transformers.utils.chat_template_utils as library
 from bco_lightning import FeedbackDataModule
 from bco_lightning.data import chat
 from bco_lightning.data.options import DataOptions
-from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.objectives.exported import ALIGNMENT_FILE
 from bco_lightning.serving.export import export_checkpoint
-from tests.conftest import tiny_data, tiny_module, tiny_trainer
+from tests.conftest import tiny_data, tiny_module, tiny_trainer, told
 
 # As Llama 3.2 asks.
 _SET = """{%- if not date_string is defined %}{%- if strftime_now is defined %}
@@ -50,7 +49,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, year: int, month: int, day: int) 
     [
         DATED,
         f"  {DATED}",
-        f"\n\n{_TURNS}{{{{ strftime_now(format='%A, %-d %B %y, day %j of %Y; 100%% %%d %H:%M%p') }}}}",
+        f"\n\n{{{{ strftime_now(format='%A, %-d %B %y, day %j of %Y; 100%% %%d %H:%M%p') }}}}{_TURNS}",
         f"{{% macro inner(how) %}}{{{{ strftime_now(how) | upper }}}}{{% endmacro %}}{{{{ inner('%a %x') }}}}{_TURNS}",
     ],
 )  # fmt: skip
@@ -63,10 +62,10 @@ def test_a_template_says_on_any_day_what_transformers_says_on_that_day(
     expected = tokenizer.apply_chat_template(
         QUESTION, chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    assert RowTokenizer(tokenizer, DataOptions(chat_template=str(file))).render_prompt(QUESTION) == expected
+    assert told(tokenizer, DataOptions(chat_template=str(file)), QUESTION) == expected
     set_clock(monkeypatch, 2031, 12, 30)
     options = DataOptions(chat_template=str(file), template_date="2026-02-03")
-    assert RowTokenizer(tokenizer, options).render_prompt(QUESTION) == expected
+    assert told(tokenizer, options, QUESTION) == expected
 
 
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])

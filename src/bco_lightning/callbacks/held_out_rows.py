@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from bco_lightning import figures
 from bco_lightning.batch import ScoredRows
-from bco_lightning.callbacks.loggers import show_figure, shows_figures, telling
+from bco_lightning.callbacks.loggers import show, shows_figures, telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule
@@ -116,4 +116,4 @@ class HeldOutRows(Callback):
                 unfinished.write_text(json.dumps(told) + "\n", encoding="utf-8")
         if shows_figures(trainer.loggers) and np.isfinite(rewards).all():
             for name, picture in found.pictures.items():
-                show_figure(trainer.loggers, f"held_out/{name}", picture(), trainer.global_step)
+                show("figure", trainer.loggers, f"held_out/{name}", picture(), trainer.global_step)

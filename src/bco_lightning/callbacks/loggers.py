@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -195,20 +195,12 @@ def shows_figures(loggers: Sequence[Logger]) -> bool:
     return any(ways.figure for _, ways in _known(loggers))
 
 
-def show_figure(loggers: Sequence[Logger], name: str, figure: Figure, step: int) -> None:
-    """Shows a figure in every logger that can."""
+def show(kind: Literal["figure", "table"], loggers: Sequence[Logger], name: str, *what: Any) -> None:
+    """Shows a figure, or column names and rows of texts, at a step in every logger that can."""
     for logger, ways in _known(loggers):
-        if ways.figure is not None:
+        if (way := getattr(ways, kind)) is not None:
             with telling(_place_of(logger), makes_folder=False):
-                ways.figure(logger, name, figure, step)
-
-
-def show_table(loggers: Sequence[Logger], name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
-    """Shows a table of texts in every logger that can."""
-    for logger, ways in _known(loggers):
-        if ways.table is not None:
-            with telling(_place_of(logger), makes_folder=False):
-                ways.table(logger, name, columns, rows, step)
+                way(logger, name, *what)
 
 
 def where_to_look(loggers: Sequence[Logger]) -> list[str]:

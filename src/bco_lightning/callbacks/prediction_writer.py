@@ -151,20 +151,13 @@ class PredictionWriter(Callback):
 def _scores(rows: ScoredRows) -> list[_Line]:
     columns = {
         "row": rows.row_ids_B,
-        "source": None,
-        "prompt": None,
-        "thumbs_up": None,
         "implicit_reward": rows.rewards_B,
         "probability_up": torch.sigmoid(rows.rewards_B.cpu().double() - rows.reward_shift),
-        "calibrated_probability_up": None,
-        "rank": None,
-        "completions": None,
         "policy_log_prob": rows.policy_log_probs_B,
         "reference_log_prob": rows.reference_log_probs_B,
         "completion_tokens": rows.completion_lengths_B,
     }
-    number = len(rows.row_ids_B)
-    lists = [[None] * number if column is None else column.tolist() for column in columns.values()]
+    lists = [column.tolist() for column in columns.values()]
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from typing_extensions import override
 
-from bco_lightning.callbacks.loggers import show_figure, show_table, telling
+from bco_lightning.callbacks.loggers import show, telling
 from bco_lightning.callbacks.refusals import names_logged
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.checkpoints.folders import written_whole
@@ -109,9 +109,9 @@ def show_trust(trainer: Trainer, report: TrustReport, folder: Path | None) -> No
     for logger in trainer.loggers:
         logger.log_metrics(dict(numbers), step=step)
     if report.has_evidence:
-        show_figure(trainer.loggers, "importance/weights", weight_histogram(report.histogram), step)
+        show("figure", trainer.loggers, "importance/weights", weight_histogram(report.histogram), step)
     rows = [("verdict", report.verdict), *(("warning", text) for text in report.warnings), *trust_rows(report)]
-    show_table(trainer.loggers, "importance/verdict", ("what", "value"), rows, step)
+    show("table", trainer.loggers, "importance/verdict", ("what", "value"), rows, step)
     if folder is not None:
         written = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"
         with telling(file := folder / "importance.json"), written_whole(file, replaces=True) as unfinished:

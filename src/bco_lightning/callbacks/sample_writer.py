@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bco_lightning.callbacks.loggers import show_table, telling
+from bco_lightning.callbacks.loggers import show, telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import ConfigError, printable
@@ -110,4 +110,4 @@ class SampleWriter(Callback):
                 rank_zero_info(f"samples of policy and reference, with texts of users: {folder / SAMPLES_FILE}")
         columns = ("prompt", "policy", "reference")
         cells = [[printable(str(row[name])) for name in columns] for row in rows[:_SHOWN]]
-        show_table(trainer.loggers, "samples", columns, cells, trainer.global_step)
+        show("table", trainer.loggers, "samples", columns, cells, trainer.global_step)

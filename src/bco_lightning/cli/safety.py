@@ -23,14 +23,8 @@ ALLOWED_IMPORTS_VARIABLE = "BCO_ALLOWED_IMPORTS"
 ALLOWED_IMPORTS = (
     "bco_lightning.callbacks",
     # jsonargparse looks up optional dataclasses too, by their shortest path and by their own.
-    "bco_lightning.Columns",
-    "bco_lightning.LoraSettings",
-    "bco_lightning.PromptFeatures",
-    "bco_lightning.Rating",
-    "bco_lightning.Source",
-    "bco_lightning.data.Columns",
-    "bco_lightning.data.Rating",
-    "bco_lightning.data.Source",
+    *(f"bco_lightning.{name}" for name in ("Columns", "LoraSettings", "PromptFeatures", "Rating", "Source")),
+    *(f"bco_lightning.data.{name}" for name in ("Columns", "Rating", "Source")),
     "bco_lightning.data.options",
     "bco_lightning.options",
     "bco_lightning.parallel.strategy",

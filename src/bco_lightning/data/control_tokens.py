@@ -46,10 +46,6 @@ class Conversation:
             add_texts(part, found, 1)
         return found
 
-    def restore(self, text: str) -> str:
-        """``text`` with what was typed in the place of the marks."""
-        return _MARK.sub(lambda mark: self.literals[int(mark[1])], text)
-
     def mapped(self, content: Callable[[str], str], other: Callable[[str], str]) -> Conversation:
         """The conversation with what was said changed by one function, and every other text by another."""
 
@@ -132,7 +128,8 @@ class ControlTokens:
         if OPEN not in text:
             return token_ids
         tokenizer = self._plain_tokenizer(start > 0)
-        typed: list[int] = tokenizer.encode(conversation.restore(text), add_special_tokens=False).ids
+        text = _MARK.sub(lambda mark: conversation.literals[int(mark[1])], text)
+        typed: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         if self.ids.difference(self._unknown[:1]).intersection(typed):
             raise CannotBeTextError
         return typed

@@ -180,7 +180,8 @@ def _with_text(message: Message, role: str, where: str, place: str) -> Message:
     content = message.get("content")
     parts = unpacked(content)
     if isinstance(content, str) and isinstance(parts, list):  # or the text of a list that is none of parts
-        content = parts if all(_is_part(part) for part in parts) else content
+        are_parts = all(isinstance(p, dict) and (p.keys() == {"type", "text"} or p.get("type") in PARTS) for p in parts)
+        content = parts if are_parts else content
     if isinstance(content, (dict, list)):
         parts = content if isinstance(content, list) else [content]
         typed = all(isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts)
@@ -203,10 +204,6 @@ def _with_text(message: Message, role: str, where: str, place: str) -> Message:
     if calls and role != "assistant":
         raise FeedbackRowError(place, f"{where} must be the assistant's, as it has 'tool_calls'.")
     return {"content": "", **message, "tool_calls": list(map(_with_object, calls))} if calls else message
-
-
-def _is_part(part: Any) -> bool:
-    return isinstance(part, dict) and (part.keys() == {"type", "text"} or part.get("type") in PARTS)
 
 
 def _text_of(part: Any, where: str, place: str) -> str:

@@ -11,9 +11,9 @@ from functools import lru_cache, partial
 from itertools import chain, compress, repeat
 from typing import Any, TypeVar
 
-from bco_lightning.batch import FeedbackRow, LeftOut, Message, TokenizedSample
+from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
-from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens, Conversation
+from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens
 from bco_lightning.data.images import TOO_LONG_WITH_IMAGES, WITH_IMAGE, ImageInputs, pictures_of
 from bco_lightning.data.joints import Joints, NoEdgeError, Piece
 from bco_lightning.data.options import DataOptions
@@ -65,10 +65,6 @@ class RowTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowTokenizer, (self.tokenizer, self._options)  # to loader workers of a stream
-
-    def render_prompt(self, prompt: list[Message]) -> str:
-        """The prompt as text, up to where the assistant begins to speak."""
-        return self._template.render(Conversation(prompt), asks_next=True)
 
     def tokenize(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Outcome]]:
         """Each row with its tokens, why it is left out, or what is wrong with it; what is no row is its own outcome.

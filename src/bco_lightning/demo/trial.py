@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,11 +39,6 @@ class Samples(NamedTuple):
     log_probs_PS: Tensor
     reference_log_probs_PS: Tensor
     lengths_PS: Tensor
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity under the reference."""
-        return float(torch.exp(-self.reference_log_probs_PS.double().sum() / self.lengths_PS.sum()))
 
 
 @dataclass(frozen=True)
@@ -198,6 +194,7 @@ def measure_alignment(policy: Samples, reference: Samples, seed: int) -> Alignme
     wins_P = ((duels > 0).double() + 0.5 * (duels == 0).double()).mean((1, 2))
     gain_low, gain_high = _interval_over_prompts(gains_P, seed)
     win_low, win_high = _interval_over_prompts(wins_P, seed)
+    surprise = [-each.reference_log_probs_PS.double().sum() / each.lengths_PS.sum() for each in (policy, reference)]
     return Alignment(
         gain=float(gains_P.mean()),
         gain_low=gain_low,
@@ -208,8 +205,8 @@ def measure_alignment(policy: Samples, reference: Samples, seed: int) -> Alignme
         win_rate_low=win_low,
         win_rate_high=win_high,
         kl=float((policy.log_probs_PS.double() - policy.reference_log_probs_PS.double()).mean()),
-        perplexity=policy.perplexity,
-        perplexity_reference=reference.perplexity,
+        perplexity=math.exp(surprise[0]),
+        perplexity_reference=math.exp(surprise[1]),
         tokens_policy=float(policy.lengths_PS.double().mean()),
         tokens_reference=float(reference.lengths_PS.double().mean()),
         num_prompts=policy_PS.shape[0],

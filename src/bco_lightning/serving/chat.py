@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -13,16 +15,20 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
 
-from bco_lightning.batch import FeedbackRow, Message
+from bco_lightning.batch import FeedbackRow, Message, TokenizedSample
+from bco_lightning.data.images import ImageFinder, ImageInputs, with_pictures
+from bco_lightning.data.messages import messages_in
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import ConfigError
 from bco_lightning.models.generation import end_tokens, evaluating
+from bco_lightning.models.layout import causal_lm_of, joined_images
 from bco_lightning.models.load import locate_model, resolve_dtype
 from bco_lightning.module import BCOModule
 from bco_lightning.options import LoraSettings
@@ -31,7 +37,7 @@ from bco_lightning.serving.export import opened
 
 @dataclass
 class Answer:
-    """What one of the models says to a prompt; its thumb, and its line in the log once it had one."""
+    """What one of the models says to a prompt, written as in a log; its thumb, and its line once it had one."""
 
     model: str
     prompt: list[Message]
@@ -74,20 +80,27 @@ class Speakers:
         self.tokenizer.chat_template = known.get("chat_template", self.tokenizer.chat_template)
         self._longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**31
         self._rows = RowTokenizer(self.tokenizer, DataOptions(max_length=2**31, template_date=day))
-        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._inputs, self._worker = ImageInputs(self.tokenizer), ThreadPoolExecutor(max_workers=1)
+        self.sees = self._inputs.processor is not None
 
     def speak(self, answer: Answer, temperature: float, max_new_tokens: int) -> Iterator[Answer]:
-        """The answer as it grows, to a prompt as a row has it; at temperature 0 each token is the likeliest one."""
-        row = FeedbackRow(answer.prompt, [{"role": "assistant", "content": "."}], None, "conversation")
+        """The answer as it grows, to a prompt as a row has it; at temperature 0 each token is the likeliest one.
+
+        Raises:
+            UserError: If no row could be made of the prompt, or the model cannot hold it.
+        """
+        place = "conversation"
+        asked = with_pictures(messages_in(answer.prompt, "prompt", place), None, ImageFinder(anywhere=True), place)
+        row = self._rows.seen(FeedbackRow(asked, [{"role": "assistant", "content": "."}], None, place))
         sample: Any = next(outcome for _, outcome in self._rows.tokenize([row]))
-        if isinstance(sample, Exception):
-            raise sample
+        if not isinstance(sample, TokenizedSample):
+            raise sample if isinstance(sample, Exception) else ConfigError(place, f"cannot be told: {sample.reason}.")
         prompt: list[int] = sample.input_ids[: sample.completion_mask.index(True)]
         if (room := min(max_new_tokens, self._longest - len(prompt))) < 1:
             found = f"expected fewer than {self._longest} tokens, which the model can hold, found {len(prompt)}."
             raise ConfigError("conversation", found, "Begin another one.")
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        made = self._worker.submit(self._make, answer, prompt, streamer, temperature, room)
+        made = self._worker.submit(self._make, answer, sample.images, prompt, streamer, temperature, room)
         for text in streamer:
             answer.text += text
             yield answer
@@ -95,7 +108,7 @@ class Speakers:
         yield answer
 
     def _make(
-        self, answer: Answer, prompt: list[int], streamer: Any, temperature: float, room: int
+        self, answer: Answer, images: Any, prompt: list[int], streamer: Any, temperature: float, room: int
     ) -> tuple[str, bool]:
         greedy = dict.fromkeys(("temperature", "top_k", "top_p"))
         try:
@@ -104,6 +117,8 @@ class Speakers:
                 drawn: dict[str, Any] = {"temperature": temperature} if temperature else greedy
                 drawn |= {"do_sample": temperature > 0, "eos_token_id": ends, "streamer": streamer}
                 drawn |= {"max_new_tokens": room, "pad_token_id": self.tokenizer.pad_token_id}
+                seen = joined_images(causal_lm_of(model), [self._inputs(images)], ids)
+                drawn |= {name: each.to(model.device) for name, each in seen.items()}
                 found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **drawn)
                 new = found[0, len(prompt) :].tolist()
                 return self.tokenizer.decode(new, skip_special_tokens=True), new[-1:] != [] and new[-1] in ends
@@ -114,20 +129,24 @@ class Speakers:
 def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
     """Appends a rated answer to a log as one line that ``fit`` reads; another thumb is written in place of the first.
 
-    Labels take five characters each for that; ``None`` takes a thumb back, and is read as no feedback.
+    Labels take five characters each for that; ``None`` takes a thumb back, and is read as no feedback. Images are
+    copied beside the log, each once.
 
     Raises:
-        ConfigError: If the answer was cut off.
-        OSError: If the file cannot be written; it is then as it was.
+        ConfigError: If the answer was cut off, or says nothing.
+        OSError: If the log cannot be written, which is then as it was, or an image.
     """
-    if not answer.finished:
-        found = "expected an answer that ended by itself, found one that was cut off, which would teach to end there."
-        raise ConfigError("thumb", found, "Raise the limit of tokens, and ask again.")
-    completion = [{"role": "assistant", "content": answer.text}]
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    row = {"prompt": answer.prompt, "completion": completion, "model": answer.model, "source": name, "time": now}
-    line = f'{{"label": {json.dumps(thumb):5}, {json.dumps(row, ensure_ascii=False)[1:]}\n'.encode()
+    if not answer.finished or not answer.text.strip():
+        found = "one that says nothing" if answer.finished else "one that was cut off, which would teach to end there"
+        remedy = "Raise the limit of tokens, and ask again." * (not answer.finished)
+        raise ConfigError("thumb", f"expected an answer that ended by itself, found {found}.", remedy)
     log.parent.mkdir(parents=True, exist_ok=True)
+    completion, images = [{"role": "assistant", "content": answer.text}], log.with_name(f"{log.stem}_images")
+    said = ((each, each["content"]) for each in answer.prompt)
+    prompt = [each if isinstance(c, str) else {**each, "content": [_kept(p, images) for p in c]} for each, c in said]
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    row = {"prompt": prompt, "completion": completion, "model": answer.model, "source": name, "time": now}
+    line = f'{{"label": {json.dumps(thumb):5}, {json.dumps(row, ensure_ascii=False)[1:]}\n'.encode()
     with os.fdopen(os.open(log, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         before = file.read()
@@ -140,6 +159,16 @@ def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log))
         os.fsync(file.fileno())
     answer.line, answer.thumb = line.lstrip(b"\n"), thumb
+
+
+def _kept(part: Message, folder: Path) -> Message:
+    """A part of a message, an image copied to where its row will find it, which only the log's owner can read."""
+    if part["type"] != "image":
+        return part
+    folder.mkdir(mode=0o700, exist_ok=True)
+    name = hashlib.sha256(Path(part["image"]).read_bytes()).hexdigest()[:32] + Path(part["image"]).suffix
+    shutil.copyfile(part["image"], folder / name)
+    return {**part, "image": f"{folder.name}/{name}"}
 
 
 def chat(
@@ -165,7 +194,9 @@ def chat(
     """
     if find_spec("gradio") is None:
         raise ConfigError("chat", "expected gradio, found none.", 'Install it: pip install "bco_lightning[ui]"')
-    from bco_lightning.serving.chat_page import page, serve
+    with TemporaryDirectory() as uploads:  # gradio's own stays, and others may read it
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        from bco_lightning.serving.chat_page import page, serve
 
-    speakers = Speakers(ckpt_path, name_or_path, reference_name_or_path, run_folder)
-    serve(page(speakers, log or speakers.log, blind), host, port)
+        speakers = Speakers(ckpt_path, name_or_path, reference_name_or_path, run_folder)
+        serve(page(speakers, log or speakers.log, blind), host, port)

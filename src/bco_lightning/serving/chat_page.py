@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,11 +29,13 @@ class _Talk(dict[str, list[Answer]]):
 
     blind = False
 
-    def ask(self, said: str) -> list[Answer]:
+    def ask(self, said: str, images: list[str]) -> list[Answer]:
+        seen = [{"type": "image", "image": path} for path in images]
+        content = [*seen, {"type": "text", "text": said}] if images else said
         for model, given in self.items():
-            given[:] = [answer for answer in given if answer.text]  # what could not be answered was not said
+            given[:] = [answer for answer in given if answer.text.strip()]  # what could not be answered was not said
             before = [*given[-1].prompt, {"role": "assistant", "content": given[-1].text}] if given else []
-            given.append(Answer(model, [*before, {"role": "user", "content": said}]))
+            given.append(Answer(model, [*before, {"role": "user", "content": content}]))
         return [given[-1] for given in self.values()]
 
 
@@ -47,9 +48,9 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
         talk.blind = blind
         return _shown(talk, speakers.name, log)
 
-    def ask(said: str, talk: _Talk, temperature: float, most: float) -> Iterator[list[Any]]:
+    def ask(said: dict[str, Any], talk: _Talk, temperature: float, most: float) -> Iterator[list[Any]]:
         with _told_on_the_page():
-            for answer in talk.ask(said) if said.strip() else ():
+            for answer in talk.ask(said["text"], said["files"]) if said["text"].strip() or said["files"] else ():
                 for _ in speakers.speak(answer, temperature, int(most)):
                     yield _shown(talk, speakers.name, log)
         yield _shown(talk, speakers.name, log)
@@ -71,7 +72,9 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
         talk, asked = gr.State(), gr.State()
         with gr.Row():
             chats = [gr.Chatbot(height="65vh", buttons=["copy"], latex_delimiters=[]) for _ in models]
-        said = gr.Textbox(placeholder="Ask something", show_label=False, submit_btn=True)
+        images: dict[str, Any] = {"file_types": ["image"], "file_count": "multiple"}
+        images |= {"sources": ["upload"] * speakers.sees, "max_plain_text_length": 10**9}  # longer ones were files
+        said = gr.MultimodalTextbox(placeholder="Ask something", show_label=False, **images)
         with gr.Row():
             again = gr.Button("New conversation", size="sm")
             reveal = gr.Button("Who is who?", size="sm", visible=blind)
@@ -80,7 +83,7 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
             most = gr.Slider(16, 4096, 512, step=16, label="Most tokens of an answer")
         everything = [talk, *chats, gr.Markdown()]
         gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything)
-        taken = said.submit(lambda text: (text, ""), said, [asked, said])  # the next may be typed meanwhile
+        taken = said.submit(lambda told: (told, None), said, [asked, said])  # the next may be typed meanwhile
         taken.then(ask, [asked, talk, warmth, most], everything, trigger_mode="multiple")
         reveal.click(revealed, talk, everything)
         for side, chat in enumerate(chats):
@@ -121,15 +124,15 @@ def _shown(talk: _Talk, name: str, log: Path) -> list[Any]:
         said: list[Any] = []
         for answer in given:
             text = answer.text + _CUT * (answer.finished is False)
-            said += [answer.prompt[-1], {"role": "assistant", "content": text}]
+            asked = answer.prompt[-1]["content"]
+            if isinstance(asked, list):
+                asked = [{"path": part["image"]} if "image" in part else part for part in asked]
+            said += [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
         label = f"model {letter}" if talk.blind else f"{model}: {name}" if model == "policy" else model
         thumbs = [_THUMBS[answer.thumb] for answer in given]
         columns.append(gr.Chatbot(said, label=label, feedback_value=thumbs))
-    found = Counter((answer.model, answer.thumb) for given in talk.values() for answer in given)
-    told = [f"{model} {found[model, True]} up, {found[model, False]} down" for model in talk]
-    count = sum(number for (_, thumb), number in found.items() if thumb is not None)
-    said_of = f"{count} in all" if talk.blind else "; ".join(told)
-    return [talk, *columns, f"Thumbs of this conversation: {said_of}. Log: `{log}`"]
+    count = sum(answer.thumb is not None for given in talk.values() for answer in given)
+    return [talk, *columns, f"Thumbs of this conversation: {count}. Log: `{log}`"]
 
 
 @contextmanager
