@@ -208,7 +208,7 @@ class BCOModule(LightningModule):
         """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""
         options, num_steps = self.options, self.num_steps()
         optimizer = make_optimizer(options, [each for each in self.parameters() if each.requires_grad])
-        warmup = math.ceil(options.warmup_ratio * num_steps)
+        warmup = min(math.ceil(options.warmup_ratio * num_steps), num_steps - 1)  # its first step has a rate of 0
         scheduler = get_scheduler(options.lr_schedule, optimizer, warmup, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

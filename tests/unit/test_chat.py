@@ -198,9 +198,14 @@ def test_the_last_thumb_of_an_answer_is_the_one_that_is_read(tmp_path: Path, tok
     assert (first["model"], first["source"], first["time"][10:11]) == ("policy", "run", "T")
 
 
-@pytest.mark.parametrize(("text", "finished"), [("half", False), (" \n", True)])
-def test_an_answer_that_no_row_could_be_made_of_takes_no_thumb(text: str, finished: bool, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="thumb: expected an answer that ended by itself"):
+@pytest.mark.parametrize(
+    ("text", "finished", "found"),
+    [("half", False, "was cut off"), (" \n", True, "says nothing"), ("hal", None, "is still being made")],
+)
+def test_an_answer_that_no_row_could_be_made_of_takes_no_thumb(
+    text: str, finished: bool | None, found: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"thumb: expected an answer that ended by itself, found one that {found}"):
         rate(tmp_path / "log.jsonl", Answer("policy", ASKED, text, finished), True, "run")
     assert not (tmp_path / "log.jsonl").exists()
 

@@ -244,6 +244,13 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str,
         tiny_module(tiny_model, **options)
 
 
+def test_a_run_of_one_step_learns(tiny_model: str, log: str) -> None:
+    # A warm-up begins at a rate of 0, and one of a single step would be the whole run.
+    module = tiny_module(tiny_model)
+    fit(module, log, max_steps=1)
+    assert all(each.any() for name, each in trained(module).items() if "lora_B" in name)  # which begin as zeros
+
+
 class _StopAt(Checkpoint):
     """Saves and stops after an optimizer step, as a killed run with a checkpoint there would have."""
 

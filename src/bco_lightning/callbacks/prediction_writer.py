@@ -103,8 +103,7 @@ class PredictionWriter(Callback):
         calibrated = (slope * rewards + intercept).sigmoid().tolist()
         for line, probability in zip(lines, calibrated, strict=True):
             row, was_made = line["row"], "completion" in line
-            line |= {"row": places[row], "source": labels[sources[row]]}
-            line |= {"thumbs_up": None if was_made else thumbs[row]}
+            line |= {"row": places[row], "source": labels[sources[row]], "thumbs_up": None if was_made else thumbs[row]}
             line |= {"prompt": numbers.setdefault(keys[row], len(numbers)), "calibrated_probability_up": probability}
         _rank(lines)
         with written_whole(self.path, replaces=False) as partial, partial.open("x", encoding="utf-8") as file:

@@ -80,8 +80,7 @@ class Speakers:
         self.tokenizer.chat_template = known.get("chat_template", self.tokenizer.chat_template)
         self._longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**31
         self._rows = RowTokenizer(self.tokenizer, DataOptions(max_length=2**31, template_date=day))
-        self._inputs, self._worker = ImageInputs(self.tokenizer), ThreadPoolExecutor(max_workers=1)
-        self.sees = self._inputs.processor is not None
+        self.inputs, self._worker = ImageInputs(self.tokenizer), ThreadPoolExecutor(max_workers=1)
 
     def speak(self, answer: Answer, temperature: float, max_new_tokens: int) -> Iterator[Answer]:
         """The answer as it grows, to a prompt as a row has it; at temperature 0 each token is the likeliest one.
@@ -117,7 +116,7 @@ class Speakers:
                 drawn: dict[str, Any] = {"temperature": temperature} if temperature else greedy
                 drawn |= {"do_sample": temperature > 0, "eos_token_id": ends, "streamer": streamer}
                 drawn |= {"max_new_tokens": room, "pad_token_id": self.tokenizer.pad_token_id}
-                seen = joined_images(causal_lm_of(model), [self._inputs(images)], ids)
+                seen = joined_images(causal_lm_of(model), [self.inputs(images)], ids)
                 drawn |= {name: each.to(model.device) for name, each in seen.items()}
                 found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **drawn)
                 new = found[0, len(prompt) :].tolist()
@@ -137,8 +136,14 @@ def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
         OSError: If the log cannot be written, which is then as it was, or an image.
     """
     if not answer.finished or not answer.text.strip():
-        found = "one that says nothing" if answer.finished else "one that was cut off, which would teach to end there"
-        remedy = "Raise the limit of tokens, and ask again." * (not answer.finished)
+        found, remedy = {
+            True: ("one that says nothing", ""),
+            False: (
+                "one that was cut off, which would teach to end there",
+                "Raise the limit of tokens, and ask again.",
+            ),
+            None: ("one that is still being made", "Rate it once it is there."),
+        }[answer.finished]
         raise ConfigError("thumb", f"expected an answer that ended by itself, found {found}.", remedy)
     log.parent.mkdir(parents=True, exist_ok=True)
     completion, images = [{"role": "assistant", "content": answer.text}], log.with_name(f"{log.stem}_images")

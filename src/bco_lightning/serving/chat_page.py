@@ -72,8 +72,8 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
         talk, asked = gr.State(), gr.State()
         with gr.Row():
             chats = [gr.Chatbot(height="65vh", buttons=["copy"], latex_delimiters=[]) for _ in models]
-        images: dict[str, Any] = {"file_types": ["image"], "file_count": "multiple"}
-        images |= {"sources": ["upload"] * speakers.sees, "max_plain_text_length": 10**9}  # longer ones were files
+        images: dict[str, Any] = {"sources": ["upload"] * (speakers.inputs.processor is not None)}
+        images |= {"file_types": ["image"], "file_count": "multiple", "max_plain_text_length": 10**9}
         said = gr.MultimodalTextbox(placeholder="Ask something", show_label=False, **images)
         with gr.Row():
             again = gr.Button("New conversation", size="sm")
