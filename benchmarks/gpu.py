@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -347,6 +349,7 @@ def speed(shape: str, lora: bool, longest: int, count: int, ways: Sequence[str],
         "selective": {"gradient_checkpointing": "selective"},
         "bfloat16 rounded at random": {"dtype": torch.bfloat16, "optimizer": "adamw_bf16", **again},
         "fsdp2": {"strategy": "fsdp2"},
+        "fsdp2, rounded at random": {"strategy": "fsdp2", "dtype": torch.bfloat16, "optimizer": "adamw_bf16"},
     }
     for way in ways:
         online = "" if cached else ", reference online"
@@ -382,6 +385,23 @@ def fsdp2(shape: str, longest: int) -> None:
         )
 
 
+def waits(shape: str, longest: int) -> None:
+    """How often the host waits for the device in a step, by PyTorch's own account, and where; once is meant."""
+    batches = [known(collate(made_rows(varied(longest, 4, number), shape, number))) for number in range(WARM + 5)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            ours(shape, True, batches)
+        finally:
+            if CUDA:
+                torch.cuda.set_sync_debug_mode("default")
+    found = [f"{Path(each.filename).name}:{each.lineno}" for each in told if "synchronizing" in str(each.message)]
+    places = dict(Counter(found).most_common(5))
+    note("waits for the device", of_each_step=len(found) / len(batches) if CUDA else "not counted", places=places)
+
+
 def main() -> None:
     """Runs the parts asked for, and writes what they found after each."""
     small, middle, large = ("tiny",) * 3 if arguments.tiny else ("small", "1B", "8B")
@@ -394,9 +414,12 @@ def main() -> None:
         "reward": lambda: first_reward(small, 1024 // scale),
         "resume": resume,
         "fsdp2": lambda: fsdp2(small, 512 // scale),
+        "waits": lambda: waits(small, 512 // scale),
         "LoRA": lambda: speed(large, True, 2048 // scale, 4, (*usual, "checkpointing", *(compiled if CUDA else ()))),
         "LoRA short": lambda: speed(large, True, 512 // scale, 8, usual),
-        "full": lambda: speed(middle, False, 2048 // scale, 4, (*usual, "selective", "fsdp2")),
+        "full": lambda: speed(
+            middle, False, 2048 // scale, 4, (*usual, "selective", "fsdp2", "fsdp2, rounded at random")
+        ),
         "8B full": lambda: speed(large, False, 2048 // scale, 2, ("bfloat16 rounded at random",)),
         "LoRA online": lambda: speed(large, True, 2048 // scale, 4, ("packed", "TRL's step"), cached=False),
         "LoRA long": lambda: speed(large, True, 8192 // scale, 1, usual),
