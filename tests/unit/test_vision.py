@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoProcessor
 
@@ -18,13 +21,14 @@ from bco_lightning.data.collate import collate
 from bco_lightning.data.images import IMAGES, MARK, ImageInputs, Picture
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
+from bco_lightning.importance.features import ReferenceEncoder
 from bco_lightning.inspection.inspect import inspect_log
 from bco_lightning.models.adapters import add_adapters
 from bco_lightning.models.generation import sample_completions
 from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model, load_policy
 from bco_lightning.models.log_probs import completion_log_probs
-from bco_lightning.options import LoraSettings
+from bco_lightning.options import LoraSettings, PromptFeatures
 from bco_lightning.serving.export import export_checkpoint
 from tests.conftest import tiny_data, tiny_trainer, tokenized_row, write_jsonl
 from tests.unit.vision_models import KINDS, image_bytes, model_of, picture, processor_of, saved, tokenizer_of
@@ -48,7 +52,7 @@ def pictures(numbers: list[int]) -> list[Any]:
     return [picture(number, SIZES[number]) for number in numbers]
 
 
-def batch_of(tokenizer: Any) -> FeedbackBatch:
+def samples_of(tokenizer: Any) -> list[dict[str, Any]]:
     made = RowTokenizer(tokenizer, DataOptions(max_length=256))
     samples = []
     for number, (images, asked, answer) in enumerate(ROWS):
@@ -58,7 +62,11 @@ def batch_of(tokenizer: Any) -> FeedbackBatch:
         sample = tokenized_row(made, row)
         assert isinstance(sample, TokenizedSample)
         samples.append({**vars(sample), "thumbs_up": row.thumbs_up, "row_id": number})
-    return collate(samples, images=ImageInputs(tokenizer))
+    return samples
+
+
+def batch_of(tokenizer: Any) -> FeedbackBatch:
+    return collate(samples_of(tokenizer), images=ImageInputs(tokenizer))
 
 
 def by_hand(model: Any, tokenizer: Any) -> Tensor:
@@ -222,6 +230,35 @@ def test_answers_are_sampled_after_seeing_the_image(kind: str) -> None:
             assert sample_completions(model, tokenizer, [prompt[-3:], prompt], **given)[1].token_ids == [first]
             expected.add(first)
     assert len(expected) > 1
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "idefics3"])
+def test_features_of_prompts_are_those_of_their_images_too(kind: str) -> None:
+    tokenizer = seeing(kind)
+    model = model_of(kind, tokenizer)
+    encoder = ReferenceEncoder(PromptFeatures(layer=1), lambda: nullcontext(model), None, ImageInputs(tokenizer))
+    names = ("input_ids", "completion_mask", "thumbs_up", "row_id", "images")
+    table = Dataset.from_list([{name: row[name] for name in names} for row in samples_of(tokenizer)])
+    expected = torch.zeros(len(ROWS), 32)
+    with torch.no_grad():
+        for number, (images, asked, _) in enumerate(ROWS):
+            told = [
+                {"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": asked}]}
+            ]
+            text = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+            inputs = tokenizer.processor(
+                text=[text], **({"images": [pictures(images)]} if images else {}), return_tensors="pt"
+            )
+            expected[number] = model(**inputs, output_hidden_states=True).hidden_states[1][0].mean(0)
+        in_advance = torch.zeros_like(expected)
+        for places, batch in encoder.batches(table, np.arange(len(ROWS))):
+            in_advance[places] = encoder.features(batch)
+        set_layout(model, "padded")
+        with encoder.watching(model):
+            completion_log_probs(model, batch := batch_of(tokenizer))
+        in_step = encoder.features_in_step(batch)
+    assert torch.allclose(in_advance, expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(in_step, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -156,8 +156,7 @@ def _scores(rows: ScoredRows) -> list[_Line]:
         "reference_log_prob": rows.reference_log_probs_B,
         "completion_tokens": rows.completion_lengths_B,
     }
-    lists = [column.tolist() for column in columns.values()]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+    return [dict(zip(columns, each, strict=True)) for each in zip(*(c.tolist() for c in columns.values()), strict=True)]
 
 
 def _rank(lines: list[_Line]) -> None:

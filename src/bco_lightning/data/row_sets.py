@@ -20,13 +20,14 @@ from bco_lightning.data.chat import asks_for_date, chosen_template, today
 from bco_lightning.data.counts import FeedbackSummary, RowCounts
 from bco_lightning.data.feedback_beside import FeedbackBeside
 from bco_lightning.data.files import content_key, expand
+from bco_lightning.data.formats.record_format import RowFormat
 from bco_lightning.data.images import ImageFinder, ImageInputs
 from bco_lightning.data.options import Columns, DataOptions, Rating, Source
 from bco_lightning.data.presets import PRESETS
 from bco_lightning.data.records import record_file, seekable_files
 from bco_lightning.data.records.record_file import RecordFile
 from bco_lightning.data.remote import GIVEN, place_in, public_name
-from bco_lightning.data.rows import RatedRow, RowFormat, RowMaker
+from bco_lightning.data.rows import RatedRow, RowMaker
 from bco_lightning.data.stream import PlaceTable, RowPlace
 from bco_lightning.data.table import RowTable, held_out_prompts
 from bco_lightning.data.tokenize import RowTokenizer

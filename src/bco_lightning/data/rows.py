@@ -15,8 +15,6 @@ from bco_lightning.data.records.csv_rows import Cells, number_in, thumb_in
 from bco_lightning.data.values import MISSING, Record, column_of, keys_of, value_at
 from bco_lightning.errors import FeedbackRowError
 
-__all__ = ["RatedRow", "RowFormat", "RowMaker"]
-
 RatedRow = FeedbackRow | LeftOut | FeedbackRowError
 # Records without the marks of any format that may come before the first with some.
 _MOST_UNCLEAR = 100

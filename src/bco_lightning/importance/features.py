@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collate import collate
+from bco_lightning.data.collate import collate, select_known
+from bco_lightning.data.images import ImageInputs
 from bco_lightning.data.messages import said_in
 from bco_lightning.data.order import cut
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
@@ -43,19 +44,17 @@ class ReferenceEncoder:
 
     States of a prompt do not depend on what follows it, so they may come from a pass over whole rows. ``reference``
     gives the reference, on its device, for as long as its context lasts; ``depends_on`` has the digest of its weights,
-    and what else its states depend on.
+    and what else its states depend on; ``images`` makes what it sees of images.
 
     Raises:
         ConfigError: If the reference has no such layer, or no list of layers.
     """
 
     def __init__(
-        self,
-        features: PromptFeatures,
-        reference: Callable[[], AbstractContextManager[Any]],
-        depends_on: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._reference, self.pooling = reference, features.pooling
+        self, features: PromptFeatures, reference: Callable[[], AbstractContextManager[Any]],
+        depends_on: Mapping[str, Any] | None = None, images: ImageInputs | None = None,
+    ) -> None:  # fmt: skip
+        self._reference, self.pooling, self._images = reference, features.pooling, images
         self._states: Tensor | None = None
         with reference() as model:
             num_layers = len(decoder_layers_of(causal_lm_of(model))[1])
@@ -72,7 +71,7 @@ class ReferenceEncoder:
 
     def batches(self, dataset: Any, rows: Array) -> Iterator[tuple[Array, FeedbackBatch]]:
         """The prompts alone of some rows, in batches of at most 4,096 tokens; a longer prompt comes alone."""
-        columns = dataset.select_columns(["input_ids", "completion_mask", "thumbs_up", "row_id"])
+        columns = select_known(dataset, ("input_ids", "completion_mask", "thumbs_up", "row_id", "images"))
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             some = rows[start : start + _ROWS_AT_A_TIME]
             prompts = [_prompt_alone(row) for row in columns.select(some)]
@@ -80,7 +79,7 @@ class ReferenceEncoder:
             order = np.argsort(-lengths, kind="stable")  # of one length, as far as may be, for models that pad
             for chosen in (order[part] for part in cut(lengths[order], BATCH_TOKENS)):
                 # Prompts that begin alike are not shared: what rows are beside would show in the last bits.
-                yield some[chosen], collate([prompts[place] for place in chosen], share_prompts=False)
+                yield some[chosen], collate([prompts[at] for at in chosen], share_prompts=False, images=self._images)
 
     @torch.no_grad()
     def features(self, batch: FeedbackBatch) -> Tensor:

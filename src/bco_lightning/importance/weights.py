@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.datamodule import FeedbackDataModule
+from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import CheckpointError, ConfigError, FaultError
 from bco_lightning.identity import digest_of_tensors, digest_of_values
 from bco_lightning.importance.features import ReferenceEncoder, SentenceEncoder
@@ -119,7 +120,7 @@ class PromptWeighing:
         one fits, and where it cannot, all fail.
         """
         options, began = self._options, time.monotonic()
-        encoder = _encoder_of(options.prompt_features, reference, trainer)
+        encoder = _encoder_of(options.prompt_features, reference, trainer, ImageInputs(data.tokenizer))
         self._encoder, trainer = encoder, trainer or ALONE
         prompts = _Prompts(data, encoder, trainer)
         key = prompts.key(options.importance_clip)
@@ -168,10 +169,11 @@ class PromptWeighing:
             raise CheckpointError("checkpoint", problem, "Use the version that wrote it.") from error
 
 
-def _encoder_of(features: PromptFeatures, reference: Reference, trainer: Any) -> Encoder:
+def _encoder_of(features: PromptFeatures, reference: Reference, trainer: Any, images: ImageInputs) -> Encoder:
     if features.encoder == REFERENCE:
         depends_on = {"weights": reference.digest, "dtype": str(dtype_of_matrices(reference.policy))}
-        return ReferenceEncoder(features, partial(reference.before_training, trainer), depends_on)
+        depends_on["processor"] = images.digest()
+        return ReferenceEncoder(features, partial(reference.before_training, trainer), depends_on, images)
     with reference.before_training(trainer) as model:
         device = next(model.parameters()).device
     return SentenceEncoder(features.encoder, device)
