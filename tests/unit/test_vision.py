@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from bco_lightning import BCOModule, FeedbackDataModule
 from bco_lightning.batch import FeedbackBatch, FeedbackRow, TokenizedSample
@@ -31,7 +32,16 @@ from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.options import LoraSettings, PromptFeatures
 from bco_lightning.serving.export import export_checkpoint
 from tests.conftest import tiny_data, tiny_trainer, tokenized_row, write_jsonl
-from tests.unit.vision_models import KINDS, image_bytes, model_of, picture, processor_of, saved, tokenizer_of
+from tests.unit.vision_models import (
+    KINDS,
+    image_bytes,
+    model_of,
+    picture,
+    processor_of,
+    saved,
+    tokenizer_of,
+    torchvision_processor_of,
+)
 
 SIZES = ((20, 14), (16, 30), (15, 15))
 # Of each row the numbers of its images, what is said with them, and the answer.
@@ -104,6 +114,22 @@ def test_log_probs_and_gradients_of_rows_with_images_are_those_of_the_library(ki
             assert right.grad is not None or found.grad is None, name
             if right.grad is not None:
                 assert torch.allclose(found.grad.double(), right.grad, rtol=1e-3, atol=2e-4), name
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "mistral3"])
+def test_log_probs_are_right_by_a_processor_that_wants_torchvision(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("num2words")
+    tokenizer = tokenizer_of(kind)
+    model = model_of(kind, tokenizer)
+    model.save_pretrained(tmp_path)
+    torchvision_processor_of(kind, tokenizer).save_pretrained(tmp_path)
+    batch = batch_of(tokenizer := AutoTokenizer.from_pretrained(tmp_path))
+    set_layout(model, "padded")
+    with torch.no_grad():
+        found_B = completion_log_probs(model, batch).double()
+        tokenizer.processor = AutoProcessor.from_pretrained(tmp_path)
+        assert torch.allclose(found_B, by_hand(model.double(), tokenizer), rtol=2e-5, atol=2e-5)
 
 
 def test_rows_of_text_have_the_log_probs_of_the_text_model_alone() -> None:
@@ -281,6 +307,7 @@ def test_a_run_on_images_goes_on_exactly_where_it_stopped(folder: Path, tmp_path
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.skipif(bool(find_spec("torchvision")), reason="torchvision is installed")
 def test_a_processor_that_wants_torchvision_for_videos_is_loaded_without_them(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("qwen2_vl")
     model_of("qwen2_vl", tokenizer).save_pretrained(tmp_path)

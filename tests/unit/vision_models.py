@@ -22,7 +22,7 @@ _TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 _PLACEHOLDER = {
-    "llava": "<image>", "idefics3": "<image>", "gemma3": "<start_of_image>", "mistral3": "[IMG]",
+    "llava": "<image>", "idefics3": "<image>", "smolvlm": "<image>", "gemma3": "<start_of_image>", "mistral3": "[IMG]",
     "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }  # fmt: skip
@@ -105,6 +105,16 @@ def processor_of(kind: str, tokenizer: Any) -> Any:
     return PixtralProcessor(images, tokenizer, patch_size=4, spatial_merge_size=2)
 
 
+def torchvision_processor_of(kind: str, tokenizer: Any) -> Any:
+    """A processor that the library has for torchvision alone."""
+    if kind == "mistral3":
+        images = transformers.PixtralImageProcessor(size={"longest_edge": 16}, patch_size={"height": 4, "width": 4})
+        return transformers.PixtralProcessor(images, tokenizer, patch_size=4, spatial_merge_size=2)
+    sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
+    images, videos = transformers.SmolVLMImageProcessor(**sizes), transformers.SmolVLMVideoProcessor(**sizes)
+    return transformers.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4)
+
+
 def model_of(kind: str, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A random model in evaluation mode."""
     token = tokenizer.convert_tokens_to_ids
@@ -122,7 +132,7 @@ def model_of(kind: str, tokenizer: Any, dtype: torch.dtype = torch.float32) -> A
         }
         told = {"image_token_id": token("<image_soft_token>"), "mm_tokens_per_image": 4}
         told |= {"boi_token_index": token("<start_of_image>"), "eoi_token_index": token("<end_of_image>")}
-    elif kind == "idefics3":
+    elif kind in ("idefics3", "smolvlm"):
         text = {"model_type": "llama", **text}
         told |= {"scale_factor": 2, "pad_token_id": 1}
     elif kind == "mistral3":
