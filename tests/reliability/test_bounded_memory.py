@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import multiprocessing.util
 import pickle
 import random
 import tempfile
@@ -93,6 +94,7 @@ def test_memory_does_not_grow_with_the_log(trials: Trials, tmp_path: Path) -> No
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
+    multiprocessing.util.get_temp_dir()  # its own for the whole process, where it has sockets
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     module = FeedbackDataModule(make_log(tmp_path / "log.jsonl"), tokenizer=byte_tokenizer(), cache_rows=False)
     module.setup("fit")

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -248,6 +249,8 @@ def _child(function: Callable[..., Any], arguments: Any, environment: dict[str, 
     os.dup2(output, 1)
     os.dup2(output, 2)
     multiprocessing.set_start_method("fork", force=True)  # loader workers start as they do for a user
+    # From Python 3.14 on a forked process forgets what its parent has registered, but finalizers do not know that.
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     os.chdir(folder)
     torch.set_num_threads(1)
     code = 0

@@ -87,7 +87,7 @@ def test_a_yaml_bomb_is_refused_at_once(trials: Trials, capsys: pytest.CaptureFi
             status, seconds, megabytes = run("--config=bomb.yaml")
             error = capsys.readouterr().err
             assert status == 2
-            assert "error: bomb.yaml: expected" in error, error[-300:]
+            assert re.search(r"error: bomb\.yaml(:1)?: expected", error), error[-300:]  # libyaml 0.2.6 may say it, too
             assert len(error) < 1000
             assert seconds < 2, f"{seconds:.1f} s"
             assert megabytes < 200, f"{megabytes:.0f} MB"
