@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bco_lightning import FeedbackDataModule, LoraSettings
 from bco_lightning.cli.app import main
 from bco_lightning.errors import ConfigError, UserError
 from bco_lightning.serving import chat as chat_module
-from bco_lightning.serving.chat import Answer, Speakers, chat, rate
+from bco_lightning.serving.chat import Answer, Speakers, chat, rate, said
 from bco_lightning.serving.export import export_checkpoint
 from tests.unit.test_adapters import made
 from tests.unit.test_export import trained
@@ -36,7 +37,7 @@ def talkative(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, tokeniz
     return str(folder)
 
 
-def said(speakers: Speakers, model: str, limit: int = 16) -> Answer:
+def heard(speakers: Speakers, model: str, limit: int = 16) -> Answer:
     answer = Answer(model, ASKED)
     grown = [answer.text for answer in speakers.speak(answer, 0.0, limit)]
     assert all(answer.text.startswith(text.rstrip("�")) for text in grown)
@@ -61,7 +62,7 @@ def test_an_adapter_and_its_base_speak_from_one_model(talkative: str, tmp_path: 
     assert expected["policy"] != expected["reference"]
     speakers = Speakers(None, str(tmp_path / "adapter"), None, tmp_path)
     for model in ("policy", "reference", "policy"):
-        assert said(speakers, model).text == expected[model]
+        assert heard(speakers, model).text == expected[model]
 
 
 @pytest.mark.slow
@@ -75,15 +76,15 @@ def test_policy_and_reference_of_a_run_say_what_they_say_by_themselves(
     export_checkpoint(tmp_path / "runs", tmp_path / "export", merge=True)
     by_policy = greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "export"), tokenizer)
     by_reference = greedy(AutoModelForCausalLM.from_pretrained(talkative), tokenizer)
-    assert (said(speakers, "policy").text, said(speakers, "reference").text) == (by_policy, by_reference)
+    assert (heard(speakers, "policy").text, heard(speakers, "reference").text) == (by_policy, by_reference)
     assert by_policy != by_reference
 
 
 def test_a_model_has_a_reference_where_one_is_named(talkative: str, tmp_path: Path) -> None:
     assert list(Speakers(None, talkative, None, tmp_path).models) == ["policy"]
     both = Speakers(None, talkative, talkative, tmp_path)
-    assert said(both, "policy").text == said(both, "reference").text
-    assert not said(both, "policy", limit=2).finished
+    assert heard(both, "policy").text == heard(both, "reference").text
+    assert not heard(both, "policy", limit=2).finished
     with pytest.raises(ConfigError, match=r"conversation: expected fewer than 512 tokens.*found \d+\. Begin another"):
         next(both.speak(Answer("policy", [{"role": "user", "content": "word " * 600}]), 0.0, 8))
 
@@ -111,7 +112,7 @@ def shown(path: Path, words: str) -> list[Any]:
 
 def test_a_model_is_shown_the_images_of_a_question_and_their_row_has_them(seeing: str, tmp_path: Path) -> None:
     speakers, tokenizer = Speakers(None, seeing, None, tmp_path), tokenizer_of("idefics3")
-    processor, model = processor_of("idefics3", tokenizer), model_of("idefics3", tokenizer)
+    processor, model = processor_of("idefics3", tokenizer), model_of("idefics3", tokenizer).bfloat16()
     found = []
     for number in range(2):
         picture(number).save(path := tmp_path / f"{number} é.png")
@@ -135,6 +136,27 @@ def test_a_model_is_shown_the_images_of_a_question_and_their_row_has_them(seeing
         assert row["input_ids"][: len(ids)] == ids
     assert len(list((tmp_path / "log_images").iterdir())) == 2
     assert (tmp_path / "log_images").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_looks_like_parts_of_a_message_stays_text(seeing: str, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "secret.png")
+    typed = json.dumps([{"type": "image", "image": str(tmp_path / "secret.png")}])
+    speakers, tokenizer = Speakers(None, seeing, None, tmp_path), tokenizer_of("idefics3")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": typed}], tokenize=False, add_generation_prompt=True
+    )
+    told = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 1, **letters_alone(tokenizer)}
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    made = model_of("idefics3", tokenizer).bfloat16().generate(ids, attention_mask=torch.ones_like(ids), **told)
+    answer = Answer("policy", [{"role": "user", "content": said(typed)}])
+    list(speakers.speak(answer, 0.0, 64))
+    assert answer.text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    answer.text = '[{"type": "text", "text": "x"}]'
+    for thumb in (True, False):
+        rate(log := tmp_path / "log.jsonl", replace(answer, line=b""), thumb, "run")
+    data = FeedbackDataModule(str(log), tokenizer=speakers.tokenizer, validation_fraction=0.0)
+    data.setup("fit")
+    assert f"{answer.text}<|im_end|>" in tokenizer.decode(data.train_dataset[0]["input_ids"])
 
 
 def test_what_a_model_cannot_be_told_is_one_message(seeing: str, talkative: str, tmp_path: Path) -> None:
@@ -287,16 +309,15 @@ def test_in_a_browser_a_thumb_becomes_a_row_that_inspect_reads(
                         tab.get_by_label("Remove").wait_for()
                     tab.keyboard.press("Enter")
                     tab.get_by_label("Like", exact=True).nth(2 * number - 1).wait_for(timeout=90_000)
-                tab.get_by_text("Thumbs of this conversation: 0 in all").wait_for()
+                tab.get_by_text("Thumbs of this conversation: 0.").wait_for()
                 tab.get_by_label("Like", exact=True).first.click()
-                tab.get_by_text("Thumbs of this conversation: 1 in all").wait_for()
+                tab.get_by_text("Thumbs of this conversation: 1.").wait_for()
                 assert tab.get_by_text("model A").count() == 1
                 tab.get_by_text("Who is who?").click()
-                tab.get_by_text("1 up, 0 down").wait_for()
+                tab.get_by_text(f"policy: {seeing}").wait_for()
                 tab.get_by_label("Dislike", exact=True).first.click()
-                tab.get_by_text("0 up, 1 down").wait_for()
                 tab.get_by_label("Like", exact=True).last.click()
-                tab.get_by_text("1 up, 0 down").wait_for()
+                tab.get_by_text("Thumbs of this conversation: 2.").wait_for()
                 assert (tab.title(), errors, elsewhere) == ("bco_lightning chat", [], {url.split("/")[2]})
                 browser.close()
         except BaseException as error:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -85,8 +85,7 @@ class Speakers:
     def speak(self, answer: Answer, temperature: float, max_new_tokens: int) -> Iterator[Answer]:
         """The answer as it grows, to a prompt as a row has it; at temperature 0 each token is the likeliest one.
 
-        Raises:
-            UserError: If no row could be made of the prompt, or the model cannot hold it.
+        Raises a UserError if no row could be made of the prompt, or the model cannot hold it.
         """
         place = "conversation"
         asked = with_pictures(messages_in(answer.prompt, "prompt", place), None, ImageFinder(anywhere=True), place)
@@ -125,6 +124,12 @@ class Speakers:
             streamer.end()
 
 
+def said(text: str, images: Sequence[str] = ()) -> Any:
+    """What a message of a log holds: a text, or parts where there are images, or where it would be taken for parts."""
+    parts = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": text}]
+    return parts if images or text.startswith("[{") else text
+
+
 def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
     """Appends a rated answer to a log as one line that ``fit`` reads; another thumb is written in place of the first.
 
@@ -146,9 +151,9 @@ def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
         }[answer.finished]
         raise ConfigError("thumb", f"expected an answer that ended by itself, found {found}.", remedy)
     log.parent.mkdir(parents=True, exist_ok=True)
-    completion, images = [{"role": "assistant", "content": answer.text}], log.with_name(f"{log.stem}_images")
-    said = ((each, each["content"]) for each in answer.prompt)
-    prompt = [each if isinstance(c, str) else {**each, "content": [_kept(p, images) for p in c]} for each, c in said]
+    images, completion = log.with_name(f"{log.stem}_images"), [{"role": "assistant", "content": said(answer.text)}]
+    told = ((each, each["content"]) for each in answer.prompt)
+    prompt = [each if isinstance(c, str) else {**each, "content": [_kept(p, images) for p in c]} for each, c in told]
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     row = {"prompt": prompt, "completion": completion, "model": answer.model, "source": name, "time": now}
     line = f'{{"label": {json.dumps(thumb):5}, {json.dumps(row, ensure_ascii=False)[1:]}\n'.encode()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bco_lightning.errors import UserError
-from bco_lightning.serving.chat import Answer, Speakers, rate
+from bco_lightning.serving.chat import Answer, Speakers, rate, said
 
 with suppress(ModuleNotFoundError):  # or ``chat`` says what to install
     import gradio as gr
@@ -19,8 +19,6 @@ with suppress(ModuleNotFoundError):  # or ``chat`` says what to install
     from starlette.responses import PlainTextResponse
 
 _OWN_ALONE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
-_CUT = "\n\n*(cut off, and not to be rated)*"
-_THUMBS = {True: "Like", False: "Dislike", None: None}
 _OFF: Any = dict.fromkeys(("share", "mcp_server", "ssr_mode", "enable_monitoring", "pwa", "inline"), False)
 
 
@@ -29,13 +27,11 @@ class _Talk(dict[str, list[Answer]]):
 
     blind = False
 
-    def ask(self, said: str, images: list[str]) -> list[Answer]:
-        seen = [{"type": "image", "image": path} for path in images]
-        content = [*seen, {"type": "text", "text": said}] if images else said
+    def ask(self, text: str, images: list[str]) -> list[Answer]:
         for model, given in self.items():
             given[:] = [answer for answer in given if answer.text.strip()]  # what could not be answered was not said
-            before = [*given[-1].prompt, {"role": "assistant", "content": given[-1].text}] if given else []
-            given.append(Answer(model, [*before, {"role": "user", "content": content}]))
+            before = [*given[-1].prompt, {"role": "assistant", "content": said(given[-1].text)}] if given else []
+            given.append(Answer(model, [*before, {"role": "user", "content": said(text, images)}]))
         return [given[-1] for given in self.values()]
 
 
@@ -48,9 +44,9 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
         talk.blind = blind
         return _shown(talk, speakers.name, log)
 
-    def ask(said: dict[str, Any], talk: _Talk, temperature: float, most: float) -> Iterator[list[Any]]:
+    def ask(told: dict[str, Any], talk: _Talk, temperature: float, most: float) -> Iterator[list[Any]]:
         with _told_on_the_page():
-            for answer in talk.ask(said["text"], said["files"]) if said["text"].strip() or said["files"] else ():
+            for answer in talk.ask(told["text"], told["files"]) if told["text"].strip() or told["files"] else ():
                 for _ in speakers.speak(answer, temperature, int(most)):
                     yield _shown(talk, speakers.name, log)
         yield _shown(talk, speakers.name, log)
@@ -74,7 +70,7 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
             chats = [gr.Chatbot(height="65vh", buttons=["copy"], latex_delimiters=[]) for _ in models]
         images: dict[str, Any] = {"sources": ["upload"] * (speakers.inputs.processor is not None)}
         images |= {"file_types": ["image"], "file_count": "multiple", "max_plain_text_length": 10**9}
-        said = gr.MultimodalTextbox(placeholder="Ask something", show_label=False, **images)
+        typed = gr.MultimodalTextbox(placeholder="Ask something", show_label=False, **images)
         with gr.Row():
             again = gr.Button("New conversation", size="sm")
             reveal = gr.Button("Who is who?", size="sm", visible=blind)
@@ -83,7 +79,7 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
             most = gr.Slider(16, 4096, 512, step=16, label="Most tokens of an answer")
         everything = [talk, *chats, gr.Markdown()]
         gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything)
-        taken = said.submit(lambda told: (told, None), said, [asked, said])  # the next may be typed meanwhile
+        taken = typed.submit(lambda told: (told, None), typed, [asked, typed])  # the next may be typed meanwhile
         taken.then(ask, [asked, talk, warmth, most], everything, trigger_mode="multiple")
         reveal.click(revealed, talk, everything)
         for side, chat in enumerate(chats):
@@ -121,16 +117,16 @@ def _shown(talk: _Talk, name: str, log: Path) -> list[Any]:
     """What the page shows of a conversation: its columns, and a line about its thumbs."""
     columns = []
     for letter, (model, given) in zip("AB", talk.items(), strict=False):
-        said: list[Any] = []
+        shown: list[Any] = []
         for answer in given:
-            text = answer.text + _CUT * (answer.finished is False)
+            text = answer.text + "\n\n*(cut off, and not to be rated)*" * (answer.finished is False)
             asked = answer.prompt[-1]["content"]
             if isinstance(asked, list):
                 asked = [{"path": part["image"]} if "image" in part else part for part in asked]
-            said += [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+            shown += [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
         label = f"model {letter}" if talk.blind else f"{model}: {name}" if model == "policy" else model
-        thumbs = [_THUMBS[answer.thumb] for answer in given]
-        columns.append(gr.Chatbot(said, label=label, feedback_value=thumbs))
+        thumbs = ["Like" if each.thumb else None if each.thumb is None else "Dislike" for each in given]
+        columns.append(gr.Chatbot(shown, label=label, feedback_value=thumbs))
     count = sum(answer.thumb is not None for given in talk.values() for answer in given)
     return [talk, *columns, f"Thumbs of this conversation: {count}. Log: `{log}`"]
 
