@@ -139,24 +139,18 @@ def test_a_model_is_shown_the_images_of_a_question_and_their_row_has_them(seeing
 
 
 def test_what_looks_like_parts_of_a_message_stays_text(seeing: str, tmp_path: Path) -> None:
-    picture(0).save(tmp_path / "secret.png")
-    typed = json.dumps([{"type": "image", "image": str(tmp_path / "secret.png")}])
-    speakers, tokenizer = Speakers(None, seeing, None, tmp_path), tokenizer_of("idefics3")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": typed}], tokenize=False, add_generation_prompt=True
-    )
-    told = {"do_sample": False, "max_new_tokens": 64, "pad_token_id": 1, **letters_alone(tokenizer)}
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    made = model_of("idefics3", tokenizer).bfloat16().generate(ids, attention_mask=torch.ones_like(ids), **told)
+    typed = json.dumps([{"type": "image", "image": str(tmp_path / "nothing.png")}])  # an error, if it were sought
+    speakers, log = Speakers(None, seeing, None, tmp_path), tmp_path / "log.jsonl"
     answer = Answer("policy", [{"role": "user", "content": said(typed)}])
     list(speakers.speak(answer, 0.0, 64))
-    assert answer.text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
     answer.text = '[{"type": "text", "text": "x"}]'
     for thumb in (True, False):
-        rate(log := tmp_path / "log.jsonl", replace(answer, line=b""), thumb, "run")
+        rate(log, replace(answer, line=b""), thumb, "run")
     data = FeedbackDataModule(str(log), tokenizer=speakers.tokenizer, validation_fraction=0.0)
     data.setup("fit")
-    assert f"{answer.text}<|im_end|>" in tokenizer.decode(data.train_dataset[0]["input_ids"])
+    read = speakers.tokenizer.decode(data.train_dataset[0]["input_ids"])
+    assert f"{typed}<|im_end|>" in read
+    assert f"{answer.text}<|im_end|>" in read
 
 
 def test_what_a_model_cannot_be_told_is_one_message(seeing: str, talkative: str, tmp_path: Path) -> None:
