@@ -1,11 +1,10 @@
 """SmolLM2-135M-Instruct with LoRA, on thumbs drawn anew for the answers of the demonstration: the second scale.
 
-A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops two or three times to
-draw samples of the policy for each held-out prompt; it ends at the first of these beyond the KL that is read, but not
-before the second. A figure **at matched KL** is read off that path: its difference to the reference is fitted as
-d (a + b d), d = sqrt(KL), over these points (the form of Gao et al. 2023, "Scaling Laws for Reward Model
-Overoptimization"), so that all samples of a run speak; a KL beyond all points is not read. beta and learning rate are
-the same for all.
+A run trains once on the demonstration's prompts, with thumbs drawn from a known reward, and stops at some steps to draw
+samples of the policy for each held-out prompt; it ends at the first of these beyond the KL that is read. A figure **at
+matched KL** is read off that path between the two looks about it, the reference being the first: in sqrt(KL), in which
+Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization", found rewards to grow nearly linearly at first. A KL
+beyond all looks is not read. beta and learning rate are the same for all.
 
 Two rewards: ``tone``, VADER's compound score, which adds up over words, and ``neutral``, its share of warm less that of
 hostile words, which does not; thumbs are drawn from either, and samples are judged by both.
@@ -56,7 +55,7 @@ RUNS = [
     *(("pairs", "neutral", objective) for objective in ("bco", "dpo")),
     ("balanced", "neutral", "bco"),
 ]
-BETA, LEARNING_RATE, BATCH_SIZE, POINTS, SAMPLES = 0.1, 1e-3, 16, (25, 50, 80), 2
+BETA, LEARNING_RATE, BATCH_SIZE, POINTS, SAMPLES = 0.1, 1e-3, 16, (12, 25, 50, 80), 2
 KL = 1.0  # nats per answer, at which objectives are compared
 DRAWN = "pairs | tone | bco | 0"  # the run whose bounds are drawn
 FIGURES = {"tone": 3, "neutral": 3, "tokens": 1, "perplexity": 2, "distinct": 3}  # digits
@@ -119,7 +118,7 @@ class Watch(StepCallback):
         """Looks at the policy where it is time to; ends the run where all is there that is read of it."""
         if summary.step in self.points:
             self.found[summary.step] = self._look(module)
-            trainer.should_stop = not self.goes_on and _is_enough(list(self.found.values())[1:])
+            trainer.should_stop = not self.goes_on and self.found[summary.step]["kl"] >= KL
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *batch: Any) -> None:
         """Keeps the rewards of held-out rows by their places in the log, better and worse in turn."""
@@ -219,27 +218,22 @@ def _key(setting: str, reward: str, objective: str, seed: int) -> str:
     return f"{setting} | {reward} | {objective} | {seed}"
 
 
-def _is_enough(later: list[dict[str, float]]) -> bool:
-    """Whether a path has two points, the last of them beyond the KL that is read."""
-    return len(later) > 1 and later[-1]["kl"] >= KL
+def _is_there(runs: dict[str, Any], key: str) -> bool:
+    return str(POINTS[0]) in runs.get(key, {"points": ()})["points"]  # earlier ones looked later for the first time
 
 
 def at_kl(points: dict[str, dict[str, float]], figure: str, kl: float = KL) -> float:
-    """The difference of a figure to the reference where the KL is ``kl``: d (a + b d) by least squares; NaN beyond."""
-    reference, *later = points.values()
-    while _is_enough(later[:-1]):  # the run that is drawn goes on
-        later.pop()
-    if max(each["kl"] for each in later) < kl:
-        return math.nan
-    distance = torch.tensor([each["kl"] for each in later], dtype=torch.float64).sqrt()
-    gains = torch.tensor([each[figure] - reference[figure] for each in later], dtype=torch.float64)
-    a, b = torch.linalg.lstsq(torch.stack([distance, distance**2], 1), gains[:, None]).solution[:, 0]
-    return float(a * kl**0.5 + b * kl)
+    """The difference of a figure to the reference where the KL first is ``kl``, linear in its root; NaN beyond."""
+    looks = [(each["kl"] ** 0.5, each[figure]) for each in points.values()]
+    for (before, low), (after, high) in pairwise(looks):
+        if before <= kl**0.5 <= after:
+            return low + (high - low) * (kl**0.5 - before) / (after - before) - looks[0][1]
+    return math.nan
 
 
 def table(runs: dict[str, Any]) -> str:
     """Objective by setting, over whole seeds: mean and 95 % interval of what is read off each path."""
-    seeds = [seed for seed in range(100) if all(_key(*each, seed) in runs for each in RUNS)]
+    seeds = [seed for seed in range(100) if all(_is_there(runs, _key(*each, seed)) for each in RUNS)]
     if not seeds:
         return "No seed is whole yet."
     read = {
@@ -336,7 +330,7 @@ def main() -> None:
         return
     runs = json.loads(options.results.read_text("utf-8"))["runs"] if options.results.exists() else {}
     for seed, each in product(range(options.seeds), RUNS):
-        if (key := _key(*each, seed)) not in runs:
+        if not _is_there(runs, key := _key(*each, seed)):
             started = time.process_time()
             found = json.loads(json.dumps(run(*each, seed, POINTS, 64)))  # as it is read again
             runs[key] = found | {"cpu_seconds": round(time.process_time() - started)}

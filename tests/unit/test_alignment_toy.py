@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import alignment
 import toy
-from alignment_model import bounds
+from alignment_model import at_kl, bounds
 from toy import World
 from toy_objectives import BCO, EVERY, Mix, OddsByLength, PromptIntercept, tokens
 
@@ -202,3 +202,11 @@ def test_what_was_computed_is_not_computed_again(tmp_path: Path, monkeypatch: py
     again = alignment.Cells(path).fill("small", "bco", [0, 1])
     assert again["seeds"] == first["seeds"]
     assert first["seeds"].keys() == {"0", "1"}
+
+
+def test_a_figure_is_read_where_a_path_first_has_the_kl() -> None:
+    path = {str(n): {"kl": kl, "tone": 0.2 + 0.3 * kl**0.5} for n, kl in enumerate((0.0, 0.25, 2.25))}
+    assert at_kl(path, "tone", 1.0) == pytest.approx(0.3)
+    assert at_kl(path, "tone", 0.16) == pytest.approx(0.12)
+    assert math.isnan(at_kl(path, "tone", 2.5))
+    assert at_kl(path | {"3": {"kl": 0.9, "tone": 5.0}}, "tone", 1.0) == pytest.approx(0.3)
