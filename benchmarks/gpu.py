@@ -281,7 +281,8 @@ def ours(shape: str, lora: bool, batches: list[FeedbackBatch], **options: Any) -
     precision = options.pop("precision", "32-true" if dtype == torch.bfloat16 else "bf16-mixed")
     trainer = Trainer(
         accelerator="gpu" if CUDA else "cpu", devices=1, strategy=options.pop("strategy", "auto"), precision=precision,
-        max_steps=len(batches), max_epochs=1, gradient_clip_val=1.0, callbacks=[clock], logger=False,
+        max_steps=len(batches), max_epochs=1, gradient_clip_val=1.0, callbacks=[clock, *options.pop("callbacks", ())],
+        logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False,
     )  # fmt: skip
@@ -385,21 +386,29 @@ def fsdp2(shape: str, longest: int) -> None:
         )
 
 
+class Waits(Callback):
+    """Has PyTorch tell of each wait for the device, from the last step that does not count to the last step."""
+
+    def on_train_batch_start(self, trainer: Any, *told: Any) -> None:
+        """Begins; training waits nowhere else."""
+        if CUDA and trainer.global_step == WARM:
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Ends, before losses are looked at."""
+        if CUDA:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def waits(shape: str, longest: int) -> None:
     """How often the host waits for the device in a step, by PyTorch's own account, and where; once is meant."""
     batches = [known(collate(made_rows(varied(longest, 4, number), shape, number))) for number in range(WARM + 5)]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        if CUDA:
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            ours(shape, True, batches)
-        finally:
-            if CUDA:
-                torch.cuda.set_sync_debug_mode("default")
+        ours(shape, True, batches, callbacks=[Waits()])
     found = [f"{Path(each.filename).name}:{each.lineno}" for each in told if "synchronizing" in str(each.message)]
     places = dict(Counter(found).most_common(5))
-    note("waits for the device", of_each_step=len(found) / len(batches) if CUDA else "not counted", places=places)
+    note("waits for the device", of_each_step=len(found) / 5 if CUDA else "not counted", places=places)
 
 
 def main() -> None:

@@ -237,8 +237,7 @@ DEFECTS = [
     ),
     Defect(
         'S12', 'predictions hold the prompt', 'callbacks/prediction_writer.py',
-        '            line |= {"row": places[row], "source": labels[sources[row]]}\n',
-        '            line |= {"row": places[row], "source": table["prompt"][row]}\n',
+        '"source": labels[sources[row]], "thumbs_up"', '"source": table["prompt"][row], "thumbs_up"',
         ('tests/security/test_secrets.py::test_what_users_wrote_is_written_nowhere',),
     ),
     Defect(

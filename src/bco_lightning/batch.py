@@ -50,6 +50,7 @@ class TokenizedSample:
     prompt_length: int = 0  # both lengths are those before anything was cut
     completion_length: int = 0
     images: tuple[bytes, ...] = ()  # as `data/images.py` keeps them, in the order of their tokens
+    prompt_images: int = 0  # how many of them stand in the prompt
 
 
 @dataclass(frozen=True)

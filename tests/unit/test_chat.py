@@ -138,6 +138,24 @@ def test_a_model_is_shown_the_images_of_a_question_and_their_row_has_them(seeing
     assert (tmp_path / "log_images").stat().st_mode & 0o777 == 0o700
 
 
+def test_images_go_into_no_folder_that_others_can_open(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    answer = Answer("policy", shown(tmp_path / "a.png", "?"), "Yes.", finished=True)
+    rate(tmp_path / "log.jsonl", answer, True, "run")
+    (kept,) = (tmp_path / "log_images").iterdir()
+    before = kept.stat()
+    rate(tmp_path / "log.jsonl", answer, False, "run")  # the image is there already
+    assert kept.stat().st_mtime_ns == before.st_mtime_ns
+    (tmp_path / "other").mkdir()
+    (tmp_path / "new_images").symlink_to(tmp_path / "other")
+    (tmp_path / "open_images").mkdir(mode=0o755)
+    for name in ("new", "open"):
+        with pytest.raises(ConfigError, match="you alone can open"):
+            rate(tmp_path / f"{name}.jsonl", answer, True, "run")
+        assert not (tmp_path / f"{name}.jsonl").exists()
+    assert not list((tmp_path / "other").iterdir())
+
+
 def test_what_looks_like_parts_of_a_message_stays_text(seeing: str, tmp_path: Path) -> None:
     typed = json.dumps([{"type": "image", "image": str(tmp_path / "nothing.png")}])  # an error, if it were sought
     speakers, log = Speakers(None, seeing, None, tmp_path), tmp_path / "log.jsonl"
@@ -223,6 +241,8 @@ def test_an_answer_that_no_row_could_be_made_of_takes_no_thumb(
 ) -> None:
     with pytest.raises(ConfigError, match=f"thumb: expected an answer that ended by itself, found one that {found}"):
         rate(tmp_path / "log.jsonl", Answer("policy", ASKED, text, finished), True, "run")
+    with pytest.raises(UserError, match="NUL"):
+        rate(tmp_path / "log.jsonl", Answer("policy", ASKED, "a\0b", True), True, "run")
     assert not (tmp_path / "log.jsonl").exists()
 
 

@@ -83,7 +83,7 @@ def test_completion_says_what_to_install(capsys: pytest.CaptureFixture[str], mon
     assert "pip install 'bco-lightning[completion]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["plan", "--table"], ["plan", "--help", "--model=8B"], ["nothing", "--help"], []])
+@pytest.mark.parametrize("words", [["plan", "--gpus"], ["plan", "--help", "--model=8B"], ["nothing", "--help"], []])
 def test_nothing_else_is_kept(words: list[str]) -> None:
     with contextlib.suppress(SystemExit), help_.keeping_help(words):
         print("something")

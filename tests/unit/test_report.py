@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +50,8 @@ def test_it_says_so_when_nothing_improved() -> None:
     assert measured(same, better).verdict.startswith("WORSE")
 
 
-def test_the_file_holds_every_number(tmp_path: Path) -> None:
-    measured([[1.0]], [[0.0]]).write(tmp_path / "run" / "alignment.json")
-    written = json.loads((tmp_path / "run" / "alignment.json").read_text())
+def test_the_file_holds_every_number() -> None:
+    written = asdict(measured([[1.0]], [[0.0]]))  # as alignment.json is written
     promised = {
         "gain", "gain_low", "gain_high", "reward_policy", "reward_reference", "win_rate", "kl", "perplexity",
         "tokens_policy", "tokens_reference", "seed",

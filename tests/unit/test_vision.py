@@ -25,7 +25,7 @@ from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.importance.features import ReferenceEncoder
 from bco_lightning.inspection.inspect import inspect_log
 from bco_lightning.models.adapters import add_adapters
-from bco_lightning.models.generation import sample_completions
+from bco_lightning.models.generation import held_out_prompts, sample_completions
 from bco_lightning.models.layout import set_layout
 from bco_lightning.models.load import load_language_model, load_policy
 from bco_lightning.models.log_probs import completion_log_probs
@@ -285,6 +285,31 @@ def test_features_of_prompts_are_those_of_their_images_too(kind: str) -> None:
         in_step = encoder.features_in_step(batch)
     assert torch.allclose(in_advance, expected, rtol=1e-4, atol=1e-5)
     assert torch.allclose(in_step, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_behind_a_prompt_are_none_of_it(folder: Path, tmp_path: Path) -> None:
+    """Of a conversation all of whose answers are rated, the first question is the prompt."""
+
+    def asked(number: int) -> dict[str, Any]:
+        path = str(folder / f"{number % 4}.png")
+        return {"role": "user", "content": [{"type": "image", "path": path}, {"type": "text", "text": f"Nr {number}?"}]}
+
+    def answered(number: int) -> dict[str, Any]:
+        return {"role": "assistant", "content": "Yes." * (number % 3 + 1)}
+
+    talks = [[turn(2 * n + m) for m in range(2 - (n == 5)) for turn in (asked, answered)] for n in range(6)]
+    log = write_jsonl(tmp_path / "log.jsonl", [{"messages": talk, "label": n % 2} for n, talk in enumerate(talks)])
+    module = BCOModule(str(folder / "model"), lora=LoraSettings(r=2), dtype="float32", objective="kto")
+    given = {"loss_on": "all_turns", "max_length": 256, "image_folder": str(folder)}
+    data = tiny_data(log, validation_fraction=0.0, tokenizer=module.tokenizer, **given)
+    tiny_trainer(max_steps=2).fit(module, datamodule=data)  # whose batches, and whose check, exchange completions
+    table = data.train_dataset
+    assert [len(images) for images in table["images"]] == [2, 2, 2, 2, 2, 1]
+    assert [len(images) for images in held_out_prompts(table, None)[2]] == [1] * 6
+    encoder = ReferenceEncoder(
+        PromptFeatures(), lambda: nullcontext(module.policy), None, ImageInputs(module.tokenizer)
+    )
+    assert sum(len(encoder.features(batch)) for _, batch in encoder.batches(table, np.arange(6))) == 6
 
 
 @pytest.mark.slow

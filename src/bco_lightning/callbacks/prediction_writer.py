@@ -131,7 +131,7 @@ class PredictionWriter(Callback):
 
     def _of_prompt(self, module: Any, row: int, given: Any, seed: int) -> Iterator[_Line]:
         prompt = list(given["input_ids"][: list(given["completion_mask"]).index(True)])
-        seen = ImageInputs(module.tokenizer)(given.get("images"))
+        seen = ImageInputs(module.tokenizer)((given.get("images") or ())[: given.get("prompt_images")])
         for start in range(0, self.completions, _AT_ONCE):
             many = min(_AT_ONCE, self.completions - start)
             asked: _Line = {"max_new_tokens": self.max_new_tokens, "seed": seed + start * 1_000_003}

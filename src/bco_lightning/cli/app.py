@@ -153,8 +153,6 @@ def _dispatch(given: list[str]) -> None:
             "--gradient_checkpointing", nargs="?", const=True, default=False, type=bool | Literal["selective"],
             help="Compute activations again in the backward pass; selective, but for what matrix products gave.",
         )  # fmt: skip
-        told = "Print 8B, 70B and 405B on 8 to 1024 GPUs as markdown, and nothing else."
-        parser.add_argument("--table", action="store_true", help=told)
         plan_command(**parser.parsed(others))
     elif command == "completion":
         parser.description = _COMPLETION

@@ -17,7 +17,7 @@ from bco_lightning.data.order import cut
 # Columns that batches are made of; those at the end are there once they are known.
 COLUMNS = (
     "row_id", "input_ids", "completion_mask", "thumbs_up", "source", "prompt_key",
-    "score", "reference_log_prob", "importance_weight", "images", "seen",
+    "score", "reference_log_prob", "importance_weight", "images", "prompt_images", "seen",
 )  # fmt: skip
 _TOKENS = ("input_ids", "completion_mask")
 
@@ -122,11 +122,20 @@ def select_known(dataset: Dataset, names: Sequence[str]) -> Dataset:
     return dataset.select_columns([name for name in names if name in dataset.column_names])
 
 
+def has_later_images(sample: Mapping[str, Any]) -> bool:
+    """Whether images of a row stand behind its prompt, whose tokens another row's completion has not."""
+    return len(sample.get("images") or ()) > (sample.get("prompt_images") or 0)
+
+
 def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The prompt of one sample with the completion of another, as long as the longer; of weight 0 if prompts agree."""
+    """The prompt of one sample with the completion of another, as long as the longer; of weight 0 if prompts agree.
+
+    Of weight 0 are those with images behind the prompt, too.
+    """
     prompt, others = _prompt(sample), _prompt(other)
     tokens = {name: list(sample[name][: len(prompt)]) + list(other[name][len(others) :]) for name in _TOKENS}
-    is_other, longest = prompt != others, max(len(sample["input_ids"]), len(other["input_ids"]))
+    is_other = prompt != others and not (has_later_images(sample) or has_later_images(other))
+    longest = max(len(sample["input_ids"]), len(other["input_ids"]))
     chosen = {name: ids[:longest] for name, ids in tokens.items()} if is_other else {n: sample[n] for n in _TOKENS}
     kept = {"seen": sample["seen"], "row_id": sample["row_id"]}
     return {**chosen, **kept, "thumbs_up": False, "importance_weight": float(is_other)}

@@ -166,6 +166,7 @@ class StreamDataset(Dataset[dict[str, Any]]):
                         "thumbs_up": row.thumbs_up, "source": self._known(number)["source"],
                         "prompt_key": prompt_key(row),
                         "prompt": words_of(row.prompt), "images": outcome.images,
+                        "prompt_images": outcome.prompt_images,
                     }  # fmt: skip
                 else:
                     self._note(row, outcome)

@@ -56,6 +56,7 @@ class RowTable:
             "completion_length": pa.int32(),
             "score": pa.float64(),
             "images": pa.list_(pa.binary()),
+            "prompt_images": pa.int32(),
         }
     )
 
@@ -67,7 +68,7 @@ class RowTable:
         self._writer = pa.ipc.new_stream(str(self._draft), self.schema, options=options)
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
-        self._columns = [name for name in self.schema.names if name != "images"]  # tables of text have none for them
+        self._columns = [name for name in self.schema.names if "images" not in name]  # tables of text have none
         self._image_files: dict[str, int] = {}  # by path, when each was written
         self.told: dict[str, Any] = {"images": self._image_files}  # to be kept with the rows
         self.others = RowCounts("others")  # what became of rows that have no place here
@@ -161,7 +162,7 @@ class RowTable:
             ids.nbytes + mask.nbytes + len(prompt) + sum(map(len, sample.images)),
             input_ids=ids, completion_mask=mask, thumbs_up=row.thumbs_up, prompt=prompt, place=row.place, source=source,
             prompt_key=key, prompt_length=sample.prompt_length, completion_length=sample.completion_length,
-            score=row.score, images=sample.images,
+            score=row.score, images=sample.images, prompt_images=sample.prompt_images,
         )  # fmt: skip
 
     def divide(self, chosen: Mapping[str, Array]) -> dict[str, dict[str, Any]]:

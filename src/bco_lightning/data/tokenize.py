@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from bco_lightning.batch import FeedbackRow, LeftOut, TokenizedSample
 from bco_lightning.data.chat import PLAIN_TEMPLATE, TEMPLATE_FAILURES, ChatScript, ChatTemplate, chosen_template
 from bco_lightning.data.control_tokens import CannotBeTextError, ControlTokens
-from bco_lightning.data.images import TOO_LONG_WITH_IMAGES, WITH_IMAGE, ImageInputs, pictures_of
+from bco_lightning.data.images import IMAGES, TOO_LONG_WITH_IMAGES, WITH_IMAGE, ImageInputs, pictures_of
 from bco_lightning.data.joints import Joints, NoEdgeError, Piece
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.rows import RatedRow
@@ -122,7 +122,8 @@ class RowTokenizer:
         if pictures and isinstance(sample, TokenizedSample):
             if sample.prompt_cut or sample.completion_cut:
                 return LeftOut(row.place, TOO_LONG_WITH_IMAGES)
-            return replace(sample, images=tuple(picture.stored for picture in pictures))
+            first = sum(len(message.get(IMAGES, ())) for message in script.row.prompt)
+            return replace(sample, images=tuple(picture.stored for picture in pictures), prompt_images=first)
         return sample
 
     def _completion(self, turns: list[list[int]], speakers: list[bool]) -> tuple[list[int], list[bool]]:

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.collate import collate
 from bco_lightning.demo.tone import tone
 from bco_lightning.errors import ConfigError
@@ -77,11 +77,6 @@ class Alignment:
         if self.gain_high < 0:
             said, where = "WORSE", "lies below zero"
         return f"{said}: the 95 % interval of the gain in true reward {where}."
-
-    def write(self, path: Path) -> None:
-        """Writes the numbers as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def print(self, reward_name: str) -> None:
         """Prints the numbers as a table, with the verdict."""
@@ -149,7 +144,8 @@ class KnownRewardTrial(Callback):
             self.alignment = self.compare(pl_module, prompts)
             self.alignment.print(self.reward)
             if run_folder is not None:
-                self.alignment.write(run_folder / "alignment.json")
+                with written_whole(run_folder / "alignment.json") as partial:
+                    partial.write_text(json.dumps(asdict(self.alignment), indent=2) + "\n", encoding="utf-8")
         trainer.strategy.barrier("known reward trial")
 
     @torch.no_grad()

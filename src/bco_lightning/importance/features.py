@@ -71,7 +71,9 @@ class ReferenceEncoder:
 
     def batches(self, dataset: Any, rows: Array) -> Iterator[tuple[Array, FeedbackBatch]]:
         """The prompts alone of some rows, in batches of at most 4,096 tokens; a longer prompt comes alone."""
-        columns = select_known(dataset, ("input_ids", "completion_mask", "thumbs_up", "row_id", "images"))
+        columns = select_known(
+            dataset, ("input_ids", "completion_mask", "thumbs_up", "row_id", "images", "prompt_images")
+        )
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             some = rows[start : start + _ROWS_AT_A_TIME]
             prompts = [_prompt_alone(row) for row in columns.select(some)]
@@ -131,7 +133,8 @@ def _prompt_alone(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what follows the tokens before its first loss; a row's first token never carries loss."""
     mask = row["completion_mask"]
     length = next((place for place in range(1, len(mask)) if mask[place]), max(len(mask) - 1, 1))
-    return {**row, "input_ids": row["input_ids"][:length], "completion_mask": [False] * length}
+    alone = {"input_ids": row["input_ids"][:length], "completion_mask": [False] * length}
+    return {**row, **alone, "images": (row.get("images") or ())[: row.get("prompt_images")]}
 
 
 class SentenceEncoder:

@@ -31,7 +31,11 @@ def held_out_prompts(dataset: Any, most: int | None) -> tuple[list[list[int]], l
     rows = dataset[list(first.values())[:most]]
     pairs = zip(rows["input_ids"], rows["completion_mask"], strict=True)
     tokens = [list(ids[: list(mask).index(True)]) for ids, mask in pairs]
-    return tokens, [said_in(prompt) for prompt in list(first)[:most]], rows.get("images", [None] * len(tokens))
+    none = [None] * len(tokens)
+    images = [
+        (each or ())[:n] for each, n in zip(rows.get("images", none), rows.get("prompt_images", none), strict=True)
+    ]
+    return tokens, [said_in(prompt) for prompt in list(first)[:most]], images
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collate import collate
+from bco_lightning.data.collate import collate, has_later_images
 from bco_lightning.errors import ConfigError, LanguageModelError
 from bco_lightning.models.adapters import fuse_adapters
 from bco_lightning.models.attention import PackedRows
@@ -357,8 +357,9 @@ def _rows_to_try(causal_lm: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict
     answer = second["input_ids"][second["completion_mask"].index(True) :]
     mask = [False] * place + [True] * len(answer)
     ids = [*first["input_ids"][:place], *answer]
-    other = _cut({"input_ids": ids, "completion_mask": mask, "seen": first.get("seen")}, most, whole)
-    return [{**row, "thumbs_up": True, "row_id": 0} for row in (*known, other)]
+    other = [_cut({"input_ids": ids, "completion_mask": mask, "seen": first.get("seen")}, most, whole)]
+    other = [] if first.get("later") or second.get("later") else other
+    return [{**row, "thumbs_up": True, "row_id": 0} for row in (*known, *other)]
 
 
 def _cut(row: Mapping[str, Any], most: int, whole: bool) -> dict[str, Any]:
@@ -370,7 +371,7 @@ def _cut(row: Mapping[str, Any], most: int, whole: bool) -> dict[str, Any]:
     scored = [place for place, carries_loss in enumerate(mask) if carries_loss]
     kept = {*scored[:_SCORED], *scored[-_SCORED:]}
     scored_mask = [place in kept for place in range(len(ids))]
-    return {"input_ids": ids, "completion_mask": scored_mask, "seen": row.get("seen")}
+    return {"input_ids": ids, "completion_mask": scored_mask, "seen": row.get("seen"), "later": has_later_images(row)}
 
 
 def _made_up(vocabulary: int) -> list[dict[str, Any]]:

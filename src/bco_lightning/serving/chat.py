@@ -22,8 +22,9 @@ import torch
 from transformers import TextIteratorStreamer
 
 from bco_lightning.batch import FeedbackRow, Message, TokenizedSample
+from bco_lightning.checkpoints.folders import written_whole
 from bco_lightning.data.images import ImageFinder, ImageInputs, with_pictures
-from bco_lightning.data.messages import messages_in
+from bco_lightning.data.messages import check_size, messages_in
 from bco_lightning.data.options import DataOptions
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.errors import ConfigError
@@ -32,6 +33,7 @@ from bco_lightning.models.layout import causal_lm_of, joined_images
 from bco_lightning.models.load import locate_model, resolve_dtype
 from bco_lightning.module import BCOModule
 from bco_lightning.options import LoraSettings
+from bco_lightning.places import is_private
 from bco_lightning.serving.export import opened
 
 
@@ -137,7 +139,7 @@ def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
     copied beside the log, each once.
 
     Raises:
-        ConfigError: If the answer was cut off, or says nothing.
+        UserError: If the answer was cut off, says nothing, or is too long for a row; if others can read the images.
         OSError: If the log cannot be written, which is then as it was, or an image.
     """
     if not answer.finished or not answer.text.strip():
@@ -150,6 +152,7 @@ def rate(log: Path, answer: Answer, thumb: bool | None, name: str) -> None:
             None: ("one that is still being made", "Rate it once it is there."),
         }[answer.finished]
         raise ConfigError("thumb", f"expected an answer that ended by itself, found {found}.", remedy)
+    check_size([*answer.prompt, {"role": "assistant", "content": answer.text}], "thumb")
     log.parent.mkdir(parents=True, exist_ok=True)
     images, completion = log.with_name(f"{log.stem}_images"), [{"role": "assistant", "content": said(answer.text)}]
     told = ((each, each["content"]) for each in answer.prompt)
@@ -176,8 +179,13 @@ def _kept(part: Message, folder: Path) -> Message:
     if part["type"] != "image":
         return part
     folder.mkdir(mode=0o700, exist_ok=True)
+    if not is_private(folder):
+        found = f"expected {folder} to be a folder that you alone can open, found another."
+        raise ConfigError("thumb", found, "Make it one (chmod 700), or move it.")
     name = hashlib.sha256(Path(part["image"]).read_bytes()).hexdigest()[:32] + Path(part["image"]).suffix
-    shutil.copyfile(part["image"], folder / name)
+    if not (folder / name).exists():
+        with written_whole(folder / name) as partial:
+            shutil.copyfile(part["image"], partial)
     return {**part, "image": f"{folder.name}/{name}"}
 
 
