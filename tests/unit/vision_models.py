@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,7 +97,7 @@ def processor_of(kind: str, tokenizer: Any) -> Any:
     from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
     name = "transformers.models.pixtral.image_processing_pixtral"  # which wants torchvision
-    if name not in sys.modules:
+    if name not in sys.modules and not find_spec("torchvision"):
         sys.modules[name] = ModuleType(name)
         sys.modules[name].get_resize_output_image_size = None  # type: ignore[attr-defined]
     from transformers.models.pixtral.processing_pixtral import PixtralProcessor
