@@ -122,6 +122,11 @@ def select_known(dataset: Dataset, names: Sequence[str]) -> Dataset:
     return dataset.select_columns([name for name in names if name in dataset.column_names])
 
 
+def images_of_prompt(sample: Mapping[str, Any]) -> Any:
+    """The images of a row that stand in its prompt."""
+    return (sample.get("images") or ())[: sample.get("prompt_images")]
+
+
 def has_later_images(sample: Mapping[str, Any]) -> bool:
     """Whether images of a row stand behind its prompt, whose tokens another row's completion has not."""
     return len(sample.get("images") or ()) > (sample.get("prompt_images") or 0)

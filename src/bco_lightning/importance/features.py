@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collate import collate, select_known
+from bco_lightning.data.collate import collate, images_of_prompt, select_known
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.data.messages import said_in
 from bco_lightning.data.order import cut
@@ -134,7 +134,7 @@ def _prompt_alone(row: Mapping[str, Any]) -> dict[str, Any]:
     mask = row["completion_mask"]
     length = next((place for place in range(1, len(mask)) if mask[place]), max(len(mask) - 1, 1))
     alone = {"input_ids": row["input_ids"][:length], "completion_mask": [False] * length}
-    return {**row, **alone, "images": (row.get("images") or ())[: row.get("prompt_images")]}
+    return {**row, **alone, "images": images_of_prompt(row)}
 
 
 class SentenceEncoder:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from bco_lightning.data.collate import images_of_prompt
 from bco_lightning.data.messages import said_in
 from bco_lightning.models.layout import causal_lm_of, joined_images
 from bco_lightning.parallel.sharding import is_sharded
@@ -28,14 +29,9 @@ def held_out_prompts(dataset: Any, most: int | None) -> tuple[list[list[int]], l
     first: dict[str, int] = {}
     for number, prompt in enumerate(dataset["prompt"]):
         first.setdefault(prompt, number)
-    rows = dataset[list(first.values())[:most]]
-    pairs = zip(rows["input_ids"], rows["completion_mask"], strict=True)
-    tokens = [list(ids[: list(mask).index(True)]) for ids, mask in pairs]
-    none = [None] * len(tokens)
-    images = [
-        (each or ())[:n] for each, n in zip(rows.get("images", none), rows.get("prompt_images", none), strict=True)
-    ]
-    return tokens, [said_in(prompt) for prompt in list(first)[:most]], images
+    rows = list(dataset.select(list(first.values())[:most]))
+    tokens = [list(row["input_ids"][: list(row["completion_mask"]).index(True)]) for row in rows]
+    return tokens, [said_in(prompt) for prompt in list(first)[:most]], [images_of_prompt(row) for row in rows]
 
 
 @torch.no_grad()

@@ -357,9 +357,9 @@ def _rows_to_try(causal_lm: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict
     answer = second["input_ids"][second["completion_mask"].index(True) :]
     mask = [False] * place + [True] * len(answer)
     ids = [*first["input_ids"][:place], *answer]
-    other = [_cut({"input_ids": ids, "completion_mask": mask, "seen": first.get("seen")}, most, whole)]
-    other = [] if first.get("later") or second.get("later") else other
-    return [{**row, "thumbs_up": True, "row_id": 0} for row in (*known, *other)]
+    if not (first.get("later") or second.get("later")):
+        known.append(_cut({"input_ids": ids, "completion_mask": mask, "seen": first.get("seen")}, most, whole))
+    return [{**row, "thumbs_up": True, "row_id": 0} for row in known]
 
 
 def _cut(row: Mapping[str, Any], most: int, whole: bool) -> dict[str, Any]:
