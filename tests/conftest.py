@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -38,11 +39,15 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"installed outside the declared bounds: {outside}", returncode=3)
 
 
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["BCO_CACHE"], ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
-def converted_models(pytestconfig: pytest.Config) -> Path:
+def converted_models(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where GGUF files stay converted, from session to session where pytest may keep something."""
     cache = getattr(pytestconfig, "cache", None)
-    kept = cache.mkdir(CONVERTED) if cache else Path(tempfile.mkdtemp(prefix=CONVERTED))
+    kept = cache.mkdir(CONVERTED) if cache else tmp_path_factory.mktemp(CONVERTED)
     (Path(os.environ["BCO_CACHE"]) / CONVERTED).symlink_to(kept)
     return kept
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 from bco_lightning.batch import ScoredRows
 from bco_lightning.callbacks.held_out_rows import HELD_OUT_FILE, HeldOut
 from bco_lightning.checkpoints.folders import written_whole
-from bco_lightning.data.collate import collate, images_of_prompt
+from bco_lightning.data.collate import collate, images_of_prompt, prompt_of
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.models.generation import evaluating, sample_completions
 from bco_lightning.options import at_least, chosen_seed
@@ -130,7 +130,7 @@ class PredictionWriter(Callback):
                     yield from lines if mine else ()
 
     def _of_prompt(self, module: Any, row: int, given: Any, seed: int) -> Iterator[_Line]:
-        prompt = list(given["input_ids"][: list(given["completion_mask"]).index(True)])
+        prompt = prompt_of(given)
         seen = ImageInputs(module.tokenizer)(images_of_prompt(given))
         for start in range(0, self.completions, _AT_ONCE):
             many = min(_AT_ONCE, self.completions - start)

@@ -56,7 +56,7 @@ def collate(
         return replace(own, unrelated=collate(unrelated, share_prompts=False))
     sharing: dict[tuple[int, ...], list[int]] = {}
     for number, sample in enumerate(samples):
-        sharing.setdefault(_prompt(sample), []).append(number)
+        sharing.setdefault(prompt_of(sample), []).append(number)
     tokens: list[int] = []
     spans: list[Span] = []
     row_spans: dict[int, Span] = {}
@@ -111,7 +111,7 @@ def collate_cut(
     own = samples[: len(samples) // (2 if options.get("with_unrelated") else 1)]
     lengths, shares = [len(sample["input_ids"]) for sample in own], options["share_prompts"]
     units = [sample["prompt_key"] if whole_prompts else n // (1 + options["paired"]) for n, sample in enumerate(own)]
-    shared = [0, *(len(one) * (one == other) * shares for one, other in pairwise(map(_prompt, own)))]
+    shared = [0, *(len(one) * (one == other) * shares for one, other in pairwise(map(prompt_of, own)))]
     ends = [n for n in range(1, len(own) + 1) if n == len(own) or units[n] != units[n - 1]]
     parts = cut(lengths, most_tokens, padded=padded, shared=shared, ends=ends)
     return [collate([*own[part], *samples[len(own) :][part]], **options) for part in parts]
@@ -120,6 +120,12 @@ def collate_cut(
 def select_known(dataset: Dataset, names: Sequence[str]) -> Dataset:
     """A table with those of some columns that it has: one of text has none for images."""
     return dataset.select_columns([name for name in names if name in dataset.column_names])
+
+
+def prompt_of(sample: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens of a row before the first that carries loss; without any, all but its last, which starts a span."""
+    mask = sample["completion_mask"]
+    return tuple(sample["input_ids"][: next((place for place, loss in enumerate(mask) if loss), len(mask) - 1)])
 
 
 def images_of_prompt(sample: Mapping[str, Any]) -> Any:
@@ -137,7 +143,7 @@ def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[s
 
     Of weight 0 are those with images behind the prompt, too.
     """
-    prompt, others = _prompt(sample), _prompt(other)
+    prompt, others = prompt_of(sample), prompt_of(other)
     tokens = {name: list(sample[name][: len(prompt)]) + list(other[name][len(others) :]) for name in _TOKENS}
     is_other = prompt != others and not (has_later_images(sample) or has_later_images(other))
     longest = max(len(sample["input_ids"]), len(other["input_ids"]))
@@ -149,10 +155,3 @@ def _exchanged(sample: Mapping[str, Any], other: Mapping[str, Any]) -> Mapping[s
 def _known(samples: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype) -> Tensor | None:
     values = [sample.get(name) for sample in samples]
     return None if None in values else torch.tensor(values, dtype=dtype)
-
-
-def _prompt(sample: Mapping[str, Any]) -> tuple[int, ...]:
-    mask = sample["completion_mask"]
-    # A completion without a token that carries loss is all prompt but for its last token, which starts a span.
-    first = next((place for place, carries_loss in enumerate(mask) if carries_loss), len(mask) - 1)
-    return tuple(sample["input_ids"][:first])

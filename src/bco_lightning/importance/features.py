@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.data.collate import collate, images_of_prompt, select_known
+from bco_lightning.data.collate import collate, images_of_prompt, prompt_of, select_known
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.data.messages import said_in
 from bco_lightning.data.order import cut
@@ -130,10 +130,9 @@ class ReferenceEncoder:
 
 
 def _prompt_alone(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what follows the tokens before its first loss; a row's first token never carries loss."""
-    mask = row["completion_mask"]
-    length = next((place for place in range(1, len(mask)) if mask[place]), max(len(mask) - 1, 1))
-    alone = {"input_ids": row["input_ids"][:length], "completion_mask": [False] * length}
+    """A row without what follows its prompt; of one without a prompt, its first token."""
+    prompt = prompt_of(row) or tuple(row["input_ids"][:1])
+    alone = {"input_ids": prompt, "completion_mask": [False] * len(prompt)}
     return {**row, **alone, "images": images_of_prompt(row)}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from bco_lightning.data.collate import images_of_prompt
+from bco_lightning.data.collate import images_of_prompt, prompt_of
 from bco_lightning.data.messages import said_in
 from bco_lightning.models.layout import causal_lm_of, joined_images
 from bco_lightning.parallel.sharding import is_sharded
@@ -30,8 +30,8 @@ def held_out_prompts(dataset: Any, most: int | None) -> tuple[list[list[int]], l
     for number, prompt in enumerate(dataset["prompt"]):
         first.setdefault(prompt, number)
     rows = list(dataset.select(list(first.values())[:most]))
-    tokens = [list(row["input_ids"][: list(row["completion_mask"]).index(True)]) for row in rows]
-    return tokens, [said_in(prompt) for prompt in list(first)[:most]], [images_of_prompt(row) for row in rows]
+    words = [said_in(prompt) for prompt in list(first)[:most]]
+    return [list(prompt_of(row)) for row in rows], words, [images_of_prompt(row) for row in rows]
 
 
 @torch.no_grad()
