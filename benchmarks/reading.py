@@ -5,7 +5,7 @@
 
 Both sides read the same JSON lines and apply the same chat template; each run is a process of its own, and the clock
 starts after imports and the tokenizer. `again` is a second start of ours, which finds the rows tokenized; `streaming`
-reads them as steps need them, class weights from a sample of 2,000 rows.
+reads each once before the first step, keeps its place, and tokenizes it when a step needs it.
 """
 
 from __future__ import annotations

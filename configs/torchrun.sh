@@ -1,9 +1,9 @@
 #!/bin/bash
 # Trains on all GPUs of one or several nodes. On one node:
-#   configs/torchrun.sh configs/full.yaml --data.train_files LOG.jsonl
+#   configs/torchrun.sh configs/node_full.yaml --data.train_files LOG.jsonl
 # On two, the first on node0 and the second on the other:
-#   NNODES=2 NODE_RANK=0 HEAD=node0 configs/torchrun.sh configs/full.yaml --data.train_files LOG.jsonl
-#   NNODES=2 NODE_RANK=1 HEAD=node0 configs/torchrun.sh configs/full.yaml --data.train_files LOG.jsonl
+#   NNODES=2 NODE_RANK=0 HEAD=node0 configs/torchrun.sh configs/nodes_full.yaml --data.train_files LOG.jsonl
+#   NNODES=2 NODE_RANK=1 HEAD=node0 configs/torchrun.sh configs/nodes_full.yaml --data.train_files LOG.jsonl
 # The first argument is a config; more options may follow, such as --trainer.strategy fsdp2. With several nodes run_folder
 # has to be a folder that all of them see. The same command with --ckpt_path auto goes on with a run that was stopped.
 set -euo pipefail

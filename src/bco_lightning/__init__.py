@@ -12,6 +12,9 @@ if (
 ):
     del sys.path[0]
 
+if sys.platform == "win32":
+    raise ImportError("bco_lightning runs on Linux and macOS; on Windows, run it inside WSL 2.")
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -233,7 +233,7 @@ class BCOModule(LightningModule):
             importance_weights_B=weigher.weights_in_step(batch) if weigher else batch.importance_weights_B,
             others_B=torch.arange(len(batch), device=policy_log_probs_B.device) ^ 1 if batch.paired else None,
             scores_B=batch.scores_B,
-            prompt_keys_B=batch.prompt_keys_B,
+            prompt_keys_B=batch.prompt_keys_B if self._trainer is None or self._trainer.training else None,
             unrelated_log_ratios_U=unrelated_log_ratios_U,
         )
         losses_B = self.objective.losses(answers)
@@ -253,8 +253,8 @@ class BCOModule(LightningModule):
 
     def log_probs(self, batch: FeedbackBatch) -> tuple[Tensor, Tensor]:
         """Those of policy and reference, shape ``(B,)``."""
-        policy, trunk, routing = self.policy, self._trunk, cast(Routing, self._routing)  # the first makes the others
-        with routing.watched(batch):
+        policy, trunk = self.policy, self._trunk if batch.images_B is None else None  # which computes packed rows
+        with cast(Routing, self._routing).watched(batch):
             trunk_states_SH = trunk.states(batch) if trunk else None
             with trunk.left_out() if trunk else nullcontext():
                 policy_log_probs_B = completion_log_probs(policy, batch, trunk_states_SH=trunk_states_SH)
@@ -274,7 +274,7 @@ class BCOModule(LightningModule):
         self.step_rows, self.step_summary = [], None
         self.reference.policy_moves()
         if self._saved_optimizers:
-            restore_states(self, self.trainer.optimizers, self._saved_optimizers)
+            restore_states(self, self.trainer.optimizers, self._saved_optimizers, *self.trainer.lr_scheduler_configs)
             self._saved_optimizers = []
 
     def training_step(self, batch: FeedbackBatch | list[FeedbackBatch], batch_idx: int) -> Tensor:
@@ -351,7 +351,8 @@ class BCOModule(LightningModule):
         self.weighing.load_state_dict(checkpoint.get("importance"), self._data)
 
     def _changes_since(self, checkpoint: dict[str, Any]) -> list[str]:
-        made_of, accepted = {"beta": self.beta}, None
+        data, known = self._data, checkpoint.get("fingerprints", {}).keys() & {"chat_template"}
+        made_of, accepted = {"beta": self.beta, **{name: data.chat_template for name in known if data}}, None
         if self._trainer is not None and self.trainer.training:
             callbacks = self.trainer.checkpoint_callbacks
             accepted = [name for callback in callbacks for name in getattr(callback, "accept_changes", [])]
@@ -380,6 +381,8 @@ class BCOModule(LightningModule):
         module.on_load_checkpoint(checkpoint)
         refuse_other_given(checkpoint, module.policy, module.tokenizer)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
+        template = checkpoint.get("fingerprints", {}).get("chat_template")
+        module.tokenizer.chat_template = template or module.tokenizer.chat_template
         return module
 
     def fingerprints(self) -> dict[str, Any]:

@@ -305,6 +305,16 @@ def test_what_may_change_when_a_run_goes_on_is_told_by_name_with_both_values(
     assert caplog.text.count(" then, ") == 9
 
 
+def test_a_learning_rate_that_is_changed_when_a_run_goes_on_is_the_one_of_its_steps(
+    byte_model: str, feedback: str, tmp_path: Path
+) -> None:
+    whole = saving(byte_model, feedback, str(tmp_path), [5], cut())
+    resumed = resuming(byte_model, feedback, str(tmp_path), 5, cut(), module_options={"learning_rate": 2e-2})
+    rates = [{n: told["train/learning_rate"] for n, told in run["values"].items() if n > 5} for run in (whole, resumed)]
+    assert rates[1] == {step: pytest.approx(2 * rate) for step, rate in rates[0].items()}
+    assert resumed["learning_rate"] == [2 * rate for rate in whole["learning_rate"]]
+
+
 def test_a_checkpoint_that_another_callback_writes_within_a_step_goes_on_with_the_whole_step(
     byte_model: str, feedback: str, tmp_path: Path
 ) -> None:

@@ -210,8 +210,6 @@ TAKEN = ("log.jsonl", "link.jsonl", "dangling", "folder", "page.html", "log.json
         ((*INSPECT, "--config=config.yaml"), "--examples=1"),
         ((*PREDICT, "--config=config.yaml"), "--seed_everything=1"),
         *((("export", "--ckpt_path=none"), f"--output_dir={name}") for name in TAKEN),
-        (("make_feedback",), "--output_dir=folder"),
-        (("make_feedback",), "--output_dir=log.jsonl"),
     ],
 )
 def test_no_command_replaces_what_is_there_and_says_so_before_any_work(
@@ -219,10 +217,7 @@ def test_no_command_replaces_what_is_there_and_says_so_before_any_work(
     option: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from bco_lightning.demo import make_feedback
-
     for file, text in {"log.jsonl": "rows", "page.html": PAGE, "folder/train.jsonl": "rows"}.items():
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_text(text)
@@ -231,16 +226,11 @@ def test_no_command_replaces_what_is_there_and_says_so_before_any_work(
     Path("config.yaml").write_text("predictions: {path: README}\n" if command[0] == "predict" else "report: README\n")
     Path("README").write_text("mine")
     before = snapshot(tmp_path)
-    if command[0] == "make_feedback":
-        monkeypatch.setattr("sys.argv", ["make_feedback", option, "--model=none"])
-        with pytest.raises(ConfigError, match="--output_dir: expected a name to write under that is free"):
-            make_feedback.main()
-    else:
-        named = [] if command[0] == "export" else ["--model.name_or_path=none"]  # which would be missed a moment later
-        assert main([*command, *named, option]) == 2
-        said = capsys.readouterr().err
-        assert ": expected a name to write under that is free" in said, said
-        assert "Traceback" not in said
+    named = [] if command[0] == "export" else ["--model.name_or_path=none"]  # which would be missed a moment later
+    assert main([*command, *named, option]) == 2
+    said = capsys.readouterr().err
+    assert ": expected a name to write under that is free" in said, said
+    assert "Traceback" not in said
     assert snapshot(tmp_path) == before
 
 

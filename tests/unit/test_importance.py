@@ -111,6 +111,11 @@ def test_thumbs_down_rows_of_praised_prompts_gain_weight_and_others_lose(small_m
 def test_the_loss_of_a_row_is_multiplied_by_its_weight(small_model: str, diverging: str) -> None:
     _, weighted = fit(small_model, diverging)
     module, plain = fit(small_model, diverging, importance_weights="off")
+    data, again = tiny_data(diverging, validation_fraction=0), Batches()
+    for wanted in ("auto", "off"):  # weights of an earlier fit are none of a later one
+        trainer = tiny_trainer(max_steps=2, callbacks=[again := Batches()])
+        trainer.fit(tiny_module(small_model, importance_weights=wanted, learning_rate=1e-4), data)
+    assert torch.equal(again.rows[0].losses_B, plain.rows[0].losses_B)
     assert module.importance is None
     assert set(plain.weights.values()) == {1.0}
     with_weights, without = weighted.rows[0], plain.rows[0]
@@ -176,8 +181,8 @@ def test_a_second_run_finds_them_unless_options_differ_or_the_file_is_damaged(
         patch.setattr(ReferenceEncoder, "features", None)
         assert torch.equal(run().row_weights, first.row_weights)
     others = [run(prompt_features=PromptFeatures(layer=2)), run(prompt_features=PromptFeatures(pooling="last")),
-              run(importance_clip=(0.5, 2.0))]  # fmt: skip
-    assert len({first.key, *(other.key for other in others)}) == 4
+              run(importance_clip=(0.5, 2.0)), run(data={"max_prompt_length": 3})]  # fmt: skip
+    assert len({first.key, *(other.key for other in others)}) == 5
     file.write_bytes(flipped(file))
     with pytest.warns(UserWarning, match="expected importance weights of an earlier run.* computed again"):
         assert torch.equal(run().row_weights, first.row_weights)

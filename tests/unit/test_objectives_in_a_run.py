@@ -9,11 +9,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from bco_lightning import inspect_log
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.data.collate import collate
 from bco_lightning.errors import UserError
 from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.objectives import chosen_class_weights, class_weights_of, make_objective
+from bco_lightning.objectives.shifts import PromptSpread
+from bco_lightning.options import ModelOptions
 from tests.conftest import tiny_data, tiny_module, tiny_trainer, write_jsonl
+from tests.reliability.tiny_run import make_model
 
 
 @pytest.fixture
@@ -201,3 +206,78 @@ def test_baselines_are_in_checkpoints_and_another_objective_does_not_go_on(
     trainer, data = tiny_trainer(max_steps=9), tiny_data(log)
     with pytest.raises(UserError, match="objective"):
         trainer.fit(tiny_module(tiny_model, **other), data, ckpt_path=step)
+
+
+def losses_on(data: Any, model: str, **options: Any) -> torch.Tensor:
+    watch = Watch()
+    tiny_trainer(max_steps=2, callbacks=[watch]).fit(tiny_module(model, **options), data)
+    return torch.cat([rows.losses_B for rows in watch.rows])
+
+
+@pytest.mark.parametrize(("before", "now"), [("bco", "kto"), ("dpo", "bco"), ("bco", "dpo"), ("inspect", "kto")])
+def test_rows_of_a_data_module_that_is_used_again_are_drawn_for_the_new_objective(
+    tiny_model: str, tmp_path: Path, before: str, now: str
+) -> None:
+    pairs = [{"prompt": f"{n}?", "chosen": f"yes {n}", "rejected": "no " * (n % 3 + 1)} for n in range(12)]
+    singles = [{"prompt": f"more {n}?", "completion": f"yes {n}", "label": True} for n in range(6)]
+    pairs_file = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    files = [pairs_file] if "dpo" in (before, now) else [pairs_file, write_jsonl(tmp_path / "log.jsonl", singles)]
+    module = tiny_module(tiny_model, objective=now)
+    once, twice = (tiny_data(files, validation_fraction=0.0, seed=0, tokenizer=module.tokenizer) for _ in range(2))
+    if before == "inspect":
+        inspect_log(module, twice)
+    else:
+        losses_on(twice, tiny_model, objective=before)
+    expected = losses_on(once, tiny_model, objective=now)
+    assert torch.equal(losses_on(twice, tiny_model, objective=now), expected)
+    assert expected.isfinite().all()
+
+
+def test_what_an_objective_asks_of_rows_is_asked_again_where_they_were_read_before(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    data = tiny_data(log)
+    losses_on(data, tiny_model)
+    with pytest.raises(UserError, match="expected pairs"):
+        losses_on(data, tiny_model, objective="dpo")
+    rows = [{"prompt": f"{n}?", "completion": f"yes {n}", "label": True} for n in range(8)]
+    up = write_jsonl(tmp_path / "up.jsonl", rows)
+    data = tiny_data(up)
+    for _ in range(2):
+        with pytest.raises(UserError, match="expected thumbs of both kinds"):
+            losses_on(data, tiny_model)
+    with pytest.raises(UserError, match="expected thumbs of both kinds"):
+        losses_on(tiny_data(up, balanced_sampling=True), tiny_model, objective="sft")
+
+
+def test_rows_are_tokenized_again_for_a_module_with_another_tokenizer(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    data, other = tiny_data(log, max_length=256), make_model(tmp_path)
+    losses_on(data, tiny_model)
+    losses_on(data, other)
+    assert all("Tell me about thing" in data.tokenizer.decode(ids) for ids in data.train_dataset["input_ids"])
+    assert max(map(max, data.train_dataset["input_ids"])) < len(data.tokenizer) < 1000
+
+
+def test_held_out_rows_have_the_loss_of_new_prompts_however_they_are_cut(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{n % 4}?", "completion": f"yes {n}", "label": n % 4 < 2} for n in range(16)]
+    log, found = write_jsonl(tmp_path / "log.jsonl", rows), []
+    monkeypatch.setattr(PromptSpread, "value", 2.0)
+    for size in (8, 1):
+        module = tiny_module(tiny_model, reward_shift="per_prompt")
+        options = {"validation_files": log, "group_by_prompt": True, "seed": 0}
+        tiny_trainer(max_steps=2, limit_val_batches=0).fit(module, tiny_data(log, batch_size=8, **options))
+        found += tiny_trainer().validate(module, tiny_data(log, batch_size=size, **options), verbose=False)
+    assert found[0]["val/loss"] == pytest.approx(found[1]["val/loss"], rel=1e-5)
+
+
+def test_a_mix_with_scores_keeps_the_class_weights_of_its_other_parts() -> None:
+    options, shares = ModelOptions("no/model"), (0.1, 0.9)
+    alone, mixed = (
+        chosen_class_weights(options, make_objective(name), lambda: shares) for name in ("una", {"bco": 1, "una": 0.1})
+    )
+    assert alone == (1.0, 1.0)
+    assert mixed == class_weights_of(*shares)

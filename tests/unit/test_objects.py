@@ -30,11 +30,13 @@ def model_object(tiny_model: str, name: str | None = None, **options: Any) -> An
     return model.train()
 
 
-def fitted(module: BCOModule, log: str, folder: Path | None = None, steps: int = 3, **options: Any) -> BCOModule:
+def fitted(
+    module: BCOModule, log: str, folder: Path | None = None, steps: int = 3, data: Any = None, **options: Any
+) -> BCOModule:
     checkpoint = RunCheckpoint()
     checkpoint.run_folder = folder
     saving = {"enable_checkpointing": True, "callbacks": [checkpoint], "default_root_dir": folder} if folder else {}
-    tiny_trainer(max_steps=steps, **saving).fit(module, tiny_data(log, seed=0), **options)
+    tiny_trainer(max_steps=steps, **saving).fit(module, tiny_data(log, seed=0, **(data or {})), **options)
     return module
 
 
@@ -160,6 +162,11 @@ def test_a_module_and_its_checkpoint_score_as_the_run_did(
     found = score(rows, policy=module)
     assert found.rewards.abs().max() > 1e-3
     assert torch.equal(score(rows, policy=str(tmp_path / "run")).rewards, found.rewards)
+    plain = fitted(tiny_module(tiny_model, beta=0.3), log, tmp_path / "plain", data={"chat_template": "plain"})
+    told = score(rows, policy=plain)
+    assert torch.equal(score(rows, policy=tmp_path / "plain").rewards, told.rewards)
+    by_hand = score(rows, policy=plain.policy, reference=tiny_model, tokenizer=plain.tokenizer, chat_template="plain")
+    assert torch.allclose(told.policy_log_probs, by_hand.policy_log_probs, atol=1e-4)
     batch = next(iter(module_data(module, rows).predict_dataloader()))
     assert torch.allclose(module.predict_step(batch, 0).rewards_B, found.rewards, atol=1e-5)
 

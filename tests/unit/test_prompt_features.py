@@ -76,11 +76,13 @@ def encoder_of(model: nn.Module, **features: Any) -> ReferenceEncoder:
 # --- states of the reference
 
 
-@pytest.mark.parametrize(("layout", "pooling"), [("packed", "mean"), ("shared", "last"), ("padded", "mean")])
+@pytest.mark.parametrize(
+    ("layout", "pooling"), [("packed", "mean"), ("shared", "last"), ("padded", "mean"), ("alone", "last")]
+)
 def test_the_reference_pass_of_whole_rows_leaves_the_states_of_each_prompt_alone(layout: str, pooling: str) -> None:
     policy = adapted(top=5)
-    if layout == "padded":
-        set_layout(policy, "padded")
+    if layout in ("padded", "alone"):
+        set_layout(policy, layout)
     reference = Reference(policy, ModelBuilder(ModelOptions("no/model"), torch.device("cpu")))
     samples = samples_of([(6, 9), (6, 1), (6, 20)] if layout == "shared" else LENGTHS, same_prompt=layout == "shared")
     batch, encoder = collate(samples), encoder_of(policy, layer=3, pooling=pooling)

@@ -358,3 +358,18 @@ def test_a_tower_that_is_trained_gets_gradients_of_zero_from_rows_of_text() -> N
     batch = collate([{**row, "thumbs_up": True, "row_id": 0}])
     completion_log_probs(model, batch).sum().backward()
     assert all(each.grad is not None and not each.grad.any() for each in model.model.vision_tower.parameters())
+
+
+def test_images_after_a_start_without_any_go_through_all_layers(folder: Path, tmp_path: Path) -> None:
+    words = [{"prompt": f"What is {n}?", "completion": f"Answer {n}.", "label": bool(n % 2)} for n in range(8)]
+    module = BCOModule(str(folder / "model"), lora=LoraSettings(r=2, top_layers=1), dtype="float32", learning_rate=0.05)
+    log = write_jsonl(tmp_path / "log.jsonl", words)
+    tiny_trainer(max_steps=2).fit(module, tiny_data(log, max_length=128, validation_fraction=0.0, seed=0))
+    assert "first 1 layers run once" in module.said_of_rows
+    seen = FeedbackDataModule(predict_files=str(folder / "log.jsonl"), tokenizer=module.tokenizer, batch_size=9)
+    seen.setup("predict")
+    (batch,) = seen.predict_dataloader()
+    policy_B, reference_B = module.log_probs(batch)
+    expected_B = completion_log_probs(load_language_model(str(folder / "model"), torch.float64), batch)
+    assert torch.allclose(reference_B.double(), expected_B.double(), atol=1e-3)
+    assert torch.allclose(policy_B, completion_log_probs(module.policy, batch), atol=1e-5)

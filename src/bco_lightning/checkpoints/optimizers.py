@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from bco_lightning.errors import CheckpointError
 
@@ -20,8 +22,15 @@ def states_by_name(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[d
 
 
 @torch.no_grad()
-def restore_states(module: nn.Module, optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+def restore_states(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    states: Sequence[Mapping[str, Any]],
+    *schedulers: LRSchedulerConfig,
+) -> None:
     """Gives optimizers, before their first step, what :func:`states_by_name` has told.
+
+    Weight decay is the run's own; so is a learning rate that a ``LambdaLR`` makes of its step.
 
     Each value goes into the tensor that the optimizer itself has made for it, so that it has the shape, data type,
     strides and device that the optimizer's kernels expect, whatever a checkpoint says; else it is refused.
@@ -37,21 +46,25 @@ def restore_states(module: nn.Module, optimizers: Sequence[Optimizer], states: S
         if list(map(set, names)) != list(map(set, found)) or unknown:
             raise _other(f"the state of {sum(map(len, names))} parameters", "that of others")
         pairs = zip(own["param_groups"], saved["param_groups"], strict=True)
-        groups = [{**group, **_rates(theirs)} for group, theirs in pairs]
+        groups = [{**group, "lr": _rate({**group, **theirs})} for group, theirs in pairs]
         filled = {  # a parameter that never had a gradient has no state
             name: _filled(value, saved["state"][name], name)
             for name, value in own["state"].items()
             if name in saved["state"]
         }
         optimizer.load_state_dict({"state": filled, "param_groups": groups})
+    for scheduler in (config.scheduler for config in schedulers):
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+            for group, share in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * share(scheduler.last_epoch)
 
 
-def _rates(group: Mapping[str, Any]) -> dict[str, float]:
-    """What changes while a run goes on; how its optimizer works is the run's own to say."""
-    rates = {name: group[name] for name in ("lr", "initial_lr", "weight_decay") if name in group}
-    if any(type(rate) not in (int, float) or not math.isfinite(rate) or rate < 0 for rate in rates.values()):
-        raise _other(f"finite numbers as {', '.join(rates)}", "others")
-    return rates
+def _rate(group: Mapping[str, Any]) -> float:
+    rate = group["lr"]
+    if type(rate) not in (int, float) or not math.isfinite(rate) or rate < 0:
+        raise _other("a finite number as lr", "another")
+    return float(rate)
 
 
 def _filled(own: Any, found: Any, where: str) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from bco_lightning.batch import LeftOut
 from bco_lightning.data.labels import NO_FEEDBACK
 from bco_lightning.errors import FeedbackRowError
@@ -77,6 +79,15 @@ class RowCounts:
                 self.name,
                 f"expected rows to use, found none ({self.num_left_out} left out, {self.malformed.count} malformed).",
                 reasons,
+            )
+
+    def warn_of_one_class(self) -> None:
+        """Warns where rows to measure by have thumbs of one kind."""
+        if bool(self.up) != bool(self.down):
+            kind = "thumbs-up" if self.up else "thumbs-down"
+            rank_zero_warn(
+                f"{self.name}: all {self.used} rows are {kind}. val/loss is that of one class; what compares the two, "
+                "such as val/auroc and val/margin, is not known (nan). Give data.validation_files with both."
             )
 
     def take(self, row: LeftOut | FeedbackRowError) -> None:

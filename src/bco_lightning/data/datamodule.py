@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from bco_lightning.batch import FeedbackBatch
@@ -32,6 +32,7 @@ from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.training import TrainingRows, telling_rows
 from bco_lightning.errors import ConfigError
+from bco_lightning.identity import digest_of_tokenizer
 from bco_lightning.parallel.collectives import Processes
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
@@ -70,15 +71,14 @@ class FeedbackDataModule(LightningDataModule):
         super().__init__()
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.options = with_given(DataOptions(*positional, **options), given, self)
-        # What is wrong with an option is said before anything is read.
-        for source in (*self.options.sources("train"), Source("any")):
+        for source in (*self.options.sources("train"), Source("any")):  # what is wrong is said before anything is read
             row_format_of(self.options, source)
         self._tokenizer, self._day_is_given = tokenizer, True
         self._rows: dict[str, ReadRows] = {}  # by what was asked for, in the order in which it was read
         self._found: list[ReadRows] = []  # also where no row of it can be used
         self._training: TrainingRows | None = None
-        # A process may have no row of a small evaluation set.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._read_with = ""  # digest of a tokenizer
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a process may have no row to evaluate
 
     @property
     def train_dataset(self) -> Dataset | None:
@@ -120,15 +120,15 @@ class FeedbackDataModule(LightningDataModule):
             values = np.asarray(values)
             if values.shape != (len(dataset),):
                 raise ValueError(f"expected {len(dataset)} values for {column}, found {values.shape}")
-            # Without a name of its own the table would be hashed whole, to make one.
-            dataset = dataset.add_column(column, values, new_fingerprint=secrets.token_hex(8))
+            dataset = dataset.add_column(column, values, new_fingerprint=secrets.token_hex(8))  # or it is hashed whole
         row_sets[name].dataset = dataset
 
     def telling_rows(self, *names: str) -> list[dict[str, Any]]:
         """Rows that a trial should see, with what a model sees of their images."""
-        found = []
-        for name in names or self._row_sets:
-            found += telling_rows(self._dataset(name) or (self.training.table(_DRAWN) if name == "train" else None))
+        tables = {name: self._dataset(name) for name in names or self._row_sets}
+        if "train" in tables:
+            tables["train"] = self.training.table(_DRAWN)
+        found = [row for table in tables.values() for row in telling_rows(table)]
         return [{**row, "seen": ImageInputs(self.tokenizer)(row.get("images"))} for row in found]
 
     @property
@@ -154,6 +154,11 @@ class FeedbackDataModule(LightningDataModule):
         if self.trainer is None:
             raise ConfigError("FeedbackDataModule", "expected a tokenizer or a BCOModule's trainer, found neither.")
         return self.trainer.lightning_module.tokenizer
+
+    @property
+    def chat_template(self) -> str:
+        """The template that rows are told by."""
+        return chosen_template(self.tokenizer, self.options.chat_template)
 
     @property
     def row_tokenizer(self) -> RowTokenizer:
@@ -216,6 +221,9 @@ class FeedbackDataModule(LightningDataModule):
         """
         trainer: Any = self.trainer
         self._date_templates()
+        self._training = None  # another module may draw the same rows by another objective, or have another tokenizer
+        if (read_with := digest_of_tokenizer(self.tokenizer)) != self._read_with:
+            self._rows, self._found, self._read_with = {}, [], read_with
         if self._group.world_size == 1:
             return self._read(stage)
         if trainer._accelerator_connector.use_distributed_sampler:
@@ -311,7 +319,7 @@ class FeedbackDataModule(LightningDataModule):
             "rows": training.row_set.counts.used,
             "row_digest": training.row_set.digest,
             "rows_per_step": self.rows_per_step,
-            "chat_template": chosen_template(self.tokenizer, options.chat_template),
+            "chat_template": self.chat_template,
             "source_weights": training.weights,
             **({"processor": ImageInputs(self.tokenizer).digest()} if "images" in columns else {}),
             **({"template_date": options.template_date} if options.template_date and self._is_dated else {}),
@@ -330,44 +338,39 @@ class FeedbackDataModule(LightningDataModule):
             rank_zero_info(f"chat template: it asks for the date, and is told {day} (data.template_date)")
 
     def _read(self, stage: str | None) -> None:
-        options = self.options
-        refuse_options(self._objective, options)
+        options, objective = self.options, self._objective
+        refuse_options(objective, options)
         if stage in ("fit", None):
             self._read_training()
         elif stage == "predict":
-            self._read_once("predict")
+            self._read_files("predict")
         elif stage == "test" and options.sources("test"):
-            self._read_once("test")
+            self._read_files("test")
         elif self.validation_dataset is None:
             if options.sources("validation"):
-                self._read_once("validation")
+                self._read_files("validation")
             elif options.sources("train") and not options.streaming:
                 self._read_training()
             if self.validation_dataset is None:
                 raise ConfigError("data.validation_files", "expected files to evaluate on, found none.")
+        # Also of rows that were read before, for another module.
+        for name, rows in self.datasets_of(stage or "fit").items() if objective and stage != "predict" else ():
+            require(objective, rows, name)
+        if stage in ("fit", None) and (options.balanced_sampling or not getattr(objective, "takes_one_class", False)):
+            self.training.check_classes()
 
     def _read_training(self) -> None:
         options = self.options
         if not options.sources("train"):
             raise ConfigError(*_NO_TRAINING_FILES)
-        if "training" in self._rows:
-            return
-        found = self._reader.read_training(self._cache)
-        rank_zero_info(str(found.summary))
-        self._keep("training", found)
-        if not getattr(self._objective, "takes_one_class", False):
-            self.training.check_classes()
-        held_out = found.row_sets.get("validation")
-        if held_out and bool(held_out.counts.up) != bool(held_out.counts.down):
-            kind = "thumbs-up" if held_out.counts.up else "thumbs-down"
-            rank_zero_warn(
-                f"validation: all {held_out.counts.used} rows are {kind}. val/loss is that of one class; what compares "
-                "the two, such as val/auroc and val/margin, is not known (nan). Give data.validation_files with both."
-            )
+        if "training" not in self._rows:
+            self._keep("training", self._reader.read_training(self._cache))
+        if held_out := self._rows["training"].row_sets.get("validation"):
+            held_out.counts.warn_of_one_class()
         if options.streaming and not options.sources("validation") and options.validation_fraction:
             rank_zero_info("validation: nothing is held out of a stream; give data.validation_files to measure it")
 
-    def _read_once(self, name: str) -> None:
+    def _read_files(self, name: str) -> None:
         if not (sources := self.options.sources(name)):
             raise ConfigError(f"data.{name}_files", "expected files to score, found none.")
         if name not in self._rows:
@@ -375,11 +378,11 @@ class FeedbackDataModule(LightningDataModule):
 
     def _keep(self, name: str, found: ReadRows) -> None:
         self._found.append(found)
-        for row_set in found.row_sets.values():
-            rank_zero_info(str(row_set.counts))
-            row_set.counts.require_used()
-            if name != "predict":
-                require(self._objective, row_set.dataset, row_set.counts.name)
+        counts = [row_set.counts for row_set in found.row_sets.values()]
+        for told in filter(None, (found.summary, *counts)):
+            rank_zero_info(str(told))
+        for each in counts:
+            each.require_used()
         self._rows[name] = found
 
     @property
@@ -442,7 +445,6 @@ class FeedbackDataModule(LightningDataModule):
             batch_sampler=sampler,
             collate_fn=partial(collate_cut, whole_prompts=getattr(self._objective, "takes_prompts", False), **collated),
             num_workers=self.options.num_workers,
-            # Without its own, a loader draws from the global generator whenever it is iterated.
-            generator=torch.Generator().manual_seed(self.options.row_seed),
+            generator=torch.Generator().manual_seed(self.options.row_seed),  # or it would draw from the global one
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

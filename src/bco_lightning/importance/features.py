@@ -25,7 +25,7 @@ from bco_lightning.data.order import cut
 from bco_lightning.errors import ConfigError, LanguageModelError, UserError
 from bco_lightning.identity import digest_of_tensors, digest_of_tokenizer, digest_of_values
 from bco_lightning.metrics import Array
-from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, only_layers, predicting_states
+from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, layout_of, only_layers, predicting_states
 from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete
 from bco_lightning.options import PromptFeatures
 from bco_lightning.parallel.sharding import is_sharded, run_gathered
@@ -55,7 +55,8 @@ class ReferenceEncoder:
         depends_on: Mapping[str, Any] | None = None, images: ImageInputs | None = None,
     ) -> None:  # fmt: skip
         self._reference, self.pooling, self._images = reference, features.pooling, images
-        self._states: Tensor | None = None
+        self._states: list[Tensor] = []  # of each call of the layer
+        self._is_alone = False  # a call for each row
         with reference() as model:
             num_layers = len(decoder_layers_of(causal_lm_of(model))[1])
         if not num_layers:
@@ -98,9 +99,10 @@ class ReferenceEncoder:
     def watching(self, model: Any) -> Iterator[None]:
         """Within it the last pass through the layer leaves its states for :meth:`features_in_step`."""
         layer = decoder_layers_of(causal_lm_of(model))[1][self.depth - 1]
+        self._states, self._is_alone = [], layout_of(causal_lm_of(model)) == "alone"
 
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
-            self._states = (output if isinstance(output, Tensor) else output[0]).detach()
+            self._states.append((output if isinstance(output, Tensor) else output[0]).detach())
 
         # What torch.compile has made of a layer does not know its hooks, and there is no public way around it.
         hook, compiled = layer.register_forward_hook(keep), layer._compiled_call_impl
@@ -114,11 +116,13 @@ class ReferenceEncoder:
     @torch.no_grad()
     def features_in_step(self, batch: FeedbackBatch) -> Tensor:
         """Features ``(B, H)``, float32, of a micro-batch whose pass was watched: of all before the first loss."""
-        if self._states is None:
+        found, device = self._states[-len(batch) if self._is_alone else -1 :], batch.input_ids_S.device
+        if not found:
             raise RuntimeError(f"no forward pass has run decoder layer {self.depth}")
-        states, device = self._states, batch.input_ids_S.device
-        self._states = None
-        if states.ndim == 2 or len(states) == 1:  # packed: a micro-batch is one row
+        states, self._states = found[-1], []
+        if self._is_alone:
+            states = pad_sequence([row.flatten(0, -2) for row in found], batch_first=True)
+        elif states.ndim == 2 or len(states) == 1:  # packed: a micro-batch is one row
             places_BT = pad_sequence([torch.tensor(span.places()) for span in batch.row_spans], batch_first=True)
             states = states.reshape(-1, states.shape[-1])[places_BT.to(device, non_blocking=True)]
         ends_B = torch.tensor(batch.lengths).to(device, non_blocking=True)

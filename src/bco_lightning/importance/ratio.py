@@ -111,7 +111,7 @@ def fit_density_ratio(
     report = TrustReport(encoder, float(up_P.sum()), float(down_P.sum()), len(up_P))
     if why_not := too_few(up_P, down_P, keys_P) or _unusable(features_PH):
         nothing = torch.zeros(K, features_PH.shape[1], dtype=torch.float64)
-        ratio = DensityRatio(nothing[0], nothing, torch.zeros(K, dtype=torch.float64), clip=clip)
+        ratio = DensityRatio(nothing[0].clone(), nothing, torch.zeros(K, dtype=torch.float64), clip=clip)
         return FittedRatio(ratio, torch.zeros(len(up_P), dtype=torch.float64), replace(report, why_not=why_not))
     # Threads of BLAS wait for each other longer than such small products take, and their number shows in the bits.
     with threadpool_limits(1):

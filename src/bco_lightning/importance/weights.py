@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
@@ -103,8 +104,9 @@ class PromptWeighing:
     def start(self, data: FeedbackDataModule | None, reference: Reference, trainer: Any) -> None:
         """Weighs the training rows, if that is asked for; refused where ``on`` asks for weights without a test."""
         self.weights, self.in_step = None, False
-        wanted = self._options.importance_weights
-        if wanted == "off":
+        if data is not None and data.train_dataset is not None:
+            data.set_column("train", "importance_weight", None)  # an earlier fit may have left some
+        if (wanted := self._options.importance_weights) == "off":
             return
         if data is None:
             raise ConfigError(_OPTION, f"expected off where no FeedbackDataModule is used, found {wanted}.")
@@ -197,6 +199,12 @@ class _Prompts:
         rows = hashlib.sha256()
         for values in (self.keys_P, self.num_up_P, self.num_down_P, self.numbers_R, self.up_R):
             rows.update(values.tobytes())
+        for some in np.array_split(self.first_rows_P, len(self.first_rows_P) // 1000 + 1):  # what the reference sees
+            for name in ("input_ids", "completion_mask"):
+                lists = self.dataset.data.column(name).take(some)
+                rows.update(
+                    np.asarray(pc.list_value_length(lists)).tobytes() + np.asarray(pc.list_flatten(lists)).tobytes()
+                )
         described = {"version": METHOD_VERSION, "encoder": self._encoder.fingerprint, "clip": list(clip)}
         return digest_of_values({**described, "rows": rows.hexdigest()})[:32]
 

@@ -22,7 +22,7 @@ class Mix(Objective):
             part.reward_shift = self.reward_shift
             self.baselines |= {f"{name}_{key}": baseline for key, baseline in part.baselines.items()}
         kinds = self._parts.values()
-        for what in ("takes_pairs", "takes_scores", "takes_unrelated"):
+        for what in ("takes_pairs", "takes_scores", "takes_unrelated", "takes_class_weights"):
             setattr(self, what, any(getattr(part, what) for part in kinds))
         for what in ("takes_one_class", "takes_importance"):
             setattr(self, what, all(getattr(part, what) for part in kinds))

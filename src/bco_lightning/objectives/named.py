@@ -48,10 +48,10 @@ def objective_of(options: ModelOptions) -> Objective:
 def chosen_class_weights(
     options: ModelOptions, objective: Objective, frequencies: Callable[[], tuple[float, float] | None]
 ) -> tuple[float, float]:
-    """Weights of thumbs-up and thumbs-down rows: those given, or of the class frequencies; 1 and 1 of scores."""
+    """Weights of thumbs-up and thumbs-down rows: those given, or of the class frequencies; 1 and 1 of scores alone."""
     if not isinstance(options.class_weights, str):
         return options.class_weights
-    if options.class_weights == "none" or objective.takes_scores:
+    if options.class_weights == "none" or not objective.takes_class_weights:
         return 1.0, 1.0
     if (shares := frequencies()) is None:
         problem = "expected two numbers or 'none' where no FeedbackDataModule is used, found 'auto'."

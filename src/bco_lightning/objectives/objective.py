@@ -75,6 +75,7 @@ class Objective:
 
     takes_pairs: bool = False  # and nothing else; both answers of one are in a micro-batch
     takes_scores: bool = False  # instead of thumbs
+    takes_class_weights: bool = True
     takes_prompts: bool = False  # all answers to one prompt in a micro-batch
     takes_unrelated: bool = False  # log-ratios of answers to other prompts
     takes_one_class: bool = False  # is content with one

@@ -16,6 +16,7 @@ class UNA(Objective):
     """
 
     takes_scores = True
+    takes_class_weights = False
     takes_one_class = True
     is_centered = True  # there the score is a half
 

@@ -82,14 +82,14 @@ _SEEING = {
 
 
 def export_checkpoint(
-    ckpt_path: Path,
-    output_dir: Path,
+    ckpt_path: str | Path,
+    output_dir: str | Path,
     *,
     merge: bool = False,
     gguf: GgufDtype | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     push_to_hub: str | None = None,
-    run_folder: Path = Path("runs/bco"),
+    run_folder: str | Path = "runs/bco",
 ) -> None:
     """Writes model or adapter, tokenizer with chat template, reward shift and model card.
 
@@ -113,9 +113,8 @@ def export_checkpoint(
         ConfigError: If there is anything under the name ``output_dir``, it cannot be written to, or the hub refuses.
         LanguageModelError: If the adapter cannot be merged or GGUF hold the model, or what was written is not it.
     """
-    require_free("--output_dir", output_dir)
-    module, told = opened(ckpt_path, dtype, run_folder)
-    chat_template = told.get("fingerprints", {}).get("chat_template")
+    require_free("--output_dir", output_dir := Path(output_dir))
+    module, told = opened(Path(ckpt_path), dtype, Path(run_folder))
     adapted, whole = module.lora is not None, bool(merge or gguf) or module.lora is None
     policy: Any = module.policy
     # An adapter that was trained on belongs to its own base, not to the adapter that came in.
@@ -127,8 +126,6 @@ def export_checkpoint(
         if whole and adapted:
             with in_words(module.options.name_or_path, "PEFT adapter that can be merged"):
                 policy = merge_adapter(policy)
-        if chat_template is not None:
-            module.tokenizer.chat_template = chat_template
         file, config = folder / f"{output_dir.name}-{gguf}.gguf", policy.config
         if gguf is not None:
             write_gguf(policy, module.tokenizer, file, gguf)

