@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BCO_CACHE"] = tempfile.mkdtemp(prefix="bco_cache-")  # for fixtures that outlive a test; not the user's own
+atexit.register(shutil.rmtree, os.environ["BCO_CACHE"], ignore_errors=True)  # also of processes that tests start
 
 import pytest
 import torch
@@ -37,10 +39,6 @@ warnings.filterwarnings("ignore", module="lightning")
 def pytest_sessionstart() -> None:
     if outside := outside_the_bounds():
         pytest.exit(f"installed outside the declared bounds: {outside}", returncode=3)
-
-
-def pytest_sessionfinish() -> None:
-    shutil.rmtree(os.environ["BCO_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

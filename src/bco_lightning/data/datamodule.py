@@ -358,6 +358,8 @@ class FeedbackDataModule(LightningDataModule):
             require(objective, rows, name)
         if stage in ("fit", None) and (options.balanced_sampling or not getattr(objective, "takes_one_class", False)):
             self.training.check_classes()
+        if (held_out := self._row_sets.get("validation")) and stage in ("fit", None, "validate"):
+            held_out.counts.warn_of_one_class()
 
     def _read_training(self) -> None:
         options = self.options
@@ -365,8 +367,6 @@ class FeedbackDataModule(LightningDataModule):
             raise ConfigError(*_NO_TRAINING_FILES)
         if "training" not in self._rows:
             self._keep("training", self._reader.read_training(self._cache))
-        if held_out := self._rows["training"].row_sets.get("validation"):
-            held_out.counts.warn_of_one_class()
         if options.streaming and not options.sources("validation") and options.validation_fraction:
             rank_zero_info("validation: nothing is held out of a stream; give data.validation_files to measure it")
 
