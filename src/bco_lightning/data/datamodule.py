@@ -342,10 +342,8 @@ class FeedbackDataModule(LightningDataModule):
         refuse_options(objective, options)
         if stage in ("fit", None):
             self._read_training()
-        elif stage == "predict":
-            self._read_files("predict")
-        elif stage == "test" and options.sources("test"):
-            self._read_files("test")
+        elif stage == "predict" or (stage == "test" and options.sources("test")):
+            self._read_files(stage)
         elif self.validation_dataset is None:
             if options.sources("validation"):
                 self._read_files("validation")
