@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch, ScoredRows, StepSummary, micro_batches_of
 from bco_lightning.callbacks import OF_THE_METHOD
@@ -20,6 +19,7 @@ from bco_lightning.callbacks.step_callback import loss_in_passes, passes_of, sum
 from bco_lightning.checkpoints.format import read_checkpoint, use_verified_io
 from bco_lightning.checkpoints.optimizers import restore_states, states_by_name
 from bco_lightning.checkpoints.tensors import leave_out_frozen, miss_trained_only, refuse_not_finite
+from bco_lightning.data.chat import told_by
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import CheckpointError, ConfigError
 from bco_lightning.identity import (
@@ -32,7 +32,7 @@ from bco_lightning.identity import (
     versions,
 )
 from bco_lightning.importance.weights import ImportanceWeights, PromptWeighing
-from bco_lightning.models.build import ModelBuilder, make_optimizer, require_sharded
+from bco_lightning.models.build import ModelBuilder, require_sharded, scheduled_optimizer
 from bco_lightning.models.experts import Routing
 from bco_lightning.models.layout import FrozenTrunk, Layout, causal_lm_of, find_trunk, layout_of
 from bco_lightning.models.load import load_tokenizer, locate_model, usable_tokenizer, with_given
@@ -83,6 +83,7 @@ class BCOModule(LightningModule):
         self._routing: Routing | None = None
         self._layout_reason, self._fingerprints, self._accepted_changes = "", dict[str, Any](), list[str]()
         self._saved_optimizers: list[dict[str, Any]] = []
+        self.told: dict[str, str] = {}  # what told the rows that it was trained on: chat template, day
         self._given = (model, tokenizer)  # in a tuple, or the model would be a submodule
         self._tokenizer = tokenizer and usable_tokenizer(tokenizer, "tokenizer")
 
@@ -172,7 +173,7 @@ class BCOModule(LightningModule):
         if stage == "fit":
             refuse_other_start(self._data, self.reference, lambda batch: self(batch)[1], trainer)
             self.weighing.start(self._data, self.reference, trainer)
-            self._fingerprints = self._own_fingerprints()
+            self._fingerprints, self.told = self._own_fingerprints(), self._data.told if self._data else {}
         if is_known:
             self.reference.release()
 
@@ -206,11 +207,8 @@ class BCOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained, with a linear warm-up and the chosen schedule over all optimizer steps."""
-        options, num_steps = self.options, self.num_steps()
-        optimizer = make_optimizer(options, [each for each in self.parameters() if each.requires_grad])
-        warmup = min(math.ceil(options.warmup_ratio * num_steps), num_steps - 1)  # its first step has a rate of 0
-        scheduler = get_scheduler(options.lr_schedule, optimizer, warmup, num_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        trained = [each for each in self.parameters() if each.requires_grad]
+        return scheduled_optimizer(self.options, trained, self.num_steps())
 
     # --- a step
 
@@ -343,7 +341,8 @@ class BCOModule(LightningModule):
             self.setup(stage)
         self._accepted_changes = [*checkpoint.get("accepted_changes", []), *self._changes_since(checkpoint)]
         # Kept from Lightning, which would give them to an optimizer as they are.
-        self._saved_optimizers, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
+        moments, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
+        self._saved_optimizers = moments if self._trainer is not None and self._trainer.training else []
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
         self.objective.load_state_dict(checkpoint.get("baselines", {}))
         self.steps_before = checkpoint["global_step"]
@@ -351,8 +350,9 @@ class BCOModule(LightningModule):
         self.weighing.load_state_dict(checkpoint.get("importance"), self._data)
 
     def _changes_since(self, checkpoint: dict[str, Any]) -> list[str]:
-        data, known = self._data, checkpoint.get("fingerprints", {}).keys() & {"chat_template"}
-        made_of, accepted = {"beta": self.beta, **{name: data.chat_template for name in known if data}}, None
+        told, known = self._data.told if self._data else {}, checkpoint.get("fingerprints", {})
+        made_of: dict[str, Any] = {"beta": self.beta, **{name: told[name] for name in told.keys() & known}}
+        accepted = None
         if self._trainer is not None and self.trainer.training:
             callbacks = self.trainer.checkpoint_callbacks
             accepted = [name for callback in callbacks for name in getattr(callback, "accept_changes", [])]
@@ -381,8 +381,8 @@ class BCOModule(LightningModule):
         module.on_load_checkpoint(checkpoint)
         refuse_other_given(checkpoint, module.policy, module.tokenizer)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
-        template = checkpoint.get("fingerprints", {}).get("chat_template")
-        module.tokenizer.chat_template = template or module.tokenizer.chat_template
+        module.told = {n: v for n, v in checkpoint["fingerprints"].items() if n in ("chat_template", "template_date")}
+        module._tokenizer = told_by(module.tokenizer, module.told.get("chat_template"))
         return module
 
     def fingerprints(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bco_lightning import inspect_log
 from bco_lightning.callbacks import RunCheckpoint
@@ -281,3 +282,43 @@ def test_a_mix_with_scores_keeps_the_class_weights_of_its_other_parts() -> None:
     )
     assert alone == (1.0, 1.0)
     assert mixed == class_weights_of(*shares)
+
+
+def test_rows_are_told_anew_for_a_run_with_another_template(tiny_model: str, log: str, tmp_path: Path) -> None:
+    module, checkpoint = tiny_module(tiny_model), RunCheckpoint()
+    checkpoint.run_folder = tmp_path
+    saving = tiny_trainer(max_steps=2, enable_checkpointing=True, callbacks=[checkpoint])
+    saving.fit(module, tiny_data(log, chat_template="plain"))
+    step = max((tmp_path / "checkpoints").iterdir())
+    held_out, loaded = tiny_data(log, validation_files=log), type(module).load_from_checkpoint(step)
+    (other,) = tiny_trainer().validate(tiny_module(tiny_model), held_out, verbose=False)
+    (found,) = tiny_trainer().validate(loaded, held_out, verbose=False)
+    plain = tiny_data(log, validation_files=log, chat_template="plain")
+    (expected,) = tiny_trainer().validate(module, plain, verbose=False)
+    assert found["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-5) != other["val/loss"]
+    with pytest.raises(UserError, match=r"chat_template: .* then, .* now"):
+        tiny_trainer().validate(tiny_module(tiny_model), held_out, ckpt_path=str(step), verbose=False)
+
+
+def test_a_data_module_that_is_used_again_finds_out_anew_how_many_tokens_fit(tiny_model: str, log: str) -> None:
+    data = tiny_data(log, tokens_per_micro_batch="auto")
+    losses_on(data, tiny_model)
+    assert data.options.tokens_per_micro_batch == "auto"
+
+
+def test_held_out_rows_of_a_stream_have_the_reference_of_the_model_that_scores_them(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    options = {"streaming": True, "validation_files": log}
+    used, new = tiny_data(log, **options), tiny_data(log, **options)
+    other = type(AutoModelForCausalLM.from_pretrained(tiny_model))(AutoConfig.from_pretrained(tiny_model))
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "other")
+    found = []
+    for model, data in ((tiny_model, used), (str(tmp_path / "other"), used), (str(tmp_path / "other"), new)):
+        module = tiny_module(model, lora=None, learning_rate=1e-4)
+        trainer = tiny_trainer(max_steps=6)
+        trainer.fit(module, data)
+        found.append(float(trainer.callback_metrics["val/loss"]))
+        trainer.validate(module, data, verbose=False)
+    assert found[1] == pytest.approx(found[2], rel=1e-5)

@@ -7,6 +7,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import cached_property
@@ -195,6 +196,16 @@ def chosen_template(tokenizer: Any, chat_template: str | None) -> str:
             "Set data.chat_template to a Jinja file, or to 'plain' for a base model without a chat format.",
         )
     return str(own)
+
+
+def told_by(tokenizer: Any, template: str | None) -> Any:
+    """The tokenizer, or one like it with the template of a run; where that is its default, it keeps its others."""
+    own = tokenizer.chat_template
+    if template is None or template == (own.get("default") if isinstance(own, dict) else own):
+        return tokenizer
+    other = copy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def asks_for_date(tokenizer: Any, chat_template: str | None) -> bool:

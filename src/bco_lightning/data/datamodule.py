@@ -32,7 +32,7 @@ from bco_lightning.data.stream import StreamDataset
 from bco_lightning.data.tokenize import RowTokenizer
 from bco_lightning.data.training import TrainingRows, telling_rows
 from bco_lightning.errors import ConfigError
-from bco_lightning.identity import digest_of_tokenizer
+from bco_lightning.identity import digest_of_values
 from bco_lightning.parallel.collectives import Processes
 from bco_lightning.parallel.sharding import sharding_of
 from bco_lightning.places import cache_root
@@ -77,7 +77,8 @@ class FeedbackDataModule(LightningDataModule):
         self._rows: dict[str, ReadRows] = {}  # by what was asked for, in the order in which it was read
         self._found: list[ReadRows] = []  # also where no row of it can be used
         self._training: TrainingRows | None = None
-        self._read_with = ""  # digest of a tokenizer
+        self._read_with = ""  # digest
+        self._asked_tokens = self.options.tokens_per_micro_batch
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a process may have no row to evaluate
 
     @property
@@ -156,9 +157,11 @@ class FeedbackDataModule(LightningDataModule):
         return self.trainer.lightning_module.tokenizer
 
     @property
-    def chat_template(self) -> str:
-        """The template that rows are told by."""
-        return chosen_template(self.tokenizer, self.options.chat_template)
+    def told(self) -> dict[str, str]:
+        """The chat template that tells rows and, to one that asks, which day it is."""
+        named, day = self.options.chat_template, self.options.template_date
+        dated = {"template_date": day} if day and asks_for_date(self.tokenizer, named) else {}
+        return {"chat_template": chosen_template(self.tokenizer, named), **dated}
 
     @property
     def row_tokenizer(self) -> RowTokenizer:
@@ -222,7 +225,7 @@ class FeedbackDataModule(LightningDataModule):
         trainer: Any = self.trainer
         self._date_templates()
         self._training = None  # another module may draw the same rows by another objective, or have another tokenizer
-        if (read_with := digest_of_tokenizer(self.tokenizer)) != self._read_with:
+        if (read_with := digest_of_values(self._reader.depends_on)) != self._read_with:
             self._rows, self._found, self._read_with = {}, [], read_with
         if self._group.world_size == 1:
             return self._read(stage)
@@ -294,6 +297,8 @@ class FeedbackDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Says how many rows of a stream turned out to be unusable when their turn came, and were replaced."""
+        if stage == "fit":  # another model may have other room
+            self.options = replace(self.options, tokens_per_micro_batch=self._asked_tokens)
         rows = self._training and self._training.dataset()
         if stage == "fit" and isinstance(rows, StreamDataset) and (count := rows.num_replaced):
             _log.warning("process %d: %d rows of the stream were replaced by others", self._group.global_rank, count)
@@ -319,20 +324,15 @@ class FeedbackDataModule(LightningDataModule):
             "rows": training.row_set.counts.used,
             "row_digest": training.row_set.digest,
             "rows_per_step": self.rows_per_step,
-            "chat_template": self.chat_template,
+            **self.told,
             "source_weights": training.weights,
             **({"processor": ImageInputs(self.tokenizer).digest()} if "images" in columns else {}),
-            **({"template_date": options.template_date} if options.template_date and self._is_dated else {}),
             **{name: getattr(options, name) for name in sorted(names)},
         }
 
-    @property
-    def _is_dated(self) -> bool:
-        return asks_for_date(self.tokenizer, self.options.chat_template)
-
     def _date_templates(self) -> None:
         """Settles for all processes which day it is to templates that ask: today, unless it is given."""
-        if self.options.template_date is None and self._is_dated:
+        if self.options.template_date is None and asks_for_date(self.tokenizer, self.options.chat_template):
             day = self.trainer.strategy.broadcast(today()) if self.trainer is not None else today()
             self.options, self._day_is_given = replace(self.options, template_date=day), False
             rank_zero_info(f"chat template: it asks for the date, and is told {day} (data.template_date)")
@@ -343,7 +343,7 @@ class FeedbackDataModule(LightningDataModule):
         if stage in ("fit", None):
             self._read_training()
         elif stage == "predict" or (stage == "test" and options.sources("test")):
-            self._read_files(stage)
+            self._read_files("predict" if stage == "predict" else "test")  # Lightning's own is no plain text
         elif self.validation_dataset is None:
             if options.sources("validation"):
                 self._read_files("validation")

@@ -211,6 +211,16 @@ class RowReader:
                 if isinstance(row, FeedbackRowError) and self._options.bad_rows == "strict":
                     return
 
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        """What a model brings that rows depend on."""
+        return {
+            "chat_template": chosen_template(self._tokenizer, self._options.chat_template),
+            "tokenizer": digest_of_tokenizer(self._tokenizer),
+            "templates": str(self._tokenizer.chat_template),
+            "processor": ImageInputs(self._tokenizer).digest(),
+        }
+
     def _key(self, sources: Mapping[str, Sequence[Source]], **others: Any) -> str | None:
         """A digest of all that rows depend on; nothing where that cannot be known without reading."""
         contents: list[tuple[str, str]] = []
@@ -234,10 +244,7 @@ class RowReader:
                     for name, named in sources.items()
                 },
                 "options": {name: value for name, value in self._options.plain().items() if name in _OF_ROWS},
-                "chat_template": chosen_template(self._tokenizer, self._options.chat_template),
-                "tokenizer": digest_of_tokenizer(self._tokenizer),
-                "templates": str(self._tokenizer.chat_template),
-                "processor": ImageInputs(self._tokenizer).digest(),
+                **self.depends_on,
                 **others,
             }
         )

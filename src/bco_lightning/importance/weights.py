@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from bco_lightning.batch import FeedbackBatch
 from bco_lightning.checkpoints.folders import written_whole
+from bco_lightning.data.collate import select_known
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import CheckpointError, ConfigError, FaultError
@@ -199,12 +200,11 @@ class _Prompts:
         rows = hashlib.sha256()
         for values in (self.keys_P, self.num_up_P, self.num_down_P, self.numbers_R, self.up_R):
             rows.update(values.tobytes())
+        tokens = select_known(self.dataset, ("input_ids", "completion_mask")).with_format("arrow")
         for some in np.array_split(self.first_rows_P, len(self.first_rows_P) // 1000 + 1):  # what the reference sees
-            for name in ("input_ids", "completion_mask"):
-                lists = self.dataset.data.column(name).take(some)
-                rows.update(
-                    np.asarray(pc.list_value_length(lists)).tobytes() + np.asarray(pc.list_flatten(lists)).tobytes()
-                )
+            for lists in tokens.select(some)[:].columns:
+                rows.update(np.asarray(pc.list_value_length(lists)).tobytes())
+                rows.update(np.asarray(pc.list_flatten(lists)).tobytes())
         described = {"version": METHOD_VERSION, "encoder": self._encoder.fingerprint, "clip": list(clip)}
         return digest_of_values({**described, "rows": rows.hexdigest()})[:32]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError
@@ -91,6 +92,14 @@ def dtype_of_matrices(model: nn.Module) -> torch.dtype:
     """The data type in which a model multiplies: that of its matrices, of quantized ones bfloat16."""
     found = next(final_dtype(parameter) for parameter in model.parameters() if parameter.ndim >= 2)
     return found if found.is_floating_point else torch.bfloat16
+
+
+def scheduled_optimizer(options: ModelOptions, parameters: Sequence[nn.Parameter], num_steps: int) -> dict[str, Any]:
+    """As Lightning takes them: the optimizer, with a linear warm-up and the chosen schedule over all its steps."""
+    optimizer = make_optimizer(options, parameters)
+    warmup = min(math.ceil(options.warmup_ratio * num_steps), num_steps - 1)  # its first step has a rate of 0
+    scheduler = get_scheduler(options.lr_schedule, optimizer, warmup, num_steps)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def make_optimizer(options: ModelOptions, parameters: Sequence[nn.Parameter]) -> Optimizer:

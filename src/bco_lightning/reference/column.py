@@ -13,7 +13,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
@@ -44,6 +44,7 @@ from bco_lightning.reference.model import Reference
 _COLUMNS = ["row_id", "input_ids", "completion_mask", "thumbs_up", "images"]
 _BATCH_TOKENS = 4096
 _SECONDS_BETWEEN_WRITES = 30.0
+_DATASETS = {"validate": "validation"}  # by Lightning's names
 _NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "dtype")  # the last one has its own place
 # What the bits of a log-prob depend on.
 _CODE = ("batch.py", "data/collate.py", "models", "reference")
@@ -75,12 +76,14 @@ def fill_in_log_probs(
         if wanted == "before":
             where = "where no FeedbackDataModule is used, or data.streaming is true"
             raise ConfigError("model.reference_log_probs", f"expected auto or online {where}; found before.")
+        for name in tables:  # an earlier run may have left some
+            cast(FeedbackDataModule, data).set_column(_DATASETS.get(name, name), "reference_log_prob", None)
         reference.hold()
         return False
     known = None if wanted == "online" else _known(data, tables, stage, reference, options, trainer)
     for name in tables:
         column = known.column(name) if known is not None else None
-        data.set_column({"validate": "validation"}.get(name, name), "reference_log_prob", column)
+        data.set_column(_DATASETS.get(name, name), "reference_log_prob", column)
     if known is None:
         reference.hold()
     return known is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from bco_lightning.batch import micro_batches_of
 from bco_lightning.checkpoints.manifest import MANIFEST_FILE
+from bco_lightning.data.chat import told_by
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError, FeedbackRowError
 from bco_lightning.models.generation import evaluating
@@ -21,7 +21,7 @@ from bco_lightning.models.log_probs import completion_log_probs
 from bco_lightning.models.prepare import prepare
 from bco_lightning.module import BCOModule
 from bco_lightning.options import POSITIVE, LoraSettings
-from bco_lightning.serving.export import opened
+from bco_lightning.serving.export import load_aligned
 
 
 class Scores(NamedTuple):
@@ -68,14 +68,11 @@ def score(
     Source:
         Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290, section 5.
     """
-    known: dict[str, Any] = {}
     if isinstance(policy, (str, Path)) and any(Path(policy, name).exists() for name in ("checkpoints", MANIFEST_FILE)):
-        policy, manifest = opened(Path(policy), None)
-        known = manifest.get("fingerprints", {})
+        policy, _ = load_aligned(Path(policy))
     if isinstance(policy, BCOModule):
-        tokenizer, beta, known = copy(policy.tokenizer), policy.beta, {**known, **policy.fingerprints()}
-        tokenizer.chat_template = known.get("chat_template", tokenizer.chat_template)  # that of the run
-        options = {"template_date": known.get("template_date"), **options}
+        tokenizer, beta = told_by(policy.tokenizer, policy.told.get("chat_template")), policy.beta
+        options = {"template_date": policy.told.get("template_date"), **options}
         models: list[Any] = [nullcontext(policy.policy), policy.reference.model()]
     elif reference is None:
         raise ConfigError("score", "expected a reference beside a policy that brings none, found none.")
