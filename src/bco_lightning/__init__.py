@@ -47,24 +47,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "BCOModule",
-    "Columns",
-    "FeedbackDataModule",
-    "ImplicitRewardMetrics",
-    "LoraSettings",
-    "PromptFeatures",
-    "Rating",
-    "RewardShift",
-    "RunRecord",
-    "Source",
-    "bce_loss",
-    "bco_loss",
-    "export_checkpoint",
-    "inspect_log",
-    "load_aligned",
-    "report_runs",
-    "score",
-]
+    "BCOModule", "Columns", "FeedbackDataModule", "ImplicitRewardMetrics", "LoraSettings", "PromptFeatures", "Rating",
+    "RewardShift", "RunRecord", "Source", "bce_loss", "bco_loss", "export_checkpoint", "inspect_log", "load_aligned",
+    "report_runs", "score",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -340,8 +340,7 @@ class BCOModule(LightningModule):
         if self._data is not None and (stage := self._data.takes_day_of(checkpoint.get("fingerprints", {}))):
             self.setup(stage)
         self._accepted_changes = [*checkpoint.get("accepted_changes", []), *self._changes_since(checkpoint)]
-        # Kept from Lightning, which would give them to an optimizer as they are.
-        moments, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []
+        moments, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []  # Lightning checks nothing
         self._saved_optimizers = moments if self._trainer is not None and self._trainer.training else []
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
         self.objective.load_state_dict(checkpoint.get("baselines", {}))
@@ -351,8 +350,7 @@ class BCOModule(LightningModule):
 
     def _changes_since(self, checkpoint: dict[str, Any]) -> list[str]:
         told, known = self._data.told if self._data else {}, checkpoint.get("fingerprints", {})
-        made_of: dict[str, Any] = {"beta": self.beta, **{name: told[name] for name in told.keys() & known}}
-        accepted = None
+        made_of, accepted = dict[str, Any](beta=self.beta, **{name: told[name] for name in told.keys() & known}), None
         if self._trainer is not None and self.trainer.training:
             callbacks = self.trainer.checkpoint_callbacks
             accepted = [name for callback in callbacks for name in getattr(callback, "accept_changes", [])]
@@ -365,19 +363,21 @@ class BCOModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> BCOModule:  # type: ignore[override]
-        """Builds the module of a checkpoint with its trained weights and reward shift, on the CPU.
+        """Builds the module of a checkpoint with its trained weights and reward shift.
 
         Args:
             checkpoint_path: Folder of a step.
-            options: Others than those of the run, such as ``dtype``; ``model`` and ``tokenizer`` that it was given.
+            options: Others than those of the run, such as ``dtype``; ``model`` and ``tokenizer`` that it was given;
+                and ``map_location``, the device to build it on; the CPU if left out.
 
         Raises:
             CheckpointError: If it is missing, damaged or no checkpoint of this module.
         """
+        device = options.pop("map_location", "cpu")
         checkpoint = read_checkpoint(checkpoint_path, moments=False)
         if "reward_shift" not in checkpoint:
             raise CheckpointError(str(checkpoint_path), "expected a checkpoint of BCOModule, found another.")
-        module = cls(**{**checkpoint["hyper_parameters"], **options})
+        module = cls(**{**checkpoint["hyper_parameters"], **options}).to(device)
         module.on_load_checkpoint(checkpoint)
         refuse_other_given(checkpoint, module.policy, module.tokenizer)
         module.load_state_dict(checkpoint["state_dict"], strict=False)

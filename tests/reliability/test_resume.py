@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 
-from bco_lightning import BCOModule, Source
+from bco_lightning import BCOModule, RunRecord, Source
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.checkpoints.folders import saved_steps, step_folder
 from bco_lightning.checkpoints.manifest import resolve_checkpoint
@@ -334,6 +334,8 @@ def test_a_run_that_goes_on_from_an_earlier_step_sets_the_later_ones_aside(
     byte_model: str, feedback: str, tmp_path: Path
 ) -> None:
     saving(byte_model, feedback, str(tmp_path), [5, 12, 17], cut())
+    logged = "".join(f'{{"step": {step}, "train/kl": {step}.0}}\n' for step in (4, 5, 6, 24))
+    (tmp_path / "metrics.jsonl").write_text(logged)
     options = cut()
     options["trainer_options"] |= {"default_root_dir": str(tmp_path), "max_steps": 9}
     callback = RunCheckpoint(every_n_steps=2)
@@ -344,6 +346,8 @@ def test_a_run_that_goes_on_from_an_earlier_step_sets_the_later_ones_aside(
     assert resolve_checkpoint(tmp_path, pytest.fail).name == "step-00000009"
     aside = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.left-at-5.0"))
     assert aside == ["step-00000012.left-at-5.0", "step-00000017.left-at-5.0", "step-00000024.left-at-5.0"]
+    assert RunRecord.read(tmp_path).curves["train/kl"] == [(4, 4.0), (5, 5.0)]
+    assert (tmp_path / "metrics.jsonl.left-at-5.0").read_text() == logged
 
 
 def test_a_run_that_ends_early_is_saved_where_it_ended(byte_model: str, feedback: str, tmp_path: Path) -> None:

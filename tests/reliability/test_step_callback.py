@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from bco_lightning.callbacks import (
 )
 from bco_lightning.checkpoints.folders import saved_steps
 from bco_lightning.checkpoints.format import read_checkpoint
-from bco_lightning.errors import ConfigError
+from bco_lightning.errors import ConfigError, PreemptedError
 from tests.conftest import tiny_data, tiny_module, tiny_trainer
 from tests.reliability.tiny_run import ROWS, assert_same, tiny_fit
 
@@ -171,6 +173,11 @@ def test_averaged_weights_are_those_that_are_saved_and_loaded_and_averaging_goes
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             of_steps.append({name: p.detach().double() for name, p in module.named_parameters() if p.requires_grad})
 
+    class Stop(Callback):
+        def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 14:
+                os.kill(os.getpid(), signal.SIGTERM)
+
     def fit(folder: Path, *more: Callback, **options: Any) -> Path:
         averaging, saving = callbacks.EMAWeightAveraging(decay=decay), RunCheckpoint(every_n_steps=7, keep=9)
         saving.run_folder = str(folder)
@@ -190,6 +197,13 @@ def test_averaged_weights_are_those_that_are_saved_and_loaded_and_averaging_goes
     resumed = fit(tmp_path / "again", ckpt_path=str(last.with_name("step-00000014")))
     for name in ("state_dict", "current_model_state", "optimizer_states"):
         assert_same(read_checkpoint(last)[name], read_checkpoint(resumed)[name], name)
+    # A validation looks at the average, and a stop amid it saves what a stop before it would.
+    options = {"data_options": {"validation_files": feedback}, "trainer_options": {"val_check_interval": 2}}
+    with pytest.raises(PreemptedError):
+        fit(tmp_path / "stopped", Stop(), **options)
+    (stopped,) = [step for step in saved_steps(tmp_path / "stopped" / "checkpoints") if step.name.endswith("14")]
+    for name in ("state_dict", "current_model_state"):
+        assert_same(read_checkpoint(last.with_name(stopped.name))[name], read_checkpoint(stopped)[name], name)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_an_objective_of_the_toy_has_the_gradient_of_the_packages_step_after_ste
     log = toy.draw_log(World(each=2, pairs=pairs, offset=4.0, rows=512), [0])
     own, theirs = OF_TOY[name](), OF_PACKAGE.get(name, lambda: make_objective(name, 0.9))()
     if name == "kto":  # its KL is that of the step before; the toy's is exact, and of the step itself
-        theirs.baselines["kl"].decay = 0.0
+        theirs.baselines["kl_baseline"].decay = 0.0
     compared = []
 
     def compare(step: toy.Step) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 
 from bco_lightning import ImplicitRewardMetrics
 from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning.callbacks.loggers import METRICS_FILE, MetricsFile
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.demo.trial import KnownRewardTrial
@@ -120,3 +122,14 @@ def test_the_trial_needs_held_out_rows(tiny_model: str, log: str) -> None:
     trainer = tiny_trainer(max_steps=1, callbacks=[KnownRewardTrial("tone")])
     with pytest.raises(ConfigError, match="held-out rows"):
         trainer.fit(tiny_module(tiny_model), tiny_data(log, validation_fraction=0.0))
+
+
+def test_a_fit_of_a_module_from_a_checkpoint_logs_its_validations_at_its_own_steps(
+    tiny_model: str, log: str, tmp_path: Path
+) -> None:
+    module = tiny_module(tiny_model)
+    module.steps_before = 300  # as load_from_checkpoint leaves it
+    data = tiny_data(log, validation_fraction=0.25)
+    tiny_trainer(max_steps=4, val_check_interval=2, logger=MetricsFile(tmp_path)).fit(module, data)
+    lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines if "val/loss" in line] == [2, 4]

@@ -82,6 +82,7 @@ def test_balance_is_told_by_the_largest_load_and_the_entropy_of_loads() -> None:
     found = balance({"expert_counts": counts_LE, "router_loss": 6.0}, 4)
     assert found == {"router_aux_loss": 1.5, "expert_load_max": 4.0, "expert_entropy": pytest.approx(0.5)}
     uneven = balance({"expert_counts": torch.tensor([[3, 1]]), "router_loss": 0.0}, 1)
+    assert balance({"expert_counts": counts_LE, "router_loss": 6.0}, 0) == {}  # a step that is left out
     assert uneven["expert_entropy"] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2))
 
 

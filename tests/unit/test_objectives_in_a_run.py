@@ -96,7 +96,7 @@ def test_kto_compares_with_what_answers_to_other_prompts_gain(tiny_model: str, l
     module.policy_scores = lambda batch: completion_log_probs(module.policy, batch)
     tiny_trainer(max_steps=2, callbacks=[Gains()]).fit(module, tiny_data(log, validation_fraction=0.0))
     assert gains[0] == 0
-    assert module.objective.baselines["kl"].value == pytest.approx(gains[1], rel=1e-4)
+    assert module.objective.baselines["kl_baseline"].value == pytest.approx(gains[1], rel=1e-4)
 
 
 def test_an_answer_follows_another_prompt_and_takes_no_more_room_than_the_two_rows() -> None:

@@ -74,8 +74,9 @@ def test_before_training_metrics_are_those_of_rewards_of_zero_unless_another_ref
     record = run_of(tmp_path / "run")
     assert record.at_first("loss") == pytest.approx(2 * math.log(2))
     assert [record.at_first(name) for name in ("auroc", "accuracy", "margin", "kl")] == [0.5, 0.5, 0.0, 0.0]
-    other = run_of(tmp_path / "other", config__yaml="model: {reference_name_or_path: elsewhere}")
-    assert other.at_first("loss") is None
+    for number, options in enumerate(("reference_name_or_path: elsewhere", "objective: kto", "objective: {bco: 1}")):
+        other = run_of(tmp_path / str(number), config__yaml=f"model: {{{options}}}")
+        assert other.at_first("loss") is None
 
 
 def test_the_page_names_the_best_step_the_distance_and_what_users_wrote_escaped(tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ class ImplicitRewardMonitor(StepCallback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._keep_to_budget(trainer, pl_module, values["val/kl"])
         # Lightning would log it under the step before, and a checkpoint that is evaluated under 0.
-        values["step"] = float(max(trainer.global_step, pl_module.steps_before))
+        before = 0 if trainer.state.fn == TrainerFn.FITTING else pl_module.steps_before
+        values["step"] = float(max(trainer.global_step, before))
         pl_module.log_dict(values)  # already summed over processes
 
     def _keep_to_budget(self, trainer: Trainer, module: BCOModule, kl: float) -> None:

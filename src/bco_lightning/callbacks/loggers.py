@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from bco_lightning.errors import ConfigError, causes_of
 
+SAMPLES_FILE = "samples.jsonl"
 METRICS_FILE = "metrics.jsonl"  # of a run's folder, whatever other loggers there are: ``report`` is made of it
 Rows = Sequence[Sequence[str]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from bco_lightning.batch import StepSummary
-from bco_lightning.callbacks.loggers import telling
+from bco_lightning.callbacks.loggers import METRICS_FILE, SAMPLES_FILE, telling
 from bco_lightning.callbacks.step_callback import StepCallback
 from bco_lightning.checkpoints.best import BEST_FILE, BestSteps
 from bco_lightning.checkpoints.folders import prune, remove_orphans, saved_steps, step_folder, step_of
@@ -95,6 +96,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self._validation_batches = 0
         self._random_states: list[dict[str, Any]] = []
         self._before_validation: dict[str, Any] = {}
+        self._amid_validation = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -112,7 +114,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self._saved_at, self._accumulation = time.monotonic(), trainer.accumulate_grad_batches
         resumed_from = step_folder(self.folder, trainer.global_step)
         self.saved = resumed_from if trainer.ckpt_path and Path(trainer.ckpt_path) == resumed_from else None
-        self._unsaved = None
+        self._unsaved, self._amid_validation = None, False
         _require_one_step(trainer)
         if sharding_of(trainer) is not None and not _is_trial(trainer):
             _require_one_folder(self.folder, trainer)
@@ -178,6 +180,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
         if not self._signals.installed or trainer.sanity_checking or batch_idx >= self._validation_batches:
             return
         if asked := int(max_over_ranks(torch.tensor(self._signals.received), trainer)):
+            self._amid_validation = True
             self._save(trainer)
             self._leave(trainer, signal.Signals(asked))
 
@@ -210,6 +213,10 @@ class RunCheckpoint(Checkpoint, StepCallback):
             if trainer.validating:  # which will count this validation then
                 checkpoint["callbacks"].update(self._before_validation)
             checkpoint["validation_due"] = bool(trainer.validating)
+            if self._amid_validation and "current_model_state" in checkpoint:  # by Lightning's averaging
+                # Weights are exchanged for their average for as long as a validation takes.
+                names = "state_dict", "current_model_state"
+                checkpoint |= {name: checkpoint[other] for name, other in zip(names, names[::-1], strict=True)}
         elif trainer.training and self._progress:  # else nothing has begun
             loop: Any = trainer.fit_loop
             checkpoint["validation_due"] = bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
@@ -244,12 +251,21 @@ class RunCheckpoint(Checkpoint, StepCallback):
         self._random_states = state_dict["random_states"]
 
     def _set_later_steps_aside(self, step: int) -> None:
-        """What another run, or this one on another way, saved at later steps must not be taken for the newest."""
-        for folder in [path for path in saved_steps(self.folder) if step_of(path) > step]:
-            names = (folder.with_name(f"{folder.name}.left-at-{step}.{number}") for number in itertools.count())
+        """What another run, or this one on another way, left of later steps must not be taken for the newest."""
+        later = [path for path in saved_steps(self.folder) if step_of(path) > step]
+        kept: dict[Path, list[str]] = {}
+        for file in (self.folder.parent / METRICS_FILE, self.folder.parent / SAMPLES_FILE):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+            found = [re.match(r'{"step": (\d+)', line) for line in lines]
+            kept[file] = [line for line, at in zip(lines, found, strict=True) if at is None or int(at[1]) <= step]
+            later += [file] if len(kept[file]) < len(lines) else []
+        for path in later:
+            names = (path.with_name(f"{path.name}.left-at-{step}.{number}") for number in itertools.count())
             aside = next(name for name in names if not name.exists())
-            folder.rename(aside)
-            rank_zero_info(f"{folder}: this run goes on from step {step}; set aside as {aside.name}.")
+            path.rename(aside)
+            if path in kept:
+                path.write_text("".join(kept[path]), encoding="utf-8")
+            rank_zero_info(f"{path}: this run goes on from step {step}; set aside as {aside.name}.")
 
     def _take_up_best(self, step: int) -> None:
         """Goes on from the best steps before this one, of the same metric; without a metric they stay as they are."""

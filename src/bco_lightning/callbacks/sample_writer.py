@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from bco_lightning.callbacks.loggers import show, telling
+from bco_lightning.callbacks.loggers import SAMPLES_FILE, show, telling
 from bco_lightning.callbacks.run_checkpoint import run_folder_of
 from bco_lightning.data.images import ImageInputs
 from bco_lightning.errors import ConfigError, printable
@@ -19,7 +19,6 @@ from bco_lightning.models.generation import SampledCompletion, held_out_prompts,
 from bco_lightning.options import at_least, chosen_seed
 from bco_lightning.parallel.sharding import is_sharded
 
-SAMPLES_FILE = "samples.jsonl"
 _AT_ONCE, _SHOWN = 16, 8  # samples
 
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from bco_lightning.callbacks.held_out_rows import HeldOut
-from bco_lightning.callbacks.loggers import METRICS_FILE
-from bco_lightning.callbacks.sample_writer import SAMPLES_FILE
+from bco_lightning.callbacks.loggers import METRICS_FILE, SAMPLES_FILE
 from bco_lightning.errors import ConfigError
 from bco_lightning.importance.report import interval
 
@@ -64,7 +63,8 @@ class RunRecord:
             _values(folder / "config.yaml"),
             _values(folder / "provenance.json"),
             HeldOut.read(folder),
-            list(_lines(folder / SAMPLES_FILE)),
+            # A validation that a stop has cut is made again.
+            list({(each["step"], each.get("prompt")): each for each in _lines(folder / SAMPLES_FILE)}.values()),
             _values(folder / "alignment.json") or None,
         )
 
@@ -86,10 +86,12 @@ class RunRecord:
 
     def at_first(self, name: str) -> float | None:
         """What a metric of held-out rows is before the first step, where the reference is the policy itself."""
-        other_reference = self.settings.get("model", {}).get("reference_name_or_path") is not None
+        model, one_class = self.settings.get("model", {}), self.held_out is not None and not self.held_out.num_rarer
         if name.startswith("length"):
             return self.last(f"val/{name}")
-        return None if other_reference else _AT_FIRST.get(name)
+        if name == "loss" and (one_class or model.get("objective", "bco") not in ("bco", "bce")):
+            return None
+        return None if model.get("reference_name_or_path") is not None else _AT_FIRST.get(name)
 
     @cached_property
     def outcome(self) -> Outcome:

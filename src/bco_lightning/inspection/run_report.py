@@ -27,7 +27,7 @@ _LEVELS: dict[str, Level] = {"better": "good", "worse": "problem", "none": "warn
 _FAR, _LONGER = 10.0, 1.3  # nats per answer; times the reference's words
 # Names of metrics of held-out rows, what they are called, and how many digits they are shown with.
 _MEASURES = (
-    ("loss", "loss (Eq. 8)", 4),
+    ("loss", "loss", 4),
     ("auroc", "AUROC", 3),
     ("accuracy", "accuracy", 3),
     ("margin", "margin of rewards, nats", 3),

@@ -140,7 +140,7 @@ class Routing:
 
 def balance(totals: Mapping[str, Any], num_rows: float) -> dict[str, float]:
     """How evenly a step's tokens went to the experts of a layer: the largest load, of even ones 1; entropy, 0 to 1."""
-    if "expert_counts" not in totals:
+    if "expert_counts" not in totals or not num_rows:  # none of a step that is left out
         return {}
     shares_LE = totals["expert_counts"] / totals["expert_counts"].sum(1, keepdim=True)
     entropy_L = torch.special.entr(shares_LE).sum(1) / math.log(shares_LE.shape[1])

@@ -170,9 +170,9 @@ def joined_images(causal_lm: Any, images: Sequence[Mapping[str, Tensor]], ids_BT
     return found | {name: marks_BT for name in ("token_type_ids", "mm_token_type_ids") if name in taken}
 
 
-def no_images(causal_lm: Any, batch: FeedbackBatch) -> Tensor | float:
-    """Zero; of rows without images with gradients of zero for what sees them, which others of a step may need."""
-    parts = () if batch.images_B else seeing_parts_of(causal_lm).values()
+def zero_by_seeing(causal_lm: Any) -> Tensor | float:
+    """Zero, with gradients of zero for what sees images: of a batch rows may reach a part of it, or nothing."""
+    parts = seeing_parts_of(causal_lm).values()
     trained = [each for part in parts for each in part.parameters() if each.requires_grad]
     return 0 * torch.stack([each.sum() for each in trained]).sum() if trained else 0.0
 

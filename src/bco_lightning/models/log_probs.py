@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bco_lightning.batch import FeedbackBatch
-from bco_lightning.models.layout import causal_lm_of, no_images, predicting_states
+from bco_lightning.models.layout import causal_lm_of, predicting_states, zero_by_seeing
 from bco_lightning.parallel.sharding import run_gathered
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -57,7 +57,7 @@ def completion_token_log_probs(
 
     def found_by(lm: Any) -> Tensor:
         states_NH = predicting_states(lm, batch, trunk_states_SH)
-        return _head_log_probs(lm, states_NH, batch.targets_N) + no_images(lm, batch)
+        return _head_log_probs(lm, states_NH, batch.targets_N) + zero_by_seeing(lm)
 
     found_N: Tensor = run_gathered(causal_lm_of(model), found_by)
     return found_N

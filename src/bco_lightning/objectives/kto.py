@@ -41,13 +41,13 @@ class KTO(APOZero):
     """
 
     takes_unrelated = True
-    keeps = ("kl", DecayedMeans)
+    keeps = ("kl_baseline", DecayedMeans)
     sum_names = ("sum_unrelated", "num_unrelated")
 
     @property
     def threshold(self) -> float:
         """The baseline z in nats."""
-        return max(0.0, float(self.baselines["kl"].value))
+        return max(0.0, float(self.baselines["kl_baseline"].value))
 
     def sums(self, rows: RatedAnswers) -> dict[str, Tensor]:
         """Sum, in nats, and number of the rewards of answers to other prompts; none where they were not computed."""

@@ -63,7 +63,7 @@ class Speakers:
         found, told = torch.accelerator.current_accelerator(check_available=True), dict[str, Any]()
         device = found or torch.device("cpu")
         if ckpt_path is not None:
-            module, told = opened(ckpt_path, None, runs)
+            module, told = opened(ckpt_path, None, runs, map_location=device)
         else:
             adapted = LoraSettings() if locate_model(str(name_or_path)).is_adapter else None
             dtype = str(resolve_dtype("auto", LoraSettings(), device)).removeprefix("torch.")

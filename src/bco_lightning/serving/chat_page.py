@@ -78,9 +78,9 @@ def page(speakers: Speakers, log: Path, blind: bool) -> gr.Blocks:
             warmth = gr.Slider(0, 2, 0.7, step=0.1, label="Temperature; 0 takes the likeliest token")
             most = gr.Slider(16, 4096, 512, step=16, label="Most tokens of an answer")
         everything = [talk, *chats, gr.Markdown()]
-        gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything)
         taken = typed.submit(lambda told: (told, None), typed, [asked, typed])  # the next may be typed meanwhile
-        taken.then(ask, [asked, talk, warmth, most], everything, trigger_mode="multiple")
+        said = taken.then(ask, [asked, talk, warmth, most], everything, trigger_mode="multiple")
+        gr.on([blocks.load, again.click, *(chat.clear for chat in chats)], begun, None, everything, cancels=[said])
         reveal.click(revealed, talk, everything)
         for side, chat in enumerate(chats):
             chat.like(rating(side), talk, everything)

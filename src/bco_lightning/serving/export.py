@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCardData
 from lightning.pytorch.utilities import rank_zero_warn
@@ -227,8 +228,9 @@ def _card(module: BCOModule, name: str, file: str, told: dict[str, Any], base: s
         "optimizer steps": steps,
     }
     for rows, sources in record.provenance.get("feedback", {}).items():
-        for source, (up, down) in sources.items():
-            table[f"{rows} rows of {Path(source).name}"] = f"{up:,} thumbs up, {down:,} down"
+        for name_of in sorted({Path(source).name for source in sources}):  # of several files, perhaps
+            up, down = np.sum([told for source, told in sources.items() if Path(source).name == name_of], axis=0)
+            table[f"{rows} rows of {name_of}"] = f"{up:,} thumbs up, {down:,} down"
     for metric, points in record.curves.items():  # also if the run went on
         if metric.startswith("val/") and (then := [value for step, value in points if step <= steps]):
             table[metric.replace("val/", "held-out ")] = f"{then[-1]:.4g}"
