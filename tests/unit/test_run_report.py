@@ -147,3 +147,9 @@ def test_repetition_is_the_share_of_runs_of_words_that_were_said_before() -> Non
 def test_distinct_words_are_compared_at_the_same_number_of_words() -> None:
     change = drift(["cat cat cat cat cat cat"], ["one two three"])[-1]
     assert (change.policy, change.reference) == (pytest.approx(1 / 3), 1.0)
+
+
+def test_held_out_rewards_that_are_not_finite_leave_a_page_without_them(tmp_path: Path) -> None:
+    record = run_of(tmp_path / "run", [math.nan, *np.linspace(0, 1, 79)])
+    assert record.outcome.text.endswith("or their rewards are not finite.")
+    assert page_of_runs([record]).count("<svg") == 3  # curves alone

@@ -41,11 +41,11 @@ class HeldOut:
 
     @classmethod
     def read(cls, run_folder: Path) -> HeldOut | None:
-        """What a run left in its folder, if it has looked at rows."""
+        """What a run left in its folder, if it has looked at rows and found numbers."""
         file = run_folder / HELD_OUT_FILE
         values: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         arrays: Any = {name: np.array(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**arrays) if values.get("rewards") else None
+        return cls(**arrays) if values.get("rewards") and np.isfinite(arrays["rewards"]).all() else None
 
     @property
     def area(self) -> Auc | None:

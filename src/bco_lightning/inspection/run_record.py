@@ -98,7 +98,7 @@ class RunRecord:
         """Better, worse, no better, or too few rows to tell: whether held-out thumbs are told apart."""
         held_out = self.held_out
         if held_out is None:
-            return Outcome("unknown", "Not measured: no rows were held out, or none were looked at.")
+            return Outcome("unknown", "Not measured: no rows were held out, none were looked at, or their rewards are not finite.")
         if (area := held_out.area) is None or held_out.num_rarer < _FEWEST_ROWS:
             few = f"the rarer class has {held_out.num_rarer} of {len(held_out.rewards)} held-out rows"
             return Outcome("unknown", f"Too few rows to tell: {few}, and {_FEWEST_ROWS} are the least to judge by.")
