@@ -341,7 +341,9 @@ class BCOModule(LightningModule):
             self.setup(stage)
         self._accepted_changes = [*checkpoint.get("accepted_changes", []), *self._changes_since(checkpoint)]
         moments, checkpoint["optimizer_states"] = checkpoint.get("optimizer_states", []), []  # Lightning checks nothing
-        self._saved_optimizers = moments if self._trainer is not None and self._trainer.training else []
+        known, goes_on = checkpoint.get("fingerprints", {}), self._trainer is not None and self._trainer.training
+        self._saved_optimizers = moments if goes_on else []
+        self.told = self.told if goes_on else {n: known[n] for n in ("chat_template", "template_date") if n in known}
         self.reward_shift.load_state_dict(checkpoint["reward_shift"])
         self.objective.load_state_dict(checkpoint.get("baselines", {}))
         self.steps_before = checkpoint["global_step"]
@@ -367,8 +369,7 @@ class BCOModule(LightningModule):
 
         Args:
             checkpoint_path: Folder of a step.
-            options: Others than those of the run, such as ``dtype``; ``model`` and ``tokenizer`` that it was given;
-                and ``map_location``, the device to build it on; the CPU if left out.
+            options: Others than the run's, as ``dtype``; its ``model`` and ``tokenizer``; ``map_location``, a device.
 
         Raises:
             CheckpointError: If it is missing, damaged or no checkpoint of this module.
@@ -381,7 +382,6 @@ class BCOModule(LightningModule):
         module.on_load_checkpoint(checkpoint)
         refuse_other_given(checkpoint, module.policy, module.tokenizer)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
-        module.told = {n: v for n, v in checkpoint["fingerprints"].items() if n in ("chat_template", "template_date")}
         module._tokenizer = told_by(module.tokenizer, module.told.get("chat_template"))
         return module
 

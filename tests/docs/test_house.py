@@ -20,7 +20,7 @@ ORDER = (
     {"__init__", "__main__"},
 )
 # May only become fewer; docs/architecture.md says what the package aims at.
-MOST_LINES = 21_977
+MOST_LINES = 21_970
 FLOOR = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(SOURCE.rglob("*.py"))
 LINES = {str(path.relative_to(SOURCE)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}

@@ -296,14 +296,21 @@ def test_rows_are_told_anew_for_a_run_with_another_template(tiny_model: str, log
     plain = tiny_data(log, validation_files=log, chat_template="plain")
     (expected,) = tiny_trainer().validate(module, plain, verbose=False)
     assert found["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-5) != other["val/loss"]
+    again = tiny_module(tiny_model)
+    tiny_trainer().validate(again, plain, ckpt_path=str(step), verbose=False)
+    assert again.told == loaded.told == module.told
     with pytest.raises(UserError, match=r"chat_template: .* then, .* now"):
         tiny_trainer().validate(tiny_module(tiny_model), held_out, ckpt_path=str(step), verbose=False)
 
 
 def test_a_data_module_that_is_used_again_finds_out_anew_how_many_tokens_fit(tiny_model: str, log: str) -> None:
-    data = tiny_data(log, tokens_per_micro_batch="auto")
-    losses_on(data, tiny_model)
-    assert data.options.tokens_per_micro_batch == "auto"
+    data, found = tiny_data(log, tokens_per_micro_batch="auto"), []
+    for fits in (100, 200):
+        module = tiny_module(tiny_model)
+        module.tokens_that_fit = lambda fits=fits: fits
+        tiny_trainer(max_steps=2).fit(module, data)
+        found.append(data.state_dict()["tokens"])
+    assert found == [100, 200]
 
 
 def test_held_out_rows_of_a_stream_have_the_reference_of_the_model_that_scores_them(

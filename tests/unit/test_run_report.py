@@ -82,7 +82,10 @@ def test_before_training_metrics_are_those_of_rewards_of_zero_unless_another_ref
 def test_the_page_names_the_best_step_the_distance_and_what_users_wrote_escaped(tmp_path: Path) -> None:
     sample = {"step": 20, "prompt": "<script>alert(1)</script>", "policy": "Great question! " * 3, "reference": "No."}
     sample |= {"policy_tokens": 9, "reference_tokens": 2, "policy_ended": True, "reference_ended": False}
-    record = run_of(tmp_path / "run", np.linspace(0, 1, 80), samples__jsonl=json.dumps(sample) + "\n")
+    # Two prompts of the same words and another image; the second was written twice, of a validation made again.
+    lines = "".join(json.dumps({**sample, "number": number}) + "\n" for number in (0, 1, 1))
+    record = run_of(tmp_path / "run", np.linspace(0, 1, 80), samples__jsonl=lines)
+    assert len(record.newest_samples) == 2
     page = page_of_runs([record])
     assert "lowest at step 10 (1.2000)" in page
     assert "20.0 nats per answer from the reference" in page

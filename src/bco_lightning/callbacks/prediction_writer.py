@@ -58,11 +58,7 @@ class PredictionWriter(Callback):
     """
 
     def __init__(
-        self,
-        path: str = "predictions.jsonl",
-        completions: int = 0,
-        max_new_tokens: int = 256,
-        seed: int | None = None,
+        self, path: str = "predictions.jsonl", completions: int = 0, max_new_tokens: int = 256, seed: int | None = None
     ) -> None:
         at_least(0, "completions").check("predictions.completions", completions)
         at_least(1, "token").check("predictions.max_new_tokens", max_new_tokens)

@@ -214,8 +214,7 @@ class RunCheckpoint(Checkpoint, StepCallback):
                 checkpoint["callbacks"].update(self._before_validation)
             checkpoint["validation_due"] = bool(trainer.validating)
             if self._amid_validation and "current_model_state" in checkpoint:  # by Lightning's averaging
-                # Weights are exchanged for their average for as long as a validation takes.
-                names = "state_dict", "current_model_state"
+                names = "state_dict", "current_model_state"  # which are exchanged for as long as a validation takes
                 checkpoint |= {name: checkpoint[other] for name, other in zip(names, names[::-1], strict=True)}
         elif trainer.training and self._progress:  # else nothing has begun
             loop: Any = trainer.fit_loop
@@ -253,10 +252,10 @@ class RunCheckpoint(Checkpoint, StepCallback):
     def _set_later_steps_aside(self, step: int) -> None:
         """What another run, or this one on another way, left of later steps must not be taken for the newest."""
         later = [path for path in saved_steps(self.folder) if step_of(path) > step]
-        kept: dict[Path, list[str]] = {}
+        kept: dict[Path, list[bytes]] = {}
         for file in (self.folder.parent / METRICS_FILE, self.folder.parent / SAMPLES_FILE):
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-            found = [re.match(r'{"step": (\d+)', line) for line in lines]
+            lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+            found = [re.match(rb'{"step": (\d+)', line) for line in lines]
             kept[file] = [line for line, at in zip(lines, found, strict=True) if at is None or int(at[1]) <= step]
             later += [file] if len(kept[file]) < len(lines) else []
         for path in later:
@@ -264,7 +263,8 @@ class RunCheckpoint(Checkpoint, StepCallback):
             aside = next(name for name in names if not name.exists())
             path.rename(aside)
             if path in kept:
-                path.write_text("".join(kept[path]), encoding="utf-8")
+                with telling(path):
+                    path.write_bytes(b"".join(kept[path]))
             rank_zero_info(f"{path}: this run goes on from step {step}; set aside as {aside.name}.")
 
     def _take_up_best(self, step: int) -> None:

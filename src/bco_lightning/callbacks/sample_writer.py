@@ -25,11 +25,10 @@ _AT_ONCE, _SHOWN = 16, 8  # samples
 class SampleWriter(Callback):
     """Samples policy and reference on held-out prompts at each validation, into ``samples.jsonl`` of the run's folder.
 
-    They show texts of users, so there are none unless they are asked for. A line holds ``step``, ``prompt``,
-    ``policy``, ``reference``, and of either answer its number of tokens and whether it ended by itself. The first of
-    them are shown in the run's loggers too, wherever these send what they get. Policy and reference draw from the same
-    random numbers, the same at each validation, so that what differs is what was learned. Draws leave those of
-    training as they are.
+    They show texts of users, so there are none unless they are asked for. A line holds ``step``, ``number`` and
+    ``prompt``, ``policy``, ``reference``, and of either answer its number of tokens and whether it ended by itself. The
+    first of them are shown in the run's loggers too, wherever these send what they get. Both draw from the same random
+    numbers, the same at each validation, so that what differs is what was learned. Draws leave those of training alone.
 
     Args:
         prompts: How many of the held-out prompts, the first of them; 0 for none.
@@ -96,9 +95,10 @@ class SampleWriter(Callback):
         return found
 
     def _write(self, trainer: Trainer, by_policy: list[SampledCompletion], folder: Path | None) -> None:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for prompt, policy, reference in zip(self._said, by_policy, self._by_reference, strict=True):
-            row = {"step": trainer.global_step, "prompt": prompt, "policy": policy.text, "reference": reference.text}
+            row = {"step": trainer.global_step, "number": len(rows), "prompt": prompt}
+            row |= {"policy": policy.text, "reference": reference.text}
             for name, answer in (("policy", policy), ("reference", reference)):
                 row |= {f"{name}_tokens": len(answer.token_ids), f"{name}_ended": answer.finished}
             rows.append(row)

@@ -223,7 +223,9 @@ class FeedbackDataModule(LightningDataModule):
             ConfigError: If there are no files for this stage.
         """
         trainer: Any = self.trainer
-        self._date_templates()
+        self._date_templates(stage)
+        if stage == "fit":  # another model may have other room
+            self.options = replace(self.options, tokens_per_micro_batch=self._asked_tokens)
         self._training = None  # another module may draw the same rows by another objective, or have another tokenizer
         if (read_with := digest_of_values(self._reader.depends_on)) != self._read_with:
             self._rows, self._found, self._read_with = {}, [], read_with
@@ -297,8 +299,6 @@ class FeedbackDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Says how many rows of a stream turned out to be unusable when their turn came, and were replaced."""
-        if stage == "fit":  # another model may have other room
-            self.options = replace(self.options, tokens_per_micro_batch=self._asked_tokens)
         rows = self._training and self._training.dataset()
         if stage == "fit" and isinstance(rows, StreamDataset) and (count := rows.num_replaced):
             _log.warning("process %d: %d rows of the stream were replaced by others", self._group.global_rank, count)
@@ -330,10 +330,11 @@ class FeedbackDataModule(LightningDataModule):
             **{name: getattr(options, name) for name in sorted(names)},
         }
 
-    def _date_templates(self) -> None:
+    def _date_templates(self, stage: str | None) -> None:
         """Settles for all processes which day it is to templates that ask: today, unless it is given."""
         if self.options.template_date is None and asks_for_date(self.tokenizer, self.options.chat_template):
-            day = self.trainer.strategy.broadcast(today()) if self.trainer is not None else today()
+            known = "" if stage == "fit" else getattr(self._module, "told", {}).get("template_date")
+            day = known or (self.trainer.strategy.broadcast(today()) if self.trainer is not None else today())
             self.options, self._day_is_given = replace(self.options, template_date=day), False
             rank_zero_info(f"chat template: it asks for the date, and is told {day} (data.template_date)")
 

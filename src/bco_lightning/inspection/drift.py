@@ -27,10 +27,7 @@ _AGREEMENT = re.compile(
     re.IGNORECASE,
 )
 _PRAISE = "great|excellent|wonderful|fantastic|brilliant|amazing|good|lovely|insightful|fascinating"
-_FLATTERY = re.compile(
-    rf"\b(?:{_PRAISE}) (?:question|point|idea|choice)\b|\bwhat an? (?:{_PRAISE})\b",
-    re.IGNORECASE,
-)
+_FLATTERY = re.compile(rf"\b(?:{_PRAISE}) (?:question|point|idea|choice)\b|\bwhat an? (?:{_PRAISE})\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 _REPEATED = 4  # words in a row
 

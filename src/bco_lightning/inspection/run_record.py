@@ -64,7 +64,12 @@ class RunRecord:
             _values(folder / "provenance.json"),
             HeldOut.read(folder),
             # A validation that a stop has cut is made again.
-            list({(each["step"], each.get("prompt")): each for each in _lines(folder / SAMPLES_FILE)}.values()),
+            list(
+                {
+                    (each["step"], each.get("number", at)): each
+                    for at, each in enumerate(_lines(folder / SAMPLES_FILE))
+                }.values()
+            ),
             _values(folder / "alignment.json") or None,
         )
 
@@ -89,16 +94,17 @@ class RunRecord:
         model, one_class = self.settings.get("model", {}), self.held_out is not None and not self.held_out.num_rarer
         if name.startswith("length"):
             return self.last(f"val/{name}")
-        if name == "loss" and (one_class or model.get("objective", "bco") not in ("bco", "bce")):
-            return None
-        return None if model.get("reference_name_or_path") is not None else _AT_FIRST.get(name)
+        unknown = name == "loss" and (one_class or model.get("objective", "bco") not in ("bco", "bce"))
+        return None if unknown or model.get("reference_name_or_path") is not None else _AT_FIRST.get(name)
 
     @cached_property
     def outcome(self) -> Outcome:
         """Better, worse, no better, or too few rows to tell: whether held-out thumbs are told apart."""
         held_out = self.held_out
         if held_out is None:
-            return Outcome("unknown", "Not measured: no rows were held out, none were looked at, or their rewards are not finite.")
+            return Outcome(
+                "unknown", "Not measured: no rows were held out or looked at, or their rewards are not finite."
+            )
         if (area := held_out.area) is None or held_out.num_rarer < _FEWEST_ROWS:
             few = f"the rarer class has {held_out.num_rarer} of {len(held_out.rewards)} held-out rows"
             return Outcome("unknown", f"Too few rows to tell: {few}, and {_FEWEST_ROWS} are the least to judge by.")
@@ -111,7 +117,7 @@ class RunRecord:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         with suppress(ValueError):  # it was cut off
             found.append(json.loads(line))
     return [value for value in found if isinstance(value, dict) and isinstance(value.get("step"), int)]

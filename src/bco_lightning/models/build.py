@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from bco_lightning.data.datamodule import FeedbackDataModule
 from bco_lightning.errors import ConfigError
-from bco_lightning.models.layout import causal_lm_of, decoder_layers_of
+from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, seeing_parts_of
 from bco_lightning.models.load import load_language_model, load_policy, resolve_dtype
 from bco_lightning.models.prepare import Preparation, prepare
 from bco_lightning.models.refusals import require_bitsandbytes
@@ -43,6 +43,10 @@ class ModelBuilder:
         if self.sharding is not None and options.optimizer.endswith("8bit"):
             expected = f"expected adamw or adamw_bf16 for weights that are cut up, found {options.optimizer}."
             raise ConfigError("model.optimizer", expected)
+        if self.sharding is not None and options.vision_tower:  # processes without images would reduce in another order
+            raise ConfigError(
+                "model.vision_tower", "expected false for weights that are cut up, found true.", "Use ddp."
+            )
         if self.sharding is not None and self.given[0] is not None:
             remedy = "Save it by save_pretrained, and give the folder's name."
             raise ConfigError("model", "expected the name of a model that is cut up, found an object.", remedy)
@@ -61,7 +65,8 @@ class ModelBuilder:
         """Cuts a model up, if the strategy says so; until then its weights are whole, and could be looked at."""
         if self.sharding is not None:
             causal_lm = causal_lm_of(model)
-            shard(causal_lm, decoder_layers_of(causal_lm)[1], self.sharding)
+            apart = seeing_parts_of(causal_lm).values()
+            shard(causal_lm, decoder_layers_of(causal_lm)[1], self.sharding, apart)
 
     @property
     def _dtype(self) -> torch.dtype:

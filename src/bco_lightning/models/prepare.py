@@ -279,10 +279,7 @@ def _keys(causal_lm: Any) -> dict[Tensor, Any]:
 
 
 def _freeze_unreached(causal_lm: Any, reached: set[Any]) -> str:
-    """Trains nothing that no row reaches, such as an adapter of a layer whose weight is read past it.
-
-    What sees images is trained if that is asked for, whatever rows are tried: it has gradients of zero at least.
-    """
+    """Trains nothing that no row reaches, such as an adapter whose weight is read past it; but all that sees images."""
     keys, named = _keys(causal_lm), causal_lm.named_parameters()
     reached = reached | {keys[each] for part in seeing_parts_of(causal_lm).values() for each in part.parameters()}
     unreached = {name: each for name, each in named if each.requires_grad and keys[each] not in reached}

@@ -18,11 +18,7 @@ from bco_lightning.objectives.objective import Objective, RatedAnswers, weighed
 
 
 def bco_loss(
-    rewards: Tensor,
-    thumbs_up: Tensor,
-    *,
-    reward_shift: Tensor | float,
-    importance_weights: Tensor | None = None,
+    rewards: Tensor, thumbs_up: Tensor, *, reward_shift: Tensor | float, importance_weights: Tensor | None = None
 ) -> Tensor:
     r"""Per-row BCO loss: a logistic classifier whose logit is the shifted implicit reward.
 
@@ -68,11 +64,7 @@ def bco_loss(
 
 
 def bce_loss(
-    rewards: Tensor,
-    thumbs_up: Tensor,
-    *,
-    reward_shift: Tensor | float = 0.0,
-    importance_weights: Tensor | None = None,
+    rewards: Tensor, thumbs_up: Tensor, *, reward_shift: Tensor | float = 0.0, importance_weights: Tensor | None = None
 ) -> Tensor:
     r"""Per-row loss :math:`-w_i \log \sigma(s_i r_i)`: :func:`bco_loss` with :math:`\delta = 0` (Theorem 1).
 

@@ -47,14 +47,16 @@ def copies_of_parameters(trainer: Any) -> int:
     return int(sharding.mesh.size(0)) if sharding.mesh.ndim > 1 else 1
 
 
-def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding) -> None:
+def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding, apart: Iterable[nn.Module] = ()) -> None:
     """Cuts up a language model, its weights perhaps mapped from files, in place: each decoder layer, and the rest.
 
     No more than one of these units is whole, and in its final data type, at a time; embedding and head, which are
     large, take theirs in parts. ``layers`` are for a model that does not name the classes of what is not to be split.
+    What is ``apart`` is no unit: a step may ask for it in some processes alone, and all have to gather the same.
     """
     named = set(causal_lm._no_split_modules or ())
-    units = [module for module in causal_lm.modules() if type(module).__name__ in named] or list(layers)
+    inner = {module for part in apart for module in part.modules()}
+    units = [each for each in causal_lm.modules() if type(each).__name__ in named and each not in inner] or list(layers)
     if not units:
         problem = f"expected a model with a list of layers, found {type(causal_lm).__name__}."
         raise ConfigError("trainer.strategy", problem, "Use ddp.")

@@ -72,18 +72,15 @@ def fill_in_log_probs(
     for table in tables.values():
         largest = pc.max(pc.list_flatten(table.data.column("input_ids"))).as_py()
         refuse_unknown_token(causal_lm_of(reference.policy), largest or 0)
-    if data is None or not tables or (stage == "fit" and "train" not in tables):
-        if wanted == "before":
-            where = "where no FeedbackDataModule is used, or data.streaming is true"
-            raise ConfigError("model.reference_log_probs", f"expected auto or online {where}; found before.")
-        for name in tables:  # an earlier run may have left some
-            cast(FeedbackDataModule, data).set_column(_DATASETS.get(name, name), "reference_log_prob", None)
-        reference.hold()
-        return False
-    known = None if wanted == "online" else _known(data, tables, stage, reference, options, trainer)
-    for name in tables:
+    known: KnownLogProbs | None = None
+    if data is not None and tables and (stage != "fit" or "train" in tables):
+        known = None if wanted == "online" else _known(data, tables, stage, reference, options, trainer)
+    elif wanted == "before":
+        where = "where no FeedbackDataModule is used, or data.streaming is true"
+        raise ConfigError("model.reference_log_probs", f"expected auto or online {where}; found before.")
+    for name in tables:  # of which an earlier run may have left some
         column = known.column(name) if known is not None else None
-        data.set_column(_DATASETS.get(name, name), "reference_log_prob", column)
+        cast(FeedbackDataModule, data).set_column(_DATASETS.get(name, name), "reference_log_prob", column)
     if known is None:
         reference.hold()
     return known is not None
