@@ -239,12 +239,12 @@ def test_noise_of_layers_that_are_recomputed_is_refused(monkeypatch: pytest.Monk
         prepare(build("llama"), recomputed=True)
 
 
-def test_what_no_row_reaches_is_not_trained_and_named() -> None:
+def test_all_that_is_trained_has_a_gradient_where_no_row_has_an_image() -> None:
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**SMALL, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
     config = Gemma3Config(text_config=text, vision_config={**tower, "image_size": 28, "patch_size": 14})
     model = Gemma3ForConditionalGeneration(config).eval()
-    assert "parameters that no row reaches are not trained, such as model.multi_modal" in prepare(model).words
+    assert "not trained" not in prepare(model).words
     completion_log_probs(model, make_batch(97, LENGTHS)).sum().backward()
     assert {each.grad is not None for each in model.parameters() if each.requires_grad} == {True}  # as ddp wants it
 
