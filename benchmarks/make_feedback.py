@@ -1,4 +1,4 @@
-"""Writes the demonstration's feedback log: ``python benchmarks/make_feedback.py --output_dir DIR``.
+"""Writes a feedback log such as the demonstration's: ``python benchmarks/make_feedback.py --output_dir DIR``.
 
 Prompts ask for one sentence about a subject. The completions are the model's own samples at temperature 1. A simulated
 user gives thumbs-up with probability ``sigmoid(SHARPNESS * (tone - THRESHOLD))``, so the reward behind the thumbs is
