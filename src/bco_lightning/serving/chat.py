@@ -76,9 +76,9 @@ class Speakers:
             self.models["reference"] = module.reference.model
         elif module.lora is not None:
             self.models["reference"] = policy.disable_adapter
-        self.name, known = str(told.get("place", name_or_path)), told.get("fingerprints", {})
+        self.name = str(told.get("place", name_or_path))
         self.log = (Path(self.name).parents[2] if told else runs) / "chat.jsonl"
-        self.tokenizer, day = module.tokenizer, known.get("template_date")
+        self.tokenizer, day = module.tokenizer, module.told.get("template_date")
         self._longest = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or 2**31
         self._rows = RowTokenizer(self.tokenizer, DataOptions(max_length=2**31, template_date=day))
         self.inputs, self._worker = ImageInputs(self.tokenizer), ThreadPoolExecutor(max_workers=1)
