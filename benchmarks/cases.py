@@ -44,6 +44,11 @@ class Case:
     max_memory: float | None = None
     min_share: float | None = None
 
+    @property
+    def products(self) -> str:
+        """Data type of the matrix products."""
+        return "bfloat16" if self.bf16 else "float32"
+
 
 FULL_B4 = Case("full-b4-cached", 4, min_speed=1.8, max_memory=0.72, min_share=0.65)
 FULL_B8 = Case("full-b8-cached", 8, min_speed=2.7, max_memory=0.52, min_share=0.65)

@@ -5,7 +5,9 @@
     python benchmarks/gpu.py --parts numerics speed # some of them
 
 No model file and no network is needed: models are random, in the shapes of Llama 3. What fails is noted and the rest
-goes on. Tokens count once for each row; TFLOPS and MFU are of `UsefulFlops`, against the 989 TFLOPS of an H100.
+goes on; what is found is on disk at once, the most wanted first. Tokens count once for each row; MFU is of
+`UsefulFlops`, against what the card's data sheet says of dense bfloat16. Where TRL 1.16 is installed, its KTO trainer
+runs too, on rows that are tokens already.
 """
 
 # ruff: noqa: E402 - what the environment says has to stand before torch is imported
@@ -15,6 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -26,19 +30,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+began = time.time()  # imports count too
 os.environ.update({"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1"})
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # one process, perhaps without a network
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from peft import LoraConfig, get_peft_model
-from tests.reliability.tiny_run import byte_tokenizer, make_log, make_model, tiny_fit
+from tests.reliability.tiny_run import assert_same, byte_tokenizer, make_log, make_model, tiny_fit
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,6 +56,7 @@ from bco_lightning.data.collate import collate
 from bco_lightning.models import attention, build
 from bco_lightning.models.layout import set_layout
 from bco_lightning.models.log_probs import completion_log_probs
+from bco_lightning.models.prepare import prepare
 from bco_lightning.models.useful_flops import UsefulFlops
 from bco_lightning.module import BCOModule
 from bco_lightning.options import LoraSettings
@@ -55,7 +64,8 @@ from bco_lightning.reference.model import Reference
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-H100 = 989e12  # dense bfloat16 of the SXM card, by its data sheet
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12}  # dense bfloat16, by the data sheets
+PEAK = PEAKS.get(torch.cuda.get_device_name().removeprefix("NVIDIA ") if CUDA else "", 989e12)  # H100 and H200, SXM
 SHAPES = {  # hidden size, feed-forward size, layers, heads, heads of keys, vocabulary, tied
     "8B": (4096, 14336, 32, 32, 8, 128256, False),
     "1B": (2048, 8192, 16, 32, 8, 128256, True),
@@ -63,14 +73,15 @@ SHAPES = {  # hidden size, feed-forward size, layers, heads, heads of keys, voca
     "tiny": (64, 160, 2, 8, 2, 512, False),
 }
 WARM = 3  # steps that do not count
+TRL, STEP, KTO = importlib.util.find_spec("trl") is not None, "TRL 1.13's step", "TRL 1.16's KTO"
 results: dict[str, dict[str, Any]] = {}
-began = time.time()
 
 
 def note(name: str, **values: Any) -> None:
-    """Prints a figure and keeps it for the file."""
+    """Prints a figure and writes all there are."""
     results[name] = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
     print(f"[{time.time() - began:4.0f} s] {name}: {results[name]}", flush=True)
+    Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def now() -> float:
@@ -83,19 +94,24 @@ def now() -> float:
 # --- models and rows
 
 
-def random_model(shape: str, dtype: torch.dtype, lora: bool = False) -> Any:
-    """A random Llama on the device; with adapters in float32, as PEFT makes them."""
+def random_model(shape: str, dtype: torch.dtype, lora: bool = False, device: torch.device = DEVICE) -> Any:
+    """A random Llama; with adapters in float32, as PEFT makes them."""
     hidden, wide, layers, heads, key_heads, vocabulary, tied = SHAPES[shape]
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=key_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=16384,
     )  # fmt: skip
-    with torch.device(DEVICE):
+    with device:
         model = LlamaForCausalLM._from_config(config, dtype=dtype)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    return model.to(DEVICE).eval()
+        model = get_peft_model(model, adapters())
+    return model.to(device).eval()
+
+
+def adapters() -> LoraConfig:
+    """The adapters of every side."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def made_rows(lengths: Sequence[int], shape: str, seed: int, per_prompt: int = 1) -> list[dict[str, Any]]:
@@ -111,10 +127,10 @@ def made_rows(lengths: Sequence[int], shape: str, seed: int, per_prompt: int = 1
     return rows
 
 
-def varied(longest: int, count: int, seed: int) -> list[int]:
-    """Lengths from a quarter of the longest on."""
+def varied(longest: int, count: int, seed: int, least: float = 0.25) -> list[int]:
+    """Lengths, by default from a quarter of the longest on."""
     shares = torch.rand(count, generator=torch.Generator().manual_seed(seed))
-    return [max(8, int(longest * share)) for share in (0.25 + 0.75 * shares).tolist()]
+    return [max(8, int(longest * share)) for share in (least + (1 - least) * shares).tolist()]
 
 
 @contextmanager
@@ -122,7 +138,7 @@ def row_by_row(cudnn: bool) -> Iterator[None]:
     """Attention as it is where there is no kernel for all rows; with cuDNN's kernels, or without."""
     before, kernels = attention._has_kernel_for_all, attention._KERNELS
     attention._has_kernel_for_all = lambda query: False
-    attention._KERNELS = [*kernels, torch.nn.attention.SDPBackend.CUDNN_ATTENTION] if cudnn else kernels
+    attention._KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH] if cudnn else kernels
     try:
         yield
     finally:
@@ -134,8 +150,12 @@ def row_by_row(cudnn: bool) -> Iterator[None]:
 
 def environment(longest: int) -> None:
     """What the machine is, its matrix products, and what a length costs that attention has not seen before."""
-    name = torch.cuda.get_device_name() if CUDA else "CPU"
-    note("environment", device=name, torch=torch.__version__, cudnn=torch.backends.cudnn.version() if CUDA else None)
+    device: dict[str, Any] = {"device": "CPU"}
+    if CUDA:
+        sizes = torch.cuda.get_device_properties(DEVICE)
+        device = {"device": sizes.name, "gib": sizes.total_memory / 2**30, "cudnn": torch.backends.cudnn.version()}
+    libraries = ("transformers", "peft", "lightning", *(("trl",) if TRL else ()))
+    note("environment", **device, torch=torch.__version__, **{n: importlib.metadata.version(n) for n in libraries})
     side = 8192 if CUDA else 512
     a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
     for repeats in (3, 20):
@@ -145,14 +165,15 @@ def environment(longest: int) -> None:
         rate = 2 * side**3 * repeats / (now() - start)
     note(f"matrix product {side}", tflops=rate / 1e12)
     for backend in (True, False) if CUDA else ():
-        torch.backends.cuda.enable_cudnn_sdp(backend)
+        kernels = SDPBackend.CUDNN_ATTENTION if backend else attention._KERNELS
         first, again = [], []
         for length in range(301, 309):
             q = torch.randn(1, 4096 + length, 32, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
             q = q[:, :, :length].requires_grad_()
             for times in (first, again):
                 start = now()
-                scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+                with sdpa_kernel(kernels):
+                    scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
                 times.append(1e3 * (now() - start))
         found = {"first_ms": sorted(first)[4], "again_ms": sorted(again)[4]}
         note(f"SDPA of one row, {'with' if backend else 'without'} cuDNN", **found)
@@ -178,25 +199,37 @@ def gradient_of(model: Any, log_probs_B: Tensor) -> Tensor:
 
 
 def numerics(shape: str, longest: int) -> None:
-    """Against float64. Expected of float32: 5e-4 and 1e-4; of packed bfloat16: no worse than rows alone."""
-    for per_prompt in (1, 2):
+    """Against float64. Expected of float32: 5e-4 and 1e-4; of packed bfloat16: no worse than rows alone.
+
+    ``prepared`` is what a run does: fused layers and adapters, and the layout that its check at the start leaves.
+    """
+    for per_prompt, lora, dtype in product((1, 2), (False, True), (torch.float32, torch.bfloat16)):
         rows = made_rows(varied(longest, 8, 1), shape, 1, per_prompt)
         batch = collate(rows).to(DEVICE)
-        for dtype in (torch.float32, torch.bfloat16):
-            model = random_model(shape, dtype)
-            exact = copy.deepcopy(model).double()
-            wanted_B = alone(exact, rows)
-            wanted = gradient_of(exact, wanted_B)
-            for layout in ("alone", "padded", "row by row", "packed"):
-                set_layout(model, layout if layout in ("alone", "padded") else "packed")
+        model = random_model(shape, dtype, lora)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # at 0 the gradient would be that of half the adapter
+                torch.nn.init.normal_(weight, std=0.02)
+        exact = copy.deepcopy(model).double()
+        wanted_B = alone(exact, rows)
+        wanted = gradient_of(exact, wanted_B)
+        kind = f"{str(dtype)[6:]}{', LoRA' if lora else ''}{', shared prompts' if per_prompt > 1 else ''}"
+        for layout in ("alone", "padded", "row by row", "packed", "prepared"):
+            try:
+                if layout == "prepared":
+                    layout += f" ({prepare(model).layout})"
+                else:
+                    set_layout(model, layout if layout in ("alone", "padded") else "packed")
                 with row_by_row(cudnn=False) if layout == "row by row" else nullcontext():
                     found_B = alone(model, rows) if layout == "alone" else completion_log_probs(model, batch)
                     found = gradient_of(model, found_B)
                 note(
-                    f"{str(dtype)[6:]}{', shared prompts' if per_prompt > 1 else ''}, {layout}",
+                    f"{kind}, {layout}",
                     log_prob_rms=float((found_B.double() - wanted_B).square().mean().sqrt()),
                     gradient=float((found - wanted).norm() / wanted.norm()),
                 )
+            except Exception as error:
+                note(f"{kind}, {layout}", failed=f"{type(error).__name__}: {str(error)[:200]}")
 
 
 def first_reward(shape: str, longest: int) -> None:
@@ -207,7 +240,8 @@ def first_reward(shape: str, longest: int) -> None:
     for kind, lora, dtype, mixed in (*kinds, ("full bf16-mixed", False, torch.float32, True)):
         with random_policy(shape, dtype, lora):
             module = our_module(shape, lora, dtype)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed), torch.no_grad():
+            module.reference.own_model = None if lora else copy.deepcopy(module.policy).requires_grad_(False)
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=mixed):
                 rows_B = module(batch)[1]
                 cut_B = torch.cat([module(half)[1].policy_log_probs_B for half in halves])
         note(
@@ -219,37 +253,48 @@ def first_reward(shape: str, longest: int) -> None:
 
 def resume() -> None:
     """A run that is cut ends with the weights, moments and shift of one that is not, to the bit."""
-    place = Path(tempfile.mkdtemp())
-    model, log = make_model(place / "model"), make_log(place / "log.jsonl")
-    options = {"accelerator": "gpu" if CUDA else "cpu", "default_root_dir": str(place)}
-    try:
-        whole = tiny_fit(model, log, callbacks=[RunCheckpoint(every_n_steps=7, keep=10)], trainer_options=options)
-        step = next(path for path in sorted(place.rglob("*")) if path.is_dir() and path.name.endswith("0000007"))
-        options["default_root_dir"] = str(place / "again")
-        again = tiny_fit(model, log, ckpt_path=str(step), trainer_options=options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    same = all(torch.equal(whole["weights"][name].cpu(), again["weights"][name].cpu()) for name in whole["weights"])
-    note("resume", same_weights_to_the_bit=same, same_shift=whole["shift"] == again["shift"])
+    for precision in ("32-true", "bf16-mixed"):
+        place = Path(tempfile.mkdtemp())
+        model, log = make_model(place / "model"), make_log(place / "log.jsonl")
+        options = {"accelerator": DEVICE.type, "default_root_dir": str(place), "precision": precision}
+        try:
+            whole = tiny_fit(model, log, callbacks=[RunCheckpoint(every_n_steps=7, keep=10)], trainer_options=options)
+            step = next(path for path in sorted(place.rglob("*")) if path.is_dir() and path.name.endswith("0000007"))
+            options["default_root_dir"] = str(place / "again")
+            again = tiny_fit(model, log, ckpt_path=str(step), trainer_options=options)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for key in ("weights", "moments", "shift"):
+            assert_same(whole[key], again[key], key)
+        note(f"resume, {precision}", same_to_the_bit=True)
 
 
 # --- how fast?
 
 
 class Clock(Callback):
-    """Seconds from the end of the last step that does not count."""
+    """Seconds from the end of the last step that does not count to that of the last, and all losses."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
-        self.start = 0.0
+        self.ends: list[float] = []
+
+    def tell(self, steps: int, of: int) -> None:
+        """Says how many of the steps are done."""
+        if steps in (WARM, of):
+            self.ends.append(now())
+        if CUDA and steps == WARM:
+            torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_end(self, trainer: Any, *told: Any) -> None:
-        """Keeps the loss, and starts after the last step that does not count."""
+        """Keeps the loss."""
         self.losses.append(told[1]["loss"].detach())
-        if trainer.global_step == WARM:
-            self.start = now()
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
+        self.tell(trainer.global_step, trainer.max_steps)
+
+    @property
+    def seconds(self) -> float:
+        """Of the steps that count."""
+        return self.ends[1] - self.ends[0]
 
 
 @contextmanager
@@ -275,22 +320,21 @@ def our_module(shape: str, lora: bool, dtype: torch.dtype, **options: Any) -> BC
     return module.to(DEVICE)
 
 
-def ours(shape: str, lora: bool, batches: list[FeedbackBatch], **options: Any) -> tuple[float, int, list[float]]:
-    """Seconds and useful operations of the steps that count, and all losses, of Lightning's own loop."""
+def ours(shape: str, lora: bool, batches: list[FeedbackBatch], **options: Any) -> tuple[float, list[float], str]:
+    """Seconds of the steps that count, of Lightning's own loop, all losses, and how rows went through the policy."""
     dtype, clock = options.pop("dtype", torch.bfloat16 if lora else torch.float32), Clock()
     precision = options.pop("precision", "32-true" if dtype == torch.bfloat16 else "bf16-mixed")
     trainer = Trainer(
-        accelerator="gpu" if CUDA else "cpu", devices=1, strategy=options.pop("strategy", "auto"), precision=precision,
+        accelerator=DEVICE.type, devices=1, strategy=options.pop("strategy", "auto"), precision=precision,
         max_steps=len(batches), max_epochs=1, gradient_clip_val=1.0, callbacks=[clock, *options.pop("callbacks", ())],
-        logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False,
     )  # fmt: skip
+    trainer.strategy.teardown = lambda: None  # it would copy all that is on the card to the CPU
     with random_policy(shape, dtype, lora):
         module = our_module(shape, lora, dtype, **options)
         trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None, pin_memory=CUDA))
-    seconds, flops = now() - clock.start, UsefulFlops.of(module.policy)
-    return seconds, sum(map(flops.of_batch, batches[WARM:])), [float(loss) for loss in clock.losses]
+    return clock.seconds, [float(loss) for loss in clock.losses], module.said_of_rows
 
 
 def theirs(shape: str, lora: bool, groups: list[list[dict[str, Any]]], cached: bool) -> float:
@@ -299,18 +343,16 @@ def theirs(shape: str, lora: bool, groups: list[list[dict[str, Any]]], cached: b
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, delta, start = torch.optim.AdamW(trained, lr=1e-5, fused=True), 0.0, 0.0
+    optimizer, delta, clock = torch.optim.AdamW(trained, lr=1e-5, fused=True), 0.0, Clock()
 
-    def log_probs(ids: Tensor, attended: Tensor, scored: Tensor) -> Tensor:
+    def log_probs(ids: Tensor, attended: Tensor, scored: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits.float()
-        return (logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * scored[:, 1:]).sum(-1)
+        at_target = logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+        of_tokens = at_target - torch.stack([row.logsumexp(-1) for row in logits[:, :-1]])
+        return (of_tokens * scored[:, 1:]).sum(-1), logits[up], logits[~up]  # it copies both, to log their sums
 
     for number, rows in enumerate(groups):
-        if number == WARM:
-            start = now()
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
         longest = max(len(row["input_ids"]) for row in rows)
         kinds = ([row["input_ids"] for row in rows], [[1] * len(row["input_ids"]) for row in rows])
         inputs = [
@@ -318,18 +360,61 @@ def theirs(shape: str, lora: bool, groups: list[list[dict[str, Any]]], cached: b
             for kind in (*kinds, [row["completion_mask"] for row in rows])
         ]
         up = torch.tensor([row["thumbs_up"] for row in rows], device=DEVICE)
-        policy = log_probs(*inputs)
+        policy, *logits = log_probs(*inputs, up)
         reference = policy.detach()
         if not cached:
             with torch.no_grad(), model.disable_adapter() if lora else nullcontext():
-                reference = log_probs(*inputs)
+                reference = log_probs(*inputs, up)[0]
         rewards = 0.1 * (policy - reference)
         delta = 0.9 * delta + 0.1 * rewards.detach().mean()
-        (-logsigmoid(torch.where(up, rewards - delta, delta - rewards))).mean().backward()
+        loss = (-logsigmoid(torch.where(up, rewards - delta, delta - rewards))).mean()
+        sum(each.detach().nansum().item() for each in logits)
+        del logits
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return now() - start
+        clock.tell(number + 1, len(groups))
+    return clock.seconds
+
+
+def kto(shape: str, lora: bool, groups: list[list[dict[str, Any]]], cached: bool) -> float:
+    """Seconds of the steps that count of TRL 1.16's KTO trainer, with the loss that needs no second pass."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.trainer import kto_trainer
+
+    clock = Clock()
+
+    class Tell(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+            clock.tell(state.global_step, len(groups))
+
+    class OfTokens(kto_trainer.KTOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *told: Any, **how: Any) -> Any:
+            return dataset
+
+        _precompute_ref_logps = _prepare_dataset
+
+    def row_of(row: dict[str, Any]) -> dict[str, Any]:
+        ids, start = row["input_ids"], row["completion_mask"].index(True)
+        columns = {"prompt_ids": ids[:start], "completion_ids": ids[start:], "label": row["thumbs_up"]}
+        return columns | ({"ref_logps": -3000.0} if cached else {})
+
+    kto_trainer.hash_module = lambda model: "random"  # it would copy the model to the CPU
+    options = kto_trainer.KTOConfig(
+        output_dir=tempfile.mkdtemp(), loss_type="apo_zero_unpaired", max_length=None, max_steps=len(groups),
+        per_device_train_batch_size=len(groups[0]), precompute_ref_log_probs=cached, bf16=True, learning_rate=1e-5,
+        lr_scheduler_type="constant", save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+        use_cpu=not CUDA, dataloader_pin_memory=CUDA,
+    )  # fmt: skip
+    trainer = OfTokens(
+        model=random_model(shape, torch.bfloat16 if lora else torch.float32), args=options,
+        train_dataset=Dataset.from_list([row_of(row) for rows in groups for row in rows]),
+        processing_class=byte_tokenizer(), callbacks=[Tell()], peft_config=adapters() if lora else None,
+    )  # fmt: skip
+    trainer.train()
+    return clock.seconds
 
 
 def known(batch: FeedbackBatch) -> FeedbackBatch:
@@ -337,11 +422,14 @@ def known(batch: FeedbackBatch) -> FeedbackBatch:
     return replace(batch, reference_log_probs_B=torch.full((len(batch),), -3000.0))
 
 
-def speed(shape: str, lora: bool, longest: int, count: int, ways: Sequence[str], cached: bool = True) -> None:
+def speed(
+    shape: str, lora: bool, longest: int, count: int, ways: Sequence[str], cached: bool = True, least: float = 0.25
+) -> None:
     """Tokens a second, MFU and peak memory of each way."""
-    groups = [made_rows(varied(longest, count, number), shape, number) for number in range(WARM + 5)]
+    groups = [made_rows(varied(longest, count, number, least), shape, number) for number in range(WARM + 5)]
     batches = [known(collate(rows)) if cached else collate(rows) for rows in groups]
-    tokens, flops = sum(batch.num_tokens for batch in batches[WARM:]), 0
+    useful = UsefulFlops.of(random_model(shape, torch.bfloat16, lora, torch.device("meta")))
+    tokens, flops = (sum(map(count_of, batches[WARM:])) for count_of in (lambda b: b.num_tokens, useful.of_batch))
     again: dict[str, Any] = {"gradient_checkpointing": True}
     options: dict[str, dict[str, Any]] = {
         "compiled": {"compile": True},
@@ -352,25 +440,45 @@ def speed(shape: str, lora: bool, longest: int, count: int, ways: Sequence[str],
         "fsdp2": {"strategy": "fsdp2"},
         "fsdp2, rounded at random": {"strategy": "fsdp2", "dtype": torch.bfloat16, "optimizer": "adamw_bf16"},
     }
-    for way in ways:
+    for way in (way for way in ways if way != KTO or TRL):
         online = "" if cached else ", reference online"
-        label = f"{shape} {'LoRA' if lora else 'full'}, {count} rows to {longest}{online}: {way}"
+        label, said = f"{shape} {'LoRA' if lora else 'full'}, {count} rows to {longest}{online}: {way}", "padded"
         try:
             if time.time() - began > 60 * arguments.minutes:
                 raise TimeoutError("no time left")
-            if way == "TRL's step":
-                seconds = theirs(shape, lora, groups, cached)
+            if way in (STEP, KTO):
+                seconds = {STEP: theirs, KTO: kto}[way](shape, lora, groups, cached)
             else:
                 slow = way in ("row by row", "row by row, cuDNN")
                 with row_by_row(way.endswith("cuDNN")) if slow else nullcontext():
-                    seconds, flops, _ = ours(shape, lora, batches, **options.get(way, {}))
+                    seconds, _, said = ours(shape, lora, batches, **options.get(way, {}))
             gib = {name: getattr(torch.cuda, f"max_memory_{name}")() / 2**30 for name in ("allocated", "reserved")}
-            note(label, tokens_per_second=tokens / seconds, mfu=flops / seconds / H100, **gib)
+            note(label, tokens_per_second=tokens / seconds, mfu=flops / seconds / PEAK, **gib, said=said)
         except Exception as error:
             note(label, failed=f"{type(error).__name__}: {str(error)[:200]}")
-        gc.collect()
-        if CUDA:
-            torch.cuda.empty_cache()
+        forget()
+
+
+def forget() -> None:
+    """Gives back what the last way held, on the card and in the compiler."""
+    gc.collect()
+    torch.compiler.reset()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def table() -> str:
+    """The speeds in Markdown, each beside the first rival's in the same case."""
+    lines = ["| case | way | tokens/s | × TRL 1.13 | MFU | GiB allocated | × TRL 1.13 |", "|---" * 7 + "|"]
+    for label, found in results.items():
+        if "tokens_per_second" not in found:
+            continue
+        (case, way), rival = label.split(": "), results.get(f"{label.split(': ')[0]}: {STEP}", {})
+        times = (found[key] / rival[key] if rival.get(key) else None for key in ("tokens_per_second", "allocated"))
+        faster, smaller = (f"{each:.2f}" if each else "" for each in times)
+        rate, share, gib = f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.1%}", f"{found['allocated']:.1f}"
+        lines.append(f"| {case} | {way} | {rate} | {faster} | {share} | {gib} | {smaller} |")
+    return "\n".join(lines)
 
 
 def fsdp2(shape: str, longest: int) -> None:
@@ -378,8 +486,9 @@ def fsdp2(shape: str, longest: int) -> None:
     batches = [known(collate(made_rows(varied(longest, 4, number), shape, number))) for number in range(6)]
     for lora, precision in ((False, "bf16-mixed"), (False, "32-true"), (True, "32-true")):
         one, cut = (
-            ours(shape, lora, batches, strategy=strategy, precision=precision)[2] for strategy in ("auto", "fsdp2")
+            ours(shape, lora, batches, strategy=strategy, precision=precision)[1] for strategy in ("auto", "fsdp2")
         )
+        forget()
         difference = max(abs(a - b) for a, b in zip(one, cut, strict=True))
         note(
             f"fsdp2 with one process, {'LoRA' if lora else 'full'} {precision}", largest_difference_of_losses=difference
@@ -394,7 +503,7 @@ class Waits(Callback):
         if CUDA and trainer.global_step == WARM:
             torch.cuda.set_sync_debug_mode("warn")
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, *told: Any) -> None:
         """Ends, before losses are looked at."""
         if CUDA:
             torch.cuda.set_sync_debug_mode("default")
@@ -405,49 +514,57 @@ def waits(shape: str, longest: int) -> None:
     batches = [known(collate(made_rows(varied(longest, 4, number), shape, number))) for number in range(WARM + 5)]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        ours(shape, True, batches, callbacks=[Waits()])
-    found = [f"{Path(each.filename).name}:{each.lineno}" for each in told if "synchronizing" in str(each.message)]
+        try:
+            ours(shape, True, batches, callbacks=[Waits()])
+        finally:
+            Waits().on_train_end()  # where it failed amid a step
+    waited = [each for each in told if "called a synchronizing" in str(each.message)]
+    found = [f"{Path(each.filename).name}:{each.lineno}" for each in waited]
     places = dict(Counter(found).most_common(5))
     note("waits for the device", of_each_step=len(found) / 5 if CUDA else "not counted", places=places)
 
 
 def main() -> None:
-    """Runs the parts asked for, and writes what they found after each."""
+    """Runs the parts asked for, the most wanted first."""
     small, middle, large = ("tiny",) * 3 if arguments.tiny else ("small", "1B", "8B")
     scale = 32 if arguments.tiny else 1
-    compiled = ("compiled", "compiled, checkpointing")
-    usual = ("row by row, cuDNN", "row by row", "packed", "TRL's step")
+    usual = ("packed", STEP, KTO, "checkpointing")
+    slower = ("row by row", "row by row, cuDNN")
+    compiled = ("compiled", "compiled, checkpointing") if CUDA else ()
+    sharded = ("fsdp2", "fsdp2, rounded at random")  # last: a process that was told its rank stays a rank for TRL
     parts: dict[str, Callable[[], None]] = {
         "environment": lambda: environment(2048 // scale),
-        "numerics": lambda: numerics(small, 1024 // scale),
         "reward": lambda: first_reward(small, 1024 // scale),
-        "resume": resume,
-        "fsdp2": lambda: fsdp2(small, 512 // scale),
-        "waits": lambda: waits(small, 512 // scale),
-        "LoRA": lambda: speed(large, True, 2048 // scale, 4, (*usual, "checkpointing", *(compiled if CUDA else ()))),
+        "numerics": lambda: numerics(small, 1024 // scale),
+        "LoRA": lambda: speed(large, True, 2048 // scale, 4, usual),
+        "full": lambda: speed(middle, False, 2048 // scale, 4, usual),
+        "LoRA long": lambda: speed(large, True, 8192 // scale, 2, usual, least=1),
+        "full long": lambda: speed(middle, False, 8192 // scale, 2, usual, least=1),
         "LoRA short": lambda: speed(large, True, 512 // scale, 8, usual),
-        "full": lambda: speed(
-            middle, False, 2048 // scale, 4, (*usual, "selective", "fsdp2", "fsdp2, rounded at random")
-        ),
+        "full short": lambda: speed(middle, False, 512 // scale, 8, usual),
+        "resume": resume,
+        "waits": lambda: waits(small, 512 // scale),
         "8B full": lambda: speed(large, False, 2048 // scale, 2, ("bfloat16 rounded at random",)),
-        "LoRA online": lambda: speed(large, True, 2048 // scale, 4, ("packed", "TRL's step"), cached=False),
-        "LoRA long": lambda: speed(large, True, 8192 // scale, 1, usual),
-        "full long": lambda: speed(middle, False, 8192 // scale, 1, usual),
+        "LoRA online": lambda: speed(large, True, 2048 // scale, 4, usual[:3], cached=False),
+        "fsdp2": lambda: fsdp2(small, 512 // scale),
+        "more ways": lambda: speed(middle, False, 2048 // scale, 4, (*slower, "selective", *sharded)),
+        "more ways of LoRA": lambda: speed(large, True, 2048 // scale, 4, (*slower, *compiled)),
     }
-    for name in arguments.parts or parts:
+    for name in (name for name in parts if name in (arguments.parts or parts)):
         try:
             parts[name]()
         except Exception as error:
             traceback.print_exc()
             note(name, failed=f"{type(error).__name__}: {str(error)[:200]}")
-        Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        forget()
+    print(table())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny models and rows, on a CPU too")
-    parser.add_argument("--parts", nargs="*", help="some parts alone")
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no more speeds are measured")
+    parser.add_argument("--parts", nargs="*", help="some parts alone, in the order of all")
+    parser.add_argument("--minutes", type=float, default=6.5, help="after which no more speeds are measured")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "gpu.json"))
     arguments = parser.parse_args()
     main()

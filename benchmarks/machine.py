@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ def load() -> float:
     return round(os.getloadavg()[0], 2)
 
 
-def matmul_ceiling(repeats: int = 8) -> dict[str, dict[str, float]]:
-    """Best GFLOP/s of matrix products, in float32 and bfloat16.
+def matmul_ceiling(dtypes: Sequence[str] = ("float32", "bfloat16"), repeats: int = 8) -> dict[str, dict[str, float]]:
+    """Best GFLOP/s of matrix products.
 
     Args:
-        repeats: Products of each shape; the fastest counts.
+        dtypes: Names of data types. Without AVX-512 or AMX, products in bfloat16 take minutes.
+        repeats: Products of each shape; the fastest counts. No more after the first 10 seconds of a shape.
 
     Returns:
         For each data type the rate of each shape, and as ``ceiling`` the best square one. Small operands that stay in
@@ -60,13 +62,13 @@ def matmul_ceiling(repeats: int = 8) -> dict[str, dict[str, float]]:
 
     torch.set_num_threads(THREADS)
     rates: dict[str, dict[str, float]] = {}
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        rates[name] = {}
+    for name in dtypes:
+        dtype, rates[name] = getattr(torch, name), {}
         for shape, (rows, inner, columns) in (SQUARES | MODEL_SHAPES).items():
             a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype)
             out = torch.empty(rows, columns, dtype=dtype)
-            seconds = []
-            for _ in range(repeats):
+            seconds: list[float] = []
+            while len(seconds) < repeats and sum(seconds) < 10:
                 start = time.perf_counter()
                 torch.mm(a, b, out=out)
                 seconds.append(time.perf_counter() - start)

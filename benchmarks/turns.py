@@ -203,6 +203,8 @@ def summarise(
             "high_quartile": quartiles[2],
             "least": ratios[0],
             "most": ratios[-1],
+            "whole": sum(step["theirs"]["seconds"] for step in counted)
+            / sum(step["ours"]["seconds"] for step in counted),
         },
         "cpu_seconds_ratio": sum(step["ours"]["cpu_seconds"] for step in counted)
         / sum(step["theirs"]["cpu_seconds"] for step in counted),
@@ -217,7 +219,7 @@ def summarise(
     }
     if ceiling:
         sizes = result["ours"]["start"]["model"]
-        limit = ceiling["bfloat16" if case.bf16 else "float32"]["ceiling"] * 1e9
+        limit = ceiling[case.products]["ceiling"] * 1e9
         flops = [machine.useful_flops(sizes, _rows_of_step(case, step, lengths), case.lora) for step in counted]
         summary["share_of_ceiling"] = {
             side: statistics.median(

@@ -26,4 +26,8 @@ def test_every_part_runs_and_its_numbers_are_right(tmp_path: Path) -> None:
             assert values["same_batch"] == 0
         if name.startswith("fsdp2"):
             assert values["largest_difference_of_losses"] < 1e-3
-    assert found["resume"] == {"same_weights_to_the_bit": True, "same_shift": True}
+        if name.startswith("resume"):
+            assert values["same_to_the_bit"]
+    # Where packing does not work, rows are padded, which is no failure but another measurement.
+    ours = [values for name, values in found.items() if ": " in name and "TRL" not in name]
+    assert all("packed" in values["said"] for values in ours)
