@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -39,6 +40,11 @@ atexit.register(shutil.rmtree, os.environ["BCO_CACHE"], ignore_errors=True)  # a
 def pytest_sessionstart() -> None:
     if outside := outside_the_bounds():
         pytest.exit(f"installed outside the declared bounds: {outside}", returncode=3)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a million objects of imports, which each collection would look through
 
 
 @pytest.fixture(scope="session")

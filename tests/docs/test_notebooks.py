@@ -23,12 +23,14 @@ def num_pictures(notebook: Any) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs_of(notebook))
 
 
-@pytest.mark.real_model
+@pytest.mark.parametrize("is_real", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.real_model])])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_it_runs_on_a_small_budget_and_shows_the_pictures_that_are_committed(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, is_real: bool, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BCO_NOTEBOOK_STEPS", "2")
+    if not is_real:
+        monkeypatch.setenv("BCO_NOTEBOOK_MODEL", tiny_model)
     for variable, name, number in (("BCO_NOTEBOOK_LOG", "train", 320), ("BCO_NOTEBOOK_HELD_OUT", "heldout", 32)):
         log = Path(resolve_packaged(f"package:bco_lightning/demo/{name}.jsonl"))
         few = tmp_path / log.name

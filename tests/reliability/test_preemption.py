@@ -338,10 +338,10 @@ def test_handlers_are_put_back_and_a_later_fit_is_not_stopped(byte_model: str, f
 def test_checkpoints_are_also_saved_by_the_clock(byte_model: str, feedback: str, tmp_path: Path) -> None:
     class Wait(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            time.sleep(0.07 if trainer.global_step in (3, 9) else 0)
+            time.sleep(0.8 if trainer.global_step in (3, 9) else 0)
 
     tiny_fit(
-        byte_model, feedback, callbacks=[Wait(), RunCheckpoint(every_n_steps=10**6, every_minutes=0.06 / 60, keep=99)],
+        byte_model, feedback, callbacks=[Wait(), RunCheckpoint(every_n_steps=10**6, every_minutes=0.7 / 60, keep=99)],
         trainer_options={"default_root_dir": str(tmp_path)},
     )  # fmt: skip
     steps = {int(step.name.removeprefix("step-")) for step in saved_steps(tmp_path / "checkpoints")}

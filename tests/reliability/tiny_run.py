@@ -187,7 +187,8 @@ def assert_same(one: Any, other: Any, path: str = "state") -> None:
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.reliability.tiny_run", "bco_lightning.cli.app"])
+_LATER = ["pytest", "torch.utils.tensorboard", "torch.distributed.fsdp"]  # what nearly every child comes to need
+_CONTEXT.set_forkserver_preload(["tests.reliability.tiny_run", "bco_lightning.cli.app", *_LATER])
 
 
 def start(

@@ -169,9 +169,10 @@ def planned_and_found(
             loss = completion_log_probs(policy, batch).sum()
         loss.backward()
 
-    step()  # gradients are there from now on
-    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
-    with LiveInStep([*policy.parameters(), *gradients]) as live:
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    for parameter in trainable:  # as from the second micro-batch on
+        parameter.grad = torch.zeros_like(parameter)
+    with LiveInStep([*policy.parameters(), *(parameter.grad for parameter in trainable)]) as live:
         step()
     trained = sum(parameter.nbytes for parameter in policy.parameters() if parameter.requires_grad)
     return memory_of(options, tile=(256, 512)), live.peak, trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from typing import Any
 
@@ -34,6 +35,7 @@ CONVERSATIONS = [
 ]
 
 
+@functools.cache
 def tokenizers(kind: str) -> dict[str, Any]:
     """Tokenizers of a kind by their templates, whose markup is text or control tokens."""
     if kind.startswith("class of Llama"):
