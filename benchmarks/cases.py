@@ -51,12 +51,12 @@ class Case:
 
 
 FULL_B4 = Case("full-b4-cached", 4, min_speed=1.8, max_memory=0.72, min_share=0.65)
-FULL_B8 = Case("full-b8-cached", 8, min_speed=2.7, max_memory=0.52, min_share=0.65)
-TWO = Case("full-b8-two", 8, completions_per_prompt=2, min_speed=4.0)
-FOUR = Case("full-b8-four", 8, completions_per_prompt=4, min_speed=5.0, max_memory=0.42)
+FULL_B8 = Case("full-b8-cached", 8, min_speed=2.7, max_memory=0.5, min_share=0.7)
+TWO = replace(FULL_B8, name="full-b8-two", completions_per_prompt=2, min_speed=4.0)
+FOUR = replace(FULL_B8, name="full-b8-four", completions_per_prompt=4, min_speed=4.4, max_memory=0.42)
 LORA_B4 = Case("lora-b4-float32", 4, lora=True, min_speed=1.8)
 WATCHED = Case("watched", 4, lora=True, bf16=True, rival="unwatched", min_speed=1 / 1.02)
-LORA_PAIRS = Case("lora-b8-bf16-two", 8, completions_per_prompt=2, lora=True, bf16=True, min_speed=3.5, max_memory=0.35)
+LORA_PAIRS = Case("lora-b8-bf16-two", 8, completions_per_prompt=2, lora=True, bf16=True, min_speed=4.5, max_memory=0.35)
 
 CASES = {
     case.name: case
@@ -69,11 +69,11 @@ CASES = {
         replace(FULL_B4, name="full-b4-bf16", bf16=True, min_speed=None, max_memory=None, min_share=None),
         FULL_B8,
         replace(FULL_B8, name="full-b8-cached-compile", compiled=True, dropped=3),
-        replace(FULL_B8, name="full-b8-online", reference="online", min_speed=1.8, min_share=None),
+        replace(FULL_B8, name="full-b8-online", reference="online", min_speed=1.9, min_share=None),
         TWO,
         replace(TWO, name="full-b8-two-compile", compiled=True, dropped=3),
         FOUR,
-        replace(FOUR, name="full-b8-four-compile", compiled=True, dropped=3),
+        replace(FOUR, name="full-b8-four-compile", compiled=True, dropped=3, min_speed=5.0),
         LORA_B4,
         replace(LORA_B4, name="lora-b4-bf16", bf16=True, min_speed=2.2),
         WATCHED,
