@@ -2,12 +2,12 @@
 
     python benchmarks/gpu.py                        # an H100 or H200; writes benchmarks/results/gpu.json
     python benchmarks/gpu.py --tiny                 # the same paths on a CPU, in a minute or two
-    python benchmarks/gpu.py --parts numerics speed # some of them
+    python benchmarks/gpu.py --parts numerics LoRA  # some of them
 
 No model file and no network is needed: models are random, in the shapes of Llama 3. What fails is noted and the rest
 goes on; what is found is on disk at once, the most wanted first. Tokens count once for each row; MFU is of
-`UsefulFlops`, against what the card's data sheet says of dense bfloat16. Where TRL 1.16 is installed, its KTO trainer
-runs too, on rows that are tokens already.
+`UsefulFlops`, against what the data sheet of an H100 or H200 says of dense bfloat16. Where TRL 1.16 is installed, its
+KTO trainer runs too, on rows that are tokens already.
 """
 
 # ruff: noqa: E402 - what the environment says has to stand before torch is imported
@@ -64,8 +64,8 @@ from bco_lightning.reference.model import Reference
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12}  # dense bfloat16, by the data sheets
-PEAK = PEAKS.get(torch.cuda.get_device_name().removeprefix("NVIDIA ") if CUDA else "", 989e12)  # H100 and H200, SXM
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
+PEAK = PEAKS.get(torch.cuda.get_device_name().removeprefix("NVIDIA ") if CUDA else "")
 SHAPES = {  # hidden size, feed-forward size, layers, heads, heads of keys, vocabulary, tied
     "8B": (4096, 14336, 32, 32, 8, 128256, False),
     "1B": (2048, 8192, 16, 32, 8, 128256, True),
@@ -73,7 +73,8 @@ SHAPES = {  # hidden size, feed-forward size, layers, heads, heads of keys, voca
     "tiny": (64, 160, 2, 8, 2, 512, False),
 }
 WARM = 3  # steps that do not count
-TRL, STEP, KTO = importlib.util.find_spec("trl") is not None, "TRL 1.13's step", "TRL 1.16's KTO"
+TRL = importlib.metadata.version("trl") if importlib.util.find_spec("trl") else ""
+STEP, KTO = "TRL 1.13's step", f"TRL {TRL}'s KTO"
 results: dict[str, dict[str, Any]] = {}
 
 
@@ -134,21 +135,20 @@ def varied(longest: int, count: int, seed: int, least: float = 0.25) -> list[int
 
 
 @contextmanager
-def row_by_row(cudnn: bool) -> Iterator[None]:
-    """Attention as it is where there is no kernel for all rows; with cuDNN's kernels, or without."""
-    before, kernels = attention._has_kernel_for_all, attention._KERNELS
-    attention._has_kernel_for_all = lambda query: False
-    attention._KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH] if cudnn else kernels
+def row_by_row() -> Iterator[None]:
+    """Attention as it is where there is no kernel for all rows."""
+    before = attention._has_kernel_for_all
+    attention._has_kernel_for_all = lambda *heads: False
     try:
         yield
     finally:
-        attention._has_kernel_for_all, attention._KERNELS = before, kernels
+        attention._has_kernel_for_all = before
 
 
 # --- is it right?
 
 
-def environment(longest: int) -> None:
+def environment() -> None:
     """What the machine is, its matrix products, and what a length costs that attention has not seen before."""
     device: dict[str, Any] = {"device": "CPU"}
     if CUDA:
@@ -165,7 +165,7 @@ def environment(longest: int) -> None:
         rate = 2 * side**3 * repeats / (now() - start)
     note(f"matrix product {side}", tflops=rate / 1e12)
     for backend in (True, False) if CUDA else ():
-        kernels = SDPBackend.CUDNN_ATTENTION if backend else attention._KERNELS
+        kernels = [SDPBackend.CUDNN_ATTENTION] if backend else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         first, again = [], []
         for length in range(301, 309):
             q = torch.randn(1, 4096 + length, 32, 128, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
@@ -220,7 +220,7 @@ def numerics(shape: str, longest: int) -> None:
                     layout += f" ({prepare(model).layout})"
                 else:
                     set_layout(model, layout if layout in ("alone", "padded") else "packed")
-                with row_by_row(cudnn=False) if layout == "row by row" else nullcontext():
+                with row_by_row() if layout == "row by row" else nullcontext():
                     found_B = alone(model, rows) if layout == "alone" else completion_log_probs(model, batch)
                     found = gradient_of(model, found_B)
                 note(
@@ -236,7 +236,8 @@ def first_reward(shape: str, longest: int) -> None:
     """Policy and reference are equal at first: the log-ratio is 0 to the bit; in other batches it is rounding."""
     rows = made_rows(varied(longest, 8, 2), shape, 2, 2)
     batch, *halves = (collate(part).to(DEVICE) for part in (rows, rows[:4], rows[4:]))
-    kinds = (("LoRA bfloat16", True, torch.bfloat16, False), ("LoRA bf16-mixed", True, torch.float32, True))
+    kinds = (("LoRA bfloat16", True, torch.bfloat16, False), ("LoRA bf16-mixed", True, torch.float32, True),
+             ("LoRA bfloat16 under bf16-mixed", True, torch.bfloat16, True))  # fmt: skip
     for kind, lora, dtype, mixed in (*kinds, ("full bf16-mixed", False, torch.float32, True)):
         with random_policy(shape, dtype, lora):
             module = our_module(shape, lora, dtype)
@@ -262,11 +263,13 @@ def resume() -> None:
             step = next(path for path in sorted(place.rglob("*")) if path.is_dir() and path.name.endswith("0000007"))
             options["default_root_dir"] = str(place / "again")
             again = tiny_fit(model, log, ckpt_path=str(step), trainer_options=options)
+            for key in ("weights", "moments", "shift"):
+                assert_same(whole[key], again[key], key)
+            note(f"resume, {precision}", same_to_the_bit=True)
+        except Exception as error:  # an assertion that says by how much
+            note(f"resume, {precision}", failed=f"{type(error).__name__}: {str(error)[:200]}")
         finally:
             torch.use_deterministic_algorithms(False)
-        for key in ("weights", "moments", "shift"):
-            assert_same(whole[key], again[key], key)
-        note(f"resume, {precision}", same_to_the_bit=True)
 
 
 # --- how fast?
@@ -338,7 +341,11 @@ def ours(shape: str, lora: bool, batches: list[FeedbackBatch], **options: Any) -
 
 
 def theirs(shape: str, lora: bool, groups: list[list[dict[str, Any]]], cached: bool) -> float:
-    """Seconds of TRL 1.13's step in plain PyTorch: right padding, whole float32 logits, checkpointing, its default."""
+    """Seconds of TRL 1.13's step in plain PyTorch: right padding, whole float32 logits, checkpointing, its default.
+
+    As on our side, cuDNN's attention is off, which would make a plan for each of its shapes: TRL is the faster for it.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model = random_model(shape, torch.bfloat16 if lora else torch.float32, lora).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -379,11 +386,12 @@ def theirs(shape: str, lora: bool, groups: list[list[dict[str, Any]]], cached: b
 
 
 def kto(shape: str, lora: bool, groups: list[list[dict[str, Any]]], cached: bool) -> float:
-    """Seconds of the steps that count of TRL 1.16's KTO trainer, with the loss that needs no second pass."""
+    """Seconds of the steps that count of TRL 1.16's KTO trainer, with the loss that needs no second pass; as above."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.trainer import kto_trainer
 
+    torch.backends.cuda.enable_cudnn_sdp(False)
     clock = Clock()
 
     class Tell(TrainerCallback):
@@ -449,11 +457,11 @@ def speed(
             if way in (STEP, KTO):
                 seconds = {STEP: theirs, KTO: kto}[way](shape, lora, groups, cached)
             else:
-                slow = way in ("row by row", "row by row, cuDNN")
-                with row_by_row(way.endswith("cuDNN")) if slow else nullcontext():
+                with row_by_row() if way == "row by row" else nullcontext():
                     seconds, _, said = ours(shape, lora, batches, **options.get(way, {}))
             gib = {name: getattr(torch.cuda, f"max_memory_{name}")() / 2**30 for name in ("allocated", "reserved")}
-            note(label, tokens_per_second=tokens / seconds, mfu=flops / seconds / PEAK, **gib, said=said)
+            share = flops / seconds / PEAK if PEAK else None
+            note(label, tokens_per_second=tokens / seconds, mfu=share, **gib, said=said)
         except Exception as error:
             note(label, failed=f"{type(error).__name__}: {str(error)[:200]}")
         forget()
@@ -469,14 +477,15 @@ def forget() -> None:
 
 def table() -> str:
     """The speeds in Markdown, each beside the first rival's in the same case."""
-    lines = ["| case | way | tokens/s | × TRL 1.13 | MFU | GiB allocated | × TRL 1.13 |", "|---" * 7 + "|"]
+    lines = ["| case | way | tokens/s | of TRL 1.13 | MFU | GiB allocated | of TRL 1.13 |", "|---" * 7 + "|"]
     for label, found in results.items():
         if "tokens_per_second" not in found:
             continue
         (case, way), rival = label.split(": "), results.get(f"{label.split(': ')[0]}: {STEP}", {})
         times = (found[key] / rival[key] if rival.get(key) else None for key in ("tokens_per_second", "allocated"))
         faster, smaller = (f"{each:.2f}" if each else "" for each in times)
-        rate, share, gib = f"{found['tokens_per_second']:,.0f}", f"{found['mfu']:.1%}", f"{found['allocated']:.1f}"
+        share = f"{found['mfu']:.1%}" if found["mfu"] else ""
+        rate, gib = f"{found['tokens_per_second']:,.0f}", f"{found['allocated']:.1f}"
         lines.append(f"| {case} | {way} | {rate} | {faster} | {share} | {gib} | {smaller} |")
     return "\n".join(lines)
 
@@ -529,11 +538,10 @@ def main() -> None:
     small, middle, large = ("tiny",) * 3 if arguments.tiny else ("small", "1B", "8B")
     scale = 32 if arguments.tiny else 1
     usual = ("packed", STEP, KTO, "checkpointing")
-    slower = ("row by row", "row by row, cuDNN")
     compiled = ("compiled", "compiled, checkpointing") if CUDA else ()
     sharded = ("fsdp2", "fsdp2, rounded at random")  # last: a process that was told its rank stays a rank for TRL
     parts: dict[str, Callable[[], None]] = {
-        "environment": lambda: environment(2048 // scale),
+        "environment": environment,
         "reward": lambda: first_reward(small, 1024 // scale),
         "numerics": lambda: numerics(small, 1024 // scale),
         "LoRA": lambda: speed(large, True, 2048 // scale, 4, usual),
@@ -547,11 +555,15 @@ def main() -> None:
         "8B full": lambda: speed(large, False, 2048 // scale, 2, ("bfloat16 rounded at random",)),
         "LoRA online": lambda: speed(large, True, 2048 // scale, 4, usual[:3], cached=False),
         "fsdp2": lambda: fsdp2(small, 512 // scale),
-        "more ways": lambda: speed(middle, False, 2048 // scale, 4, (*slower, "selective", *sharded)),
-        "more ways of LoRA": lambda: speed(large, True, 2048 // scale, 4, (*slower, *compiled)),
+        "more ways": lambda: speed(middle, False, 2048 // scale, 4, ("row by row", "selective", *sharded)),
+        "more ways of LoRA": lambda: speed(large, True, 2048 // scale, 4, ("row by row", *compiled)),
     }
+    if unknown := set(arguments.parts or ()) - set(parts):
+        raise SystemExit(f"--parts: expected {', '.join(parts)}; found {', '.join(sorted(unknown))}.")
     for name in (name for name in parts if name in (arguments.parts or parts)):
         try:
+            if time.time() - began > 60 * arguments.minutes:
+                raise TimeoutError("no time left")
             parts[name]()
         except Exception as error:
             traceback.print_exc()
@@ -564,7 +576,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny models and rows, on a CPU too")
     parser.add_argument("--parts", nargs="*", help="some parts alone, in the order of all")
-    parser.add_argument("--minutes", type=float, default=6.5, help="after which no more speeds are measured")
+    parser.add_argument("--minutes", type=float, default=6.5, help="after which nothing more is begun")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "gpu.json"))
     arguments = parser.parse_args()
     main()

@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from bco_lightning import BCOModule, FeedbackDataModule, LoraSettings
@@ -24,6 +27,7 @@ from bco_lightning.checkpoints.format import VerifiedCheckpointIO, read_checkpoi
 from bco_lightning.checkpoints.manifest import verify_checkpoint
 from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.identity import digest_of_tensors
+from bco_lightning.parallel.sharding import device_of
 from bco_lightning.parallel.strategy import FSDP2Strategy, named_strategy, refuse_unknown
 from tests.distributed.runs import TORCHRUN
 from tests.reliability.tiny_run import assert_same, finish, make_log, make_model, start, tiny_fit
@@ -225,6 +229,25 @@ def test_fsdp_is_a_name_of_fsdp2_and_lightnings_own_is_refused() -> None:
     assert named_strategy("fsdp_cpu_offload") == "fsdp2_cpu_offload"
     with pytest.raises(ConfigError, match=r"found Lightning's FSDPStrategy\. Use fsdp2"):
         refuse_unknown(FSDPStrategy(), "32-true")
+
+
+def test_a_gpu_that_only_emulates_bfloat16_is_remarked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.warns(match=r"emulates bfloat16, slowly\. Set trainer\.precision: 16-mixed"):
+        refuse_unknown(DDPStrategy(accelerator=CUDAAccelerator()), "bf16-mixed")
+
+
+def test_a_model_computes_on_the_devices_of_its_mesh_wherever_its_parts_are_kept() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(2, 2, device="meta")
+        part = DTensor.from_local(model.weight, init_device_mesh("cpu", (1,)))
+        model.weight = torch.nn.Parameter(part)
+        assert model.weight.device.type == "meta"
+        assert device_of(model).type == "cpu"
+        assert device_of(torch.nn.Linear(2, 2, device="meta")).type == "meta"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def fit_in_groups(model: str, log: str) -> dict[int, Any]:

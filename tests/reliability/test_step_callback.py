@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from bco_lightning.callbacks import (
     RunCheckpoint,
     StepCallback,
 )
+from bco_lightning.callbacks.step_callback import loss_in_passes
 from bco_lightning.checkpoints.folders import saved_steps
 from bco_lightning.checkpoints.format import read_checkpoint
 from bco_lightning.errors import ConfigError, PreemptedError
@@ -225,3 +227,15 @@ def test_callbacks_that_would_do_harm_or_nothing_are_refused_before_anything_is_
     both = [given(), NamedUpdate(), FiniteGuard()] if "found 2" in said else [given()]
     with pytest.raises(ConfigError, match=f"trainer.callbacks: expected {said}"):
         tiny_fit("no model", "no log", callbacks=both)
+
+
+def test_under_ddp_gradients_of_all_passes_are_added_in_its_buckets() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = bucket = torch.full((3,), 7.0)  # of the step before
+    wrapped = SimpleNamespace(gradient_as_bucket_view=True, find_unused_parameters=False)
+    strategy = SimpleNamespace(model=wrapped, backward=lambda loss, _: loss.backward())
+    trainer = SimpleNamespace(optimizers=[torch.optim.SGD([weight])], strategy=strategy)
+    parts: Any = [[0], [0, 0, 0]]
+    loss_in_passes(lambda part, share: share * weight.sum(), parts, trainer, begins=True).backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is bucket
+    assert bucket.tolist() == [1.0, 1.0, 1.0]

@@ -12,8 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import GenerationConfig
 
-from bco_lightning import ImplicitRewardMetrics
-from bco_lightning.callbacks import RunCheckpoint
+from bco_lightning import BCOModule, ImplicitRewardMetrics
+from bco_lightning.callbacks import RunCheckpoint, SpeedMonitor
 from bco_lightning.callbacks.loggers import METRICS_FILE, MetricsFile
 from bco_lightning.callbacks.step_progress_bar import StepProgressBar
 from bco_lightning.checkpoints.format import read_checkpoint
@@ -33,6 +33,16 @@ def test_every_metric_of_train_and_validation_reaches_tensorboard(tiny_model: st
     assert {f"{stage}/{name}" for stage in ("train", "val") for name in names} <= tags
     assert [event.step for event in events.Scalars("train/loss")] == [1, 3, 6]
     assert events.Scalars("train/loss")[0].value == pytest.approx(2 * math.log(2), rel=0.5)
+
+
+def test_what_a_progress_bar_shows_is_not_sent_to_the_device_to_be_waited_for(
+    tiny_model: str, log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(BCOModule, "log", lambda self, name, value, **how: told.update({name: value}))
+    tiny_trainer(max_steps=1, callbacks=[SpeedMonitor()]).fit(tiny_module(tiny_model), tiny_data(log))
+    assert told.keys() == {"loss", "delta", "margin", "tok/s"}
+    assert all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in told.values())
 
 
 def test_checkpoints_are_saved_every_n_steps_and_at_the_end(tiny_model: str, log: str, tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_lora_keeps_at_most_115_kib_of_a_token_and_layer_of_8b(mixed: bool, monk
     monkeypatch.setattr(
         attention, "varlen_attn", lambda query, key, value, *_args, **_options: OneCall.apply(query, key, value)
     )
-    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: True)
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda *heads: True)
     for layers in (1, 3):
         model = adapted(torch.bfloat16, **sizes, head_dim=32, num_hidden_layers=layers)
         fuse(model)
@@ -247,7 +247,7 @@ def test_lora_keeps_at_most_115_kib_of_a_token_and_layer_of_8b(mixed: bool, monk
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_gpu_is_given_no_more_to_do_for_more_rows(adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "varlen_attn", lambda query, key, value, *_, **__: OneCall.apply(query, key, value))
-    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: True)
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda *heads: True)
     model = adapted(torch.float32) if adapters else build()
     fuse(model)
     set_layout(model, "packed")

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from safetensors import safe_open
 
-from bco_lightning import BCOModule, LoraSettings
+from bco_lightning import BCOModule, LoraSettings, inspect_log
 from bco_lightning.callbacks import RunCheckpoint
 from bco_lightning.errors import CheckpointError, ConfigError, UserError
 from bco_lightning.importance import weights as importance_weights
@@ -256,6 +256,13 @@ def test_the_export_holds_what_weighs_a_new_prompt_and_nothing_else(
     assert told["prompt_features"] == {"encoder": "reference", "layer": None, "pooling": "mean"}
     assert told["ratio"] == {"normaliser": ratio.normaliser, "clip": list(ratio.clip), "has_evidence": True}
     assert told["report"]["has_evidence"] is True
+
+
+@pytest.mark.parametrize("encoder", ["reference", MINILM])
+def test_a_log_is_looked_at_without_a_trainer(encoder: str, small_model: str, diverging: str) -> None:
+    module = tiny_module(small_model, importance_weights="auto", prompt_features=PromptFeatures(encoder=encoder))
+    data = tiny_data(diverging, tokenizer=module.tokenizer, validation_fraction=0)
+    assert inspect_log(module, data).trust.num_fitted > 0  # type: ignore[union-attr]
 
 
 # --- rows of a stream

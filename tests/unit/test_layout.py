@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def calls_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return in_words(query, key, value, queries, *more, **told)
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: True)
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda *heads: True)
     return calls
 
 
@@ -80,10 +81,36 @@ def test_one_call_for_all_rows_has_the_log_probs_and_gradients_of_rows_alone(
 
 
 @torch.no_grad()
+def test_a_kernel_that_has_no_option_for_grouped_heads_is_not_told_of_them(
+    calls_at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, known = build("llama"), make_batch(97, LENGTHS), attention.varlen_attn
+    set_layout(model, "packed")
+    expected_B = completion_log_probs(model, batch)
+
+    def of_torch_211(query: Tensor, key: Tensor, *more: Any, scale: Any, window_size: Any) -> Any:
+        return known(query, key, *more, scale=scale, window_size=window_size, enable_gqa=query.shape[1] != key.shape[1])
+
+    monkeypatch.setattr(attention, "varlen_attn", of_torch_211)
+    monkeypatch.setattr(attention, "_IS_TOLD_OF_GROUPS", False)
+    assert torch.equal(completion_log_probs(model, batch), expected_B)
+
+
+@pytest.mark.parametrize(("size", "of_value", "has_one"), [(128, 128, True), (192, 128, False), (132, 132, False)])
+def test_the_kernel_for_all_rows_is_for_values_as_wide_as_queries(
+    size: int, of_value: int, has_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9))
+    common = {"is_cuda": True, "dtype": torch.bfloat16, "device": 0}
+    heads = [SimpleNamespace(**common, shape=(1, 4, 9, width)) for width in (size, of_value)]
+    assert attention._has_kernel_for_all(*heads) == has_one  # type: ignore[arg-type]
+
+
+@torch.no_grad()
 def test_under_autocast_too_one_call_is_told_of_all_rows(
     calls_at_once: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_has_kernel_for_all", lambda query, value: query.dtype == torch.bfloat16)
     model = build("llama")
     set_layout(model, "packed")
     with torch.autocast("cpu", torch.bfloat16):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -108,8 +109,8 @@ class ImplicitRewardMonitor(StepCallback):
             values["train/gradient_norm"] = math.sqrt(square)
         metrics.reset()
         log_step(trainer, values, summary.step)
-        shown = {"loss": "train/loss", "delta": "train/reward_shift", "margin": "train/margin"}
-        module.log_dict({short: values[name] for short, name in shown.items()}, prog_bar=True, logger=False)
+        for short, name in (("loss", "loss"), ("delta", "reward_shift"), ("margin", "margin")):  # numbers are awaited
+            module.log(short, torch.tensor(values[f"train/{name}"]), prog_bar=True, logger=False)
         self._warn(values, module.beta)
 
     def _warn(self, values: dict[str, float], beta: float) -> None:

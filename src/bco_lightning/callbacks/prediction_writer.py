@@ -25,7 +25,7 @@ from bco_lightning.data.images import ImageInputs
 from bco_lightning.models.generation import evaluating, sample_completions
 from bco_lightning.options import at_least, chosen_seed
 from bco_lightning.parallel.collectives import by_all
-from bco_lightning.parallel.sharding import is_sharded
+from bco_lightning.parallel.sharding import device_of, is_sharded
 from bco_lightning.places import require_free
 
 TIE = 1e-5  # nats; float32 does not tell rewards apart that are nearer
@@ -118,7 +118,7 @@ class PredictionWriter(Callback):
             return
         firsts = np.sort(np.unique(np.asarray(table["prompt_key"]), return_index=True)[1]).tolist()
         together = is_sharded(module.policy)  # each process has a part of the model, and all make the same
-        with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), evaluating(module), module.reference.where_it_is_used(trainer):
             for number, row in enumerate(firsts):
                 mine = number % trainer.world_size == trainer.global_rank
                 if mine or together:
@@ -138,7 +138,7 @@ class PredictionWriter(Callback):
                 mask = [False] * len(prompt) + [True] * len(each.token_ids)
                 tokens = {"input_ids": [*prompt, *each.token_ids], "completion_mask": mask}
                 samples.append({**tokens, "thumbs_up": False, "row_id": row, "seen": seen})
-            scores = _scores(module.predict_step(collate(samples).to(module.device), 0))
+            scores = _scores(module.predict_step(collate(samples).to(device_of(module.policy)), 0))
             for each, line in zip(made, scores, strict=True):
                 yield {**line, "completion": each.text, "finished": each.finished}
 

@@ -113,7 +113,7 @@ class SpeedMonitor(StepCallback):
             values["speed/mfu"] = self._total["flops"] / seconds / self._peak_flops
         self._seconds, self._total = 0.0, Counter()
         log_step(trainer, values, summary.step)
-        module.log("tok/s", values["speed/tokens_per_second"], prog_bar=True, logger=False)
+        module.log("tok/s", torch.tensor(values["speed/tokens_per_second"]), prog_bar=True, logger=False)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:

@@ -108,8 +108,10 @@ def passes_of(batch: FeedbackBatch | list[FeedbackBatch], trainer: Any) -> list[
 
 def loss_in_passes(loss_of: Callable[..., Tensor], batch: Any, trainer: Any, *, begins: bool) -> Tensor:
     """The loss of a batch; gradients are added here but for the last, with which Lightning goes to other processes."""
+    model: Any = trainer and trainer.strategy.model  # DDP holds gradients; new ones would stand beside them
+    in_buckets = getattr(model, "gradient_as_bucket_view", False) and not model.find_unused_parameters
     for optimizer in trainer.optimizers if begins and trainer is not None else ():
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not in_buckets)
     *before, last = passes_of(batch, trainer)
     losses: list[Tensor] = []
     for each in before:

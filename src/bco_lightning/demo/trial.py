@@ -174,9 +174,8 @@ class KnownRewardTrial(Callback):
             mask = [False] * len(prompt) + [True] * len(answer.token_ids)
             tokens = {"input_ids": prompt + answer.token_ids, "completion_mask": mask}
             rows.append({**tokens, "thumbs_up": None, "row_id": 0})
-        device = next(module.policy.parameters()).device
         batches = [collate(rows[start : start + self.batch_size]) for start in range(0, len(rows), self.batch_size)]
-        scored = zip(*(module.log_probs(batch.to(device)) for batch in batches), strict=True)
+        scored = zip(*(module.log_probs(batch.to(module.policy.device)) for batch in batches), strict=True)
         rewards, lengths = zip(*((tone(answer.text), len(answer.token_ids)) for answer in answers), strict=True)
         of_rows = (torch.tensor(rewards), *map(torch.cat, scored), torch.tensor(lengths))
         return Samples(*(values.cpu().float().view(-1, self.samples_per_prompt) for values in of_rows))

@@ -28,7 +28,7 @@ from bco_lightning.metrics import Array
 from bco_lightning.models.layout import causal_lm_of, decoder_layers_of, layout_of, only_layers, predicting_states
 from bco_lightning.models.refusals import LACKS_ARE_TOLD, refuse_incomplete
 from bco_lightning.options import PromptFeatures
-from bco_lightning.parallel.sharding import is_sharded, run_gathered
+from bco_lightning.parallel.sharding import device_of, is_sharded, run_gathered
 from bco_lightning.places import resolve_packaged
 
 BATCH_TOKENS = 4096
@@ -89,7 +89,7 @@ class ReferenceEncoder:
         """``(B, H)``, float32, on the CPU, of each row's prompt: a pass up to the layer if the model is not sharded."""
         with self._reference() as model:
             causal_lm = causal_lm_of(model)
-            batch = batch.to(next(causal_lm.parameters()).device)
+            batch = batch.to(device_of(causal_lm))
             cut = contextlib.nullcontext() if is_sharded(causal_lm) else only_layers(causal_lm, slice(self.depth))
             with self.watching(model), cut:
                 run_gathered(causal_lm, partial(predicting_states, batch=batch))

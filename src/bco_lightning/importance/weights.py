@@ -174,12 +174,11 @@ class PromptWeighing:
 
 def _encoder_of(features: PromptFeatures, reference: Reference, trainer: Any, images: ImageInputs) -> Encoder:
     if features.encoder == REFERENCE:
-        depends_on = {"weights": reference.digest, "dtype": str(dtype_of_matrices(reference.policy))}
-        depends_on["processor"] = images.digest()
-        return ReferenceEncoder(features, partial(reference.before_training, trainer), depends_on, images)
-    with reference.before_training(trainer) as model:
-        device = next(model.parameters()).device
-    return SentenceEncoder(features.encoder, device)
+        dtype, by = str(dtype_of_matrices(reference.policy)), partial(reference.before_training, trainer)
+        depends_on = {"weights": reference.digest, "dtype": dtype, "processor": images.digest()}
+        return ReferenceEncoder(features, by, depends_on, images)
+    with reference.where_it_is_used(trainer) as device:
+        return SentenceEncoder(features.encoder, device)
 
 
 class _Prompts:

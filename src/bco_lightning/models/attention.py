@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,8 +18,7 @@ from bco_lightning.batch import Span
 
 PACKED = "bco_packed"  # the name under which transformers knows this attention
 _BLOCK = 128  # queries at a time in the backward pass on a CPU
-# Without cuDNN's, which makes a plan of some 30 ms for every shape that it has not seen, and rows have many.
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_IS_TOLD_OF_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
 
 
 class PackedRows:
@@ -84,16 +82,16 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotated queries and keys are float32 again
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
-    if softcap is None and _has_kernel_for_all(query):
+    if softcap is None and _has_kernel_for_all(query, value):
         return _attention_at_once(query, key, value, packed_rows, scale, sliding_window), None
     by_row = _row_by_row_on_cpu if query.device.type == "cpu" else _row_by_row
     return by_row(query[0], key[0], value[0], packed_rows.spans, scale, softcap, sliding_window)[None], None
 
 
-def _has_kernel_for_all(query: Tensor) -> bool:
+def _has_kernel_for_all(query: Tensor, value: Tensor) -> bool:
     """Whether torch's attention of variable length, which is Flash Attention, takes what the model computes in."""
     is_half = query.dtype in (torch.bfloat16, torch.float16)
-    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and value.shape[-1] == query.shape[-1]
     return query.is_cuda and is_half and fits and torch.cuda.get_device_properties(query.device).major >= 8
 
 
@@ -104,11 +102,10 @@ def _attention_at_once(
     queries, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
     if rows.places is not None:
         keys, values = keys.index_select(0, rows.places), values.index_select(0, rows.places)
-    attended = varlen_attn(
-        queries, keys, values, rows.queries, rows.keys, rows.most_queries, rows.most_keys,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return cast(Tensor, attended)[None]
+    told: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    told |= {"enable_gqa": query.shape[1] != key.shape[1]} if _IS_TOLD_OF_GROUPS else {}
+    bounds = (rows.queries, rows.keys, rows.most_queries, rows.most_keys)
+    return cast(Tensor, varlen_attn(queries, keys, values, *bounds, **told))[None]
 
 
 @torch.compiler.disable  # a loop over rows would be compiled anew for every number of rows
@@ -129,8 +126,7 @@ def _row_by_row(
             out = _capped_attention(q, k, v, cast(Tensor, mask), scale, softcap)
         else:
             told: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": scale, "enable_gqa": grouped}
-            with sdpa_kernel(_KERNELS) if query.is_cuda else nullcontext():
-                out = scaled_dot_product_attention(q, k, v, **told)
+            out = scaled_dot_product_attention(q, k, v, **told)
         attended.append(out[0].transpose(0, 1))
     return torch.cat(attended)
 

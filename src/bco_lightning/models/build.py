@@ -44,9 +44,8 @@ class ModelBuilder:
             expected = f"expected adamw or adamw_bf16 for weights that are cut up, found {options.optimizer}."
             raise ConfigError("model.optimizer", expected)
         if self.sharding is not None and options.vision_tower:  # processes without images would reduce in another order
-            raise ConfigError(
-                "model.vision_tower", "expected false for weights that are cut up, found true.", "Use ddp."
-            )
+            problem = "expected false for weights that are cut up, found true."
+            raise ConfigError("model.vision_tower", problem, "Use ddp.")
         if self.sharding is not None and self.given[0] is not None:
             remedy = "Save it by save_pretrained, and give the folder's name."
             raise ConfigError("model", "expected the name of a model that is cut up, found an object.", remedy)

@@ -1,4 +1,4 @@
-"""Norms and gated feed-forward layers that keep less for the backward pass, with the model's own numbers.
+"""Norms and gated feed-forward layers that keep less for the backward pass, with the model's own numbers on a CPU.
 
 Autograd keeps every term of a formula. Of a norm its input is enough, and of ``down(act(gate) * up)`` the two factors:
 the rest is computed again, by a few operations an element. Measured on SmolLM2-135M, 8 rows: a seventh less peak
@@ -15,7 +15,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from bco_lightning.models.adapters import add_adapter, plain_adapter
@@ -59,6 +59,9 @@ def _fused_forward(module: Any) -> Callable[[Any, Tensor], Tensor] | None:
 
 
 def _norm_forward(norm: Any, x: Tensor) -> Tensor:
+    is_kept = x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)  # by autocast, which widens it
+    if x.is_cuda and x.dtype == norm.weight.dtype and is_kept:  # one kernel, which rounds once and keeps as little
+        return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     # Shapes are changed out here: some models write into what they get, which a view made within would forbid.
     normed_SH = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon)
     return normed_SH.view(x.shape)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from bco_lightning.data.collate import images_of_prompt, prompt_of
 from bco_lightning.data.messages import said_in
 from bco_lightning.models.layout import causal_lm_of, joined_images
-from bco_lightning.parallel.sharding import is_sharded
+from bco_lightning.parallel.sharding import device_of, is_sharded
 
 
 class SampledCompletion(NamedTuple):
@@ -51,11 +51,12 @@ def sample_completions(
     for the same.
     """
     width, inner, pad = max(map(len, prompts)), causal_lm_of(model), tokenizer.pad_token_id
-    ends, device = end_tokens(inner, tokenizer), next(model.parameters()).device
+    ends, device = end_tokens(inner, tokenizer), device_of(model)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     told = {name: each.to(device) for name, each in joined_images(inner, images, ids).items()}
-    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    # MPS has no float64, and a GPU no sum of its own that is deterministic.
+    place = torch.device("cpu") if device.type == "mps" or torch.are_deterministic_algorithms_enabled() else device
     generator, given = torch.Generator(place).manual_seed(seed), inner.generation_config
 
     def draw(_: Tensor, scores_BV: Tensor) -> Tensor:

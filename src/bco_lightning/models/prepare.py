@@ -80,6 +80,7 @@ def prepare(
     no row has more than ``longest`` tokens. Activations are ``recomputed`` in the backward pass from then on, or the
     ``selective`` part of them.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans some 30 ms for every shape, and rows have many
     with precision(), _adapters_at_work(model):
         causal_lm = causal_lm_of(model)
         name, device = type(causal_lm).__name__, causal_lm.get_input_embeddings().weight.device

@@ -53,5 +53,5 @@ class KTO(APOZero):
         """Sum, in nats, and number of the rewards of answers to other prompts; none where they were not computed."""
         ratios_U = rows.unrelated_log_ratios_U
         rewards_U = rows.rewards_B.new_zeros(0) if ratios_U is None else rows.beta * ratios_U.detach()
-        number = torch.tensor(len(rewards_U), dtype=torch.float64, device=rewards_U.device)
+        number = rewards_U.new_full((), len(rewards_U), dtype=torch.float64)
         return dict(zip(self.sum_names, (rewards_U.double().sum(), number), strict=True))

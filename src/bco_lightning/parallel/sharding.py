@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
 from bco_lightning.errors import ConfigError
@@ -62,8 +55,8 @@ def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding, apart
         raise ConfigError("trainer.strategy", problem, "Use ddp.")
     ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     later = {end: final_dtype(end.weight) for end in ends if type(end) in (nn.Embedding, nn.Linear)}  # if not adapted
-    pinned = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
-    offload = pinned if sharding.cpu_offload else OffloadPolicy()
+    pinned = fsdp.CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu")
+    offload = pinned if sharding.cpu_offload else fsdp.OffloadPolicy()
     done: set[nn.Module] = set()
     for unit in [*reversed(units), causal_lm]:  # the inner before the outer
         own = [module for module in unit.modules() if module not in done]
@@ -72,18 +65,18 @@ def shard(causal_lm: Any, layers: Iterable[nn.Module], sharding: Sharding, apart
             for parameter in module.parameters(recurse=False) if module not in later else ():
                 take_final_dtype(parameter)
         dtype = sharding.compute_dtype if unit is not causal_lm else None
-        precision = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
-        fully_shard(unit, mesh=sharding.mesh, mp_policy=precision, offload_policy=offload)
+        precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
+        fsdp.fully_shard(unit, mesh=sharding.mesh, mp_policy=precision, offload_policy=offload)
     for module, dtype in later.items():
         module.to(dtype)
     # Functions of the model enter it by a side door; FSDP2 gathers weights for the doors it knows.
     causal_lm._call_with = MethodType(lambda causal_lm, function: function(causal_lm), causal_lm)
-    register_fsdp_forward_method(causal_lm, "_call_with")
+    fsdp.register_fsdp_forward_method(causal_lm, "_call_with")
 
 
 def is_sharded(model: Any) -> bool:
     """Whether :func:`shard` was called on a model, perhaps with PEFT around it."""
-    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, FSDPModule)
+    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, fsdp.FSDPModule)
 
 
 def run_gathered(causal_lm: Any, function: Callable[[Any], Any]) -> Any:
@@ -109,6 +102,12 @@ def take_final_dtype(parameter: nn.Parameter) -> None:
 def own_part(value: Any) -> Any:
     """What this process has of a sharded tensor; anything else as it is."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; its weights may be elsewhere, where processes keep their parts in the CPU's memory."""
+    weight: Any = next(model.parameters())
+    return torch.empty(0, device=weight.device_mesh.device_type).device if is_cut(weight) else weight.device
 
 
 def is_cut(value: Any) -> bool:

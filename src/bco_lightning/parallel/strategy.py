@@ -6,24 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    StrategyRegistry,
-)
+from lightning.pytorch import strategies
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import init_device_mesh
 from typing_extensions import override
 
 from bco_lightning.errors import ConfigError
 from bco_lightning.parallel.sharding import Sharding
 
+_OTHERS = (strategies.DeepSpeedStrategy, strategies.FSDPStrategy, strategies.ModelParallelStrategy)
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # the last one scales gradients, which cut ones do not know
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(strategies.ModelParallelStrategy):
     """``fsdp2``: weights, gradients and moments are cut up over processes by ``fully_shard``.
 
     Checkpoints hold the parts that each process has, in a form that any other number of processes, ``ddp``, one device
@@ -102,7 +99,10 @@ def refuse_unknown(strategy: Any, precision: str) -> None:
         found = f"found {precision}: others would cast the policy and not its reference"
         remedy = "Set model.dtype: bfloat16 for bfloat16 weights."
         raise ConfigError("trainer.precision", f"expected {' or '.join(known)}, {found}.", remedy)
-    if not is_cut and isinstance(strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+    on_gpu = precision == "bf16-mixed" and isinstance(strategy.accelerator, CUDAAccelerator)
+    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        rank_zero_warn(f"this GPU emulates bfloat16, slowly. Set trainer.precision: {known[0 if is_cut else -1]}.")
+    if not is_cut and isinstance(strategy, _OTHERS):
         problem = f"expected one of this package, found Lightning's {type(strategy).__name__}."
         remedy = "Use fsdp2, or from Python strategy=bco_lightning.parallel.strategy.FSDP2Strategy()."
         raise ConfigError("trainer.strategy", problem, remedy)
@@ -111,11 +111,11 @@ def refuse_unknown(strategy: Any, precision: str) -> None:
 def named_strategy(name: str) -> Any:
     """What a name of ``trainer.strategy`` stands for; names that Lightning takes itself come back as they are."""
     if name == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True)  # or all gradients are held twice
+        return strategies.DDPStrategy(gradient_as_bucket_view=True)  # or all gradients are held twice
     return name.replace("fsdp", "fsdp2") if name in ("fsdp", "fsdp_cpu_offload") else name
 
 
 for _name in ("fsdp2", "fsdp"):  # Lightning refuses the latter name on a CPU, whatever it stands for
     _told = "Fully sharded data parallel training (FSDP2)"
-    StrategyRegistry.register(_name, FSDP2Strategy, _told, override=True)
-    StrategyRegistry.register(f"{_name}_cpu_offload", FSDP2Strategy, _told, override=True, cpu_offload=True)
+    strategies.StrategyRegistry.register(_name, FSDP2Strategy, _told, override=True)
+    strategies.StrategyRegistry.register(f"{_name}_cpu_offload", FSDP2Strategy, _told, override=True, cpu_offload=True)

@@ -140,8 +140,8 @@ def _known(
         return None
 
     def score(batch: FeedbackBatch) -> Tensor:
-        with reference.before_training(trainer) as model:
-            return reference.log_probs(batch.to(next(model.parameters()).device))
+        with reference.where_it_is_used(trainer) as device:
+            return reference.log_probs(batch.to(device))
 
     # bfloat16 rounds a row with a shared prompt some tenths of a nat away from the same row alone.
     collated = {"share_prompts": shared, "images": ImageInputs(data.tokenizer)}
