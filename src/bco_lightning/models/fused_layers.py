@@ -59,8 +59,8 @@ def _fused_forward(module: Any) -> Callable[[Any, Tensor], Tensor] | None:
 
 
 def _norm_forward(norm: Any, x: Tensor) -> Tensor:
-    is_kept = x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type)  # by autocast, which widens it
-    if x.is_cuda and x.dtype == norm.weight.dtype and is_kept:  # one kernel, which rounds once and keeps as little
+    is_widened = x.dtype != torch.float32 and torch.is_autocast_enabled("cuda")  # by a copy, which is kept
+    if x.is_cuda and x.dtype == norm.weight.dtype and not is_widened:  # one kernel, which rounds once
         return rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     # Shapes are changed out here: some models write into what they get, which a view made within would forbid.
     normed_SH = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon)
