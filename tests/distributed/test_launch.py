@@ -231,7 +231,7 @@ BAD_ROW = r"error: \S*bad\.jsonl:7: expected a column 'completion', found 'promp
     [
         pytest.param("Lightning", "--data.train_files=FILES/bad.jsonl", BAD_ROW, marks=pytest.mark.slow),
         pytest.param("torchrun", "--data.train_files=FILES/bad.jsonl", BAD_ROW, marks=pytest.mark.slow),
-        pytest.param("Lightning", "--data.batch_sise=4", "error: unrecognized arguments: .*", marks=pytest.mark.slow),
+        pytest.param("Lightning", "--data.batch_sise=4", "error: --data.batch_sise: expected", marks=pytest.mark.slow),
     ],
 )
 def test_what_the_user_can_mend_is_said_once_by_each_process_and_all_end(
