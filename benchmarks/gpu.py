@@ -85,6 +85,12 @@ def note(name: str, **values: Any) -> None:
     Path(arguments.output).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
+def require_time() -> None:
+    """Refuses to begin anything once time is up."""
+    if time.time() - began > 60 * arguments.minutes:
+        raise TimeoutError("no time left")
+
+
 def now() -> float:
     """Seconds, when everything that was asked of the device is done."""
     if CUDA:
@@ -452,8 +458,7 @@ def speed(
         online = "" if cached else ", reference online"
         label, said = f"{shape} {'LoRA' if lora else 'full'}, {count} rows to {longest}{online}: {way}", "padded"
         try:
-            if time.time() - began > 60 * arguments.minutes:
-                raise TimeoutError("no time left")
+            require_time()
             if way in (STEP, KTO):
                 seconds = {STEP: theirs, KTO: kto}[way](shape, lora, groups, cached)
             else:
@@ -562,8 +567,7 @@ def main() -> None:
         raise SystemExit(f"--parts: expected {', '.join(parts)}; found {', '.join(sorted(unknown))}.")
     for name in (name for name in parts if name in (arguments.parts or parts)):
         try:
-            if time.time() - began > 60 * arguments.minutes:
-                raise TimeoutError("no time left")
+            require_time()
             parts[name]()
         except Exception as error:
             traceback.print_exc()

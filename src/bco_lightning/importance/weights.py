@@ -174,9 +174,9 @@ class PromptWeighing:
 
 def _encoder_of(features: PromptFeatures, reference: Reference, trainer: Any, images: ImageInputs) -> Encoder:
     if features.encoder == REFERENCE:
-        dtype, by = str(dtype_of_matrices(reference.policy)), partial(reference.before_training, trainer)
+        dtype, model = str(dtype_of_matrices(reference.policy)), partial(reference.before_training, trainer)
         depends_on = {"weights": reference.digest, "dtype": dtype, "processor": images.digest()}
-        return ReferenceEncoder(features, by, depends_on, images)
+        return ReferenceEncoder(features, model, depends_on, images)
     with reference.where_it_is_used(trainer) as device:
         return SentenceEncoder(features.encoder, device)
 
